@@ -1,0 +1,1 @@
+"""Builds, runs and grades the course: solutions → course, course → report, class → gradebook."""
