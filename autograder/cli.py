@@ -1,0 +1,83 @@
+"""The commands. Each one parses, calls its room and prints; heavy imports happen inside it, so that --help is quick.
+
+What the rooms provide (all paths are `Path`s, all options may be left out):
+
+    build.build_course(lesson, stage, check) -> int
+    run.run_course(lesson, stage, profile, jobs, notebooks) -> int
+    grading.grade.grade_class(submitted, out, lesson, student, jobs) -> int
+    release.make_release(out) -> int
+
+Each returns the exit code: 0 all well, 1 the course is at fault, 2 wrong usage, 3 (grade only) something of ours failed.
+"""
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+app = typer.Typer(
+    help="Builds, runs and grades the course.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    rich_markup_mode=None,
+)
+
+Lesson = Annotated[str | None, typer.Option(help="Only this lesson: its number (09) or its name.")]
+Stage = Annotated[str | None, typer.Option(help="Only this stage: its number (2) or its folder.")]
+Jobs = Annotated[int | None, typer.Option(min=1, help="Processes at once; by default one per core.")]
+
+
+@app.command()
+def course(
+    lesson: Lesson = None,
+    stage: Stage = None,
+    check: Annotated[bool, typer.Option("--check", help="Change nothing; fail where course/ is out of date.")] = False,
+) -> None:
+    """Rebuild course/ from solutions/."""
+    from autograder.build import build_course
+
+    raise typer.Exit(build_course(lesson=lesson, stage=stage, check=check))
+
+
+@app.command()
+def run(
+    lesson: Lesson = None,
+    stage: Stage = None,
+    profile: Annotated[str, typer.Option(help="cpu, gpu, or auto: a GPU where there is one.")] = "auto",
+    jobs: Jobs = None,
+    notebooks: Annotated[
+        Path | None,
+        typer.Option(help="A folder of notebooks that are already built (source/ and course/), instead of solutions/."),
+    ] = None,
+) -> None:
+    """Execute every lesson, and prove that the stubs fail."""
+    from autograder.run import run_course
+
+    raise typer.Exit(run_course(lesson=lesson, stage=stage, profile=profile, jobs=jobs, notebooks=notebooks))
+
+
+@app.command()
+def grade(
+    submitted: Annotated[
+        Path | None, typer.Option(help="SUBMITTED/<student>/<stage>/<lesson>.ipynb; by default the sample class.")
+    ] = None,
+    out: Annotated[Path, typer.Option(help="Where the gradebook, tables and feedback go.")] = Path("grades"),
+    lesson: Lesson = None,
+    student: Annotated[str | None, typer.Option(help="Only this student.")] = None,
+    jobs: Jobs = None,
+) -> None:
+    """Grade a class."""
+    from autograder.grading.grade import grade_class
+
+    raise typer.Exit(grade_class(submitted=submitted, out=out, lesson=lesson, student=student, jobs=jobs))
+
+
+@app.command()
+def release(
+    out: Annotated[Path, typer.Option(help="The folder for the archives.")] = Path("dist"),
+) -> None:
+    """Make the archives: one for learners, one for instructors."""
+    from autograder.release import make_release
+
+    raise typer.Exit(make_release(out=out))
