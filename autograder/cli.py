@@ -1,4 +1,4 @@
-"""The commands. Each one parses, calls its room and prints; heavy imports happen inside it, so that --help is quick.
+"""The commands. Each one parses, calls its room and prints; heavy imports happen inside it, so --help is quick.
 
 What the rooms provide (all paths are `Path`s, all options may be left out):
 
@@ -7,7 +7,8 @@ What the rooms provide (all paths are `Path`s, all options may be left out):
     grading.grade.grade_class(submitted, out, lesson, student, jobs) -> int
     release.make_release(out) -> int
 
-Each returns the exit code: 0 all well, 1 the course is at fault, 2 wrong usage, 3 (grade only) something of ours failed.
+Each returns the exit code: 0 all well, 1 the course is at fault, 2 wrong usage, 3 (grade only) something of
+ours failed.
 """
 
 from pathlib import Path
@@ -32,7 +33,7 @@ Jobs = Annotated[int | None, typer.Option(min=1, help="Processes at once; by def
 def course(
     lesson: Lesson = None,
     stage: Stage = None,
-    check: Annotated[bool, typer.Option("--check", help="Change nothing; fail where course/ is out of date.")] = False,
+    check: Annotated[bool, typer.Option("--check", help="Change nothing; fail if course/ is stale.")] = False,
 ) -> None:
     """Rebuild course/ from solutions/."""
     from autograder.build import build_course
@@ -48,7 +49,7 @@ def run(
     jobs: Jobs = None,
     notebooks: Annotated[
         Path | None,
-        typer.Option(help="A folder of notebooks that are already built (source/ and course/), instead of solutions/."),
+        typer.Option(help="A folder of built notebooks (source/ and course/) to use instead of solutions/."),
     ] = None,
 ) -> None:
     """Execute every lesson, and prove that the stubs fail."""
@@ -60,7 +61,8 @@ def run(
 @app.command()
 def grade(
     submitted: Annotated[
-        Path | None, typer.Option(help="SUBMITTED/<student>/<stage>/<lesson>.ipynb; by default the sample class.")
+        Path | None,
+        typer.Option(help="SUBMITTED/<student>/<stage>/<lesson>.ipynb; by default the sample class."),
     ] = None,
     out: Annotated[Path, typer.Option(help="Where the gradebook, tables and feedback go.")] = Path("grades"),
     lesson: Lesson = None,
