@@ -186,7 +186,7 @@ def gradients(fn: Callable[..., Tensor], reference: Callable[..., Tensor], *inpu
               mistakes: dict[str, Callable[..., Tensor]] | None = None) -> None:
     """`fn` and `reference` (computed in float64) have the same gradients in all floating-point inputs.
 
-    Both results meet the same random cotangent. `mistakes` maps the name of a usual mistake to a function that makes it.
+    Both meet the same random cotangent. `mistakes` maps the name of a usual mistake to a function that makes it.
     """
     expected = _gradients(reference, [t.double() if t.is_floating_point() else t for t in inputs])
     actual = _gradients(fn, inputs)
@@ -386,7 +386,8 @@ def guarded(values: Tensor, *, row_pad: int = 0, what: str = "the buffer", margi
 def guarded_allocations(margin: int = 256) -> Iterator[list[Guarded]]:
     """Every torch.empty, zeros, ones or full (and …_like, new_…) inside the block gets canaries around it.
 
-    They are looked at when the block ends. torch.empty is filled with NaN besides, so that an element which the kernel never wrote shows.
+    They are looked at when the block ends. torch.empty is filled with NaN besides, so that an element which the kernel
+    never wrote shows.
     """
     made: list[Guarded] = []
     with _GuardAllocations(made, margin):
