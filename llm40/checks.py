@@ -119,7 +119,7 @@ def _difference(actual: Tensor, expected: Tensor, rtol: float | None, atol: floa
             atol = rtol * float(finite.max()) if finite.numel() else 0.0
         error = (a - e).abs()
         same = (a == e) | (torch.isnan(a) & torch.isnan(e))  # equal infinities too, whose difference is NaN
-        bad = ~(same | (error <= atol + rtol * e.abs()))
+        bad = ~(same | (torch.isfinite(e) & (error <= atol + rtol * e.abs())))
     if not bad.any():
         return None
     index = _index(bad)

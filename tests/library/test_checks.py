@@ -1,0 +1,261 @@
+"""The check helpers: each says what is wrong, accepts what is right, and cannot be fooled by the value it judges."""
+
+import contextlib
+import math
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from llm40 import checks
+
+
+def message(fn, *args, **kwargs) -> str:
+    with pytest.raises(AssertionError) as raised:
+        fn(*args, **kwargs)
+    return str(raised.value)
+
+
+@pytest.fixture
+def x():
+    return checks.randn(2, 3, 4, generator=checks.generator())
+
+
+def test_generator_repeats_and_follows_the_seed_of_the_run(monkeypatch):
+    first = torch.randn(5, generator=checks.generator())
+    assert torch.equal(first, torch.randn(5, generator=checks.generator()))
+    assert not torch.equal(first, torch.randn(5, generator=checks.generator(1)))
+    monkeypatch.setenv("LLM40_SEED", "41")
+    assert not torch.equal(first, torch.randn(5, generator=checks.generator()))
+
+
+class TestClose:
+    @pytest.mark.parametrize(("dtype", "within", "beyond"), [
+        (torch.float64, 1e-10, 1e-8), (torch.float32, 1e-6, 1e-4),
+        (torch.float16, 0.0, 1e-2), (torch.bfloat16, 0.0, 0.1)])
+    def test_tolerance_follows_the_format(self, x, dtype, within, beyond):
+        expected = x.to(dtype)
+        checks.close((expected.double() * (1 + within)).to(dtype), expected)
+        message(checks.close, (expected.double() * (1 + beyond)).to(dtype), expected)
+
+    @pytest.mark.parametrize("amplitude", [1e-12, 1.0, 1e12])
+    def test_tolerance_is_below_the_quantity_judged(self, x, amplitude):
+        message(checks.close, torch.zeros_like(x), x * amplitude)
+        checks.close(x * amplitude, x * amplitude)
+
+    def test_zero_is_not_approximately_something(self):
+        checks.close(torch.zeros(3), torch.zeros(3))
+        message(checks.close, torch.full((3,), 1e-7), torch.zeros(3))
+
+    def test_names_the_first_place_and_the_mistake(self, x):
+        wrong = x.clone()
+        wrong[1, 2, 0] += 1
+        text = message(checks.close, wrong, x, what="the weights", hint="Look at the mask.",
+                       mistakes={"nothing": x, "adding one there": wrong})
+        assert text.startswith("the weights: expected ")
+        assert "at index (1, 2, 0)" in text
+        assert "1 of 24 values differ" in text
+        assert "This is what adding one there gives. Look at the mask." in text
+
+    def test_a_mistake_of_another_shape_is_passed_over(self, x):
+        assert "what" not in message(checks.close, x + 1, x, what="it", mistakes={"summing": x.sum()})
+
+    def test_shape_and_dtype(self, x):
+        assert "has shape (3, 4), not (2, 3, 4)" in message(checks.close, x[0], x)
+        assert "has dtype float64, it should have float32" in message(checks.close, x.double(), x, dtype=torch.float32)
+
+    def test_infinities_and_nan_must_be_where_they_are_expected(self):
+        expected = torch.tensor([math.inf, -math.inf, math.nan, 1.0])
+        checks.close(expected.clone(), expected)
+        for i, other in enumerate([-math.inf, math.inf, 0.0, math.nan]):
+            wrong = expected.clone()
+            wrong[i] = other
+            assert f"at index ({i},)" in message(checks.close, wrong, expected)
+
+    def test_numbers_and_integers(self):
+        checks.close(3, 3)
+        checks.close(0.5, 0.5)
+        checks.close(torch.tensor([1, 2]), [1, 2])
+        assert "expected 4, yours is 3" in message(checks.close, 3, 4)
+        assert "expected True, yours is False" in message(checks.close, torch.tensor(False), True)
+        message(checks.close, math.nan, 0.5)
+
+    def test_what_is_no_tensor(self, x):
+        assert "None (is there a return?)" in message(checks.close, None, x)
+        assert "of type ndarray" in message(checks.close, x.numpy(), x)
+        assert "should be a number" in message(checks.close, "3", 3)
+
+    def test_a_subclass_that_redefines_equality_is_refused(self, x):
+        class Agreeable(Tensor):
+            @classmethod
+            def __torch_function__(cls, func, types, args=(), kwargs=None):
+                return torch.ones(2, 3, 4, dtype=torch.bool)
+
+        assert "of type Agreeable" in message(checks.close, torch.zeros_like(x).as_subclass(Agreeable), x)
+
+    def test_a_graph_on_the_result_does_no_harm(self, x):
+        checks.close((x.clone().requires_grad_() * 1), x)
+
+
+def test_relative_l2(x):
+    checks.relative_l2(x * (1 + 1e-7), x, 1e-6)
+    text = message(checks.relative_l2, x * 2, x, 1e-6, mistakes={"doubling": x * 2})
+    assert "relative error 1.0e+00, allowed 1.0e-06. This is what doubling gives" in text
+    broken = x.clone()
+    broken[0, 1] = math.nan
+    assert "4 values are not finite, first at (0, 1, 0)" in message(checks.relative_l2, broken, x, 1e-6)
+
+
+def test_unchanged(x):
+    nan = torch.full((2,), math.nan)
+    with checks.unchanged(x, nan):
+        x + 1
+
+    def change():
+        with checks.unchanged(keys=x):
+            x[0, 0, 0] = 5
+
+    assert message(change).startswith("keys was changed in place")
+
+
+class TestGradients:
+    def test_equal(self, x):
+        checks.gradients(lambda a: a.sin(), lambda a: a.sin(), x)
+
+    def test_names_input_and_mistake(self, x):
+        text = message(checks.gradients, lambda a: 3 * a, lambda a: 2 * a, x, names=["query"],
+                       mistakes={"tripling": lambda a: 3 * a})
+        assert "the gradient of query" in text
+        assert "This is what tripling gives" in text
+
+    def test_detached(self, x):
+        assert "carries no gradient" in message(checks.gradients, lambda a: a.detach() * 2, lambda a: 2 * a, x)
+        assert "no gradient reaches input 1" in message(
+            checks.gradients, lambda a, b: a * b.detach(), lambda a, b: a * b, x, x)
+
+    def test_integers_take_none(self, x):
+        index = torch.tensor([1, 0])
+        checks.gradients(lambda a, i: a[i] * 2, lambda a, i: a[i] * 2, x, index)
+
+
+def test_raises():
+    assert isinstance(checks.raises(ValueError, int, "x"), ValueError)
+    assert "ValueError should be raised here; the call returned of type int. Why" in message(
+        checks.raises, ValueError, int, "1", because="Why")
+
+    def stub():
+        raise NotImplementedError
+
+    with pytest.raises(NotImplementedError):
+        checks.raises(RuntimeError, stub)  # NotImplementedError is a RuntimeError, but an empty exercise is no answer
+
+
+class TestCounting:
+    def test_allocations_count_new_tensors_not_views(self, x):
+        with checks.allocations() as made:
+            x.transpose(0, 1)[0].unsqueeze(0).expand(5, 2, 4)
+        assert made.total == 0
+        with checks.allocations() as made:
+            F.softmax(x, -1) @ x.transpose(-1, -2)
+        assert made.largest == 24
+        assert made.shapes[(2, 3, 3)] == 1
+
+    def test_a_materialized_repeat_shows(self):
+        k = torch.randn(1, 2, 8, 4)
+        with checks.allocations() as made:
+            k.repeat_interleave(4, dim=1)
+        assert made.largest >= 4 * k.numel()
+
+    def test_calls_by_name_however_bound(self, x):
+        bound = F.softmax
+        with checks.calls("softmax", "matmul") as counted:
+            bound(x, -1)
+            x.softmax(-1)
+            x @ x.mT
+        assert counted == {"softmax": 2, "matmul": 1}
+
+    @pytest.mark.parametrize("call", [
+        lambda x: F.scaled_dot_product_attention(x, x, x),
+        lambda x: torch.ops.aten.scaled_dot_product_attention(x, x, x),
+        lambda x: torch.compile(F.scaled_dot_product_attention, backend="eager")(x, x, x)])
+    def test_forbidden(self, x, call):
+        def attend():
+            with checks.forbidden("scaled_dot_product_attention"):
+                call(x)
+        assert "is called, but this exercise builds it" in message(attend)
+
+    def test_forbidden_cannot_be_swallowed(self, x):
+        def attend():
+            with checks.forbidden("softmax", because="write it with exp"):
+                with contextlib.suppress(BaseException):
+                    torch.softmax(x, -1)
+        assert "write it with exp" in message(attend)
+
+    def test_allowed(self, x):
+        with checks.forbidden("scaled_dot_product_attention"):
+            torch.softmax(x @ x.mT, -1) @ x
+
+
+triton = pytest.importorskip("triton")
+tl = pytest.importorskip("triton.language")
+
+
+@triton.jit
+def double_kernel(x, y, n, BLOCK: tl.constexpr, MASKED: tl.constexpr):
+    i = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    value = tl.load(x + i, mask=i < n, other=0.0) * 2
+    if MASKED:
+        tl.store(y + i, value, mask=i < n)
+    else:
+        tl.store(y + i, value)
+
+
+class TestKernels:
+    def test_launches_are_counted(self):
+        x, y = torch.randn(24), torch.empty(24)
+        with checks.launches() as counted:
+            double_kernel[(2,)](x, y, 24, BLOCK=16, MASKED=True)
+            double_kernel[lambda meta: (triton.cdiv(24, meta["BLOCK"]),)](x, y, 24, BLOCK=8, MASKED=True)
+        assert (counted.count, counted.programs, counted.kernels) == (2, 5, {"double_kernel": 2})
+        with checks.launches() as counted:
+            x * 2
+        assert counted.count == 0
+
+    @pytest.mark.parametrize("masked", [True, False])
+    def test_guarded_buffers_show_an_unmasked_store(self, masked):
+        x = torch.randn(3, 7)
+        out = checks.guarded(torch.zeros(21), what="out")
+        double_kernel[(2,)](x, out.tensor, 21, BLOCK=16, MASKED=masked)
+        checks.close(out.tensor, 2 * x.flatten())
+        if masked:
+            out.intact()
+        else:
+            assert "a kernel wrote outside out (21,): 11 elements" in message(out.intact)
+
+    @pytest.mark.parametrize("masked", [True, False])
+    def test_guarded_allocations_watch_the_outputs_a_launcher_makes(self, masked):
+        def launch():
+            with checks.guarded_allocations():
+                y = torch.empty(21)
+                assert bool(y.isnan().all())
+                double_kernel[(2,)](torch.randn(21), y, 21, BLOCK=16, MASKED=masked)
+        if masked:
+            launch()
+        else:
+            assert "a kernel wrote outside an output" in message(launch)
+
+    def test_rows_apart(self, x):
+        rows = checks.guarded(x, row_pad=3)
+        assert torch.equal(rows.tensor, x)
+        assert rows.tensor.stride() == (21, 7, 1)
+        rows.intact()
+        rows.buffer.view(-1)[256 + 4] = 0  # the first element after the first row
+        message(rows.intact)
+
+    def test_integers_and_booleans_have_canaries_too(self):
+        for values in (torch.arange(5), torch.tensor([True, False])):
+            guard = checks.guarded(values)
+            guard.intact()
+            guard.buffer[0] = 0
+            message(guard.intact)
