@@ -13,9 +13,9 @@ def python(code: str, **environment: str) -> subprocess.CompletedProcess:
 
 
 def test_a_cpu_interprets_triton_in_float32():
-    done = python("from llm40 import profile; import os, triton\n"
-                  "print(profile.name, profile.device, profile.dtype, profile.interpret,os.environ['TRITON_INTERPRET'], "
-                  "profile.pick(cpu=1, gpu=2))", LLM40_PROFILE="cpu")
+    done = python("import os; from llm40 import profile as p; import triton\n"
+                  "print(p.name, p.device, p.dtype, p.interpret, os.environ['TRITON_INTERPRET'], p.pick(cpu=1, gpu=2))",
+                  LLM40_PROFILE="cpu")
     assert done.stdout.split() == ["cpu", "cpu", "torch.float32", "True", "1", "1"], done.stderr
 
 
