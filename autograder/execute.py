@@ -1,0 +1,319 @@
+"""One notebook in one kernel, cell by cell: a cell that fails, hangs or kills the kernel costs nothing but itself.
+
+When a kernel is lost a new one is started, the cells before are run again (checks excepted, and the culprit), and the
+rest goes on. nbclient stops at the first dead kernel and keeps whatever a cell prints, so the loop here is our own, on
+jupyter_client.
+"""
+
+import asyncio
+import json
+import os
+import re
+import tempfile
+import time
+from collections.abc import AsyncIterator, Callable, Sequence
+from contextlib import AbstractContextManager, AsyncExitStack, asynccontextmanager, suppress
+from dataclasses import dataclass, field
+from pathlib import Path
+from subprocess import DEVNULL
+
+import zmq.asyncio
+from jupyter_client.manager import AsyncKernelManager
+
+from autograder.kernels.manager import kernel_manager
+
+OUTPUTS = ("stream", "display_data", "update_display_data", "execute_result", "error", "clear_output")
+ANSI = re.compile(r"\x1b\[[0-9;]*[A-Za-z]")
+
+
+@dataclass(frozen=True)
+class Limits:
+    """What one notebook may cost. Times in seconds, output in bytes of messages."""
+
+    cell: float = 60.0
+    notebook: float = 300.0
+    grace: float = 3.0  # between the interrupt and the kill
+    start: float = 60.0  # for a kernel to answer
+    restarts: int = 10
+    output: int = 1_000_000  # per cell
+    outputs: int = 10_000_000  # per notebook
+
+
+@dataclass(frozen=True)
+class Step:
+    """A cell to run. A check is not run again in a new kernel: no cell needs it."""
+
+    source: str
+    check: bool = False
+
+
+@dataclass
+class Outcome:
+    """What became of a step: `ok`, `error`, `timeout`, `died` (it took the kernel along) or `not run`."""
+
+    status: str
+    ename: str = ""
+    evalue: str = ""
+    outputs: list[dict] = field(default_factory=list)
+    seconds: float = 0.0
+    count: int | None = None  # the kernel's number for it
+
+
+class KernelFailed(RuntimeError):
+    """A kernel that does not even start: the machine's fault or ours, never the notebook's."""
+
+
+class KernelLost(Exception):
+    """The kernel's process has ended, or must be ended, because of the cell whose outcome this carries."""
+
+    def __init__(self, outcome: Outcome | None = None):
+        super().__init__()
+        self.outcome = outcome
+
+
+def printable(value):
+    """The same value, its strings fit for UTF-8: lone surrogates become question marks."""
+    if isinstance(value, str):
+        return value.encode("utf-8", "replace").decode("utf-8")
+    if isinstance(value, dict):
+        return {printable(key): printable(item) for key, item in value.items()}
+    if isinstance(value, list):
+        return [printable(item) for item in value]
+    return value
+
+
+def environment(folder: Path, seed: int) -> dict[str, str]:
+    """A kernel's environment: repeatable, and blind to files in its folder and to the user's own IPython set-up."""
+    return {
+        # One thread per kernel: a class is graded over many kernels, and the sums do not depend on the machine.
+        "OMP_NUM_THREADS": "1",
+        "OPENBLAS_NUM_THREADS": "1",
+        **os.environ,
+        "LLM40_SEED": str(seed),
+        "PYTHONHASHSEED": str(seed % 2**32),
+        "PYTHONSAFEPATH": "1",
+        "PYTHONNOUSERSITE": "1",
+        "IPYTHONDIR": str(folder / ".ipython"),
+        "NBGRADER_EXECUTION": "autograde",
+    }
+
+
+class Output:
+    """Collects a cell's outputs as they arrive, up to a number of bytes; the rest is dropped unread."""
+
+    def __init__(self, budget: int):
+        self.budget = budget
+        self.used = 0
+        self.cut = False
+        self.clear = False
+        self.items: list[dict] = []
+
+    def add(self, kind: str, body: bytes) -> None:
+        """One message from the kernel: its type, and its content still packed."""
+        if kind not in OUTPUTS:
+            return
+        self.cut = self.cut or self.used + len(body) > self.budget
+        if self.cut:
+            return
+        self.used += len(body)
+        content = printable(json.loads(body))
+        if self.clear or (kind == "clear_output" and not content.get("wait")):
+            self.items.clear()
+        self.clear = kind == "clear_output" and bool(content.get("wait"))
+        if kind == "clear_output":
+            return
+        display = (content.pop("transient", None) or {}).get("display_id")
+        if kind == "update_display_data":
+            for item in self.items:
+                if display and item.get("display") == display:
+                    item.update(data=content["data"], metadata=content["metadata"])
+            return
+        last = self.items[-1] if self.items else {}
+        if kind == "stream" and last.get("name") == content["name"]:
+            last["text"] += content["text"]
+        else:
+            self.items.append({"output_type": kind, **content, "display": display})
+
+    def close(self) -> list[dict]:
+        """The outputs in nbformat's form."""
+        for item in self.items:
+            del item["display"]
+        if self.cut:
+            note = f"[output cut: no more than {self.budget / 1e6:.3g} MB of a cell's output are kept]\n"
+            self.items.append({"output_type": "stream", "name": "stderr", "text": note})
+        return self.items
+
+
+async def receive(socket: zmq.asyncio.Socket, client) -> tuple[str, str, bytes]:
+    """The next message's type, the id of the request it answers, and its content still packed."""
+    _, (_, header, parent, _, body, *_) = client.session.feed_identities(await socket.recv_multipart())
+    return json.loads(header)["msg_type"], json.loads(parent).get("msg_id", ""), body
+
+
+class Kernel:
+    """One kernel's life. `run` gives a cell a time limit and comes back whatever the cell does."""
+
+    def __init__(self, manager: AsyncKernelManager, limits: Limits):
+        self.manager = manager
+        self.limits = limits
+        self.client = None
+
+    async def start(self, folder: Path, env: dict[str, str]) -> None:
+        try:
+            await self.manager.start_kernel(
+                cwd=str(folder),
+                env=env,
+                extra_arguments=["--HistoryManager.hist_file=:memory:"],
+                stdout=DEVNULL,  # what goes past IPython, such as a crash's last words, is not for our terminal
+                stderr=DEVNULL,
+            )
+            self.client = self.manager.client()
+            self.client.start_channels(hb=False, stdin=False)
+            await self.client.wait_for_ready(timeout=self.limits.start)
+        except (RuntimeError, OSError) as error:
+            raise KernelFailed(f"the kernel did not start: {error}") from error
+
+    async def stop(self) -> None:
+        if self.client:
+            self.client.stop_channels()
+        with suppress(RuntimeError):
+            await self.manager.shutdown_kernel(now=True)
+
+    async def alive(self) -> bool:
+        return await self.manager.is_alive()
+
+    async def run(self, source: str, limit: float, budget: int) -> Outcome:
+        """Runs one cell for at most `limit` seconds. KernelLost, with the outcome, if the kernel cannot go on."""
+        began = time.monotonic()
+        output = Output(budget)
+        request = self.client.execute(source, store_history=True, allow_stdin=False, stop_on_error=False)
+        waiting = asyncio.ensure_future(self._reply(request, output))
+        try:
+            done, _ = await asyncio.wait({waiting}, timeout=limit)
+            late = not done
+            if late:
+                with suppress(RuntimeError):
+                    await self.manager.interrupt_kernel()
+                done, _ = await asyncio.wait({waiting}, timeout=self.limits.grace)
+            reply = waiting.result() if done else None
+        finally:
+            waiting.cancel()
+        reply = reply or {}
+        outcome = Outcome("ok", outputs=output.close(), seconds=time.monotonic() - began)
+        outcome.count = reply.get("execution_count")
+        if reply.get("status") == "error":
+            outcome.status = "error"
+            outcome.ename = printable(str(reply.get("ename", "")))
+            outcome.evalue = printable(ANSI.sub("", str(reply.get("evalue", ""))))
+        left = not reply or any(part.get("source") == "ask_exit" for part in reply.get("payload", []))
+        if late:
+            outcome.status = "timeout"
+        elif left:
+            outcome.status = "died"
+        if left:
+            raise KernelLost(outcome)
+        return outcome
+
+    async def _reply(self, request: str, output: Output) -> dict | None:
+        """The reply to a request, its output gathered meanwhile; None if the process ended without one."""
+        shell, iopub = self.client.shell_channel.socket, self.client.iopub_channel.socket
+        poller = zmq.asyncio.Poller()
+        poller.register(shell, zmq.POLLIN)
+        poller.register(iopub, zmq.POLLIN)
+        reply, idle, last_call = None, False, 0.0
+        while reply is None or not (idle or time.monotonic() > last_call):
+            ready = dict(await poller.poll(200))
+            if iopub in ready:
+                kind, parent, body = await receive(iopub, self.client)
+                if parent == request and kind == "status":
+                    idle = idle or json.loads(body)["execution_state"] == "idle"
+                elif parent == request:
+                    output.add(kind, body)
+            if shell in ready:
+                _, parent, body = await receive(shell, self.client)
+                if parent == request:
+                    reply = json.loads(body)
+                    # The last output is still on its way; a flood may have swallowed the message that ends it.
+                    last_call = time.monotonic() + 2.0
+            if not ready and reply is None and not await self.alive():
+                return None
+        return reply
+
+
+@asynccontextmanager
+async def started(managers: Callable, limits: Limits, seed: int) -> AsyncIterator[Kernel]:
+    """A running kernel in an empty folder of its own; both are gone at the end."""
+    with tempfile.TemporaryDirectory(prefix="llm40-", ignore_cleanup_errors=True) as folder, managers() as manager:
+        kernel = Kernel(manager, limits)
+        try:
+            await kernel.start(Path(folder), environment(Path(folder), seed))
+            yield kernel
+        finally:
+            await kernel.stop()
+
+
+async def execute_async(
+    steps: Sequence[Step],
+    limits: Limits,
+    seed: int,
+    managers: Callable[[], AbstractContextManager[AsyncKernelManager]],
+) -> list[Outcome]:
+    ends = time.monotonic() + limits.notebook
+    space = limits.outputs
+    outcomes: list[Outcome] = []
+    culprits: set[int] = set()  # cells that are not run again
+    losses = 0
+    async with AsyncExitStack() as stack:
+        kernel = None
+
+        async def run(index: int) -> Outcome:
+            nonlocal kernel, losses
+            seconds = min(limits.cell, ends - time.monotonic())
+            try:
+                outcome = await kernel.run(steps[index].source, seconds, min(limits.output, space))
+            except KernelLost as lost:
+                outcome = lost.outcome
+                kernel = None
+                losses += 1
+                await stack.aclose()
+            if kernel is None or outcome.status == "timeout":
+                culprits.add(index)
+            return outcome
+
+        def spent() -> str:
+            """Why nothing more is run, if so."""
+            if time.monotonic() >= ends:
+                return f"the notebook's {limits.notebook:g} s were used up before"
+            if losses > limits.restarts:
+                return f"the kernel had died {losses} times before"
+            return ""
+
+        for index in range(len(steps)):
+            if kernel is not None and not await kernel.alive():  # it died after its last answer
+                kernel = None
+                losses += 1
+                culprits.add(index - 1)
+                await stack.aclose()
+            while kernel is None and not spent():
+                kernel = await stack.enter_async_context(started(managers, limits, seed))
+                for earlier in range(index):
+                    if kernel and not spent() and earlier not in culprits and not steps[earlier].check:
+                        await run(earlier)
+            reason = spent()
+            outcome = Outcome("not run", evalue=reason) if reason else await run(index)
+            space = max(0, space - sum(len(str(item)) for item in outcome.outputs))
+            outcomes.append(outcome)
+    return outcomes
+
+
+def execute(
+    steps: Sequence[Step],
+    limits: Limits | None = None,
+    seed: int = 0,
+    managers: Callable[[], AbstractContextManager[AsyncKernelManager]] = kernel_manager,
+) -> list[Outcome]:
+    """Runs the steps in order in one kernel, or in as many as their accidents take; one outcome for each.
+
+    `managers` says how a kernel is made: another function, another kind of kernel.
+    """
+    return asyncio.run(execute_async(steps, limits or Limits(), seed, managers))

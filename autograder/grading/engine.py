@@ -1,0 +1,72 @@
+"""Tasks over processes. Results come back as they are ready, to the one who writes them down.
+
+This is the seam for other engines: anything that maps `grade` over tasks and yields results.
+"""
+
+import multiprocessing
+import os
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
+from concurrent.futures.process import BrokenProcessPool
+from itertools import islice
+
+from autograder.grading.task import Result, Task, grade
+
+Engine = Callable[[Iterable[Task], int], Iterator[Result]]
+
+
+def cores() -> int:
+    """The cores that this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def run_tasks(tasks: Iterable[Task], jobs: int) -> Iterator[Result]:
+    """A result for every task, in the order in which they end, from `jobs` processes.
+
+    Tasks are taken from the iterable only as processes become free, so a class need not fit in memory. A process that
+    is lost (killed for memory, say) costs nothing but time: its tasks run again, each alone; one that is lost there
+    too is answered with a `fault`.
+    """
+    tasks = iter(tasks)
+    unanswered: dict[Task, None] = {}
+    while True:
+        with _pool(jobs) as pool:
+            running: dict[Future, Task] = {}
+
+            def feed(count: int, pool=pool, running=running) -> None:
+                for task in islice(tasks, count):
+                    unanswered[task] = None
+                    running[pool.submit(grade, task)] = task
+
+            try:
+                feed(jobs + 1)
+                while running:
+                    done, _ = wait(running, return_when=FIRST_COMPLETED)
+                    for future in done:
+                        result = future.result()
+                        del unanswered[running.pop(future)]
+                        yield result
+                        feed(1)
+                return
+            except BrokenProcessPool:
+                pass
+            except BaseException:  # interrupted, or the writer failed: what has not begun never will
+                pool.shutdown(wait=False, cancel_futures=True)
+                raise
+        for task in unanswered:
+            yield _alone(task)
+        unanswered.clear()
+
+
+def _pool(jobs: int) -> ProcessPoolExecutor:
+    # Not forked: this process has threads (the progress bar, the database's), and a fork copies their locks.
+    return ProcessPoolExecutor(jobs, mp_context=multiprocessing.get_context("spawn"))
+
+
+def _alone(task: Task) -> Result:
+    with _pool(1) as pool:
+        try:
+            return pool.submit(grade, task).result()
+        except BrokenProcessPool:
+            reason = "the process that graded it was lost twice: was it killed for want of memory?"
+            return Result(task.student, task.stage, task.lesson, "fault", flags=[reason])

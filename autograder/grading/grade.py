@@ -1,0 +1,290 @@
+"""A class graded: `SUBMITTED/<student>/<stage>/<lesson>.ipynb` → gradebook, tables, feedback, report.
+
+This module knows folders and prints; the grading itself is in task, its distribution in engine, the database in
+gradebook. The exit code says how it went: OK when every submission got an answer (zero points included), USAGE when
+there was nothing to grade, FAULT when something of ours failed.
+"""
+
+import sys
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import nbformat
+from nbformat import NotebookNode
+from tqdm import tqdm
+
+from autograder.execute import Limits
+from autograder.grading import pages
+from autograder.grading.engine import Engine, cores, run_tasks
+from autograder.grading.gradebook import Gradebook
+from autograder.grading.rebuild import blank, name
+from autograder.grading.task import Result, Task, parse
+
+OK, USAGE, FAULT = 0, 2, 3
+ROOT = Path(__file__).resolve().parents[2]
+SAMPLE = ROOT / "build" / "sample_class"
+SEED = 40  # the same fresh inputs for everyone in a class, and again when it is graded again
+LAYOUT = "SUBMITTED/<student>/<stage>/<lesson>.ipynb, for example {example}"
+IGNORED = ("__MACOSX", "__pycache__", "lost+found")
+
+
+class UsageError(Exception):
+    """Nothing can be graded as asked; the message says what was expected and what was found."""
+
+
+@dataclass
+class Lesson:
+    """A lesson that can be graded: its cells with hidden tests and without answers."""
+
+    stage: str
+    name: str
+    title: str
+    master: NotebookNode
+
+    @property
+    def number(self) -> str:
+        return self.name.split("_")[0]
+
+
+@dataclass
+class Handed:
+    """One notebook to grade; `path` is None where the student handed in others but not this one."""
+
+    student: str
+    lesson: Lesson
+    path: Path | None
+    flags: list[str]
+
+
+# --- what is there --------------------------------------------------------------------------------------------
+
+
+def read_masters(source: Path) -> list[Lesson]:
+    """The lessons built in a folder like build/source."""
+    lessons = []
+    for path in sorted(source.glob("*/*.ipynb")):
+        master = nbformat.read(path, as_version=4)
+        title = next((c.source.split("\n")[0] for c in master.cells if c.cell_type == "markdown"), "")
+        lessons.append(Lesson(path.parent.name, path.stem, title.strip("# ") or path.stem, blank(master)))
+    return lessons
+
+
+def find_students(submitted: Path, example: str) -> list[Path]:
+    """The students' folders."""
+    expected = f"expected {LAYOUT.format(example=example)}"
+    if not submitted.exists():
+        raise UsageError(f"{submitted}: there is no such folder; {expected}")
+    if not submitted.is_dir():
+        raise UsageError(f"{submitted}: this is a file, not a folder; {expected}")
+    students = [p for p in sorted(submitted.iterdir()) if p.is_dir() and p.name[0] != "." and p.name not in IGNORED]
+    if not students:
+        found = ", ".join(sorted(p.name for p in submitted.iterdir())[:5]) or "nothing"
+        raise UsageError(f"{submitted}: no student's folder in it; {expected}; found {found}")
+    return students
+
+
+def find_notebooks(student: Path, lessons: list[Lesson]) -> tuple[list[Handed], list[str]]:
+    """A student's notebooks, and a note for each that is no lesson's."""
+    known = {(lesson.stage, lesson.name): lesson for lesson in lessons}
+    handed, notes, strange = {}, [], []
+    for path in sorted(student.rglob("*.ipynb")):
+        inside = path.relative_to(student)
+        if any(part.startswith(".") or part in IGNORED for part in inside.parts):
+            continue
+        lesson = known.get((inside.parent.as_posix(), path.stem))
+        if lesson:
+            handed[lesson.stage, lesson.name] = Handed(student.name, lesson, path, [])
+        else:
+            strange.append(inside)
+    for inside in strange:  # "09_x (1).ipynb", "09_x-Copy1.ipynb": what browsers and JupyterLab make of a name
+        stem = inside.stem
+        here = [k for k in lessons if inside.parent.as_posix() == k.stage]
+        lesson = next((k for k in here if stem.startswith((f"{k.name} ", f"{k.name}-"))), None)
+        if lesson and (lesson.stage, lesson.name) not in handed:
+            flag = f"file: named {inside.name}; taken for {lesson.name}.ipynb"
+            handed[lesson.stage, lesson.name] = Handed(student.name, lesson, student / inside, [flag])
+        else:
+            notes.append(f"{student.name}/{inside.as_posix()}: no lesson has this name and place")
+    return list(handed.values()), notes
+
+
+def find_class(
+    submitted: Path, lessons: list[Lesson], lesson: str | None, student: str | None
+) -> tuple[list[Handed], list[str]]:
+    """What is to be graded, and notes about what is not.
+
+    A lesson is expected of everyone as soon as anyone has handed it in.
+    """
+    example = f"lin-mei/{lessons[0].stage}/{lessons[0].name}.ipynb"
+    students = find_students(submitted, example)
+    if student is not None:
+        students = [path for path in students if path.name == student]
+        if not students:
+            raise UsageError(f'{submitted}: there is no student "{student}" in it')
+    if lesson is not None:
+        wanted = lesson.removesuffix(".ipynb")
+        lessons = [k for k in lessons if wanted == k.name or (wanted.isdecimal() and k.number == f"{int(wanted):02d}")]
+        if not lessons:
+            raise UsageError(f'there is no lesson "{lesson}"')
+    found, notes = {}, []
+    for path in students:
+        found[path.name], more = find_notebooks(path, lessons)
+        notes += [] if lesson else more
+    given = {h.lesson.name for handed in found.values() for h in handed}
+    if not given:
+        seen = [p.relative_to(submitted).as_posix() for p in sorted(submitted.rglob("*.ipynb"))[:3]]
+        raise UsageError(
+            f"{submitted}: no notebook of {lesson or 'the course'} at the place where it belongs; "
+            f"expected {LAYOUT.format(example=example)}; found {', '.join(seen) or 'no notebook at all'}"
+        )
+    handed = []
+    for who, theirs in found.items():
+        if not theirs and not lesson:
+            notes.append(f"{who}: no notebook of the course in this folder")
+        by_name = {h.lesson.name: h for h in theirs}
+        handed += [by_name.get(k.name) or Handed(who, k, None, []) for k in lessons if k.name in given]
+    return handed, notes
+
+
+# --- grading --------------------------------------------------------------------------------------------------
+
+
+def make_tasks(handed: list[Handed], limits: Limits, seed: int) -> Iterator[Task]:
+    """The tasks one by one: a notebook is read when its turn comes."""
+    for h in handed:
+        data = h.path.read_bytes() if h.path else None
+        yield Task(
+            h.student, h.lesson.stage, h.lesson.name, data, nbformat.writes(h.lesson.master).encode(), limits, seed
+        )
+
+
+class Writer:
+    """Writes each result as it comes: to the gradebook, and as files under `out`."""
+
+    def __init__(self, out: Path, book: Gradebook, handed: list[Handed], submitted: Path):
+        self.out = out
+        self.book = book
+        self.submitted = submitted
+        self.handed = {(h.student, h.lesson.stage, h.lesson.name): h for h in handed}
+        self.results: list[Result] = []
+
+    def take(self, result: Result) -> None:
+        handed = self.handed[result.student, result.stage, result.lesson]
+        result.flags[:0] = handed.flags
+        place = Path(result.student, result.stage, result.lesson)
+        autograded = self.out / "autograded" / place.with_name(place.name + ".ipynb")
+        page = self.out / "feedback" / place.with_name(place.name + ".html")
+        if result.status != "fault":
+            self.book.commit(result, self._changed(autograded, result), self._timestamp(result))
+            if result.notebook is None:
+                autograded.unlink(missing_ok=True)
+                page.unlink(missing_ok=True)
+            else:
+                pages.write(autograded, result.notebook)
+                pages.write(page, pages.feedback(result, handed.lesson.title))
+        result.notebook = None
+        self.results.append(result)
+
+    def _changed(self, autograded: Path, result: Result) -> set[str]:
+        """The written answers that are not those of the run before."""
+        if not autograded.exists() or result.notebook is None:
+            return set()
+        both = (autograded.read_bytes(), result.notebook)
+        old, new = ({name(cell): cell.source for cell in parse(data).cells} for data in both)
+        return {label for label, source in new.items() if old.get(label) != source}
+
+    def _timestamp(self, result: Result) -> str | None:
+        """nbgrader's own file, where the submissions were collected by nbgrader."""
+        path = self.submitted / result.student / result.stage / "timestamp.txt"
+        return path.read_text(encoding="utf-8").strip() if path.is_file() else None
+
+
+def grade_folder(
+    submitted: Path,
+    out: Path,
+    lessons: list[Lesson],
+    lesson: str | None = None,
+    student: str | None = None,
+    jobs: int | None = None,
+    limits: Limits | None = None,
+    seed: int = SEED,
+    engine: Engine = run_tasks,
+    show: Callable[[str], None] = print,
+) -> list[Result]:
+    """Grades a class with the given lessons. Raises UsageError when there is nothing to grade."""
+    began = time.monotonic()
+    handed, notes = find_class(submitted, lessons, lesson, student)
+    out.mkdir(parents=True, exist_ok=True)
+    jobs = min(jobs or cores(), max(1, len(handed)))
+    show(f"Grading {len(handed)} notebooks of {len({h.student for h in handed})} students. {pages.TRUST}")
+    with Gradebook(f"sqlite:///{(out / 'gradebook.db').resolve()}") as book:
+        for k in lessons:
+            book.register(k.stage, k.name, k.master)
+        writer = Writer(out, book, handed, submitted)
+        with tqdm(total=len(handed), unit="notebook", file=sys.stderr, dynamic_ncols=True) as bar:
+            for result in engine(make_tasks(handed, limits or Limits(), seed), jobs):
+                writer.take(result)
+                bar.set_postfix_str(f"{result.student} {result.lesson}", refresh=False)
+                bar.update()
+    results = sorted(writer.results, key=lambda r: (r.student, r.stage, r.lesson))
+    pages.write(out / "grades.csv", pages.grades_csv(results))
+    pages.write(out / "checks.csv", pages.checks_csv(results))
+    pages.write(out / "nbgrader_config.py", _config(submitted, out))
+    pages.write(out / "report.html", pages.class_report(results, notes, time.monotonic() - began))
+    show(pages.table(results))
+    for note in notes:
+        show(f"not graded: {note}")
+    show(f"In {out}: report.html, grades.csv, checks.csv, feedback/, autograded/ and gradebook.db. {pages.TRUST}")
+    return results
+
+
+def _config(submitted: Path, out: Path) -> str:
+    """So that nbgrader's own commands, run in OUT, show this gradebook."""
+    return f'''# Written by the grader. Started in this folder, `nbgrader export` and the formgrader show these grades.
+c = get_config()  # noqa: F821
+c.CourseDirectory.root = {str(out.resolve())!r}
+c.CourseDirectory.db_url = {"sqlite:///" + str((out / "gradebook.db").resolve())!r}
+c.CourseDirectory.submitted_directory = {str(submitted.resolve())!r}
+c.CourseDirectory.source_directory = {str(ROOT / "build" / "source")!r}
+c.CourseDirectory.release_directory = {str(ROOT / "course")!r}
+'''
+
+
+def current_lessons() -> list[Lesson]:
+    """The course's lessons, built anew where their source is newer."""
+    from autograder.build import build_course
+
+    source = ROOT / "build" / "source"
+    for path in sorted((ROOT / "solutions").glob("*/*.py")):
+        built = source / path.parent.name / f"{path.stem}.ipynb"
+        if (not built.exists() or built.stat().st_mtime < path.stat().st_mtime) and build_course(lesson=path.stem):
+            raise RuntimeError(f"{path.stem} could not be built: make course LESSON={path.stem}")
+    return read_masters(source)
+
+
+def grade_class(
+    submitted: Path | None = None,
+    out: Path | None = None,
+    lesson: str | None = None,
+    student: str | None = None,
+    jobs: int | None = None,
+) -> int:
+    """Grades a class, or without a folder the sample class; returns the exit code."""
+    try:
+        lessons = current_lessons()
+        if submitted is None:
+            from autograder.sample_class.make import make_class
+
+            submitted = make_class(SAMPLE / "submitted", ROOT / "build" / "source", ROOT / "tests" / "answers")
+            out = out or SAMPLE
+        results = grade_folder(submitted, out or Path("grades"), lessons, lesson, student, jobs)
+    except UsageError as error:
+        print(f"Nothing to grade: {error}.", file=sys.stderr)
+        return USAGE
+    faults = [result for result in results if result.status == "fault"]
+    for result in faults:
+        reason = result.traceback or result.flags[-1]
+        print(f"The grader failed on {result.student} {result.lesson}: {reason}", file=sys.stderr)
+    return FAULT if faults else OK

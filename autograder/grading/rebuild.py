@@ -1,0 +1,291 @@
+"""A submission and the master become the notebook that is run.
+
+From a submission only text is taken: of the exercise cells, of the written answers, and of the cells that the learner
+added. Everything else (checks, our own code, metadata, outputs) comes from the master. So nothing that was deleted,
+edited or forged in a submission can change what is asked, and nothing that is broken in it can stop the grading.
+"""
+
+import json
+import re
+from collections import defaultdict
+from dataclasses import dataclass
+from difflib import SequenceMatcher
+
+import nbformat
+from nbformat import NotebookNode
+
+from autograder.execute import printable
+from autograder.lesson import stub, without_hidden
+
+MAX_BYTES = 100_000_000
+ANSWER_STUB = "YOUR ANSWER HERE"  # nbgrader's text for a written answer
+GENERATED = re.compile(r"#\s*exercise\s+([a-z0-9_]+)\b")  # the first line of every exercise cell
+DEFINED = re.compile(r"^(?:async\s+def|def|class)\s+(\w+)", re.MULTILINE)
+SIMILAR = 0.75  # of a cell that has lost its metadata: enough of our text to be a copy of it
+
+
+class Unreadable(ValueError):
+    """A submission that is no notebook; the message says why, for the learner."""
+
+
+@dataclass
+class Submitted:
+    """A submitted cell: all that is ever read of it."""
+
+    kind: str  # "code", "markdown" or "raw"
+    source: str
+    grade_id: str = ""
+    id: str = ""
+    experiment: bool = False
+
+
+# --- reading --------------------------------------------------------------------------------------------------
+
+
+def read_submission(data: bytes) -> tuple[list[Submitted], list[str]]:
+    """The cells of a submitted file, and a line for everything unusual about the file.
+
+    Raises Unreadable when no cells can be had from it.
+    """
+    flags = []
+    if len(data) > MAX_BYTES:
+        raise Unreadable(f"the file has {len(data) / 1e6:.0f} MB, more than the {MAX_BYTES / 1e6:.0f} MB that are read")
+    if not data.strip(b"\0 \t\r\n"):
+        raise Unreadable("the file is empty" if not data else "the file has nothing but blanks or NUL bytes")
+    if data.startswith((b"\xff\xfe", b"\xfe\xff")):
+        encodings = ["utf-16"]
+    else:
+        if data.startswith(b"\xef\xbb\xbf"):
+            flags.append("file: begins with a byte-order mark; ignored")
+            data = data[3:]
+        if b"\0" in data:
+            flags.append("file: contains NUL bytes; removed")
+            data = data.replace(b"\0", b"")
+        encodings = ["utf-8", "latin-1", "gb18030"]
+    notebook, problem = None, None
+    for encoding in encodings:
+        try:
+            notebook = json.loads(data.decode(encoding))
+        except UnicodeDecodeError as error:
+            problem = problem or f"the file is not text ({error.reason} at byte {error.start})"
+        except RecursionError:
+            raise Unreadable("the file is nested too deeply to be a notebook") from None
+        except ValueError as error:
+            problem = f"the file is not a notebook: not valid JSON ({error})"
+        else:
+            if encoding != "utf-8":
+                flags.append(f"file: not UTF-8; read as {encoding}")
+            break
+    if notebook is None:
+        raise Unreadable(problem)
+    return _cells(notebook, flags), flags
+
+
+def _cells(notebook: object, flags: list[str]) -> list[Submitted]:
+    version = notebook.get("nbformat") if isinstance(notebook, dict) else None
+    if not isinstance(version, int):
+        raise Unreadable("the file is JSON, but not a notebook")
+    if version < 4:
+        try:
+            notebook = nbformat.convert(nbformat.from_dict(notebook), 4)
+        except Exception as error:  # whatever an old, broken notebook makes the converter do
+            raise Unreadable(f"the notebook is of the old version {version} and cannot be converted: {error}") from None
+        flags.append(f"file: notebook format {version}; converted")
+    cells = notebook.get("cells")
+    if not isinstance(cells, list):
+        raise Unreadable("the notebook has no list of cells")
+    found = []
+    for cell in cells:
+        if not isinstance(cell, dict) or cell.get("cell_type") not in ("code", "markdown", "raw"):
+            flags.append("file: something that is no cell; left out")
+            continue
+        source = cell.get("source", "")
+        if isinstance(source, list):
+            source = "".join(line for line in source if isinstance(line, str))
+        metadata = cell.get("metadata")
+        metadata = metadata if isinstance(metadata, dict) else {}
+        marks = metadata.get("nbgrader")
+        tags = metadata.get("tags")
+        found.append(
+            Submitted(
+                kind=cell["cell_type"],
+                source=printable(str(source).replace("\r\n", "\n").replace("\r", "\n")),
+                grade_id=str(marks.get("grade_id", "")) if isinstance(marks, dict) else "",
+                id=str(cell.get("id", "")),
+                experiment=isinstance(tags, list) and "experiment" in tags,
+            )
+        )
+    return found
+
+
+# --- the master -----------------------------------------------------------------------------------------------
+
+
+def role(cell: NotebookNode) -> str:
+    """`exercise`, `check`, `answer` (graded by hand), `experiment`, `added` (the learner's) or `plain`."""
+    if cell.metadata.get("llm40", {}).get("added"):
+        return "added"
+    marks = cell.metadata.get("nbgrader", {})
+    if marks.get("solution"):
+        return "exercise" if cell.cell_type == "code" and not marks.get("grade") else "answer"
+    if marks.get("grade") and cell.cell_type == "code":
+        return "check"
+    return "experiment" if "experiment" in cell.metadata.get("tags", []) else "plain"
+
+
+def name(cell: NotebookNode) -> str:
+    """How a cell of ours is called in flags and tables: its grade_id, or its id."""
+    return cell.metadata.get("nbgrader", {}).get("grade_id") or cell.get("id", "?")
+
+
+def exercise_of(check: str) -> str:
+    """The exercise that a check judges: `sdpa` for `sdpa-check-1`."""
+    return re.sub(r"-check-\d+$", "", check)
+
+
+def blank(master: NotebookNode) -> NotebookNode:
+    """The master without its answers: what a learner got, and the hidden tests. The reference goes no further."""
+    for cell in master.cells:
+        kind = role(cell)
+        if kind == "exercise" or (kind == "answer" and cell.cell_type == "code"):
+            cell.source = stub(cell.source)
+        elif kind == "answer":
+            cell.source = ANSWER_STUB
+        if cell.cell_type == "code":
+            cell.outputs = []
+            cell.execution_count = None
+    return master
+
+
+# --- matching -------------------------------------------------------------------------------------------------
+
+
+def _same(one: str, other: str) -> bool:
+    """Whether two sources are the same but for blanks at the ends of lines."""
+    return [line.rstrip() for line in one.strip().split("\n")] == [line.rstrip() for line in other.strip().split("\n")]
+
+
+def _ours(cell: NotebookNode, source: str) -> bool:
+    """Whether a source is our cell's, as released or as in the master."""
+    return _same(source, cell.source) or _same(source, without_hidden(cell.source))
+
+
+def _looks_like(cell: NotebookNode, submitted: Submitted) -> bool:
+    """Whether a cell without marks is our exercise: by its generated first line, or by what the stub defines."""
+    first = GENERATED.match(submitted.source.strip())
+    if first:
+        return first.group(1) == name(cell)
+    wanted = set(DEFINED.findall(cell.source))
+    return bool(wanted) and submitted.kind == "code" and wanted <= set(DEFINED.findall(submitted.source))
+
+
+def match(master: NotebookNode, cells: list[Submitted]) -> tuple[dict[int, int], bool]:
+    """Which master cell each submitted cell is a copy of (both by index), and whether some were known only by text."""
+    by_grade_id = {name(c): i for i, c in enumerate(master.cells) if "nbgrader" in c.metadata}
+    by_id = {c.id: i for i, c in enumerate(master.cells) if c.get("id")}
+    found = {}
+    for j, cell in enumerate(cells):
+        i = by_grade_id.get(cell.grade_id, by_id.get(cell.id))
+        if i is not None:
+            found[j] = i
+
+    def rest(roles: tuple[str, ...]) -> list[int]:
+        taken = set(found.values())
+        return [i for i, c in enumerate(master.cells) if i not in taken and role(c) in roles]
+
+    def free() -> list[int]:
+        return [j for j in range(len(cells)) if j not in found]
+
+    by_text = {}
+    for i in rest(("exercise",)):
+        by_text |= {j: i for j in free() if _looks_like(master.cells[i], cells[j])}
+    stripped = bool(by_text) or not found
+    found |= by_text
+    for i in rest(("check", "plain", "experiment", "answer")):
+        same = [j for j in free() if _ours(master.cells[i], cells[j].source)]
+        found |= dict.fromkeys(same[:1], i)
+    if stripped:
+        for i in rest(("check", "plain", "experiment")):
+            text = without_hidden(master.cells[i].source)
+            for j in free():
+                likeness = SequenceMatcher(None, text, cells[j].source, autojunk=False)
+                if likeness.quick_ratio() > SIMILAR and likeness.ratio() > SIMILAR:
+                    found[j] = i
+                    break
+        for i in rest(("answer",)):  # it can have any text; what is left is where it stands
+            before = [j for j, k in found.items() if k == i - 1]
+            if before and max(before) + 1 in free() and cells[max(before) + 1].kind == "markdown":
+                found[max(before) + 1] = i
+    return found, stripped
+
+
+# --- rebuilding -----------------------------------------------------------------------------------------------
+
+
+def _added(cell: Submitted, number: int) -> NotebookNode:
+    kinds = {"code": nbformat.v4.new_code_cell, "markdown": nbformat.v4.new_markdown_cell}
+    made = kinds.get(cell.kind, nbformat.v4.new_raw_cell)(cell.source, id=f"added-{number}")
+    made.metadata["llm40"] = {"added": True}
+    if cell.experiment:
+        made.metadata["tags"] = ["experiment"]
+    return made
+
+
+def _flags(ours: NotebookNode, copies: list[Submitted]) -> list[str]:
+    """What a person should know about the copies of one of our cells."""
+    kind, label = role(ours), name(ours)
+    theirs = kind in ("exercise", "answer")
+    if not theirs and (ours.cell_type != "code" or kind == "experiment"):
+        return []  # prose and experiments are there to be played with
+    if not copies:
+        return [f"{label}: deleted; {'the untouched stub' if theirs else 'ours'} was used"]
+    flags = []
+    if len(copies) > 1:
+        counts = "the last counts, the others ran as added cells" if theirs else "ours was used, once"
+        flags.append(f"{label}: {len(copies)} copies; {counts}")
+    last = copies[-1]
+    if last.kind != ours.cell_type:
+        remedy = f"read as {ours.cell_type}" if theirs else "ours was used"
+        flags.append(f"{label}: turned into a {last.kind} cell; {remedy}")
+    elif not theirs and not all(_ours(ours, copy.source) for copy in copies):
+        flags.append(f"{label}: edited; ours was used")
+    return flags
+
+
+def rebuild(master: NotebookNode, cells: list[Submitted]) -> tuple[NotebookNode, list[str]]:
+    """The notebook to run, and a line for everything that was not as we had handed it out.
+
+    `master` has no answers (see `blank`). A learner's own cell comes after the cell of ours that it followed.
+    """
+    found, stripped = match(master, cells)
+    flags = []
+    if stripped:
+        flags.append("file: cells without nbgrader's metadata; recognized by their text")
+    copies = defaultdict(list)
+    for j, i in found.items():
+        copies[i].append(j)
+    for those in copies.values():
+        those.sort()
+    after = defaultdict(list)
+    place = -1
+    for j, cell in enumerate(cells):
+        i = found.get(j)
+        theirs = i is not None and role(master.cells[i]) in ("exercise", "answer")
+        if i is None or (theirs and j != copies[i][-1]):
+            if cell.source.strip():
+                after[place].append(cell)
+        else:
+            place = i
+    rebuilt, number = [], 0
+    for i, ours in enumerate([None, *master.cells], -1):
+        if ours is not None:
+            mine = [cells[j] for j in copies[i]]
+            flags += _flags(ours, mine)
+            if mine and role(ours) in ("exercise", "answer"):
+                ours.source = mine[-1].source
+            rebuilt.append(ours)
+        for cell in after[i]:
+            number += 1
+            rebuilt.append(_added(cell, number))
+    master.cells = rebuilt
+    return master, flags
