@@ -68,7 +68,8 @@ def collect(lesson: Lesson, answers_file: Path) -> list[Answer]:
     key = lesson.entry.key
     where = "/".join(answers_file.parts[-4:])
     written: list[Answer] = []
-    for _, marks, source, line in lessons.percent_cells(lessons.read_text(answers_file)):
+    cells = lessons.percent_cells(lessons.read_text(answers_file)) if answers_file.exists() else []
+    for _, marks, source, line in cells:
         kind = next((k for k in ("wrong", "right") if k in marks), None)
         if kind is None:
             if line == 1 or not source.strip():  # the file's own introduction
@@ -102,7 +103,7 @@ def too_few(answers: Iterable[Answer], exercise: str) -> str:
     """What an exercise still needs, or nothing: at least two wrong answers and a right one by another route."""
     kinds = [a.kind for a in answers if a.exercise == exercise]
     wrong, right = kinds.count("wrong"), kinds.count("right")
-    return "" if wrong >= 2 and right >= 1 else f"{wrong} wrong and {right} right answers: write at least 2 and 1"
+    return "" if wrong >= 2 and right >= 1 else f"{wrong} wrong and {right} right answers, it needs at least 2 and 1"
 
 
 def fake_targets(lesson: Lesson, exercise: Cell) -> list[str]:
