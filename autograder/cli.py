@@ -3,7 +3,7 @@
 What the rooms provide (all paths are `Path`s, all options may be left out):
 
     build.build_course(lesson, stage, check) -> int
-    run.run_course(lesson, stage, profile, jobs, notebooks) -> int
+    run.run_course(lesson, stage, profile, jobs, notebooks, timeout, strict_budgets) -> int
     grading.grade.grade_class(submitted, out, lesson, student, jobs) -> int
     release.make_release(out) -> int
 
@@ -51,11 +51,25 @@ def run(
         Path | None,
         typer.Option(help="A folder of built notebooks (source/ and course/) to use instead of solutions/."),
     ] = None,
+    timeout: Annotated[float, typer.Option(min=1, help="Seconds that one cell may take.")] = 120,
+    strict_budgets: Annotated[
+        bool, typer.Option("--strict-budgets", help="A lesson over its budget of time or memory is a failure.")
+    ] = False,
 ) -> None:
     """Execute every lesson, and prove that the stubs fail."""
     from autograder.run import run_course
 
-    raise typer.Exit(run_course(lesson=lesson, stage=stage, profile=profile, jobs=jobs, notebooks=notebooks))
+    raise typer.Exit(
+        run_course(
+            lesson=lesson,
+            stage=stage,
+            profile=profile,
+            jobs=jobs,
+            notebooks=notebooks,
+            timeout=timeout,
+            strict_budgets=strict_budgets,
+        )
+    )
 
 
 @app.command()
