@@ -14,6 +14,7 @@ from typing import TypeVar
 os.environ.setdefault("PYTORCH_NVML_BASED_CUDA_CHECK", "1")
 
 import torch
+from threadpoolctl import ThreadpoolController
 
 Size = TypeVar("Size")
 
@@ -41,7 +42,8 @@ def _interpret_triton() -> bool:
                           "restart the kernel and import llm40 first")
     os.environ["TRITON_INTERPRET"] = "1"
     # The interpreter computes with NumPy, one small operation after another: threads only get in each other's way.
-    os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
+    # NumPy is loaded by now (torch needs it), so an environment variable would come too late.
+    ThreadpoolController().select(internal_api="openblas").limit(limits=1)
     return True
 
 
