@@ -18,7 +18,7 @@ from tqdm import tqdm
 from autograder.execute import Limits
 from autograder.grading import pages
 from autograder.grading.engine import Engine, cores, run_tasks
-from autograder.grading.gradebook import Gradebook
+from autograder.grading.gradebook import COURSE, Gradebook
 from autograder.grading.rebuild import blank, name
 from autograder.grading.task import Result, Task, parse
 
@@ -204,7 +204,7 @@ class Writer:
 def grade_folder(
     submitted: Path,
     out: Path,
-    lessons: list[Lesson],
+    source: Path,
     lesson: str | None = None,
     student: str | None = None,
     jobs: int | None = None,
@@ -213,8 +213,9 @@ def grade_folder(
     engine: Engine = run_tasks,
     show: Callable[[str], None] = print,
 ) -> list[Result]:
-    """Grades a class with the given lessons. Raises UsageError when there is nothing to grade."""
+    """Grades a class by the masters in `source`. Raises UsageError when there is nothing to grade."""
     began = time.monotonic()
+    lessons = read_masters(source)
     handed, notes = find_class(submitted, lessons, lesson, student)
     out.mkdir(parents=True, exist_ok=True)
     jobs = min(jobs or cores(), max(1, len(handed)))
@@ -231,7 +232,7 @@ def grade_folder(
     results = sorted(writer.results, key=lambda r: (r.student, r.stage, r.lesson))
     pages.write(out / "grades.csv", pages.grades_csv(results))
     pages.write(out / "checks.csv", pages.checks_csv(results))
-    pages.write(out / "nbgrader_config.py", _config(submitted, out))
+    pages.write(out / "nbgrader_config.py", _config(submitted, out, source))
     pages.write(out / "report.html", pages.class_report(results, notes, time.monotonic() - began))
     show(pages.table(results))
     for note in notes:
@@ -240,28 +241,28 @@ def grade_folder(
     return results
 
 
-def _config(submitted: Path, out: Path) -> str:
+def _config(submitted: Path, out: Path, source: Path) -> str:
     """So that nbgrader's own commands, run in OUT, show this gradebook."""
     return f'''# Written by the grader. Started in this folder, `nbgrader export` and the formgrader show these grades.
 c = get_config()  # noqa: F821
+c.CourseDirectory.course_id = {COURSE!r}
 c.CourseDirectory.root = {str(out.resolve())!r}
 c.CourseDirectory.db_url = {"sqlite:///" + str((out / "gradebook.db").resolve())!r}
 c.CourseDirectory.submitted_directory = {str(submitted.resolve())!r}
-c.CourseDirectory.source_directory = {str(ROOT / "build" / "source")!r}
+c.CourseDirectory.source_directory = {str(source.resolve())!r}
 c.CourseDirectory.release_directory = {str(ROOT / "course")!r}
+c.CsvExportPlugin.to = "nbgrader.csv"  # by default it would be grades.csv, which is ours
 '''
 
 
-def current_lessons() -> list[Lesson]:
-    """The course's lessons, built anew where their source is newer."""
+def build_masters(source: Path) -> None:
+    """The lessons, built anew where their text is newer."""
     from autograder.build import build_course
 
-    source = ROOT / "build" / "source"
     for path in sorted((ROOT / "solutions").glob("*/*.py")):
         built = source / path.parent.name / f"{path.stem}.ipynb"
         if (not built.exists() or built.stat().st_mtime < path.stat().st_mtime) and build_course(lesson=path.stem):
-            raise RuntimeError(f"{path.stem} could not be built: make course LESSON={path.stem}")
-    return read_masters(source)
+            raise RuntimeError(f"{path.stem} could not be built: see make course LESSON={path.stem}")
 
 
 def grade_class(
@@ -272,14 +273,15 @@ def grade_class(
     jobs: int | None = None,
 ) -> int:
     """Grades a class, or without a folder the sample class; returns the exit code."""
+    source = ROOT / "build" / "source"
     try:
-        lessons = current_lessons()
+        build_masters(source)
         if submitted is None:
             from autograder.sample_class.make import make_class
 
-            submitted = make_class(SAMPLE / "submitted", ROOT / "build" / "source", ROOT / "tests" / "answers")
+            submitted = make_class(SAMPLE / "submitted", source, ROOT / "tests" / "answers")
             out = out or SAMPLE
-        results = grade_folder(submitted, out or Path("grades"), lessons, lesson, student, jobs)
+        results = grade_folder(submitted, out or Path("grades"), source, lesson, student, jobs)
     except UsageError as error:
         print(f"Nothing to grade: {error}.", file=sys.stderr)
         return USAGE

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from difflib import SequenceMatcher
 
 import nbformat
+import nbformat.reader
 from nbformat import NotebookNode
 
 from autograder.execute import printable
@@ -87,7 +88,7 @@ def _cells(notebook: object, flags: list[str]) -> list[Submitted]:
         raise Unreadable("the file is JSON, but not a notebook")
     if version < 4:
         try:
-            notebook = nbformat.convert(nbformat.from_dict(notebook), 4)
+            notebook = nbformat.convert(nbformat.reader.reads(json.dumps(notebook)), 4)
         except Exception as error:  # whatever an old, broken notebook makes the converter do
             raise Unreadable(f"the notebook is of the old version {version} and cannot be converted: {error}") from None
         flags.append(f"file: notebook format {version}; converted")

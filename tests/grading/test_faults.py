@@ -10,7 +10,7 @@ import pytest
 import tiny
 
 from autograder.execute import Limits
-from autograder.grading.grade import grade_folder, read_masters
+from autograder.grading.grade import grade_folder
 
 pytestmark = pytest.mark.xdist_group("grading")
 LIMITS = Limits(cell=2, notebook=40, grace=1)
@@ -140,7 +140,7 @@ def graded(tmp_path_factory):
         tiny.hand_in(folder / "handed in", student, data)
     lines = []
     results = grade_folder(
-        folder / "handed in", folder / "out", read_masters(tiny.build(folder)), jobs=2, limits=LIMITS, show=lines.append
+        folder / "handed in", folder / "out", tiny.build(folder), jobs=2, limits=LIMITS, show=lines.append
     )
     return folder / "out", {result.student: result for result in results}, "\n".join(lines)
 

@@ -1,0 +1,186 @@
+"""Folders and exit codes, the engine, repeatability."""
+
+import os
+import signal
+from dataclasses import replace
+from pathlib import Path
+
+import nbformat
+import pytest
+import tiny
+
+from autograder.execute import Limits
+from autograder.grading import grade as module
+from autograder.grading.engine import run_tasks
+from autograder.grading.grade import UsageError, find_class, grade_class, read_masters
+from autograder.grading.rebuild import blank
+from autograder.grading.task import Result, Task, grade
+from autograder.kernels.manager import kernel_manager
+
+pytestmark = pytest.mark.xdist_group("grading")
+
+
+@pytest.fixture
+def lessons(tmp_path):
+    return read_masters(tiny.build(tmp_path))
+
+
+def task(notebook, student="mei", **options) -> Task:
+    master = nbformat.writes(blank(tiny.master())).encode()
+    return Task(student, tiny.STAGE, tiny.LESSON, tiny.dumps(notebook), master, Limits(cell=5, notebook=30), **options)
+
+
+# --- what is found --------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("make", "words"),
+    [
+        (lambda path: None, "no such folder"),
+        (lambda path: path.write_text("x"), "a file, not a folder"),
+        (lambda path: path.mkdir(), "found nothing"),
+        (lambda path: tiny.hand_in(path, "", tiny.dumps(tiny.stub())), "found stage9_tiny/99_tiny.ipynb"),
+        (lambda path: tiny.hand_in(path, "mei", b"", stage="elsewhere"), "found mei/elsewhere/99_tiny.ipynb"),
+    ],
+)
+def test_wrong_usage_says_what_was_expected_and_found(tmp_path, lessons, make, words):
+    make(tmp_path / "class")
+    with pytest.raises(UsageError, match=f"expected SUBMITTED/<student>/<stage>/<lesson>.ipynb.*{words}|{words}"):
+        find_class(tmp_path / "class", lessons, None, None)
+
+
+def test_missing_renamed_and_unknown_notebooks(tmp_path, lessons):
+    folder = tmp_path / "class"
+    tiny.hand_in(folder, "ann", b"1")
+    tiny.hand_in(folder, "bob", b"2", lesson="99_tiny (1)")
+    tiny.hand_in(folder, "cem", b"3", lesson="homework")
+    tiny.hand_in(folder, "ann", b"4", lesson=".ipynb_checkpoints/99_tiny-checkpoint")
+    (folder / ".git").mkdir()
+    (folder / "__MACOSX").mkdir()
+    handed, notes = find_class(folder, lessons, None, None)
+    assert [(h.student, h.path.name if h.path else None) for h in handed] == [
+        ("ann", "99_tiny.ipynb"), ("bob", "99_tiny (1).ipynb"), ("cem", None)
+    ]  # fmt: skip
+    assert handed[1].flags == ["file: named 99_tiny (1).ipynb; taken for 99_tiny.ipynb"]
+    assert notes == [
+        "cem/stage9_tiny/homework.ipynb: no lesson has this name and place",
+        "cem: no notebook of the course in this folder",
+    ]
+
+
+def test_one_lesson_one_student(tmp_path, lessons):
+    folder = tmp_path / "class"
+    tiny.hand_in(folder, "ann", b"1")
+    tiny.hand_in(folder, "bob", b"2")
+    for lesson in ("99", "99_tiny", None):
+        handed, _ = find_class(folder, lessons, lesson, "bob")
+        assert [h.student for h in handed] == ["bob"]
+    with pytest.raises(UsageError, match='no lesson "7"'):
+        find_class(folder, lessons, "7", None)
+    with pytest.raises(UsageError, match='no student "eve"'):
+        find_class(folder, lessons, None, "eve")
+
+
+# --- exit codes -----------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def project(tmp_path, monkeypatch):
+    """The project's folder, with the tiny lesson as its only one."""
+    tiny.build(tmp_path / "build")
+    monkeypatch.setattr(module, "ROOT", tmp_path)
+    return tmp_path
+
+
+def test_exit_0_when_everyone_has_an_answer(project):
+    tiny.hand_in(project / "class", "broken", b"{")
+    assert grade_class(project / "class", project / "out", jobs=1) == 0
+
+
+def test_exit_2_for_wrong_usage(project, capsys):
+    assert grade_class(project / "nowhere", project / "out") == 2
+    assert "there is no such folder; expected SUBMITTED/<student>/<stage>/<lesson>.ipynb" in capsys.readouterr().err
+    assert not (project / "out").exists()
+
+
+def test_exit_3_when_the_grader_fails(project, capsys, monkeypatch):
+    """A notebook that cannot be opened is our trouble, not the learner's; the others are graded."""
+    tiny.hand_in(project / "class", "ann", b"{")
+    tiny.hand_in(project / "class", "bob", b"").parent.joinpath("99_tiny.ipynb").unlink()
+    (project / "class" / "bob" / tiny.STAGE / "99_tiny.ipynb").mkdir()
+    assert grade_class(project / "class", project / "out", jobs=1) == 3
+    rows = (project / "out" / "grades.csv").read_text(encoding="utf-8").splitlines()
+    assert [row.split(",")[5] for row in rows[1:]] == ["unreadable", "fault"]
+    assert "The grader failed on bob 99_tiny" in capsys.readouterr().err
+
+
+# --- the engine -----------------------------------------------------------------------------------------------
+
+
+def no_kernel():
+    raise OSError("no kernels today")
+
+
+def lose_the_worker():
+    os.kill(os.getpid(), signal.SIGKILL)
+
+
+def lose_the_worker_once():
+    marker = Path(os.environ["LLM40_TEST_MARKER"])
+    if not marker.exists():
+        marker.touch()
+        lose_the_worker()
+    return kernel_manager()
+
+
+def test_a_fault_of_ours_is_a_result():
+    result = grade(task(tiny.stub(), kernels=no_kernel))
+    assert result.status == "fault"
+    assert "no kernels today" in result.flags[0]
+    assert "Traceback" in result.traceback
+
+
+def test_lost_workers(tmp_path, monkeypatch):
+    """One that is lost once is repeated; one that is lost again has its own answer; the others never notice."""
+    monkeypatch.setenv("LLM40_TEST_MARKER", str(tmp_path / "marker"))
+    tasks = [
+        task(tiny.stub(), "once", kernels=lose_the_worker_once),
+        task(tiny.stub(), "always", kernels=lose_the_worker),
+        task(tiny.stub(), "never"),
+    ]
+    results = {result.student: result for result in run_tasks(iter(tasks), 2)}
+    assert {who: r.status for who, r in results.items()} == {"once": "graded", "always": "fault", "never": "graded"}
+    assert "lost twice" in results["always"].flags[0]
+
+
+# --- repeatability --------------------------------------------------------------------------------------------
+
+DRAWS = """
+import os
+def half(x):
+    return {"seed": os.environ["LLM40_SEED"], "hash": hash("a word")}
+"""
+
+
+def drawn(result: Result) -> str:
+    """What the last cell of the executed notebook printed."""
+    cells = nbformat.reads(result.notebook.decode(), as_version=4).cells
+    return next(cell for cell in cells if cell.source == "print(half(0))").outputs[0].text
+
+
+def test_a_seed_gives_the_same_run_again():
+    notebook = tiny.answered(half=DRAWS)
+    notebook.cells.append(tiny.added("print(half(0))"))
+    first, again, other = (drawn(grade(replace(task(notebook), seed=seed))) for seed in (1, 1, 2))
+    assert first == again
+    assert "'seed': '1'" in first
+    assert first != other
+
+
+def test_the_reference_never_leaves_the_master():
+    """Neither the task that travels to a kernel nor a notebook rebuilt from an empty one holds an answer."""
+    sent = task(tiny.stub()).master.decode()
+    assert "return x / 2" not in sent
+    assert "Because." not in sent
+    empty = nbformat.v4.new_notebook()
+    assert b"return x / 2" not in grade(task(empty)).notebook
