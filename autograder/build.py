@@ -257,7 +257,8 @@ def opening_text(read: Lesson, layout: Layout) -> str:
         written = layout.source(entry).is_file()
         requires.append(f"[{name}](../{entry.key}.ipynb)" if written else name)
     points = sum(cell.points for cell in read.cells)
-    return _template("opening.md.j2").render(
+    return render(
+        "opening.md.j2",
         number=f"{read.entry.number:02}",
         header=read.header,
         stage=read.entry.stage,
@@ -274,13 +275,11 @@ def link_arxiv(paper: str) -> str:
     return re.sub(r"arXiv:(\d{4}\.\d{4,5})", r"[arXiv:\1](https://arxiv.org/abs/\1)", paper)
 
 
-def _template(name: str):
+def render(template: str, **values) -> str:
     import jinja2
 
-    folder = Path(__file__).parent / "templates"
-    return jinja2.Environment(loader=jinja2.FileSystemLoader(folder), undefined=jinja2.StrictUndefined).get_template(
-        name
-    )
+    loader = jinja2.FileSystemLoader(Path(__file__).parent / "templates")
+    return jinja2.Environment(loader=loader, undefined=jinja2.StrictUndefined).get_template(template).render(**values)
 
 
 def dumps(notebook: dict) -> str:

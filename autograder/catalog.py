@@ -1,7 +1,6 @@
 """The forty lessons in order, in their six stages, and what each one stands on.
 
-`requires` names only the direct prerequisites: what those require is understood. It never points forward, so the
-picture of dependencies has no cycle.
+`requires` names what a lesson uses directly. It never points forward, so the picture of dependencies has no cycle.
 """
 
 from dataclasses import dataclass
@@ -60,7 +59,7 @@ _LESSONS = (
     (2, "09_attention_mha_mqa_gqa", "Attention I: MHA, MQA, GQA", "Attention 家族 上", (1, 8)),
     (2, "10_attention_mla_sparse", "Attention II: MLA, sliding window, sparse attention", "Attention 家族 下", (9,)),
     (2, "11_ffn_and_moe", "FFN and mixture of experts", "FFN 与 MoE", (3, 5)),
-    (2, "12_architecture_variants", "Architecture variants", "Transformer 架构变体总览", (4, 9, 11)),
+    (2, "12_architecture_variants", "Architecture variants", "Transformer 架构变体总览", (4, 9)),
     (2, "13_initialization", "Initialization and training dynamics", "初始化策略", (4, 6)),
     (2, "14_building_a_llama", "Building a model, line by line", "代码级模型构建", (9, 11, 13)),
     (3, "15_data_engineering", "Data engineering", "数据工程", (7,)),
@@ -78,7 +77,7 @@ _LESSONS = (
     (4, "26_long_context", "Long-context finetuning", "长上下文微调", (8, 21)),
     (4, "27_model_merging", "Model merging", "模型合并", (21,)),
     (5, "28_kv_cache", "The KV cache", "KV Cache 机制全解", (10, 14)),
-    (5, "29_flash_attention", "FlashAttention", "FlashAttention", (2, 9)),
+    (5, "29_flash_attention", "FlashAttention", "FlashAttention", (9,)),
     (5, "30_paged_attention", "PagedAttention and vLLM", "PageAttention", (28, 29)),
     (5, "31_quantization", "Quantization", "量化技术", (18,)),
     (5, "32_speculative_decoding", "Speculative decoding", "推测采样", (16, 28)),
@@ -86,7 +85,7 @@ _LESSONS = (
     (5, "34_serving", "Serving", "Serving 架构", (30, 32)),
     (6, "35_linear_attention", "Linear attention", "线性 Attention", (10,)),
     (6, "36_ssm_mamba", "State-space models and Mamba", "SSM 与 Mamba", (35,)),
-    (6, "37_hybrid_architectures", "Hybrid architectures", "混合架构", (14, 36)),
+    (6, "37_hybrid_architectures", "Hybrid architectures", "混合架构", (36,)),
     (6, "38_vision_language_models", "Vision–language models", "多模态 VLM 架构", (21,)),
     (6, "39_video_and_audio", "Video and audio models", "Video 与 Audio 大模型", (38,)),
     (6, "40_toward_agi", "Toward AGI: reasoning, search, agents, evaluation", "迈向 AGI", (23, 32)),
