@@ -183,9 +183,9 @@ def run_html(result: dict) -> str:
 def bars(values: list[tuple[str, float, float]], budget: float | None, show) -> dict:
     """A chart of horizontal bars as numbers for the template: one (name, value, part of it) per bar, and the budget.
 
-    Widths are in units of an SVG 380 wide, of which the bars have 220 and the words beside them the rest.
+    Widths are in units of an SVG 380 wide, of which the bars have 206 and the words beside them the rest.
     """
-    left, wide, row, top = 98, 220, 24, 22
+    left, wide, row, top = 112, 206, 24, 22
     most = max([value for _, value, _ in values] + [budget or 0.0]) or 1.0
     scale = wide / most
     return {
