@@ -471,6 +471,8 @@ for q_len, k_len, block_q, block_k, causal in [(256, 256, 16, 32, True), (256, 2
 ### END HIDDEN TESTS
 
 # %% tags=["experiment"]
+import seaborn as sns
+
 # The tiling as a strip of frames: which tiles a query tile visits, in order, and how its output closes in.
 gen = checks.generator(11)
 S, D, block = 96, 32, 16
@@ -483,7 +485,7 @@ rows = slice(owner * block, (owner + 1) * block)
 
 fig, axes = plt.subplots(1, 6, figsize=(13, 2.9), width_ratios=[1, 1, 1, 1, 1, 1.25])
 for frame, ax in enumerate(axes[:5]):
-    ax.imshow(scores, cmap=plot.SEQUENTIAL, interpolation="nearest", alpha=0.35)
+    ax.imshow(scores, cmap=sns.color_palette(plot.SEQUENTIAL, as_cmap=True), interpolation="nearest", alpha=0.35)
     for j in range(frame + 1):
         ax.add_patch(plt.Rectangle((j * block - 0.5, owner * block - 0.5), block, block, fill=j == frame, facecolor=plot.COLORS[1],
                                    edgecolor="black", linewidth=1.4))
@@ -624,7 +626,7 @@ for D in (64, 128, 256):
     print(f"S = 8192, D = {D:3}: standard moves {hbm_bytes(8192, D, M, 'standard') / hbm_bytes(8192, D, M, 'flash'):4.1f} times flash's bytes")
 
 # %% [markdown]
-# **What came out.** The advantage is $4/(8D^2/M) = M/2D^2$, with $M$ in numbers: about 6 at $D = 64$, 1.5 at 128, and *below one* from $D \approx 160$ on. The
+# **What came out.** The advantage is $4/(8D^2/M) = M/2D^2$, with $M$ in numbers: about 6 at $D = 64$, 1.6 at 128, and *below one* from $D \approx 160$ on. The
 # theorem promises less traffic only while $D^2 \ll M$. Real kernels escape in two ways: their tiles need not be square (only the number of query
 # tiles matters, so a tall query tile with thin key tiles halves the traffic), and most of the K and V reads of different query tiles hit
 # the L2 cache, 50 MB on an H100. Still, it is why kernels for $D = 256$ are slower, and the memory for the matrices is saved at any $D$.
@@ -1469,7 +1471,7 @@ checks.relative_l2(dv[:, :, 32:], dv_exact[:, :, 32:], 3e-6, what="dv of the las
 # each argument of forward, None for those that have none. What to save is the point of the whole lesson: $q, k, v, o$ and $L_2$, $O(SD)$ numbers, where the standard way saves
 # the $(S, S)$ weights.
 
-# %% exercise="FlashAttention" minutes=15 difficulty=2
+# %% exercise="flash_attention" minutes=15 difficulty=2
 class FlashAttention(torch.autograd.Function):
     """Attention by the kernels above: FlashAttention.apply(q, k, v, causal) → o.
 
@@ -1494,7 +1496,7 @@ class FlashAttention(torch.autograd.Function):
         ### END SOLUTION
 
 
-# %% check="FlashAttention" points=2
+# %% check="flash_attention" points=2
 q, k, v = (checks.randn(1, h, 20, 16, generator=checks.generator(31)).requires_grad_() for h in (2, 1, 1))
 with checks.launches() as launched, checks.forbidden("scaled_dot_product_attention"):
     o = FlashAttention.apply(q, k, v, True)
@@ -1582,7 +1584,7 @@ def sdpa(q, k, v):
     return F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=True)
 
 
-# %% check="FlashAttention" points=2
+# %% check="flash_attention" points=2
 # In a model: the same losses as with PyTorch's attention, step by step.
 tokens = torch.randint(0, 256, (3, 1, 25), generator=checks.generator(33))
 size = {"width": 32, "heads": 2, "kv_heads": 1, "layers": 1}
