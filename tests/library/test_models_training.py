@@ -1,0 +1,215 @@
+"""How the small models are made and judged, on models of a few thousand parameters."""
+
+import math
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from llm40.models import Config, Llama, load_tokenizer
+from llm40.models.baselines import KneserNey, xz_bytes
+from llm40.models.corpus import Windows, corpus
+from llm40.models.evaluate import bits_per_byte, replace_part, token_losses
+from llm40.models.train import Options, learning_rate_factor, train
+
+MICRO = Config(vocab_size=4096, hidden_size=16, layers=2, heads=2, kv_heads=1, mlp_size=24, context=16)
+DOCUMENTS = {
+    f"source/{i}": "".join(f"value_{i} = {j}\nprint(value_{i}, {i * j + j})\n" for j in range(12)) for i in range(12)
+}
+
+
+@pytest.fixture(scope="module")
+def tokenizer():
+    return load_tokenizer()
+
+
+# --- corpus
+
+
+def test_corpus_is_split_by_document():
+    training, held_out = corpus()
+    assert training.keys().isdisjoint(held_out)
+    assert "documentation/assert" in held_out
+    for text in held_out.values():
+        assert text not in training.values()
+
+
+def test_windows_are_the_documents(tokenizer):
+    windows = Windows(DOCUMENTS, tokenizer, context=16, batch=4)
+    total = sum(len(tokenizer.encode(text)) + 1 for text in DOCUMENTS.values())
+    assert windows.tokens_per_epoch == total
+    seen = np.concatenate([windows[step] for step in range(windows.steps_per_epoch)])
+    assert seen.shape[1] == 17
+    assert len(np.unique(seen, axis=0)) == len(seen)  # no window twice in an epoch
+    assert 0 in seen  # <|endoftext|>
+    texts = "<|endoftext|>".join([*DOCUMENTS.values(), ""])
+    within = [row for row in seen if 0 not in row]
+    assert within
+    assert all(tokenizer.decode(row) in texts for row in within)
+
+
+def test_windows_depend_on_seed_and_step_alone(tokenizer):
+    one, two = Windows(DOCUMENTS, tokenizer, 16, 4), Windows(DOCUMENTS, tokenizer, 16, 4)
+    steps = range(one.steps_per_epoch + 5)
+    forward = [one[step].copy() for step in steps]
+    backward = [two[step].copy() for step in reversed(steps)][::-1]
+    assert all(np.array_equal(a, b) for a, b in zip(forward, backward, strict=True))
+    assert not np.array_equal(forward[0], forward[one.steps_per_epoch])  # another order in the next epoch
+    assert not np.array_equal(forward[0], Windows(DOCUMENTS, tokenizer, 16, 4, seed=1)[0])
+    with pytest.raises(ValueError, match="do not fill"):
+        Windows(DOCUMENTS, tokenizer, 16, 1000)
+
+
+# --- training
+
+
+def test_schedule_warms_up_stays_and_decays():
+    factors = [learning_rate_factor(step, 100, 10) for step in range(100)]
+    assert factors[0] == pytest.approx(0.1)
+    assert factors[9:81] == [1.0] * 72
+    assert factors[90] == pytest.approx(0.5)
+    assert factors[99] == pytest.approx(0.05)
+    assert learning_rate_factor(10_000, None, 10) == 1.0
+
+
+def run(folder, tokenizer, steps, **options):
+    torch.manual_seed(0)
+    model = Llama(MICRO)
+    windows = Windows(DOCUMENTS, tokenizer, 16, 4)
+    choices = Options(**{"steps": steps, "batch": 4, "warmup": 5, "evaluate_every": 10, **options})
+    records = train(model, windows, Windows(DOCUMENTS, tokenizer, 16, 4, seed=9), choices, folder, "micro")
+    return model.state_dict(), records
+
+
+def test_training_lowers_the_loss(tmp_path, tokenizer):
+    _, records = run(tmp_path, tokenizer, 60)
+    assert records[0]["loss"] == pytest.approx(math.log(4096), abs=0.3)
+    assert records[-1]["loss"] < 0.75 * records[0]["loss"]
+    assert records[-1]["held_out"] < 0.75 * records[0]["loss"]
+    assert len((tmp_path / "micro.jsonl").read_text().splitlines()) == 60
+
+
+def test_resumed_training_is_the_same_bit_for_bit(tmp_path, tokenizer):
+    straight, records = run(tmp_path / "straight", tokenizer, 30)
+    # Killed without warning after 15 checkpoints, then started again: by what it left on the disk, not by its memory.
+    script = f"""
+import os
+from pathlib import Path
+import test_models_training as t
+from llm40.models import train
+write, count = Path.replace, 0
+def counting(*arguments):
+    global count
+    write(*arguments)
+    count += 1
+    if count == 15:
+        os._exit(7)
+Path.replace = counting
+t.run(Path({str(tmp_path / "resumed")!r}), t.load_tokenizer(), 30, checkpoint_every=0)
+"""
+    environment = {**os.environ, "PYTHONPATH": str(Path(__file__).parent)}
+    done = subprocess.run([sys.executable, "-c", script], env=environment, capture_output=True, text=True, check=False)
+    assert done.returncode == 7, done.stderr
+    resumed, again = run(tmp_path / "resumed", tokenizer, 30)
+    assert torch.load(tmp_path / "resumed" / "micro.pt")["step"] == 30
+    assert again == records
+    assert all(torch.equal(straight[name], resumed[name]) for name in straight)
+
+
+def test_budget_in_minutes_ends_with_a_decay(tmp_path, tokenizer):
+    _, records = run(tmp_path, tokenizer, None, minutes=0.03)
+    rates = [record["learning_rate"] for record in records]
+    assert rates[-1] < 0.3 * max(rates)
+    falling = sum(rate < max(rates) for rate in rates[10:])
+    assert falling == pytest.approx(len(rates) / 5, rel=0.3, abs=2)
+
+
+# --- evaluation
+
+
+def test_sliding_windows_score_each_token_once(tokenizer):
+    torch.manual_seed(0)
+    model = Llama(MICRO).eval()
+    for length in (1, 7, 8, 15, 16, 17, 24, 25, 40, 333):
+        ids = torch.randint(1, 4096, (length,)).tolist()
+        losses = token_losses(model, ids, eos=0)
+        tokens = torch.tensor([0, *ids])
+        for i in range(length):  # one token at a time; how far back the model looks is at least half a context
+            start = 0 if length <= 16 or i < 16 else (i // 8 - 1) * 8
+            with torch.inference_mode():
+                expected = -model(tokens[None, start : i + 1])[0, -1].log_softmax(-1)[tokens[i + 1]]
+            assert losses[i] == pytest.approx(expected.item(), abs=1e-4), (length, i)
+
+
+def test_bits_per_byte_counts_bytes_not_characters():
+    documents = {"documentation/a": "中", "source/b": "ab", "source/c": "cd"}
+    nats = {"documentation/a": 3 * math.log(2), "source/b": 4 * math.log(2), "source/c": 0.0}
+    assert bits_per_byte(nats, documents) == {"documentation": pytest.approx(1), "source": pytest.approx(1)}
+
+
+def test_kneser_ney_is_a_distribution():
+    rng = np.random.default_rng(0)
+    documents = [list(map(int, rng.integers(1, 6, 50))) for _ in range(20)]
+    model = KneserNey(documents, order=3, vocab_size=7)
+    for history in ([], [1], [2, 3], [6, 1], [6, 6]):  # 6 was never seen
+        total = sum(model.probabilities([*history, token])[-1] for token in range(7))
+        assert total == pytest.approx(1, abs=1e-9)
+
+
+def test_kneser_ney_against_a_plain_recursion():
+    """Order 2 by the book: (c - D)/c(h) + freed(h) · p_continuation, from dictionaries."""
+    rng = np.random.default_rng(1)
+    documents = [list(map(int, rng.integers(1, 9, 40) // rng.integers(1, 3, 40) + 1)) for _ in range(15)]
+    model = KneserNey(documents, order=2, vocab_size=10)
+    bigrams = {}
+    for document in documents:
+        for pair in zip([0, *document], document, strict=False):
+            bigrams[pair] = bigrams.get(pair, 0) + 1
+    continuation = {}
+    for _, word in bigrams:
+        continuation[word] = continuation.get(word, 0) + 1
+
+    def discounts(counts):
+        n = [sum(c == i for c in counts.values()) for i in range(5)]
+        y = n[1] / max(1, n[1] + 2 * n[2])
+        return [0] + [max(0.0, i - (i + 1) * y * n[i + 1] / max(1, n[i])) for i in (1, 2, 3)]
+
+    d1, d2 = discounts(continuation), discounts(bigrams)
+
+    def unigram(word):
+        total = sum(continuation.values())
+        freed = sum(d1[min(3, c)] for c in continuation.values()) / total
+        c = continuation.get(word, 0)
+        return (c - d1[min(3, c)]) / total + freed / 10
+
+    def bigram(history, word):
+        followers = {w: c for (h, w), c in bigrams.items() if h == history}
+        total, c = sum(followers.values()), followers.get(word, 0)
+        freed = sum(d2[min(3, count)] for count in followers.values()) / total
+        return (c - d2[min(3, c)]) / total + freed * unigram(word)
+
+    for document in documents:
+        expected = [bigram(h, w) for h, w in zip([0, *document], document, strict=False)]
+        np.testing.assert_allclose(model.probabilities(document), expected, rtol=1e-9)
+
+
+def test_kneser_ney_refuses_what_does_not_fit():
+    with pytest.raises(ValueError, match="do not fit"):
+        KneserNey([[1]], order=6)
+
+
+def test_xz_knows_what_it_has_seen():
+    text = np.random.default_rng(0).bytes(5000)
+    assert xz_bytes(text) > 5000
+    assert xz_bytes(text, seen=text) < 200
+
+
+def test_card_parts_are_replaced():
+    card = "a\n<!-- table -->\nold\n<!-- /table -->\nb\n"
+    assert replace_part(card, "table", "new") == "a\n<!-- table -->\nnew\n<!-- /table -->\nb\n"
+    with pytest.raises(ValueError, match="no part <!-- samples -->"):
+        replace_part(card, "samples", "")
