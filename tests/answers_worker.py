@@ -40,6 +40,7 @@ def new_shell():
     import llm40  # noqa: F401  before triton: chooses the interpreter
 
     import torch  # isort: skip
+    import torch._dynamo  # PyTorch loads it when a check first asks for it: seconds that every child would spend
 
     torch.set_num_threads(1)
     config = Config()
