@@ -106,13 +106,16 @@ def build_course(
 def build_sources(keys: Sequence[str], root: Path = ROOT) -> int:
     """Make masters and learners' notebooks of these lessons (`<stage>/<lesson>`) current; returns the exit code."""
     layout = Layout(root)
-    entries = [catalog.BY_KEY[key] for key in keys]
     try:
+        strangers = [key for key in keys if key not in catalog.BY_KEY]
+        if strangers:
+            raise CourseError(f"solutions/{strangers[0]}.py: no such lesson in autograder/catalog.py")
+        entries = [catalog.BY_KEY[key] for key in keys]
         build(entries, layout)
+        update(layout, entries)
     except CourseError as error:
         print(error, file=sys.stderr)
         return 1
-    update(layout, entries)
     return 0
 
 
