@@ -15,6 +15,8 @@ import nbformat
 from nbformat import NotebookNode
 from tqdm import tqdm
 
+from autograder import catalog
+from autograder.build import build_sources
 from autograder.execute import Limits
 from autograder.grading import pages
 from autograder.grading.engine import Engine, cores, run_tasks
@@ -66,8 +68,8 @@ def read_masters(source: Path) -> list[Lesson]:
     lessons = []
     for path in sorted(source.glob("*/*.ipynb")):
         master = nbformat.read(path, as_version=4)
-        title = next((c.source.split("\n")[0] for c in master.cells if c.cell_type == "markdown"), "")
-        lessons.append(Lesson(path.parent.name, path.stem, title.strip("# ") or path.stem, blank(master)))
+        title = master.metadata.get("llm40", {}).get("title", path.stem)
+        lessons.append(Lesson(path.parent.name, path.stem, title, blank(master)))
     return lessons
 
 
@@ -92,6 +94,9 @@ def find_notebooks(student: Path, lessons: list[Lesson]) -> tuple[list[Handed], 
     for path in sorted(student.rglob("*.ipynb")):
         inside = path.relative_to(student)
         if any(part.startswith(".") or part in IGNORED for part in inside.parts):
+            continue
+        if path.is_symlink() or not path.is_file():
+            notes.append(f"{student.name}/{inside.as_posix()}: not a file of its own")
             continue
         lesson = known.get((inside.parent.as_posix(), path.stem))
         if lesson:
@@ -151,10 +156,16 @@ def find_class(
 # --- grading --------------------------------------------------------------------------------------------------
 
 
-def make_tasks(handed: list[Handed], limits: Limits, seed: int) -> Iterator[Task]:
-    """The tasks one by one: a notebook is read when its turn comes."""
+def make_tasks(
+    handed: list[Handed], limits: Limits, seed: int, failed: Callable[[Result], None]
+) -> Iterator[Task]:
+    """The tasks one by one: a notebook is read when its turn comes. One that the system does not let us read fails."""
     for h in handed:
-        data = h.path.read_bytes() if h.path else None
+        try:
+            data = h.path.read_bytes() if h.path else None
+        except OSError as error:
+            failed(Result(h.student, h.lesson.stage, h.lesson.name, "fault", flags=[f"cannot be opened: {error}"]))
+            continue
         yield Task(
             h.student, h.lesson.stage, h.lesson.name, data, nbformat.writes(h.lesson.master).encode(), limits, seed
         )
@@ -225,10 +236,14 @@ def grade_folder(
             book.register(k.stage, k.name, k.master)
         writer = Writer(out, book, handed, submitted)
         with tqdm(total=len(handed), unit="notebook", file=sys.stderr, dynamic_ncols=True) as bar:
-            for result in engine(make_tasks(handed, limits or Limits(), seed), jobs):
+
+            def take(result: Result) -> None:
                 writer.take(result)
                 bar.set_postfix_str(f"{result.student} {result.lesson}", refresh=False)
                 bar.update()
+
+            for result in engine(make_tasks(handed, limits or Limits(), seed, take), jobs):
+                take(result)
     results = sorted(writer.results, key=lambda r: (r.student, r.stage, r.lesson))
     pages.write(out / "grades.csv", pages.grades_csv(results))
     pages.write(out / "checks.csv", pages.checks_csv(results))
@@ -255,14 +270,11 @@ c.CsvExportPlugin.to = "nbgrader.csv"  # by default it would be grades.csv, whic
 '''
 
 
-def build_masters(source: Path) -> None:
-    """The lessons, built anew where their text is newer."""
-    from autograder.build import build_course
-
-    for path in sorted((ROOT / "solutions").glob("*/*.py")):
-        built = source / path.parent.name / f"{path.stem}.ipynb"
-        if (not built.exists() or built.stat().st_mtime < path.stat().st_mtime) and build_course(lesson=path.stem):
-            raise RuntimeError(f"{path.stem} could not be built: see make course LESSON={path.stem}")
+def build_masters() -> None:
+    """The lessons that are written, built anew where they are out of date."""
+    keys = [entry.key for entry in catalog.LESSONS if (ROOT / "solutions" / f"{entry.key}.py").is_file()]
+    if keys and build_sources(keys):
+        raise RuntimeError("the lessons could not be built: see above, and make course")
 
 
 def grade_class(
@@ -271,17 +283,18 @@ def grade_class(
     lesson: str | None = None,
     student: str | None = None,
     jobs: int | None = None,
+    engine: Engine = run_tasks,
 ) -> int:
     """Grades a class, or without a folder the sample class; returns the exit code."""
     source = ROOT / "build" / "source"
     try:
-        build_masters(source)
+        build_masters()
         if submitted is None:
             from autograder.sample_class.make import make_class
 
             submitted = make_class(SAMPLE / "submitted", source, ROOT / "tests" / "answers")
             out = out or SAMPLE
-        results = grade_folder(submitted, out or Path("grades"), source, lesson, student, jobs)
+        results = grade_folder(submitted, out or Path("grades"), source, lesson, student, jobs, engine=engine)
     except UsageError as error:
         print(f"Nothing to grade: {error}.", file=sys.stderr)
         return USAGE

@@ -23,7 +23,7 @@ from nbgrader.api import (
     SubmittedNotebook,
 )
 from nbgrader.api import Gradebook as Database
-from nbgrader.utils import is_grade, is_locked, is_solution, setenv
+from nbgrader.utils import is_grade, is_locked, is_solution
 from sqlalchemy.exc import SAWarning
 
 from autograder.grading.task import Result
@@ -36,9 +36,12 @@ class Gradebook:
 
     def __init__(self, url: str):
         # For a new database nbgrader calls the command `alembic`, which only an activated environment has on its path.
-        path = os.pathsep.join([str(Path(sys.executable).parent), os.environ.get("PATH", "")])
-        with setenv(PATH=path):
+        path = os.environ.get("PATH", "")
+        os.environ["PATH"] = os.pathsep.join([str(Path(sys.executable).parent), path])
+        try:
             self.database = Database(url, COURSE)
+        finally:
+            os.environ["PATH"] = path
 
     def __enter__(self) -> "Gradebook":
         return self
@@ -88,6 +91,7 @@ class Gradebook:
                     else:
                         db.add(model(name=name, notebook=notebook, **values))
             db.flush()
+            db.expire_all()  # or what was just deleted is still in the lists
             for submission in notebook.assignment.submissions:
                 self._complete(submission, notebook)
 

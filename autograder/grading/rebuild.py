@@ -123,9 +123,10 @@ def _cells(notebook: object, flags: list[str]) -> list[Submitted]:
 
 
 def role(cell: NotebookNode) -> str:
-    """`exercise`, `check`, `answer` (graded by hand), `experiment`, `added` (the learner's) or `plain`."""
-    if cell.metadata.get("llm40", {}).get("added"):
-        return "added"
+    """`exercise`, `check`, `answer` (prose, for a person), `experiment`, `added` (the learner's) or `plain`."""
+    own = cell.metadata.get("llm40", {}).get("role")  # where nbgrader has no mark
+    if own in ("added", "answer"):
+        return own
     marks = cell.metadata.get("nbgrader", {})
     if marks.get("solution"):
         return "exercise" if cell.cell_type == "code" and not marks.get("grade") else "answer"
@@ -226,7 +227,7 @@ def match(master: NotebookNode, cells: list[Submitted]) -> tuple[dict[int, int],
 def _added(cell: Submitted, number: int) -> NotebookNode:
     kinds = {"code": nbformat.v4.new_code_cell, "markdown": nbformat.v4.new_markdown_cell}
     made = kinds.get(cell.kind, nbformat.v4.new_raw_cell)(cell.source, id=f"added-{number}")
-    made.metadata["llm40"] = {"added": True}
+    made.metadata["llm40"] = {"role": "added"}
     if cell.experiment:
         made.metadata["tags"] = ["experiment"]
     return made

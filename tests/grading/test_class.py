@@ -3,6 +3,7 @@
 import os
 import signal
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import nbformat
@@ -54,6 +55,7 @@ def test_missing_renamed_and_unknown_notebooks(tmp_path, lessons):
     tiny.hand_in(folder, "ann", b"1")
     tiny.hand_in(folder, "bob", b"2", lesson="99_tiny (1)")
     tiny.hand_in(folder, "cem", b"3", lesson="homework")
+    (folder / "cem" / tiny.STAGE / "99_tiny.ipynb").symlink_to("/etc/passwd")
     tiny.hand_in(folder, "ann", b"4", lesson=".ipynb_checkpoints/99_tiny-checkpoint")
     (folder / ".git").mkdir()
     (folder / "__MACOSX").mkdir()
@@ -63,6 +65,7 @@ def test_missing_renamed_and_unknown_notebooks(tmp_path, lessons):
     ]  # fmt: skip
     assert handed[1].flags == ["file: named 99_tiny (1).ipynb; taken for 99_tiny.ipynb"]
     assert notes == [
+        "cem/stage9_tiny/99_tiny.ipynb: not a file of its own",
         "cem/stage9_tiny/homework.ipynb: no lesson has this name and place",
         "cem: no notebook of the course in this folder",
     ]
@@ -103,12 +106,19 @@ def test_exit_2_for_wrong_usage(project, capsys):
     assert not (project / "out").exists()
 
 
-def test_exit_3_when_the_grader_fails(project, capsys, monkeypatch):
-    """A notebook that cannot be opened is our trouble, not the learner's; the others are graded."""
+def no_kernel():
+    raise OSError("no kernels today")
+
+
+def test_exit_3_when_the_grader_fails(project, capsys):
+    """What is our trouble costs the learner no points: there is no score, and the exit code says so."""
     tiny.hand_in(project / "class", "ann", b"{")
-    tiny.hand_in(project / "class", "bob", b"").parent.joinpath("99_tiny.ipynb").unlink()
-    (project / "class" / "bob" / tiny.STAGE / "99_tiny.ipynb").mkdir()
-    assert grade_class(project / "class", project / "out", jobs=1) == 3
+    tiny.hand_in(project / "class", "bob", tiny.dumps(tiny.answered()))
+
+    def engine(tasks, jobs):
+        return run_tasks((replace(t, kernels=no_kernel) for t in tasks), jobs)
+
+    assert grade_class(project / "class", project / "out", jobs=1, engine=engine) == 3
     rows = (project / "out" / "grades.csv").read_text(encoding="utf-8").splitlines()
     assert [row.split(",")[5] for row in rows[1:]] == ["unreadable", "fault"]
     assert "The grader failed on bob 99_tiny" in capsys.readouterr().err
@@ -117,16 +127,11 @@ def test_exit_3_when_the_grader_fails(project, capsys, monkeypatch):
 # --- the engine -----------------------------------------------------------------------------------------------
 
 
-def no_kernel():
-    raise OSError("no kernels today")
-
-
 def lose_the_worker():
     os.kill(os.getpid(), signal.SIGKILL)
 
 
-def lose_the_worker_once():
-    marker = Path(os.environ["LLM40_TEST_MARKER"])
+def lose_the_worker_once(marker: Path):
     if not marker.exists():
         marker.touch()
         lose_the_worker()
@@ -140,11 +145,10 @@ def test_a_fault_of_ours_is_a_result():
     assert "Traceback" in result.traceback
 
 
-def test_lost_workers(tmp_path, monkeypatch):
+def test_lost_workers(tmp_path):
     """One that is lost once is repeated; one that is lost again has its own answer; the others never notice."""
-    monkeypatch.setenv("LLM40_TEST_MARKER", str(tmp_path / "marker"))
     tasks = [
-        task(tiny.stub(), "once", kernels=lose_the_worker_once),
+        task(tiny.stub(), "once", kernels=partial(lose_the_worker_once, tmp_path / "marker")),
         task(tiny.stub(), "always", kernels=lose_the_worker),
         task(tiny.stub(), "never"),
     ]

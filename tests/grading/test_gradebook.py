@@ -22,25 +22,34 @@ from traitlets.config import Config
 
 from autograder.execute import Limits
 from autograder.grading.grade import grade_folder
+from autograder.grading.task import grade
 
 pytestmark = pytest.mark.xdist_group("grading")
 WRONG = "def half(x):\n    return x // 2\n"
 
 
-@pytest.fixture
-def course(tmp_path):
+def in_this_process(tasks, jobs):
+    """An engine without processes: the gradebook is what is tested here."""
+    return map(grade, tasks)
+
+
+def new_course(folder: Path) -> SimpleNamespace:
     """A course with the tiny lesson and nobody in it yet."""
-    folder = tmp_path / "course 课程"
     source = tiny.build(folder)
 
-    def grade(**options):
+    def grade_all():
         limits = Limits(cell=5, notebook=30)
         results = grade_folder(
-            folder / "in", folder / "out", source, jobs=2, limits=limits, show=lambda line: None, **options
+            folder / "in", folder / "out", source, limits=limits, engine=in_this_process, show=lambda line: None
         )
         return {(r.student, r.lesson): r for r in results}
 
-    return SimpleNamespace(folder=folder, submitted=folder / "in", out=folder / "out", source=source, grade=grade)
+    return SimpleNamespace(folder=folder, submitted=folder / "in", out=folder / "out", source=source, grade=grade_all)
+
+
+@pytest.fixture
+def course(tmp_path):
+    return new_course(tmp_path / "course 课程")
 
 
 def opened(course) -> Gradebook:
@@ -74,7 +83,9 @@ def test_grading_again_changes_nothing_and_handing_in_again_does(course):
     tiny.hand_in(course.submitted, "mei", tiny.dumps(tiny.answered(answer_why="It is dividing by two.")))
     course.grade()
     first = auto_scores(course, "mei")
-    assert first == {"double-check-1": 2, "double-check-2": 1, "half-check-1": 2, "total-check-1": 3, "answer-why": None}
+    assert first == {
+        "double-check-1": 2, "double-check-2": 1, "half-check-1": 2, "total-check-1": 3, "answer-why": None
+    }  # fmt: skip
     course.grade()
     assert auto_scores(course, "mei") == first
 
@@ -138,9 +149,10 @@ def test_a_lesson_and_a_check_that_come_later(course):
     assert exported(course) == ours(course) == {("mei", tiny.STAGE): 9, ("kim", tiny.STAGE): 8}
 
 
-@pytest.fixture
-def looked_at(course):
+@pytest.fixture(scope="module")
+def looked_at(tmp_path_factory):
     """A class of three that has been graded: a good notebook, a broken file, and a Chinese name."""
+    course = new_course(tmp_path_factory.mktemp("course 课程"))
     tiny.hand_in(course.submitted, "mei", tiny.dumps(tiny.answered(answer_why="Two halves.")))
     tiny.hand_in(course.submitted, "broken", b"{")
     tiny.hand_in(course.submitted, "李雷 2", tiny.dumps(tiny.answered(half=WRONG)))
@@ -148,7 +160,7 @@ def looked_at(course):
     return course
 
 
-def test_nbgrader_shows_the_same(looked_at, monkeypatch):
+def test_nbgrader_shows_the_same(looked_at):
     course = looked_at
     assert exported(course) == ours(course) == {
         ("mei", tiny.STAGE): 8, ("broken", tiny.STAGE): 0, ("李雷 2", tiny.STAGE): 6
@@ -185,7 +197,7 @@ def test_the_formgraders_pages_answer(looked_at):
     server = subprocess.Popen(
         [sys.executable, "-m", "jupyter_server", "--no-browser", "--allow-root", f"--port={port}",
          "--ServerApp.port_retries=0", "--IdentityProvider.token=", "--ServerApp.disable_check_xsrf=True",
-         '--ServerApp.jpserver_extensions={"nbgrader.server_extensions.formgrader": true, "jupyterlab": false}'],
+         "--ServerApp.jpserver_extensions=nbgrader.server_extensions.formgrader=True"],
         cwd=looked_at.out, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
     )  # fmt: skip
 
