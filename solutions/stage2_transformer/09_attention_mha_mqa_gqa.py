@@ -481,9 +481,10 @@ plot.curves(dims, certainty, logx=True, logy=True, xlabel="width of a query, $d_
             title="how decided a row is", ax=axes[1])
 axes[1].axhline(1 / 64, color="#888888", linewidth=1, linestyle=":")
 axes[1].set_ylim(0.01, 1.2)
+axes[1].get_legend().remove()                                         # the left one serves both
 axes[1].annotate("uniform: 1/64", (4, 1 / 64), textcoords="offset points", xytext=(0, -11), fontsize=8)
 plot.caption(fig, "64 random keys, 1000 random queries; line: median row, shade: 10 to 90 % of the rows. Undivided, rows are decided before training begins: beyond "
-                  "$d_k$ = 64 the gradient of the median row falls off a cliff, that of the lowest tenth long before. Divided by $d_k$, every row tends to the plain average. "
+                  "$d_k$ = 64 the gradient of the median row falls by orders of magnitude, that of the lowest tenth long before. Divided by $d_k$, every row tends to the plain average. "
                   "Only the root keeps both independent of the width.")
 plot.plt.show()
 
