@@ -121,16 +121,16 @@ def cosine_similarity_matrix(x: Tensor, y: Tensor) -> Tensor:
 # </details>
 
 # %% check="cosine_similarity_matrix" points=2
-x = torch.tensor([[3.0, 4.0], [0.0, 0.0]])
+x = torch.tensor([[3.0, 4.0], [-5.0, 12.0]])                      # of lengths 5 and 13
 y = torch.tensor([[4.0, 3.0], [-3.0, -4.0], [0.0, 2.0]])
-lengths = x.norm(dim=1)[:, None], y.norm(dim=1)[None, :]
-checks.close(cosine_similarity_matrix(x, y), torch.tensor([[0.96, -1.0, 0.8], [0.0, 0.0, 0.0]]),
-             what="the cosines of x and y",
-             mistakes={"the dot product, without dividing by the lengths,": x @ y.T,
-                       "dividing by the length of x only": (x @ y.T / lengths[0]).nan_to_num(),
-                       "dividing by the length of y only": x @ y.T / lengths[1],
-                       "dividing by the squared lengths": (x @ y.T / (lengths[0] * lengths[1]) ** 2).nan_to_num(),
-                       "dividing a row of zeros by its length, 0 / 0,": x @ y.T / (lengths[0] * lengths[1])})
+dots, x_lengths, y_lengths = x @ y.T, torch.tensor([[5.0], [13.0]]), torch.tensor([5.0, 5.0, 2.0])
+checks.close(cosine_similarity_matrix(x, y), torch.tensor([[0.96, -1.0, 0.8], [16 / 65, -33 / 65, 12 / 13]]),
+             what="the matrix of cosines",
+             mistakes={"the dot product, without dividing by the lengths,": dots,
+                       "dividing by the length of x only": dots / x_lengths,
+                       "dividing by the length of y only": dots / y_lengths,
+                       "dividing by the squared lengths": dots / (x_lengths * y_lengths) ** 2,
+                       "normalizing columns, not rows,": (x / x.norm(dim=0)) @ (y / y.norm(dim=0)).T})
 ### BEGIN HIDDEN TESTS
 g = checks.generator(1)
 for n, m, dim, dtype in [(1, 1, 1, torch.float32), (7, 1, 5, torch.float32), (1, 9, 3, torch.float64),
@@ -140,7 +140,7 @@ for n, m, dim, dtype in [(1, 1, 1, torch.float32), (7, 1, 5, torch.float32), (1,
     with checks.unchanged(x=x, y=y), checks.forbidden("cosine_similarity"):
         result = cosine_similarity_matrix(x, y)
     checks.close(result, expected.to(dtype), what=f"the cosines of {n} rows with {m} rows in {dim} dimensions",
-                 dtype=dtype, rtol=1e-5 if dtype == torch.float32 else None,
+                 dtype=dtype, rtol=1e-5,
                  mistakes={"the dot product without dividing": x @ y.T})
     # rows that are not next to each other in memory
     strided = cosine_similarity_matrix(torch.stack((x, -x), dim=2)[:, :, 0], y.T.contiguous().T)
@@ -148,10 +148,13 @@ for n, m, dim, dtype in [(1, 1, 1, torch.float32), (7, 1, 5, torch.float32), (1,
 ### END HIDDEN TESTS
 
 # %% check="cosine_similarity_matrix" points=1
-x = torch.tensor([[1e-9, 0.0], [0.0, 0.0]])
-checks.close(cosine_similarity_matrix(x, torch.tensor([[2.0, 0.0], [0.0, 0.0]])), torch.tensor([[1.0, 0.0], [0.0, 0.0]]),
+x, y = torch.tensor([[1e-9, 0.0], [0.0, 0.0]]), torch.tensor([[2.0, 0.0], [0.0, 0.0]])
+checks.close(cosine_similarity_matrix(x, y), torch.tensor([[1.0, 0.0], [0.0, 0.0]]),
              what="the cosines of a row of length 1e-9 and of a row of zeros",
-             hint="Only a row of exactly zero length has no direction.")
+             hint="Only a row of exactly zero length has no direction.",
+             mistakes={"dividing a row of zeros by its length, 0 / 0,": torch.tensor([[1.0, math.nan], [math.nan, math.nan]]),
+                       "adding 1e-8 to the product of the lengths": torch.tensor([[2 / 12, 0.0], [0.0, 0.0]]),
+                       "adding 1e-8 to each length": torch.tensor([[1 / 11, 0.0], [0.0, 0.0]])})
 ### BEGIN HIDDEN TESTS
 g = checks.generator(2)
 x, y = torch.randn(6, 17, generator=g), torch.randn(4, 17, generator=g)
@@ -179,7 +182,7 @@ with checks.allocations() as made:
     result = cosine_similarity_matrix(x, y)
 assert made.largest <= 90 * 70, f"a tensor of {made.largest:,} elements was made; the largest one needed has {90 * 70:,}."
 checks.close(result[89, 69], torch.nn.functional.cosine_similarity(x[89].double(), y[69].double(), dim=0).float(),
-             what="the last cosine")
+             what="the last cosine", atol=1e-6)
 
 
 def by_angle(x, y):  # the law of cosines, for the gradient
@@ -608,7 +611,8 @@ steps = list(range(1, 202, 4))
 runs = [power_iteration(covariance, s, torch.Generator().manual_seed(3)) for s in steps]
 spectrum, axes_ = torch.linalg.eigh(covariance.double())
 value_error = [abs(value.item() / spectrum[-1].item() - 1) + 1e-16 for value, _ in runs]
-angle_error = [(1 - (vector.double() @ axes_[:, -1]) ** 2).clamp_min(1e-16).sqrt().item() for _, vector in runs]
+top_axis = axes_[:, -1]
+angle_error = [(vector.double() - (vector.double() @ top_axis) * top_axis).norm().item() for _, vector in runs]
 ratio = (spectrum[-2] / spectrum[-1]).item()
 
 fig, (left, middle, right) = plt.subplots(1, 3, figsize=(11.4, 3.6), width_ratios=(1.1, 1.5, 0.8))
@@ -712,7 +716,9 @@ checks.close(a @ b, torch.tensor([[3.0, 0.0, 0.0], [0.0, 0.0, 0.0]]), what="a @ 
 g = checks.generator(40)
 for m, n, rank, dtype in [(1, 1, 1, torch.float64), (1, 7, 1, torch.float32), (6, 1, 1, torch.float64), (9, 4, 3, torch.float64),
                           (5, 12, 2, torch.float64), (30, 17, 16, torch.float32), (8, 8, 8, torch.float64), (23, 40, 5, torch.float32)]:
-    w = torch.randn(m, n, generator=g, dtype=dtype)
+    # Random axes, singular values 3, 2.1, 1.47, …: between neighbors there is a gap, so that the best answer is unique.
+    u, v = (torch.linalg.qr(torch.randn(side, min(m, n), generator=g, dtype=torch.float64)).Q for side in (m, n))
+    w = ((u * 3 * 0.7 ** torch.arange(min(m, n))) @ v.T).to(dtype)
     with checks.unchanged(w=w):
         a, b = low_rank_approximation(w, rank)
     assert tuple(a.shape) == (m, rank), f"the shape of a for a matrix ({m}, {n}) is {tuple(a.shape)}, it should be {(m, rank)}."
@@ -1130,7 +1136,7 @@ for passes in (0, 6):
 assert errors[1] < errors[0], f"six passes give an error of {errors[1]:.4f}, none gives {errors[0]:.4f}: are the passes used?"
 ### BEGIN HIDDEN TESTS
 g = checks.generator(77)
-# Each pass multiplies the mixture by σ²: with known axes the space after s passes is known, and so is a @ b.
+# Each pass multiplies the mixture by σ², so the error falls with the passes, down to the best one.
 u, v = (torch.linalg.qr(torch.randn(30, 30, generator=g, dtype=torch.float64)).Q for _ in range(2))
 sigma = torch.linspace(2.0, 0.5, 30, dtype=torch.float64)
 w = (u * sigma) @ v.T
