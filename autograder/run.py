@@ -60,7 +60,8 @@ def run_course(
         if code:
             return code
 
-    jobs = jobs or (1 if chosen == "gpu" else min(_cores(), len(keys)))
+    # A lesson and its stub are two runs. Lessons on a GPU measure time, so by default nothing runs beside them.
+    jobs = jobs or (1 if chosen == "gpu" else min(_cores(), 2 * len(keys)))
     tasks = _tasks(keys, sources, stubs, out, timeout, _environment(chosen, jobs))
     started = time.perf_counter()
     try:
@@ -195,7 +196,10 @@ def _versions(device: str) -> dict[str, str | None]:
 
 
 def _environment(profile: str, jobs: int) -> dict[str, str]:
-    """What kernels are told: the profile, their share of the cores, and where `llm40` lies when it is not installed."""
+    """What kernels are told: the profile, their share of the cores, and where `llm40` lies when it is not installed.
+
+    More threads than cores wait for each other by spinning: a lesson of 40 s then takes many minutes.
+    """
     threads = str(max(1, _cores() // jobs))
     env = {
         "LLM40_PROFILE": profile,
