@@ -141,33 +141,33 @@ def _key(layout: Layout, path: Path) -> str:
 def build(entries: Iterable[Entry], layout: Layout) -> list[Entry]:
     """Bring build/source and build/release up to date for these lessons; returns those that had to be built.
 
-    Raises CourseError with the rules that the sources break: then nothing has been written.
+    Raises CourseError with every rule that a source breaks, after the other lessons have been built.
     """
     stamps = _read_stamps(layout)
     stale = [e for e in entries if stamps.get(e.key) != _stamp(layout, e)]
-    problems, masters = [], {}
+    problems: list[str] = []
+    sources, masters = {}, {}
     for entry in stale:
         try:
-            read = lesson.read_lesson(layout.source(entry))
-            masters[entry] = (read, dumps(master(read, layout)))
+            sources[entry] = lesson.read_lesson(layout.source(entry))
+            masters[entry] = dumps(master(sources[entry], layout))
         except LessonError as error:
             problems += error.lines
-    if problems:
-        raise CourseError("\n".join(problems))
-    if masters:
-        learners = generate({entry: text for entry, (_, text) in masters.items()}, layout)
-        problems = [p for entry, (read, _) in masters.items() for p in leaks(read, learners[entry])]
-        if problems:
-            raise CourseError("\n".join(problems))
-        for entry, (_, text) in masters.items():
+    learners = generate(masters) if masters else {}
+    made = []
+    for entry, text in masters.items():
+        leaked = leaks(sources[entry], learners[entry])
+        problems += leaked
+        if not leaked:
             write(layout.masters / f"{entry.key}.ipynb", text)
             write(layout.learners / f"{entry.key}.ipynb", learners[entry])
-        stamps = {key: stamp for key, stamp in stamps.items() if key in catalog.BY_KEY}
-        stamps |= {entry.key: _stamp(layout, entry) for entry in stale}
+            stamps[entry.key] = _stamp(layout, entry)
+            made.append(entry)
+    if made:
         write(layout.stamps, json.dumps(stamps, indent=1, sort_keys=True) + "\n")
-    for entry in entries:
-        os.utime(layout.masters / f"{entry.key}.ipynb")  # newer than its source, for those who compare times
-    return stale
+    if problems:
+        raise CourseError("\n".join(problems))
+    return made
 
 
 def _read_stamps(layout: Layout) -> dict[str, list[str]]:
@@ -294,7 +294,7 @@ def dumps(notebook: dict) -> str:
     return nbformat.writes(node) + "\n"
 
 
-def generate(masters: dict[Entry, str], layout: Layout) -> dict[Entry, str]:
+def generate(masters: dict[Entry, str]) -> dict[Entry, str]:
     """The learners' notebooks, made by nbgrader's generate_assignment from the masters' text.
 
     It runs in a temporary folder and without a gradebook (its own `--no-db`): no class's grades are read or written,

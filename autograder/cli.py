@@ -78,7 +78,9 @@ def grade(
         Path | None,
         typer.Option(help="SUBMITTED/<student>/<stage>/<lesson>.ipynb; by default the sample class."),
     ] = None,
-    out: Annotated[Path, typer.Option(help="Where the gradebook, tables and feedback go.")] = Path("grades"),
+    out: Annotated[
+        Path | None, typer.Option(help="Where the gradebook, tables and feedback go; by default grades/.")
+    ] = None,
     lesson: Lesson = None,
     student: Annotated[str | None, typer.Option(help="Only this student.")] = None,
     jobs: Jobs = None,
