@@ -23,6 +23,7 @@ from jupyter_client.manager import AsyncKernelManager
 from autograder.kernels.manager import kernel_manager
 
 OUTPUTS = ("stream", "display_data", "update_display_data", "execute_result", "error", "clear_output")
+ROOT = Path(__file__).resolve().parents[1]
 ANSI = re.compile(r"\x1b\[[0-9;]*[A-Za-z]")
 
 
@@ -91,6 +92,7 @@ def environment(folder: Path, seed: int) -> dict[str, str]:
         **os.environ,
         "LLM40_SEED": str(seed),
         "PYTHONHASHSEED": str(seed % 2**32),
+        "PYTHONPATH": os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")])),  # llm40, uninstalled
         "PYTHONSAFEPATH": "1",
         "PYTHONNOUSERSITE": "1",
         "IPYTHONDIR": str(folder / ".ipython"),

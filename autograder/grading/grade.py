@@ -17,12 +17,14 @@ from tqdm import tqdm
 
 from autograder import catalog
 from autograder.build import build_sources
+from autograder.catalog import Entry
 from autograder.execute import Limits
 from autograder.grading import pages
 from autograder.grading.engine import Engine, cores, run_tasks
 from autograder.grading.gradebook import COURSE, Gradebook
 from autograder.grading.rebuild import blank, name
 from autograder.grading.task import Result, Task, parse
+from autograder.sample_class import make as sample_class
 
 OK, USAGE, FAULT = 0, 2, 3
 ROOT = Path(__file__).resolve().parents[2]
@@ -122,7 +124,7 @@ def find_class(
 
     A lesson is expected of everyone as soon as anyone has handed it in.
     """
-    example = f"lin-mei/{lessons[0].stage}/{lessons[0].name}.ipynb"
+    example = next((f"lin-mei/{k.stage}/{k.name}.ipynb" for k in lessons), f"lin-mei/{catalog.BY_NUMBER[9].key}.ipynb")
     students = find_students(submitted, example)
     if student is not None:
         students = [path for path in students if path.name == student]
@@ -270,11 +272,21 @@ c.CsvExportPlugin.to = "nbgrader.csv"  # by default it would be grades.csv, whic
 '''
 
 
-def build_masters() -> None:
-    """The lessons that are written, built anew where they are out of date."""
-    keys = [entry.key for entry in catalog.LESSONS if (ROOT / "solutions" / f"{entry.key}.py").is_file()]
-    if keys and build_sources(keys):
-        raise RuntimeError("the lessons could not be built: see above, and make course")
+def wanted_lessons(submitted: Path | None, lesson: str | None) -> list[Entry]:
+    """The lessons whose masters must be current: the one asked for, those handed in, or the sample's."""
+    if lesson:
+        try:
+            chosen = catalog.select(lesson)
+        except catalog.NoSuchLesson as error:
+            raise UsageError(str(error)) from None
+    elif submitted is None:
+        chosen = [catalog.BY_NUMBER[number] for number in sample_class.LESSONS]
+    else:
+        chosen = [entry for entry in catalog.LESSONS if any(submitted.glob(f"*/{entry.key}*.ipynb"))]
+    written = [entry for entry in chosen if (ROOT / "solutions" / f"{entry.key}.py").is_file()]
+    if lesson and not written:
+        raise UsageError(f"lesson {chosen[0].name} is not written yet: there is no solutions/{chosen[0].key}.py")
+    return written
 
 
 def grade_class(
@@ -286,14 +298,14 @@ def grade_class(
     engine: Engine = run_tasks,
 ) -> int:
     """Grades a class, or without a folder the sample class; returns the exit code."""
-    source = ROOT / "build" / "source"
     try:
-        build_masters()
+        wanted = wanted_lessons(submitted, lesson)
+        if wanted and build_sources([entry.key for entry in wanted]):
+            print("Nothing graded: these lessons cannot be built.", file=sys.stderr)
+            return FAULT
         if submitted is None:
-            from autograder.sample_class.make import make_class
-
-            submitted = make_class(SAMPLE / "submitted", source, ROOT / "tests" / "answers")
-            out = out or SAMPLE
+            submitted, out = sample_class.make_class(SAMPLE / "submitted", wanted, ROOT), out or SAMPLE
+        source = ROOT / "build" / "source"
         results = grade_folder(submitted, out or Path("grades"), source, lesson, student, jobs, engine=engine)
     except UsageError as error:
         print(f"Nothing to grade: {error}.", file=sys.stderr)

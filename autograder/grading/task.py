@@ -145,7 +145,7 @@ def _grade(task: Task, result: Result) -> None:
 
 def by_hand(cell: NotebookNode) -> bool:
     """Whether a cell is a written answer with points."""
-    return role(cell) == "answer" and bool(cell.metadata.nbgrader.get("grade"))
+    return role(cell) == "answer" and bool(cell.metadata.get("nbgrader", {}).get("grade"))
 
 
 def _nothing(master: NotebookNode, result: Result, reason: str) -> None:

@@ -52,6 +52,12 @@ def master() -> nbformat.NotebookNode:
         _check("half", 1, "half(2)", "assert half(5) == 2.5, 'half(5) must be 2.5: did you divide with //?'", 2),
         _exercise("total", SUM),
         _check("total", 1, "total([1])", "assert total(range(5)) == 10", 3),
+        text("**How?** Nobody grades this one.", id="text-how"),
+        text(
+            "<!-- BEGIN SOLUTION -->\nThis way.\n<!-- END SOLUTION -->",
+            id="answer-how",
+            metadata={"llm40": {"role": "answer"}},
+        ),
         text("**Why?** Write your answer below.", id="text-why"),
         _marked(text, "Because.", "answer-why", grade=True, solution=True, points=2),
     ]

@@ -1,0 +1,141 @@
+"""The sample class: seven students' notebooks, assembled from the lessons and from the answers that prove their checks.
+
+See README.md beside this file for who hands in what.
+"""
+
+import shutil
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import nbformat
+from nbformat import NotebookNode
+
+from autograder.build import ROOT, Layout
+from autograder.catalog import Entry
+from autograder.grading.rebuild import name, role
+from autograder.lesson import percent_cells, read_text
+
+LESSONS = (9, 29)  # a class small enough to grade in a minute
+
+CRASH = """
+import os
+
+def {function}(*args, **kwargs):
+    os._exit(1)
+"""
+
+
+@dataclass
+class Lesson:
+    """What a sample is made from: the learner's notebook, and texts for its exercises by name."""
+
+    stub: NotebookNode
+    solution: dict[str, str]
+    right: dict[str, str]  # by another route, where there is one
+    wrong: dict[str, str]
+
+    def notebook(self, answers: dict[str, str]) -> NotebookNode:
+        """The learner's notebook with these exercises answered."""
+        notebook = nbformat.from_dict(self.stub)
+        for cell in notebook.cells:
+            if role(cell) == "exercise" and name(cell) in answers:
+                cell.source = answers[name(cell)]
+        return notebook
+
+
+def read_lesson(entry: Entry, layout: Layout) -> Lesson:
+    master = nbformat.read(layout.masters / f"{entry.key}.ipynb", as_version=4)
+    solution = {name(cell): cell.source for cell in master.cells if role(cell) == "exercise"}
+    answers = {"right": {}, "wrong": {}}
+    path = layout.root / "tests" / "answers" / f"{entry.key}.py"
+    for _, marks, source, _ in percent_cells(read_text(path)) if path.is_file() else ():
+        for kind, texts in answers.items():
+            if marks.get(kind) in solution:
+                texts.setdefault(marks[kind], source)
+    stub = nbformat.read(layout.learners / f"{entry.key}.ipynb", as_version=4)
+    return Lesson(stub, solution, solution | answers["right"], answers["wrong"])
+
+
+# --- the students: each a function from a lesson to the bytes of a file ---------------------------------------
+
+
+def dumps(notebook: NotebookNode) -> bytes:
+    return nbformat.writes(notebook).encode()
+
+
+def solved(lesson: Lesson) -> bytes:
+    return dumps(lesson.notebook(lesson.solution))
+
+
+def untouched(lesson: Lesson) -> bytes:
+    return dumps(lesson.stub)
+
+
+def mistaken(lesson: Lesson) -> bytes:
+    return dumps(lesson.notebook(lesson.solution | lesson.wrong))
+
+
+def halfway(lesson: Lesson) -> bytes:
+    names = list(lesson.solution)
+    done = names[: (len(names) + 1) // 2]
+    notebook = lesson.notebook({exercise: lesson.right[exercise] for exercise in done})
+    checks = [cell for cell in notebook.cells if role(cell) == "check"]
+    checks[0].source = "pass  # it works on my machine"
+    notebook.cells.remove(checks[1])
+    place = next(i for i, cell in enumerate(notebook.cells) if name(cell) == done[0])
+    notebook.cells.insert(place + 1, nbformat.v4.new_code_cell("print('it runs')", id="my-own-cell"))
+    return dumps(notebook)
+
+
+def stripped(lesson: Lesson) -> bytes:
+    notebook = lesson.notebook(lesson.solution)
+    for number, cell in enumerate(notebook.cells):
+        cell.metadata = nbformat.from_dict({"id": f"c{number}"})
+        cell.id = f"c{number}"
+    return dumps(notebook)
+
+
+def damaged(lesson: Lesson) -> bytes:
+    data = solved(lesson)
+    return data[: len(data) // 2]
+
+
+def crashing(lesson: Lesson) -> bytes:
+    """The last exercise that is one function becomes one that ends its process."""
+    answers = dict(lesson.solution)
+    functions = {
+        exercise: line.removeprefix("def ").split("(")[0]
+        for exercise, source in answers.items()
+        for line in source.split("\n")
+        if line.startswith("def ")
+    }
+    exercise, function = list(functions.items())[-1]
+    answers[exercise] = CRASH.format(function=function)
+    return dumps(lesson.notebook(answers))
+
+
+STUDENTS: dict[str, Callable[[Lesson], bytes]] = {
+    "sample-01": solved,
+    "sample-02": untouched,
+    "sample-03": mistaken,
+    "sample-04": halfway,
+    "sample-05-李雷": stripped,
+    "sample-06": damaged,
+    "sample-07": crashing,
+}
+
+
+def make_class(folder: Path, entries: Sequence[Entry], root: Path = ROOT) -> Path:
+    """Writes the class's notebooks for these lessons, which have been built; returns the folder."""
+    shutil.rmtree(folder, ignore_errors=True)
+    layout = Layout(root)
+    for number, entry in enumerate(entries):
+        lesson = read_lesson(entry, layout)
+        for student, hand_in in STUDENTS.items():
+            if hand_in is damaged and number:
+                continue
+            path = folder / student / f"{entry.key}.ipynb"
+            path.parent.mkdir(parents=True, exist_ok=True)
+            path.write_bytes(hand_in(lesson))
+    return folder
