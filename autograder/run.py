@@ -198,12 +198,14 @@ def _versions(device: str) -> dict[str, str | None]:
 def _environment(profile: str, jobs: int) -> dict[str, str]:
     """What kernels are told: the profile, their share of the cores, and where `llm40` lies when it is not installed.
 
-    More threads than cores wait for each other by spinning: a lesson of 40 s then takes many minutes.
+    Threads that have to wait do so asleep: where other programs hold the cores too, spinning ones make a lesson of
+    40 s take many minutes.
     """
     threads = str(max(1, _cores() // jobs))
     env = {
         "LLM40_PROFILE": profile,
         "OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS", threads),
+        "OMP_WAIT_POLICY": os.environ.get("OMP_WAIT_POLICY", "PASSIVE"),
         "PYTHONPATH": os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")])),
     }
     if profile == "cpu":
