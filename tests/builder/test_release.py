@@ -1,0 +1,92 @@
+"""The two archives."""
+
+import hashlib
+import zipfile
+
+import pytest
+from tiny_course import KEY, Project
+
+from autograder.build import ROOT, build_course
+from autograder.lesson import read_lesson, secrets
+from autograder.release import make_release, project_files
+
+
+@pytest.fixture
+def course(project: Project) -> Project:
+    for name, text in {
+        "pyproject.toml": '[project]\nname = "llm40"\nversion = "1.2.3"\n',
+        "README.md": "# LLM40\n",
+        "llm40/__init__.py": "",
+        f"tests/answers/{KEY}.py": '# %% right="norm" because="hypot"\ndef norm(x):\n    return math.hypot(*x)\n',
+        "autograder/sample_class/full.ipynb": '{"cells": "sum_of_squares"}',
+        ".venv/lib/x.py": "",
+        "llm40/__pycache__/x.pyc": "",
+    }.items():
+        (project.root / name).parent.mkdir(parents=True, exist_ok=True)
+        (project.root / name).write_text(text, encoding="utf-8")
+    assert build_course(root=project.root) == 0
+    return project
+
+
+def test_editions(course: Project) -> None:
+    out = course.root / "dist"
+    assert make_release(out, root=course.root) == 0
+    learners = zipfile.ZipFile(out / "llm40-learners-1.2.3.zip")
+    names = {name.removeprefix("llm40-learners-1.2.3/") for name in learners.namelist()}
+    assert names == {
+        f"course/{KEY}.ipynb", "course/index.ipynb", "llm40/__init__.py", "README.md", "pyproject.toml",
+    }  # fmt: skip
+    everything = "\n".join(learners.read(name).decode() for name in learners.namelist())
+    for cell in read_lesson(course.source).cells:
+        for secret in secrets(cell):
+            for line in secret.split("\n"):
+                assert not line.strip() or line not in everything
+
+    instructors = zipfile.ZipFile(out / "llm40-instructors-1.2.3.zip").namelist()
+    for name in (f"solutions/{KEY}.py", f"tests/answers/{KEY}.py", f"course/{KEY}.ipynb"):
+        assert f"llm40-instructors-1.2.3/{name}" in instructors
+    assert not any(".venv" in name or "__pycache__" in name or "/build/" in name for name in instructors)
+
+
+def test_same_course_same_bytes(course: Project) -> None:
+    sums = []
+    for folder in ("a", "b"):
+        assert make_release(course.root / "dist" / folder, root=course.root) == 0
+        archives = sorted((course.root / "dist" / folder).iterdir())
+        sums.append([hashlib.sha256(path.read_bytes()).hexdigest() for path in archives])
+        for path in course.root.glob("course/*/*.ipynb"):
+            path.touch()
+    assert sums[0] == sums[1]
+
+
+def test_stale_course_is_not_released(course: Project, capsys: pytest.CaptureFixture) -> None:
+    course.replace("import math", "import math  # changed")
+    assert make_release(course.root / "dist", root=course.root) == 1
+    assert f"course/{KEY}.ipynb: differs from its source: run make course first" in capsys.readouterr().err
+    assert not (course.root / "dist").exists()
+
+
+def test_learners_own_file_with_answers_stops_the_release(course: Project, capsys: pytest.CaptureFixture) -> None:
+    stray = course.root / "course" / "stage1_foundations" / "copy of the master.ipynb"
+    stray.write_bytes(course.master.read_bytes())
+    assert make_release(course.root / "dist", root=course.root) == 1
+    assert "copy of the master.ipynb: holds a marker of an answer" in capsys.readouterr().err
+
+
+def test_this_repository_gives_nothing_away() -> None:
+    """No solution or hidden test of a real lesson in any file that learners get, three lines in a row."""
+    from autograder.release import LEARNERS
+
+    told = []
+    texts = {}
+    for name in project_files(ROOT):
+        if name.startswith(LEARNERS) and name.endswith((".ipynb", ".py", ".md")):
+            lines = (ROOT / name).read_text(encoding="utf-8").split("\n")
+            texts[name] = "\n" + "\n".join(line.strip(' ",').removesuffix("\\n") for line in lines) + "\n"
+    for source in sorted((ROOT / "solutions").glob("*/*.py")):
+        for cell in read_lesson(source).cells:
+            for secret in secrets(cell):
+                lines = [line.strip() for line in secret.split("\n") if line.strip()]
+                runs = ["\n".join(["", *lines[i : i + 4], ""]) for i in range(max(len(lines) - 3, 0))]
+                told += [(name, cell.label, run) for name, text in texts.items() for run in runs if run in text]
+    assert not told
