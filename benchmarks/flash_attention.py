@@ -4,7 +4,7 @@
 
 bfloat16, 32 heads, 32,768 tokens in all (batch = 32,768 / S), S = 1k … 16k, head dimension 64 and 128, with and without
 a causal mask, forward and backward. TFLOP/s count 4·S²·D per head forward and 2.5 times that backward, half with a
-causal mask. Median, 20 % and 80 % quantiles of `triton.testing.do_bench`, all peers in one run. Before anything is timed,
+causal mask. Median, 20 % and 80 % quantiles of `triton.testing.do_bench`, all peers in one run. Before any timing,
 each implementation's output and gradients are compared with float64.
 """
 
@@ -102,7 +102,7 @@ def errors(lesson: SimpleNamespace, D: int, causal: bool) -> dict[str, dict[str,
     for what, factor in (("o", 2), ("dq", 3), ("dk", 3), ("dv", 3)):
         ours, usual = found[OURS][what], found["SDPA math"][what]
         if not ours <= factor * usual:
-            raise SystemExit(f"D={D}, causal={causal}: error of {what} is {ours:.1e}; by SDPA's plain path, {usual:.1e}")
+            raise SystemExit(f"D={D}, causal={causal}: {what}'s error is {ours:.1e}; SDPA's plain path has {usual:.1e}")
     return found
 
 
