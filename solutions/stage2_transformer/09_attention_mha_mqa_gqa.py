@@ -276,7 +276,9 @@ q = torch.tensor([[2.0, 0.0, 0.0, 0.0]])                             # one query
 k = torch.tensor([[math.log(3.0), 0.0, 0.0, 0.0], [0.0, 9.0, 9.0, 9.0]])  # scores log 3 and 0 after the division
 v = torch.tensor([[4.0, 0.0, 1.0], [0.0, 8.0, 1.0]])
 with checks.forbidden("scaled_dot_product_attention"):
-    out, weights = scaled_dot_product_attention(q, k, v)
+    result = scaled_dot_product_attention(q, k, v)
+assert isinstance(result, tuple), f"return a pair (out, weights); yours is {result!r}"
+out, weights = result
 total = float(weights.sum())
 assert abs(total - 1) < 1e-5, f"the weights of one query must sum to 1 over the keys; yours sum to {total:.4g}: over which axis is your softmax?"
 checks.close(weights, torch.tensor([[0.75, 0.25]]), what="the weights",
@@ -594,7 +596,9 @@ shapes = {name: tuple(p.shape) for name, p in mine.named_parameters()}
 expected = {f"{name}_proj.{kind}": (12, 12) if kind == "weight" else (12,)
             for name in ("q", "k", "v", "out") for kind in ("weight", "bias")}
 assert shapes == expected, f"the parameters should be {expected}; yours are {shapes}"
-out, weights = mine(torch.zeros(2, 5, 12))
+result = mine(torch.zeros(2, 5, 12))
+assert isinstance(result, tuple), f"forward returns a pair (out, weights); yours returns {type(result).__name__}"
+out, weights = result
 assert out.shape == (2, 5, 12), f"out has shape {tuple(out.shape)}, not (batch, q_len, d_model) = (2, 5, 12)"
 assert weights.shape == (2, 3, 5, 5), f"weights have shape {tuple(weights.shape)}, not (batch, heads, q_len, k_len) = (2, 3, 5, 5)"
 ### BEGIN HIDDEN TESTS
@@ -623,21 +627,22 @@ checks.close(weights, expected_weights, what="the weights of 2 heads",
              hint="Is the head axis split off the features, then moved before the sequence?")
 checks.close(out, expected, what="the output of 2 heads")
 ### BEGIN HIDDEN TESTS
-for d_model, heads, batch, q_len, k_len in [(12, 3, 2, 5, 5), (12, 12, 1, 4, 4), (10, 1, 3, 1, 6), (16, 4, 2, 7, 3), (6, 2, 2, 2, 1)]:
+for d_model, heads, batch, q_len, k_len, cross in [(12, 3, 2, 5, 5, False), (12, 12, 1, 4, 4, False), (10, 2, 2, 4, 4, True), (10, 1, 3, 1, 6, True),
+                                                   (16, 4, 2, 7, 3, True), (6, 2, 2, 2, 1, True)]:
     mine = random_attention(d_model, heads, g)
     twin = pytorch_twin(mine, d_model, heads)
     x = checks.randn(batch, q_len, d_model, generator=g, dtype=torch.float64)
-    context = x if q_len == k_len else checks.randn(batch, k_len, d_model, generator=g, dtype=torch.float64)
+    context = checks.randn(batch, k_len, d_model, generator=g, dtype=torch.float64) if cross else x
     with checks.unchanged(x=x, context=context), checks.forbidden("scaled_dot_product_attention", "multi_head_attention_forward"):
-        out, weights = mine(x) if context is x else mine(x, context)
+        out, weights = mine(x, context) if cross else mine(x)
     expected, expected_weights = twin(x, context, context, average_attn_weights=False)
-    what = f"with d_model {d_model}, {heads} heads, q_len {q_len}, k_len {k_len}"
+    what = f"with d_model {d_model}, {heads} heads, q_len {q_len}, k_len {k_len}{', a context' if cross else ''}"
     one_head = pytorch_weights(mine.q_proj(x), mine.k_proj(context))[:, None].expand_as(expected_weights)
     cut = [t.reshape(batch, heads, -1, d_model // heads) for t in (mine.q_proj(x), mine.k_proj(context))]
     mistakes = {"one head over all features": one_head,
                 "a view straight to (batch, heads, seq, head_dim), which cuts the sequence": pytorch_weights(*cut)}
-    if q_len != k_len:
-        mistakes["ignoring the context"] = torch.zeros_like(expected_weights)
+    if cross and q_len == k_len:
+        mistakes["ignoring the context"] = twin(x, x, x, average_attn_weights=False)[1]
     checks.close(weights, expected_weights, what=f"the weights {what}", mistakes=mistakes)
     separate = pytorch_attention(*(p(t).unflatten(-1, (heads, -1)).transpose(1, 2)
                                    for p, t in ((mine.q_proj, x), (mine.k_proj, context), (mine.v_proj, context))))

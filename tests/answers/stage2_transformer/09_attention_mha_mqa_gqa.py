@@ -372,7 +372,7 @@ class MultiHeadAttention(nn.Module):
         return self.out_proj(out.transpose(1, 2).flatten(-2)), weights
 
 
-# %% wrong="mha" because="the values come from x, not from the context"
+# %% wrong="mha" because="the values come from x where its shape allows, not from the context"
 class MultiHeadAttention(nn.Module):
     def __init__(self, d_model, heads):
         super().__init__()
@@ -388,7 +388,7 @@ class MultiHeadAttention(nn.Module):
             return t.unflatten(-1, (self.heads, -1)).transpose(1, 2)
 
         values = self.v_proj(x if x.shape == context.shape else context)
-        out, weights = scaled_dot_product_attention(split(self.q_proj(x)), split(self.k_proj(x if x.shape == context.shape else context)), split(values), None)
+        out, weights = scaled_dot_product_attention(split(self.q_proj(x)), split(self.k_proj(context)), split(values), mask)
         return self.out_proj(out.transpose(1, 2).flatten(-2)), weights
 
 
