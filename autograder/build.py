@@ -327,34 +327,39 @@ def generate(masters: dict[Entry, str]) -> dict[Entry, str]:
 
 
 def leaks(read: Lesson, learners: str) -> list[str]:
-    """What of the answers and hidden tests is still in the learner's notebook, one line each: nothing, or a bug.
-
-    Looked for: a marker, the whole text of a hidden region, and any three of its lines in a row.
-    """
+    """What of the answers and hidden tests is still in the learner's notebook, one line each: nothing, or a bug."""
     where = lesson.shown_path(read.path)
-    notebook = json.loads(learners)
     problems = []
-    lines: list[str] = []
-    for cell in notebook["cells"]:
+    text = "\n"
+    for cell in json.loads(learners)["cells"]:
         source = "".join(cell["source"])
-        lines += [*(line.strip() for line in source.split("\n") if line.strip()), "\0"]
+        text += "\n".join([*(line.strip() for line in source.split("\n") if line.strip()), "\0\n"])
         if cell.get("outputs"):
-            problems.append(f"{where}:1: the learner's notebook has outputs")
+            problems.append(f"{where}:1: file: the learner's notebook has outputs")
         for marker in ("BEGIN SOLUTION", "END SOLUTION", "BEGIN HIDDEN TESTS", "END HIDDEN TESTS"):
             if marker in source:
-                problems.append(f"{where}:1: `{marker}` is left in the learner's cell {cell['id']}")
-    text = "\n" + "\n".join(lines)
+                problems.append(f"{where}:1: file: `{marker}` is left in the learner's cell {cell['id']}")
     for cell in read.cells:
-        for secret in lesson.secrets(cell):
-            hidden = [line.strip() for line in secret.split("\n") if line.strip()]
-            runs = [hidden] if len(hidden) <= 3 else [hidden[i : i + 3] for i in range(len(hidden) - 2)]
-            for run in runs:
-                if len("".join(run)) >= 30 and "\n".join(["", *run, ""]) in text:
-                    what = "hidden tests" if cell.role == "check" else "answer"
-                    problems.append(f"{where}:{cell.line}: {cell.label}: its {what} can be read elsewhere in the "
-                                    f"learner's notebook: `{run[0]}` …")
-                    break
+        told = next((run for run in telling_lines(cell) if "\n".join(["", *run, ""]) in text), None)
+        if told:
+            what = "hidden tests" if cell.role == "check" else "answer"
+            problems.append(f"{where}:{cell.line}: {cell.label}: its {what} can be read elsewhere in the "
+                            f"learner's notebook: `{told[0]}` …")
     return problems
+
+
+def telling_lines(cell: Cell) -> list[list[str]]:
+    """Runs of stripped lines that give a cell's secret away.
+
+    Of an answer any three lines in a row; of hidden tests only the whole, since a visible test may well be set up in
+    the same way. Less than 30 characters are no secret: `return x` stands everywhere.
+    """
+    found = []
+    for secret in lesson.secrets(cell):
+        lines = [line.strip() for line in secret.split("\n") if line.strip()]
+        whole = cell.role == "check" or len(lines) <= 3
+        found += [lines] if whole else [lines[i : i + 3] for i in range(len(lines) - 2)]
+    return [run for run in found if len("".join(run)) >= 30]
 
 
 # --- course/ --------------------------------------------------------------------------------------------------
