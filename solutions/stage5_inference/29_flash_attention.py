@@ -178,7 +178,7 @@ checks.close(l, [1 + math.exp(-1), 0.0], what="l of rows that begin with a maske
              hint="−inf − (−inf) is NaN: while the maximum is −inf, subtract 0.")
 ### BEGIN HIDDEN TESTS
 gen = checks.generator(2)
-x = checks.randn(50, 24, generator=gen, scale=300.0)
+x = checks.randn(50, 24, generator=gen, scale=20.0)
 x[checks.randn(50, 24, generator=gen) > 0.3] = -math.inf
 x[7] = -math.inf
 x[:, :4][checks.randn(50, 4, generator=gen) > -1] = -math.inf
@@ -189,7 +189,8 @@ checks.close(m, exact_m, what="m of masked rows")
 checks.close(l, torch.exp(x.double() - shift[:, None]).sum(-1), what="l of masked rows")
 x = checks.randn(6, 4096, generator=gen)
 with checks.allocations() as made:
-    online_softmax(x, 32)
+    m, _ = online_softmax(x, 32)
+checks.close(m, x.amax(-1), what="m of a long row")
 assert made.largest <= 6 * 32, (f"one of your tensors has {made.largest} elements; with 6 rows and a block of 32 the largest may have 192: "
                                 "look at one block at a time, and only once")
 ### END HIDDEN TESTS
@@ -216,6 +217,12 @@ assert made.largest <= 6 * 32, (f"one of your tensors has {made.largest} element
 # one program; Flash-Decoding (lesson 30) merges across programs; ring attention across machines. The same three lines
 # each time. $\Phi$ is also the reason not to store $e^m\ell$ itself: it overflows, while $(m, \ell, o)$ is the same number with its
 # exponent kept apart.
+#
+# ### Exercise 2 · Merge
+#
+# <details><summary>Hint: both empty</summary>
+# The shift of exercise 1 again: the larger maximum, and 0 where that is −∞.
+# </details>
 
 # %% exercise="merge_partials" minutes=10 difficulty=1
 def merge_partials(a: tuple[Tensor, Tensor, Tensor], b: tuple[Tensor, Tensor, Tensor]) -> tuple[Tensor, Tensor, Tensor]:
@@ -333,7 +340,7 @@ plt.show()
 # for $B_q = B_k$ and $S_q = S_k$.)
 
 # %% [markdown]
-# ### Exercise 2 · Tiled attention in PyTorch
+# ### Exercise 3 · Tiled attention in PyTorch
 #
 # The whole algorithm, with PyTorch's operations on slices. It is slow in Python; its use is that you can print anything in it, and
 # that the kernel later is the same lines.
@@ -454,7 +461,8 @@ checks.relative_l2(tiled_attention(q, k, v, 8, 16)[0], brute_force(q, k, v)[0], 
 # Memory and work: never an S × S matrix, never a tile above the diagonal.
 q, k, v = (checks.randn(1, 1, 64, 8, generator=checks.generator(9)) for _ in range(3))
 with checks.allocations() as made:
-    tiled_attention(q, k, v, 16, 16)
+    o, _ = tiled_attention(q, k, v, 16, 16)
+checks.relative_l2(o, brute_force(q, k, v)[0], 2e-6, what="the output")
 assert made.largest <= 64 * 8, f"one of your tensors has {made.largest} elements; S × S is {64 * 64}, a tile of scores is {16 * 16}"
 ### BEGIN HIDDEN TESTS
 def visited_tiles(q_len, k_len, block_q, block_k):
@@ -466,7 +474,8 @@ def visited_tiles(q_len, k_len, block_q, block_k):
 for q_len, k_len, block_q, block_k, causal in [(256, 256, 16, 32, True), (256, 256, 32, 16, True), (96, 256, 32, 32, True), (256, 128, 64, 32, False)]:
     q, k, v = (checks.randn(2, 2, n, 8, generator=checks.generator(10)) for n in (q_len, k_len, k_len))
     with checks.allocations() as made, FlopCounterMode(display=False) as counter:
-        tiled_attention(q, k, v, block_q, block_k, causal)
+        o, _ = tiled_attention(q, k, v, block_q, block_k, causal)
+    checks.relative_l2(o, brute_force(q, k, v, causal)[0], 2e-6, what="the output")
     limit = 4 * max(block_q * block_k, q_len * 8, k_len * 8)
     assert made.largest <= limit, f"one of your tensors has {made.largest} elements; the largest of q, k and a tile of scores has {limit}"
     tiles = visited_tiles(q_len, k_len, block_q, block_k) if causal else (q_len // block_q) * (k_len // block_k)
@@ -503,8 +512,9 @@ errors = []
 for j in range(1, owner + 2):                           # the learner's function, given only the keys of the first j tiles
     o, _ = tiled_attention(q[:, :, rows], k[:, :, :j * block], v[:, :, :j * block], block, block, causal=j == owner + 1)
     errors.append(float((o - exact).norm() / exact.norm()))
-axes[5].semilogy(range(1, owner + 2), errors, marker="o", color=plot.COLORS[0])
-axes[5].set(xlabel="step", ylabel="relative error of o / l", xticks=range(1, owner + 2), ylim=(1e-8, 10), box_aspect=1)
+axes[5].plot(range(1, owner + 2), errors, marker="o", color=plot.COLORS[0])
+axes[5].annotate(f"{errors[-1]:.0e}", (owner + 1, errors[-1]), textcoords="offset points", xytext=(-6, 8), ha="right", fontsize=8)
+axes[5].set(xlabel="step", ylabel="relative error of o / l", xticks=range(1, owner + 2), ylim=(0, None), box_aspect=1)
 axes[5].set_title("output so far", fontsize=10)
 plot.caption(fig, "One program's work, from left to right: query tile 4 (rows 64 to 79) meets key tiles 0 to 4 and stops; what lies to the right, above the "
              "diagonal, is never loaded. Orange is on chip now; of the blue tiles only (m, l, o) is left. Hatched tiles cross the diagonal and need a mask, "
@@ -533,6 +543,12 @@ plt.show()
 #
 # The same $S^2$; the gain is the factor $D^2/M$. With $D = 64$ and 100 KB, $M = 51{,}200$ numbers: $8 \cdot 64^2 / 51200 = 0.64$ against 4. Dao et al.
 # prove that no exact algorithm does better for all $M$ between $D$ and $SD$. A causal mask halves both.
+#
+# ### Exercise 4 · Count them
+#
+# <details><summary>Hint</summary>
+# M is in bytes, the tiles are of two-byte numbers. The last query tile may be short; it still reads all of K and V.
+# </details>
 
 # %% exercise="hbm_bytes" minutes=10 difficulty=1
 def hbm_bytes(S: int, D: int, M: int, kind: str) -> int:
@@ -782,7 +798,7 @@ print(f"{launched.count} launch, {launched.programs} programs; "
 #
 # The grid is (query tiles, heads, batch): thousands of independent programs. Version 1's grid was (heads, batch) only.
 #
-# ### Exercise 4 · The kernel
+# ### Exercise 5 · The forward kernel
 #
 # The launcher after it is given: it makes the outputs, passes the strides, and chooses the tile sizes. Write what a program does.
 #
@@ -879,12 +895,12 @@ def flash_forward_kernel(
 
 
 # %%
-# Tile sizes, warps and pipeline stages that suit a Hopper GPU: (BLOCK_M, BLOCK_N, num_warps, num_stages). The autotuner measures them once for each
-# shape and keeps the fastest; one that asks for more shared memory than there is, it leaves out. The interpreter takes the first.
+# (BLOCK_M, BLOCK_N, warps, pipeline stages) that suit a Hopper GPU. The autotuner measures them once for each shape and keeps the fastest; what asks
+# for more shared memory than there is, it leaves out. The interpreter takes the first.
 CONFIGS = {
-    "forward": [(128, 64, 4, 3), (128, 64, 8, 3), (128, 128, 8, 2), (128, 128, 8, 3), (128, 32, 4, 4), (64, 64, 4, 3), (32, 32, 4, 1)],
-    "dq": [(128, 64, 8, 2), (128, 64, 8, 3), (64, 128, 8, 2), (64, 64, 4, 2), (64, 64, 4, 3), (128, 32, 4, 3), (32, 32, 4, 1)],
-    "dkdv": [(64, 128, 8, 2), (64, 64, 8, 3), (32, 128, 8, 3), (64, 64, 4, 2), (128, 64, 8, 2), (32, 64, 4, 3), (32, 32, 4, 1)],
+    "forward": [(128, 64, 4, 3), (128, 64, 8, 3), (128, 128, 8, 2), (64, 64, 4, 2)],
+    "dq": [(128, 64, 8, 2), (64, 128, 8, 2), (64, 64, 4, 3), (64, 64, 4, 2)],
+    "dkdv": [(64, 128, 8, 2), (64, 64, 8, 3), (32, 128, 8, 3), (64, 64, 4, 2)],
 }
 
 
@@ -895,12 +911,14 @@ def autotuned(kernel, name):
     return triton.autotune(configs, key=["q_len", "k_len", "HEAD_DIM", "CAUSAL"])(kernel)
 
 
-def launch(kernel, name, grid, *arguments, blocks=None, **constants):
+def launch(kernel, name, grid, q, *arguments, blocks=None, **constants):
     """Launch with the given tile sizes (BLOCK_M, BLOCK_N), or with the fastest of CONFIGS[name]."""
+    if blocks is None and q.dtype == torch.float32 and not profile.interpret:
+        blocks = 32, 32                                 # without tensor cores, large tiles do not fit in registers
     if blocks is None:
-        autotuned(kernel, name)[grid](*arguments, **constants)
+        autotuned(kernel, name)[grid](q, *arguments, **constants)
     else:
-        kernel[grid](*arguments, BLOCK_M=blocks[0], BLOCK_N=blocks[1], **constants)
+        kernel[grid](q, *arguments, BLOCK_M=blocks[0], BLOCK_N=blocks[1], **constants)
 
 
 def flash_forward(q, k, v, causal=False, blocks=None, out=None, lse=None):
@@ -932,7 +950,7 @@ checks.relative_l2(lse, exact_lse / math.log(2), 2e-6, what="lse", hint="In base
 assert launched.programs == 1, "one tile of 16 queries is one program"
 ### BEGIN HIDDEN TESTS
 gen = checks.generator(15)
-for heads, kv_heads, q_len, k_len, head_dim, blocks in [(4, 2, 21, 45, 24, (32, 16)), (4, 2, 37, 20, 16, (16, 32)), (3, 1, 1, 33, 40, (16, 16))]:
+for heads, kv_heads, q_len, k_len, head_dim, blocks in [(4, 2, 21, 45, 24, (32, 16)), (4, 2, 20, 37, 16, (16, 32)), (3, 1, 1, 33, 40, (16, 16))]:
     # Ragged lengths, more than one batch, grouped heads, and the (batch, seq, heads, head_dim) layout of a projection.
     q, k, v = (checks.randn(2, n, h, head_dim, generator=gen).transpose(1, 2) for n, h in ((q_len, heads), (k_len, kv_heads), (k_len, kv_heads)))
     with checks.launches() as launched, checks.unchanged(q=q, k=k, v=v), checks.forbidden("scaled_dot_product_attention", "softmax"):
@@ -955,7 +973,7 @@ checks.relative_l2(o, brute_force(q, k, v, causal=True)[0], 2e-6, what="o, causa
 ### BEGIN HIDDEN TESTS
 gen = checks.generator(17)
 for q_len, k_len, blocks in [(50, 50, (32, 16)), (40, 40, (16, 32)), (19, 50, (16, 16)), (50, 19, (16, 16))]:
-    q, k, v = (checks.randn(2 if blocks[0] == 32 else 1, h, n, 16, generator=gen) for n, h in ((q_len, 2), (k_len, 1), (k_len, 1)))
+    q, k, v = (checks.randn(1, h, n, 16, generator=gen) for n, h in ((q_len, 2), (k_len, 1), (k_len, 1)))
     o, lse = flash_forward(q, k, v, causal=True, blocks=blocks)
     exact, exact_lse = brute_force(q, k, v, causal=True)
     where = f"Causal, {q_len} queries, {k_len} keys, BLOCK_M, BLOCK_N = {blocks}."
@@ -1051,6 +1069,15 @@ for q_len, k_len, head_dim, causal in [(17, 30, 24, False), (33, 33, 9, True)]:
 #
 # $P$ was never stored. It is made again, $p_{ij} = e^{s_{ij} - L_i}$, from $q$, $k$ and the log-sum-exp: 5 products per tile against the forward's 2, so the
 # backward costs 2.5 times the forward. That is more FLOPs than storing $P$ would cost, and faster, since the bytes are what is scarce.
+#
+# ### Exercise 6 · Backward in PyTorch
+#
+# <details><summary>Hint: where to add what</summary>
+# Each tile gives a share of dq (to its queries), of dk and of dv (to its keys). Start all three as zeros and add into slices.
+# </details>
+# <details><summary>Hint: no maximum, no rescaling</summary>
+# lse already knows the whole row: <code>p = exp(s − lse)</code> is the final weight. Only a row with lse = −∞ needs the usual care.
+# </details>
 
 # %% exercise="attention_backward_tiled" minutes=30 difficulty=2
 def attention_backward_tiled(
@@ -1133,7 +1160,7 @@ gen = checks.generator(24)
 for q_len, k_len, block_q, block_k, scale in [(37, 37, 16, 4, 1.0), (37, 37, 4, 16, 4.0), (15, 40, 8, 8, 1.0), (40, 15, 8, 8, 1.0)]:
     q, k, v, do = (checks.randn(2, 2, n, 8, generator=gen, scale=s) for n, s in ((q_len, scale), (k_len, scale), (k_len, 1), (q_len, 1)))
     exact = exact_gradients(q, k, v, do, causal=True)
-    with checks.allocations() as made, FlopCounterMode(display=False) as counter:
+    with FlopCounterMode(display=False) as counter:
         actual = attention_backward_tiled(q, k, v, exact[3].float(), exact[4].float(), do, block_q, block_k, causal=True)
     for name, a, e in zip(("dq", "dk", "dv"), actual, exact[:3], strict=True):
         checks.relative_l2(a, e, 2e-5, what=name, hint=f"Causal, {q_len} queries, {k_len} keys, tiles {block_q} × {block_k}.")
@@ -1145,7 +1172,9 @@ for q_len, k_len, block_q, block_k, scale in [(37, 37, 16, 4, 1.0), (37, 37, 4, 
 q, k, v, do = (checks.randn(1, 2, 256, 8, generator=gen) for _ in range(4))
 exact = exact_gradients(q, k, v, do)
 with checks.allocations() as made:
-    attention_backward_tiled(q, k, v, exact[3].float(), exact[4].float(), do, 32, 16)
+    actual = attention_backward_tiled(q, k, v, exact[3].float(), exact[4].float(), do, 32, 16)
+for name, a, e in zip(("dq", "dk", "dv"), actual, exact[:3], strict=True):
+    checks.relative_l2(a, e, 5e-6, what=name)
 assert made.largest <= 2 * 256 * 8, f"one of your tensors has {made.largest} elements; q has {2 * 256 * 8}, S × S would be {2 * 256 * 256}"
 ### END HIDDEN TESTS
 
@@ -1164,7 +1193,7 @@ assert made.largest <= 2 * 256 * 8, f"one of your tensors has {made.largest} ele
 # - **Padding.** Rows beyond the end load as 0, so their products add nothing. With one exception: a padded key's score is 0, and $p = 2^{0 - L_2}$ overflows when the
 #   row's real scores are all near −200; then $\infty \cdot 0$ is NaN. Mask $p$, do not trust the zero.
 #
-# ### Exercise 6 · dq
+# ### Exercise 7 · dq
 # <details><summary>Hint</summary>
 # The same two bounds and the same two loops as in the forward kernel, without m, l and rescaling. Load <code>do</code>, <code>lse</code> and <code>delta</code> of your rows before the loop.
 # </details>
@@ -1310,7 +1339,7 @@ checks.relative_l2(dq[:, :, :16], expected[:, :, :16], 3e-6, what="dq of the fir
 ### END HIDDEN TESTS
 
 # %% [markdown]
-# ### Exercise 7 · dk and dv
+# ### Exercise 8 · dk and dv
 #
 # A program owns BLOCK_N keys of one **key-value** head, and adds up over all query heads of the group: with grouped heads the gradient of a shared key is the sum
 # over those who share it. Inside a program that sum costs nothing; forgetting it leaves the gradient of one head.
@@ -1481,6 +1510,12 @@ checks.relative_l2(dv[:, :, 32:], dv_exact[:, :, 32:], 3e-6, what="dv of the las
 # `torch.autograd.Function` joins the two passes: `forward(ctx, …)` computes and saves what the backward pass needs, `backward(ctx, grad)` returns one gradient for
 # each argument of forward, None for those that have none. What to save is the point of the whole lesson: $q, k, v, o$ and $L_2$, $O(SD)$ numbers, where the standard way saves
 # the $(S, S)$ weights.
+#
+# ### Exercise 9 · The autograd function
+#
+# <details><summary>Hint: what is not a tensor</summary>
+# Tensors go through <code>ctx.save_for_backward</code>; a flag may be an attribute of <code>ctx</code>. It needs no gradient: return None in its place.
+# </details>
 
 # %% exercise="flash_attention" minutes=15 difficulty=2
 class FlashAttention(torch.autograd.Function):
@@ -1625,7 +1660,7 @@ plot.curves(range(steps), {"PyTorch's SDPA": with_sdpa, "FlashAttention": with_f
             title="training loss", ax=axes[0])
 axes[0].lines[0].set(linewidth=5, alpha=0.35)
 axes[1].bar(range(steps), [abs(a - b) / 2**-23 for a, b in zip(with_sdpa, with_flash, strict=True)], color=plot.COLORS[0])
-axes[1].set(xlabel="step", ylabel="difference of the losses (units of 2⁻²³ nats)")
+axes[1].set(xlabel="step", ylabel="difference (units of 2⁻²³ nats)")
 axes[1].set_title("what the order of summation does")
 plot.caption(fig, "Left: both lines lie on each other. Right: they differ, where they do, in the last bits of float32 (2⁻²³ is 1.2e-7): sums in another order round "
              "differently. Exact attention does not mean bit-identical attention.")
@@ -1645,8 +1680,13 @@ plt.show()
 # Why overlap matters can be computed. An H100 runs 989 TFLOP/s on its tensor cores but only 3.9 T exponentials a second, and attention needs one exponential for every
 # $4D$ matmul FLOPs.
 #
-# ### Exercise 9 · Short answers, by number
+# ### Exercise 10 · Short answers, by number
+#
 # One value a question; write an expression, or the number itself.
+#
+# <details><summary>Hint: without overlap</summary>
+# Times add up. Take one score: so many FLOPs at one rate, one exponential at the other.
+# </details>
 
 # %% exercise="version_numbers" minutes=15 difficulty=2
 def version_numbers() -> dict[str, float | str]:
@@ -1698,8 +1738,8 @@ checks.close(float(answers["limit_64"]), 989 * 256 / (256 + 989 / 3.9), rtol=0.0
 # %% [markdown]
 # ## On the hardware
 #
-# On a GPU the next cell measures your kernels beside PyTorch's SDPA in the same run, forward and backward: TFLOP/s counted as $4S^2D$ per head forward, 2.5 times that backward, half
-# with a causal mask. On a CPU it shows the arithmetic instead: where on the roofline standard attention and tiled attention lie.
+# On a GPU the next two cells measure your kernels beside PyTorch's SDPA in the same run, forward and backward: TFLOP/s counted as $4S^2D$ per head forward, 2.5 times that backward, half
+# with a causal mask. On a CPU the first shows the arithmetic instead: where on the roofline standard attention and tiled attention lie.
 
 # %% tags=["experiment"]
 def forward_flops(batch, heads, S, D, causal):
@@ -1740,23 +1780,28 @@ def measure(S, D, causal, tokens=16384, heads=16):
     return results
 
 
-if profile.name == "gpu" and not profile.interpret:
-    lengths = [1024, 2048, 4096, 8192, 16384]
-    fig, axes = plt.subplots(2, 4, figsize=(15, 6.4), sharex=True, sharey=True)
-    print(f"{torch.cuda.get_device_name()}, PyTorch {torch.__version__}, Triton {triton.__version__}; bfloat16, 16 heads, 16k tokens")
-    print(f"{'D':>4} {'causal':>6} {'S':>6}  {'pass':8} TFLOP/s (median)")
-    for column, (D, causal) in enumerate([(64, False), (64, True), (128, False), (128, True)]):
+def compare(D, lengths=(1024, 2048, 4096, 8192, 16384)):
+    """A chart and a table for one head dimension."""
+    fig, axes = plt.subplots(1, 4, figsize=(15, 3.6), sharex=True, sharey=True)
+    print(f"{torch.cuda.get_device_name()}, PyTorch {torch.__version__}, Triton {triton.__version__}; bfloat16, 16 heads, 16k tokens, D = {D}")
+    for column, causal in enumerate((False, True)):
         measured = {S: measure(S, D, causal) for S in lengths}
         for row, direction in enumerate(("forward", "backward")):
+            ax = axes[2 * row + column]
             names = [n for n in ("this lesson", "SDPA Flash", "SDPA cuDNN") if all((n, direction) in measured[S] for S in lengths)]
             plot.curves(lengths, {n: [measured[S][n, direction][0] for S in lengths] for n in names},
                         bands={n: ([measured[S][n, direction][2] for S in lengths], [measured[S][n, direction][1] for S in lengths]) for n in names},
-                        xlabel="sequence length S" if row else "", ylabel="TFLOP/s" if column == 0 else "",
-                        title=f"{direction}, D = {D}{', causal' if causal else ''}", logx=True, ax=axes[row, column])
+                        xlabel="sequence length S (tokens)", ylabel="TFLOP/s" if ax is axes[0] else "", title=f"{direction}{', causal' if causal else ''}",
+                        logx=True, ax=ax)
             for S in lengths:
-                print(f"{D:4} {causal!s:>6} {S:6}  {direction:8} " + "  ".join(f"{n} {measured[S][n, direction][0]:4.0f}" for n in names))
-    plot.caption(fig, "Higher is better. Band: 20 to 80 percent quantile. cuDNN is hand-written for this GPU and overlaps exponentials with products, as version 3 does.")
+                print(f"{direction:8} {'causal' if causal else 'full':6} S = {S:5}: " + ", ".join(f"{n} {measured[S][n, direction][0]:.0f} TFLOP/s" for n in names))
+    plot.caption(fig, f"D = {D}; higher is better. Band: 20 to 80 percent quantile. cuDNN is hand-written for this GPU and overlaps exponentials with products, as version 3 does.")
     plt.show()
+
+
+on_gpu = profile.name == "gpu" and not profile.interpret
+if on_gpu:
+    compare(D=64)
 else:
     peak, bandwidth, S, M = 989e12, 3.35e12, 8192, 200 * 1024
     points = {}
@@ -1784,10 +1829,16 @@ else:
                  "would still be the slowest; taller query tiles and the L2 cache take care of that.")
     plt.show()
 
+# %% tags=["experiment"]
+if on_gpu:
+    compare(D=128)
+else:
+    print("No GPU here: nothing to measure for D = 128 either.")
+
 # %% [markdown]
 # ## Key questions
 #
-# Short answers by number were exercise 9. These are open; write two or three sentences each.
+# Short answers by number were exercise 10. These are open; write two or three sentences each.
 #
 # **1.** FlashAttention's backward pass computes the scores again, and more FLOPs. Why is it faster all the same?
 
