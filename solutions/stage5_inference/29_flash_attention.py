@@ -12,7 +12,7 @@
 #     title: "FlashAttention"
 #     title_zh: "FlashAttention"
 #     builds: "Exact attention that never writes the S × S matrix: online softmax, tiling, and forward and backward kernels in Triton behind one autograd function."
-#     minutes: 180
+#     minutes: 240
 #     requires: [9]
 #     gpu: "The same kernels at full size: TFLOP/s, forward and backward, beside PyTorch's SDPA (Flash and cuDNN) for 1k to 16k tokens."
 #     papers:
@@ -47,7 +47,6 @@
 # %%
 import functools
 import math
-from types import SimpleNamespace
 
 import torch
 import torch.nn.functional as F
@@ -59,18 +58,19 @@ if profile.has_triton:
     import triton
     import triton.language as tl
 else:
-    class KernelWithoutTriton:
-        """macOS and Windows: a kernel can be defined, and says what is missing when it is launched."""
+    class WithoutTriton:
+        """macOS and Windows: kernels can be defined, and whatever would launch one says what is missing."""
 
-        def __init__(self, kernel):
-            self.kernel = kernel
+        constexpr = int
 
-        def __getitem__(self, grid):
+        def jit(self, kernel):
+            return kernel
+
+        def __getattr__(self, name):
             raise RuntimeError("Triton exists for Linux only: do this exercise on Linux, in WSL2 or on a GPU machine. "
                                "The PyTorch exercises of this lesson work here.")
 
-    triton = SimpleNamespace(jit=KernelWithoutTriton)
-    tl = SimpleNamespace(constexpr=int)
+    triton = tl = WithoutTriton()
 
 from torch.utils.flop_counter import FlopCounterMode  # imports Triton itself, so it comes after llm40
 
@@ -124,7 +124,7 @@ def brute_force(q, k, v, causal=False):
 # Compute the shift once per block, <code>shift = m_new</code> with −∞ replaced by 0 (<code>masked_fill</code>), and use it in both exponents.
 # </details>
 
-# %% exercise="online_softmax" minutes=15 difficulty=1
+# %% exercise="online_softmax" minutes=10 difficulty=1
 def online_softmax(x: Tensor, block: int) -> tuple[Tensor, Tensor]:
     """The two numbers that make a softmax, from one pass over the last axis.
 
@@ -224,7 +224,7 @@ assert made.largest <= 6 * 32, (f"one of your tensors has {made.largest} element
 # The shift of exercise 1 again: the larger maximum, and 0 where that is −∞.
 # </details>
 
-# %% exercise="merge_partials" minutes=10 difficulty=1
+# %% exercise="merge_partials" minutes=5 difficulty=1
 def merge_partials(a: tuple[Tensor, Tensor, Tensor], b: tuple[Tensor, Tensor, Tensor]) -> tuple[Tensor, Tensor, Tensor]:
     """The partial result over two disjoint sets of keys, from those over each.
 
@@ -356,7 +356,7 @@ plt.show()
 # With more queries than keys the first rows see no key. They need the same care as in exercise 1, and a division by l that is not 0/0.
 # </details>
 
-# %% exercise="tiled_attention" minutes=35 difficulty=2
+# %% exercise="tiled_attention" minutes=25 difficulty=2
 def tiled_attention(q: Tensor, k: Tensor, v: Tensor, block_q: int, block_k: int, causal: bool = False) -> tuple[Tensor, Tensor]:
     """Exact attention, one (block_q, block_k) tile of scores at a time.
 
@@ -817,7 +817,7 @@ print(f"{launched.count} launch, {launched.programs} programs; "
 # <code>p</code> is float32; <code>tl.dot</code> wants both operands alike: <code>p.to(v.dtype)</code>. m, l and acc start as float32 and stay so.
 # </details>
 
-# %% exercise="flash_forward_kernel" minutes=60 difficulty=3
+# %% exercise="flash_forward_kernel" minutes=45 difficulty=3
 @triton.jit
 def flash_forward_kernel(
     q_ptr, k_ptr, v_ptr, o_ptr, lse_ptr,
@@ -1079,7 +1079,7 @@ for q_len, k_len, head_dim, causal in [(17, 30, 24, False), (33, 33, 9, True)]:
 # lse already knows the whole row: <code>p = exp(s − lse)</code> is the final weight. Only a row with lse = −∞ needs the usual care.
 # </details>
 
-# %% exercise="attention_backward_tiled" minutes=30 difficulty=2
+# %% exercise="attention_backward_tiled" minutes=20 difficulty=2
 def attention_backward_tiled(
     q: Tensor, k: Tensor, v: Tensor, o: Tensor, lse: Tensor, do: Tensor, block_q: int, block_k: int, causal: bool = False,
 ) -> tuple[Tensor, Tensor, Tensor]:
@@ -1198,7 +1198,7 @@ assert made.largest <= 2 * 256 * 8, f"one of your tensors has {made.largest} ele
 # The same two bounds and the same two loops as in the forward kernel, without m, l and rescaling. Load <code>do</code>, <code>lse</code> and <code>delta</code> of your rows before the loop.
 # </details>
 
-# %% exercise="flash_dq_kernel" minutes=30 difficulty=3
+# %% exercise="flash_dq_kernel" minutes=15 difficulty=3
 @triton.jit
 def flash_dq_kernel(
     q_ptr, k_ptr, v_ptr, do_ptr, lse_ptr, delta_ptr, dq_ptr,
@@ -1356,7 +1356,7 @@ checks.relative_l2(dq[:, :, :16], expected[:, :, :16], 3e-6, what="dq of the fir
 # It may be ragged in either loop, so load queries with <code>EDGE=True</code> always. Rows that loaded as zeros add zero, with lse loaded as 0 too.
 # </details>
 
-# %% exercise="flash_dkdv_kernel" minutes=40 difficulty=3
+# %% exercise="flash_dkdv_kernel" minutes=25 difficulty=3
 @triton.jit
 def flash_dkdv_kernel(
     q_ptr, k_ptr, v_ptr, do_ptr, lse_ptr, delta_ptr, dk_ptr, dv_ptr,
@@ -1517,7 +1517,7 @@ checks.relative_l2(dv[:, :, 32:], dv_exact[:, :, 32:], 3e-6, what="dv of the las
 # Tensors go through <code>ctx.save_for_backward</code>; a flag may be an attribute of <code>ctx</code>. It needs no gradient: return None in its place.
 # </details>
 
-# %% exercise="flash_attention" minutes=15 difficulty=2
+# %% exercise="flash_attention" minutes=10 difficulty=2
 class FlashAttention(torch.autograd.Function):
     """Attention by the kernels above: FlashAttention.apply(q, k, v, causal) → o.
 
@@ -1688,7 +1688,7 @@ plt.show()
 # Times add up. Take one score: so many FLOPs at one rate, one exponential at the other.
 # </details>
 
-# %% exercise="version_numbers" minutes=15 difficulty=2
+# %% exercise="version_numbers" minutes=10 difficulty=2
 def version_numbers() -> dict[str, float | str]:
     """A dictionary of seven answers, numbers to 1 percent.
 
