@@ -66,8 +66,6 @@ def execute(task: Task, on_cell: Callable[[int], None] = lambda count: None) -> 
     from nbclient.exceptions import CellTimeoutError
     from papermill import PapermillExecutionError, execute_notebook
 
-    Path(task.output).parent.mkdir(parents=True, exist_ok=True)
-    Path(task.output).unlink(missing_ok=True)
     started = time.perf_counter()
     counted = 0
 
@@ -81,7 +79,7 @@ def execute(task: Task, on_cell: Callable[[int], None] = lambda count: None) -> 
         try:
             execute_notebook(
                 task.notebook,
-                task.output,
+                kernel.notebook,
                 km=kernel.manager,
                 cwd=kernel.folder,
                 progress_bar=False,
@@ -104,8 +102,13 @@ def execute(task: Task, on_cell: Callable[[int], None] = lambda count: None) -> 
         if failure:
             kernel.end()
             failure["traceback"] = kernel.log()
+        # papermill saves after every cell: in the private folder, so that two runs at once cannot mix.
+        notebook = nbformat.read(kernel.notebook, as_version=4)
 
-    notebook = nbformat.read(task.output, as_version=4)
+    for path in ("input_path", "output_path"):
+        notebook.metadata.papermill.pop(path, None)  # of this machine
+    Path(task.output).parent.mkdir(parents=True, exist_ok=True)
+    nbformat.write(notebook, task.output)
     notebook.cells = [cell for cell in notebook.cells if _MARKER not in cell.metadata.get("tags", [])]
     cells = [cell for cell in notebook.cells if cell.cell_type == "code" and cell.source.strip()]
     record = {
@@ -270,6 +273,7 @@ class _Kernel:
     def __init__(self, manager, folder: str):
         self.manager = manager
         self.folder = folder
+        self.notebook = os.path.join(os.path.dirname(folder), "executed.ipynb")
         self._peak = 0
         self._ended = threading.Event()
         threading.Thread(target=self._watch, daemon=True).start()

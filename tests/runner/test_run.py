@@ -110,6 +110,7 @@ def test_a_lesson_that_ran(ran):
     assert lesson["gpu_bytes"] == 0
     notebook = nbformat.read(ran.out / "executed/stage1_a/01_ok.ipynb", as_version=4)
     assert [cell.execution_count for cell in notebook.cells] == [1, None, 2, 3, 4, 5]  # a blank cell has nothing to run
+    assert not {"input_path", "output_path"} & notebook.metadata.papermill.keys()  # paths of this machine
 
 
 @pytest.mark.parametrize(
