@@ -3,6 +3,7 @@
 See README.md beside this file for who hands in what.
 """
 
+import re
 import shutil
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -73,7 +74,8 @@ def untouched(lesson: Lesson) -> bytes:
 
 
 def mistaken(lesson: Lesson) -> bytes:
-    return dumps(lesson.notebook(lesson.solution | lesson.wrong))
+    exercises = list(lesson.solution)[::3]
+    return dumps(lesson.notebook(lesson.solution | {e: lesson.wrong[e] for e in exercises if e in lesson.wrong}))
 
 
 def halfway(lesson: Lesson) -> bytes:
@@ -102,17 +104,10 @@ def damaged(lesson: Lesson) -> bytes:
 
 
 def crashing(lesson: Lesson) -> bytes:
-    """The last exercise that is one function becomes one that ends its process."""
-    answers = dict(lesson.solution)
-    functions = {
-        exercise: line.removeprefix("def ").split("(")[0]
-        for exercise, source in answers.items()
-        for line in source.split("\n")
-        if line.startswith("def ")
-    }
-    exercise, function = list(functions.items())[-1]
-    answers[exercise] = CRASH.format(function=function)
-    return dumps(lesson.notebook(answers))
+    """The first exercise that is one function becomes one that ends its process."""
+    defined = {label: re.findall(r"^def (\w+)", source, re.MULTILINE) for label, source in lesson.solution.items()}
+    exercise = next(label for label, functions in defined.items() if len(functions) == 1)
+    return dumps(lesson.notebook(lesson.solution | {exercise: CRASH.format(function=defined[exercise][0])}))
 
 
 STUDENTS: dict[str, Callable[[Lesson], bytes]] = {
