@@ -12,7 +12,7 @@
 #     title: "Geometry of high-dimensional space"
 #     title_zh: "高维空间的数学直觉"
 #     builds: "Six small tools (cosines, power iteration, low rank, effective rank, random projection, randomized SVD) and, with them, what a trained network's weights look like inside."
-#     minutes: 180
+#     minutes: 240
 #     requires: []
 #     gpu: "Nothing more: every cell takes seconds on a CPU."
 #     papers:
@@ -31,8 +31,8 @@
 # misleads. Five facts carry most of this course:
 #
 # 1. **Likeness is an angle.** Two vectors that point the same way mean the same thing, however long they are.
-# 2. **Random directions are nearly perpendicular.** In 1,000 dimensions almost any two of them are, within two degrees
-#    or so. That is why thousands of features fit into one vector without disturbing each other.
+# 2. **Random directions are nearly perpendicular.** In 1,000 dimensions almost any two of them are, within five
+#    degrees or so. That is why thousands of features fit into one vector without disturbing each other.
 # 3. **Dot products grow with the dimension**, like $\sqrt d$. Attention divides by exactly that.
 # 4. **A matrix stretches space along perpendicular axes**, and often only a few of them matter. That is **low rank**, and
 #    why a finetuned copy of a large model can fit into a few megabytes.
@@ -46,7 +46,7 @@
 #
 # ### Notation
 #
-# The same in all forty lessons; the page `notation.ipynb` lists all of it.
+# The same in all forty lessons; [the notation page](../notation.ipynb) lists all of it.
 #
 # | written | means |
 # |---|---|
@@ -79,7 +79,7 @@ from llm40 import checks, data, plot
 #
 # $$a \cdot b = \lVert a\rVert\,\lVert b\rVert\cos\theta, \qquad \cos\theta = \frac{a\cdot b}{\lVert a\rVert\,\lVert b\rVert} .$$
 #
-# Three vectors or three thousand dimensions: two vectors always lie in one plane, so the angle always makes sense. Its
+# Three dimensions or three thousand: two vectors always lie in one plane, so the angle always makes sense. Its
 # cosine, the **cosine similarity**, is 1 for the same direction, 0 for perpendicular vectors, −1 for opposite ones, and
 # it does not change when a vector gets longer. A page twice as long says the same thing twice; its word counts point the
 # same way.
@@ -414,7 +414,8 @@ right.set_title(f"64 pixels, as wide as {round(equivalent)} random directions")
 right.legend(loc="upper left", fontsize=8)
 right.set_ylim(0, 0.085)
 plot.caption(fig, "Left: 79,800 pairs for each d; thin grey lines are the exact density. The spread is 57°/√d. Right: the "
-                  f"angles between digits spread as those of {equivalent:.1f} independent coordinates would.")
+                  f"angles between digits spread as those of {equivalent:.1f} independent coordinates would, with a longer tail of "
+                  "small angles: two digits of one kind.")
 plt.show()
 
 # %% [markdown]
@@ -862,6 +863,8 @@ for ax, rank in zip(axes, (*ranks, None), strict=True):
     ax.imshow(image, cmap="gray", vmin=0, vmax=1)
     ax.set_title(title, fontsize=9)
     ax.set(xticks=[], yticks=[])
+plot.caption(fig, "Two terms give a tartan: every row of the picture is a mixture of the same two rows. Ten give the building, "
+                  "forty its windows; fine, irregular detail such as leaves comes last.")
 plt.show()
 
 fig, (left, right) = plt.subplots(1, 2, figsize=(10.4, 3.4))
