@@ -85,5 +85,5 @@ def test_this_repository_gives_nothing_away() -> None:
     for source in sorted((ROOT / "solutions").glob("*/*.py")):
         for cell in read_lesson(source).cells:
             runs = ["\n".join(["", *run, ""]) for run in telling_lines(cell)]
-            told += [(source.name, cell.label, name, run) for name, text in texts.items() for run in runs if run in text]
+            told += [(source.name, cell.label, name) for name, text in texts.items() if any(r in text for r in runs)]
     assert not told
