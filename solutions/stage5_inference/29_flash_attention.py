@@ -459,7 +459,8 @@ checks.relative_l2(tiled_attention(q, k, v, 8, 16)[0], brute_force(q, k, v)[0], 
 
 # %% check="tiled_attention" points=2
 # Memory and work: never an S × S matrix, never a tile above the diagonal.
-q, k, v = (checks.randn(1, 1, 64, 8, generator=checks.generator(9)) for _ in range(3))
+gen = checks.generator(9)
+q, k, v = (checks.randn(1, 1, 64, 8, generator=gen) for _ in range(3))
 with checks.allocations() as made:
     o, _ = tiled_attention(q, k, v, 16, 16)
 checks.relative_l2(o, brute_force(q, k, v)[0], 2e-6, what="the output")
@@ -472,7 +473,8 @@ def visited_tiles(q_len, k_len, block_q, block_k):
 
 
 for q_len, k_len, block_q, block_k, causal in [(256, 256, 16, 32, True), (256, 256, 32, 16, True), (96, 256, 32, 32, True), (256, 128, 64, 32, False)]:
-    q, k, v = (checks.randn(2, 2, n, 8, generator=checks.generator(10)) for n in (q_len, k_len, k_len))
+    gen = checks.generator(10)
+    q, k, v = (checks.randn(2, 2, n, 8, generator=gen) for n in (q_len, k_len, k_len))
     with checks.allocations() as made, FlopCounterMode(display=False) as counter:
         o, _ = tiled_attention(q, k, v, block_q, block_k, causal)
     checks.relative_l2(o, brute_force(q, k, v, causal)[0], 2e-6, what="the output")
@@ -486,7 +488,8 @@ for q_len, k_len, block_q, block_k, causal in [(256, 256, 16, 32, True), (256, 2
 
 # %% tags=["experiment"]
 # The tiling as a strip of frames: which tiles a query tile visits, in order, and how its output closes in.
-q, k, v = (checks.randn(1, 1, 96, 32, generator=checks.generator(11)) for _ in range(3))
+gen = checks.generator(11)
+q, k, v = (checks.randn(1, 1, 96, 32, generator=gen) for _ in range(3))
 block, owner = 16, 4                                    # the fifth query tile, rows 64 to 79
 rows = slice(owner * block, (owner + 1) * block)
 exact = brute_force(q, k, v, causal=True)[0][:, :, rows]
@@ -678,7 +681,8 @@ lengths = [128, 256, 512, 1024, 2048]
 largest = {"standard": [], "tiled, 128 × 128": []}
 seconds = {"standard": [], "tiled, 128 × 128": []}
 for S in lengths:
-    q, k, v = (checks.randn(1, 1, S, 64, generator=checks.generator(12)) for _ in range(3))
+    gen = checks.generator(12)
+    q, k, v = (checks.randn(1, 1, S, 64, generator=gen) for _ in range(3))
     for name, function in (("standard", standard_attention), ("tiled, 128 × 128", lambda q, k, v: tiled_attention(q, k, v, 128, 128))):
         with checks.allocations() as made:
             function(q, k, v)
@@ -689,7 +693,7 @@ plot.curves(lengths, largest, xlabel="sequence length S (tokens)", ylabel="eleme
 plot.curves(lengths, seconds, xlabel="sequence length S (tokens)", ylabel="milliseconds (one head, median of 3)",
             title=f"time in PyTorch on this {'GPU' if profile.name == 'gpu' else 'CPU'}", logx=True, logy=True, ax=axes[1])
 plot.caption(fig, "Left: the standard way's largest tensor is S × S; the tiled one's is a tile of 128 × 128, then the output, S × 64. Right: from Python every tile "
-             "pays for a dozen small operations, and each of them goes through main memory. It has saved memory; to save time takes one kernel for the whole loop.")
+             "pays for a dozen small operations, so short sequences lose; long ones may gain a little, once S × S leaves the cache. The full gain takes one kernel for the whole loop.")
 plt.show()
 
 # %% [markdown]
@@ -770,7 +774,8 @@ def flash_delta(o, do):
 
 # %% tags=["experiment"]
 # One launch, checked: 2 × 3 × ⌈70/64⌉ = 12 programs.
-o, do = (checks.randn(2, 3, 70, 20, generator=checks.generator(13)) for _ in range(2))
+gen = checks.generator(13)
+o, do = (checks.randn(2, 3, 70, 20, generator=gen) for _ in range(2))
 with checks.launches() as launched:
     delta = flash_delta(o, do)
 checks.close(delta, (o * do).sum(-1))
@@ -936,7 +941,8 @@ def flash_forward(q, k, v, causal=False, blocks=None, out=None, lse=None):
 
 # %% check="flash_forward_kernel" points=2
 # One query tile and two key tiles of one head.
-q, k, v = (checks.randn(1, 1, n, 16, generator=checks.generator(14)) for n in (16, 32, 32))
+gen = checks.generator(14)
+q, k, v = (checks.randn(1, 1, n, 16, generator=gen) for n in (16, 32, 32))
 with checks.launches() as launched:
     o, lse = flash_forward(q, k, v, blocks=(16, 16))
 exact, exact_lse = brute_force(q, k, v)
@@ -965,7 +971,8 @@ for heads, kv_heads, q_len, k_len, head_dim, blocks in [(4, 2, 21, 45, 24, (32, 
 
 # %% check="flash_forward_kernel" points=2
 # Causal, with more keys than queries: the mask is aligned to the end.
-q, k, v = (checks.randn(1, 1, n, 16, generator=checks.generator(16)) for n in (20, 40, 40))
+gen = checks.generator(16)
+q, k, v = (checks.randn(1, 1, n, 16, generator=gen) for n in (20, 40, 40))
 o, lse = flash_forward(q, k, v, causal=True, blocks=(16, 16))
 checks.relative_l2(o, brute_force(q, k, v, causal=True)[0], 2e-6, what="o, causal", mistakes={
     "no causal mask": brute_force(q, k, v)[0],
@@ -1023,7 +1030,8 @@ assert flash_forward(*half, blocks=(16, 32))[0].dtype == torch.float16
 
 # %% check="flash_forward_kernel" points=2
 # Nothing may be written outside the output: it lies between NaN canaries here, rows further apart than they are long.
-q, k, v = (checks.randn(1, 2, n, 20, generator=checks.generator(19)) for n in (19, 21, 21))
+gen = checks.generator(19)
+q, k, v = (checks.randn(1, 2, n, 20, generator=gen) for n in (19, 21, 21))
 out = checks.guarded(torch.full_like(q, math.nan), row_pad=12, what="o")
 lse = checks.guarded(torch.full_like(q[..., 0], math.nan), what="lse")
 flash_forward(q, k, v, blocks=(16, 16), out=out.tensor, lse=lse.tensor)
@@ -1151,7 +1159,8 @@ for q_len, k_len, block_q, block_k, causal in [(21, 34, 8, 5, False), (34, 21, 5
 ### END HIDDEN TESTS
 
 # %% check="attention_backward_tiled" points=2
-q, k, v, do = (checks.randn(1, 1, n, 4, generator=checks.generator(23), dtype=torch.float64) for n in (5, 8, 8, 5))
+gen = checks.generator(23)
+q, k, v, do = (checks.randn(1, 1, n, 4, generator=gen, dtype=torch.float64) for n in (5, 8, 8, 5))
 *expected, o, lse, _ = exact_gradients(q, k, v, do, causal=True)
 for name, a, e in zip(("dq", "dk", "dv"), attention_backward_tiled(q, k, v, o, lse, do, 2, 4, causal=True), expected, strict=True):
     checks.close(a, e, what=f"{name}, causal")
@@ -1282,7 +1291,8 @@ def kernel_inputs(q, k, v, do, causal=False):
 
 
 # %% check="flash_dq_kernel" points=2
-q, k, v, do = (checks.randn(1, 1, n, 16, generator=checks.generator(25)) for n in (16, 32, 32, 16))
+gen = checks.generator(25)
+q, k, v, do = (checks.randn(1, 1, n, 16, generator=gen) for n in (16, 32, 32, 16))
 lse, delta, (expected, _, _) = kernel_inputs(q, k, v, do)
 with checks.launches() as launched:
     dq = flash_dq(q, k, v, do, lse, delta, blocks=(16, 16))
@@ -1444,7 +1454,8 @@ def flash_backward(q, k, v, o, lse, do, causal=False, blocks=None):
 
 # %% check="flash_dkdv_kernel" points=2
 # Two query heads share one key-value head: its gradient is the sum of both.
-q, k, v, do = (checks.randn(1, h, n, 16, generator=checks.generator(28)) for n, h in ((32, 2), (16, 1), (16, 1), (32, 2)))
+gen = checks.generator(28)
+q, k, v, do = (checks.randn(1, h, n, 16, generator=gen) for n, h in ((32, 2), (16, 1), (16, 1), (32, 2)))
 lse, delta, (_, dk_exact, dv_exact) = kernel_inputs(q, k, v, do)
 with checks.launches() as launched:
     dk, dv = flash_dkdv(q, k, v, do, lse, delta, blocks=(16, 16))
@@ -1543,7 +1554,8 @@ class FlashAttention(torch.autograd.Function):
 
 
 # %% check="flash_attention" points=2
-q, k, v = (checks.randn(1, h, 20, 16, generator=checks.generator(31)).requires_grad_() for h in (2, 1, 1))
+gen = checks.generator(31)
+q, k, v = (checks.randn(1, h, 20, 16, generator=gen).requires_grad_() for h in (2, 1, 1))
 with checks.launches() as launched, checks.forbidden("scaled_dot_product_attention"):
     o = FlashAttention.apply(q, k, v, True)
     o.sum().backward()                                  # the gradient that arrives is one number, expanded
