@@ -853,7 +853,7 @@ checks.close(effective_rank(torch.zeros(4, 1, dtype=torch.float64)), torch.tenso
 photo = data.pictures()["china"].mean(0)                          # (427, 640), grey
 shuffled = photo.flatten()[torch.randperm(photo.numel(), generator=torch.Generator().manual_seed(4))].view_as(photo)
 ranks = (2, 10, 40)
-fig, axes = plt.subplots(1, 4, figsize=(11.4, 2.6))
+fig, axes = plt.subplots(1, 4, figsize=(11.4, 2.25))
 for ax, rank in zip(axes, (*ranks, None), strict=True):
     if rank is None:
         image, title = photo, f"original, {photo.numel():,} numbers"
