@@ -5,6 +5,7 @@ This is the seam for other engines: anything that maps `grade` over tasks and yi
 
 import multiprocessing
 import os
+import signal
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
@@ -29,6 +30,7 @@ def run_tasks(tasks: Iterable[Task], jobs: int) -> Iterator[Result]:
     """
     tasks = iter(tasks)
     unanswered: dict[Task, None] = {}
+    others = set(multiprocessing.active_children())
     while True:
         with _pool(jobs) as pool:
             running: dict[Future, Task] = {}
@@ -36,7 +38,7 @@ def run_tasks(tasks: Iterable[Task], jobs: int) -> Iterator[Result]:
             def feed(count: int, pool=pool, running=running) -> None:
                 for task in islice(tasks, count):
                     unanswered[task] = None
-                    running[pool.submit(grade, task)] = task
+                    running[pool.submit(_work, task)] = task
 
             try:
                 feed(jobs + 1)
@@ -52,6 +54,8 @@ def run_tasks(tasks: Iterable[Task], jobs: int) -> Iterator[Result]:
                 pass
             except BaseException:  # interrupted, or the writer failed: what has not begun never will
                 pool.shutdown(wait=False, cancel_futures=True)
+                for worker in set(multiprocessing.active_children()) - others:
+                    worker.terminate()
                 raise
         for task in unanswered:
             yield _alone(task)
@@ -61,17 +65,29 @@ def run_tasks(tasks: Iterable[Task], jobs: int) -> Iterator[Result]:
 def _pool(jobs: int) -> ProcessPoolExecutor:
     # Not forked from here: this process has threads (the progress bar's, the database's), and a fork copies their
     # locks. A fork server has none; it pays for the imports (2.5 s) once.
-    if "forkserver" not in multiprocessing.get_all_start_methods():
-        return ProcessPoolExecutor(jobs, mp_context=multiprocessing.get_context("spawn"))
-    context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["autograder.grading.task"])
-    return ProcessPoolExecutor(jobs, mp_context=context)
+    method = "forkserver" if "forkserver" in multiprocessing.get_all_start_methods() else "spawn"
+    context = multiprocessing.get_context(method)
+    if method == "forkserver":
+        context.set_forkserver_preload(["autograder.grading.task"])
+    return ProcessPoolExecutor(jobs, mp_context=context, initializer=_end_in_order)
+
+
+def _end_in_order() -> None:
+    """A worker that is told to end takes its kernel and its folder with it."""
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
+
+
+def _work(task: Task) -> Result:
+    try:
+        return grade(task)
+    except KeyboardInterrupt:
+        os._exit(1)  # an exception would be sent back, and the next task begun
 
 
 def _alone(task: Task) -> Result:
     with _pool(1) as pool:
         try:
-            return pool.submit(grade, task).result()
+            return pool.submit(_work, task).result()
         except BrokenProcessPool:
             reason = "the process that graded it was lost twice: was it killed for want of memory?"
             return Result(task.student, task.stage, task.lesson, "fault", flags=[reason])

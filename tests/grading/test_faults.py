@@ -13,7 +13,7 @@ from autograder.execute import Limits
 from autograder.grading.grade import grade_folder
 
 pytestmark = pytest.mark.xdist_group("grading")
-LIMITS = Limits(cell=2, notebook=40, grace=1)
+LIMITS = Limits(cell=3, notebook=60, grace=1)
 
 STUBBORN = """
 def double(x):
