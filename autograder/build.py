@@ -366,14 +366,15 @@ def telling_lines(cell: Cell) -> list[list[str]]:
 
 
 def _expected(layout: Layout, entries: Iterable[Entry]) -> dict[Path, str]:
-    """What course/ should hold for these lessons, and the roadmap."""
-    from autograder.roadmap import index_notebook
+    """What course/ should hold for these lessons, and the pages that belong to all."""
+    from autograder.roadmap import index_notebook, notation_notebook
 
     expected = {
         layout.course / f"{e.key}.ipynb": (layout.learners / f"{e.key}.ipynb").read_text(encoding="utf-8")
         for e in entries
     }
     expected[layout.course / "index.ipynb"] = dumps(index_notebook(headers(layout)))
+    expected[layout.course / "notation.ipynb"] = dumps(notation_notebook())
     return expected
 
 

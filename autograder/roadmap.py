@@ -1,10 +1,12 @@
-"""course/index.ipynb: the roadmap, with a picture of how the forty lessons depend on each other.
+"""course/index.ipynb, the roadmap with a picture of how the lessons depend on each other, and course/notation.ipynb.
 
 The picture is an SVG inside the notebook's Markdown, so that it shows without running anything.
 """
 
 import base64
+import re
 from html import escape
+from pathlib import Path
 
 from autograder import catalog
 from autograder.catalog import Entry
@@ -118,7 +120,7 @@ def picture(written: set[int]) -> str:
 
 def index_notebook(headers: dict[Entry, Header]) -> dict:
     """The roadmap as nbformat 4.5's JSON; `headers` has the lessons that are written."""
-    from autograder.build import KERNELSPEC, hours, render
+    from autograder.build import hours, render
 
     svg = picture({entry.number for entry in headers})
     stages = []
@@ -132,9 +134,21 @@ def index_notebook(headers: dict[Entry, Header]) -> dict:
         alt="The forty lessons as boxes, with arrows to the lessons that build on them; the tables say the same.",
         stages=stages,
     )
+    return _prose_notebook("roadmap", text.split("\n---\n"))
+
+
+def notation_notebook() -> dict:
+    """What names, shapes and symbols mean in all lessons: templates/notation.md, a cell for each section."""
+    text = Path(__file__).with_name("templates").joinpath("notation.md").read_text(encoding="utf-8")
+    return _prose_notebook("notation", re.split(r"\n(?=## )", text))
+
+
+def _prose_notebook(name: str, parts: list[str]) -> dict:
+    from autograder.build import KERNELSPEC
+
     cells = [
-        {"cell_type": "markdown", "id": f"roadmap-{i}", "metadata": {}, "source": part.strip()}
-        for i, part in enumerate(text.split("\n---\n"), 1)
+        {"cell_type": "markdown", "id": f"{name}-{i}", "metadata": {}, "source": part.strip()}
+        for i, part in enumerate(parts, 1)
     ]
     metadata = {"kernelspec": KERNELSPEC, "language_info": {"name": "python"}}
     return {"cells": cells, "metadata": metadata, "nbformat": 4, "nbformat_minor": 5}

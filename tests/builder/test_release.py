@@ -35,7 +35,8 @@ def test_editions(course: Project) -> None:
     learners = zipfile.ZipFile(out / "llm40-learners-1.2.3.zip")
     names = {name.removeprefix("llm40-learners-1.2.3/") for name in learners.namelist()}
     assert names == {
-        f"course/{KEY}.ipynb", "course/index.ipynb", "llm40/__init__.py", "README.md", "pyproject.toml",
+        f"course/{KEY}.ipynb", "course/index.ipynb", "course/notation.ipynb", "llm40/__init__.py",
+        "README.md", "pyproject.toml",
     }  # fmt: skip
     everything = "\n".join(learners.read(name).decode() for name in learners.namelist())
     for cell in read_lesson(course.source).cells:
