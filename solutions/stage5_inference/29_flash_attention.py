@@ -516,7 +516,7 @@ for j in range(1, owner + 2):                           # the learner's function
     o, _ = tiled_attention(q[:, :, rows], k[:, :, :j * block], v[:, :, :j * block], block, block, causal=j == owner + 1)
     errors.append(float((o - exact).norm() / exact.norm()))
 axes[5].plot(range(1, owner + 2), errors, marker="o", color=plot.COLORS[0])
-axes[5].annotate(f"{errors[-1]:.0e}", (owner + 1, errors[-1]), textcoords="offset points", xytext=(-6, 8), ha="right", fontsize=8)
+axes[5].annotate(f"{errors[-1]:.0e}", (owner + 1, errors[-1]), textcoords="offset points", xytext=(-16, 3), ha="right", fontsize=8)
 axes[5].set(xlabel="step", ylabel="relative error of o / l", xticks=range(1, owner + 2), ylim=(0, None), box_aspect=1)
 axes[5].set_title("output so far", fontsize=10)
 plot.caption(fig, "One program's work, from left to right: query tile 4 (rows 64 to 79) meets key tiles 0 to 4 and stops; what lies to the right, above the "
