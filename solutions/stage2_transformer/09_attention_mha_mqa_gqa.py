@@ -12,7 +12,7 @@
 #     title: "Attention I: MHA, MQA, GQA"
 #     title_zh: "Attention 家族 上"
 #     builds: "Scaled dot-product, multi-head and grouped-query attention; a small model whose induction head you find yourself, and the same circuit set by hand."
-#     minutes: 180
+#     minutes: 210
 #     requires: [1, 8]
 #     gpu: "Nothing more: every cell runs on a CPU; on a GPU the same cells run there."
 #     papers:
