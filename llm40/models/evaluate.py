@@ -75,7 +75,8 @@ def of_kneser_ney(training: dict[str, str], tokenizer: Tokenizer, documents: dic
 def of_xz(training: dict[str, str], documents: dict[str, str]) -> dict[str, float]:
     seen = "\n".join(training.values()).encode()
     texts = {kind: "\n".join(t for name, t in documents.items() if name.startswith(kind)).encode() for kind in REPEATS}
-    return {kind: 8 * xz_bytes(text, seen) / len(text) for kind, text in texts.items()}
+    before = xz_bytes(seen)
+    return {kind: 8 * (xz_bytes(seen + text) - before) / len(text) for kind, text in texts.items()}
 
 
 def table(training: dict[str, str], held_out: dict[str, str], folder: Path) -> str:

@@ -29,6 +29,7 @@ from llm40.models.tokenizer import Tokenizer
 class Options:
     steps: int | None = None  # exactly one of steps and minutes is given: when training ends
     minutes: float | None = None
+    until: int | None = None  # pause after this step, before training ends: another run can go on, with other options
     batch: int = 8  # windows in a step
     micro_batch: int = 2  # windows in one forward pass
     learning_rate: float = 3e-3
@@ -120,7 +121,7 @@ def train(model: Llama, windows: Windows, held_out: Windows, options: Options, f
     saved_at = time.monotonic()
     pool = ThreadPoolExecutor(options.workers, initializer=torch.set_num_threads, initargs=(1,))
     with bar, pool:
-        while steps is None or step < steps:
+        while (steps is None or step < steps) and step != options.until:
             began = time.monotonic()
             rate = options.learning_rate * learning_rate_factor(step, steps, options.warmup)
             loss = accumulate(model, torch.from_numpy(windows[step]).to(device), options, pool)
@@ -155,6 +156,7 @@ def main() -> None:
     length = parser.add_mutually_exclusive_group(required=True)
     length.add_argument("--minutes", type=float, help="stop after about this long, decay included")
     length.add_argument("--steps", type=int, help="stop after so many steps, decay included")
+    parser.add_argument("--until", type=int, help="pause after this step; the same command without it goes on")
     for option in ("batch", "micro_batch", "learning_rate", "weight_decay", "warmup", "seed"):
         default = getattr(Options, option)
         parser.add_argument(f"--{option.replace('_', '-')}", type=type(default), default=default)
@@ -174,11 +176,10 @@ def main() -> None:
     tokenizer = Tokenizer.train(training.values()) if new_tokenizer else weights.load_tokenizer()
     weights.write(out, "tokenizer.json", tokenizer.to_json().encode())
     model = Llama(CONFIGS[size]).to(profile.device)
-    context = model.config.context
-    windows = Windows(training, tokenizer, context, options.batch, options.seed)
+    windows = Windows(training, tokenizer, model.config.context, options.batch, options.seed)
     print(f"{size}: {sum(p.numel() for p in model.parameters()):,} parameters; {windows.tokens_per_epoch:,} tokens in "
           f"an epoch of {windows.steps_per_epoch} steps; {profile.device}, {options.precision}")  # fmt: skip
-    train(model, windows, Windows(held_out, tokenizer, context, 4), options, out, size)
+    train(model, windows, Windows(held_out, tokenizer, model.config.context, 4), options, out, size)
     weights.save(size, model.state_dict(), out)
     print(f"{out / size}.safetensors and checksums.json written")
 
