@@ -160,6 +160,10 @@ def _describe(value: Any) -> str:
     return f"of type {type(value).__name__}"
 
 
+def _article(value: Any) -> str:
+    return "None" if value is None else f"a value of type {type(value).__name__}"
+
+
 def _sentence(text: str, hint: str) -> str:
     return f"{text}. {hint}" if hint else f"{text}."
 
@@ -227,13 +231,21 @@ def raises(error: type[BaseException] | tuple[type[BaseException], ...], fn: Cal
         return raised
     kinds = error if isinstance(error, tuple) else (error,)
     names = " or ".join(kind.__name__ for kind in kinds)
-    raise AssertionError(_sentence(f"{names} should be raised here; the call returned {_describe(value)}", because))
+    raise AssertionError(_sentence(f"{names} should be raised here; the call returned {_article(value)}", because))
 
 
 # --- Work and memory, counted ---
 
+class _LightMode(TorchDispatchMode):
+    """A dispatch mode that does not load torch._dynamo: two seconds and nine hundred modules, at its first use."""
+
+    @classmethod
+    def _should_skip_dynamo(cls) -> bool:
+        return False
+
+
 @dataclass
-class Allocations(TorchDispatchMode):
+class Allocations(_LightMode):
     """Counts the elements of every tensor that an operation of PyTorch newly makes (views are free)."""
 
     largest: int = 0                    # elements of the largest single tensor
@@ -274,7 +286,7 @@ class _Watch(TorchFunctionMode):
         return func(*args, **(kwargs or {}))
 
 
-class _WatchOperations(TorchDispatchMode):
+class _WatchOperations(_LightMode):
     """Sees the operations underneath, for calls that reach them another way (torch.ops, a compiled module)."""
 
     def __init__(self, names: Sequence[str], seen: Callable[[str], None]) -> None:

@@ -2,6 +2,8 @@
 
 import contextlib
 import math
+import subprocess
+import sys
 
 import pytest
 import torch
@@ -141,7 +143,7 @@ class TestGradients:
 
 def test_raises():
     assert isinstance(checks.raises(ValueError, int, "x"), ValueError)
-    assert "ValueError should be raised here; the call returned of type int. Why" in message(
+    assert "ValueError should be raised here; the call returned a value of type int. Why" in message(
         checks.raises, ValueError, int, "1", because="Why")
 
     def stub():
@@ -190,6 +192,13 @@ class TestCounting:
             with checks.forbidden("softmax", because="write it with exp"), contextlib.suppress(BaseException):
                 torch.softmax(x, -1)
         assert "write it with exp" in message(attend)
+
+    def test_the_modes_do_not_load_the_compiler(self):
+        code = ("import sys, torch; from llm40 import checks; x = torch.ones(2)\n"
+                "with checks.allocations(), checks.forbidden('softmax'): x + 1\n"
+                "print('torch._dynamo' in sys.modules)")
+        done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+        assert done.stdout.strip() == "False", done.stderr
 
     def test_allowed(self, x):
         with checks.forbidden("scaled_dot_product_attention"):

@@ -87,9 +87,13 @@ def lab(tmp_path_factory):
 
     def start(project: Path) -> Lab:
         home = tmp_path_factory.mktemp("home")
-        settings = home / "settings" / "@jupyterlab" / "apputils-extension" / "notification.jupyterlab-settings"
-        settings.parent.mkdir(parents=True)
-        settings.write_text(json.dumps({"fetchNews": "false", "checkForUpdates": False}), encoding="utf-8")
+        for extension, values in {
+            "apputils-extension/notification": {"fetchNews": "false", "checkForUpdates": False},
+            "notebook-extension/tracker": {"windowingMode": "none"},  # every cell in the page, not only those in view
+        }.items():
+            settings = home / "settings" / "@jupyterlab" / f"{extension}.jupyterlab-settings"
+            settings.parent.mkdir(parents=True)
+            settings.write_text(json.dumps(values), encoding="utf-8")
         lab = Lab(_free_port(), secrets.token_hex(16))
         env = {
             **os.environ,

@@ -3,16 +3,16 @@
 import json
 import re
 import shutil
-from pathlib import Path
 
 import pytest
 
 from autograder.build import ROOT, build_course
-from autograder.catalog import LESSONS
+from autograder.catalog import BY_NUMBER, LESSONS
 
 pytestmark = [pytest.mark.browser, pytest.mark.xdist_group("browser")]
 
 ENTRY = LESSONS[0]
+REAL = (9, 29)
 STUB_LINE = 'raise NotImplementedError("your turn: replace this line")'
 SOURCE = f'''# ---
 # jupyter:
@@ -80,14 +80,14 @@ def server(project, lab):
 
 
 @pytest.fixture
-def opened(browser, server):
-    """Opens a notebook of the lesson's folder and waits for its kernel."""
+def opened(browser):
+    """Opens a notebook of a server and waits for its kernel."""
     pages = []
 
-    def open_(name: str):
+    def open_(server, path: str):
         page = browser.new_page(viewport={"width": 1280, "height": 900})
         pages.append(page)
-        page.goto(server.page(f"{ENTRY.stage.folder}/{name}.ipynb"))
+        page.goto(server.page(path))
         page.locator(".jp-Notebook .jp-CodeCell").first.wait_for(timeout=60_000)
         # JupyterLab silently drops cells that are run before the kernel has answered: its status bar says when it has.
         page.get_by_text(re.compile(r"\| Idle$")).wait_for(timeout=60_000)
@@ -98,25 +98,25 @@ def opened(browser, server):
         page.close()
 
 
-def run_all(page) -> list[str]:
+def run_all(page, seconds: float = 60) -> list[str]:
     """Run menu → Run All Cells; the outputs of the code cells when the last one has run."""
     page.locator(".lm-MenuBar-itemLabel", has_text=re.compile("^Run$")).click()
     page.locator("[data-command='runmenu:run-all']").click()
     cells = page.locator(".jp-Notebook .jp-CodeCell")
-    cells.last.locator(".jp-InputPrompt", has_text=re.compile(r"\[\d+\]:")).wait_for(timeout=60_000)
+    cells.last.locator(".jp-InputPrompt", has_text=re.compile(r"\[\d+\]:")).wait_for(timeout=1000 * seconds)
     return [cells.nth(number).locator(".jp-Cell-outputArea").inner_text() for number in range(cells.count())]
 
 
-def validate(page) -> str:
-    """Presses nbgrader's Validate; the text of its answer."""
+def validate(page, seconds: float = 90) -> str:
+    """Presses nbgrader's Validate, which runs the notebook afresh; the text of its answer."""
     page.locator(".validate-button").get_by_text("Validate").click()
     dialog = page.locator(".jp-Dialog", has_text="Validation Results")
-    dialog.wait_for(timeout=90_000)
+    dialog.wait_for(timeout=1000 * seconds)
     return dialog.inner_text()
 
 
-def test_answered_lesson_runs_and_validates(opened, screenshot):
-    page = opened("answered")
+def test_answered_lesson_runs_and_validates(opened, server, screenshot):
+    page = opened(server, f"{ENTRY.stage.folder}/answered.ipynb")
     outputs = run_all(page)
     assert outputs[:2] == ["", ""]
     assert "experiment: [0, 2, 4]" in outputs[2]
@@ -126,8 +126,8 @@ def test_answered_lesson_runs_and_validates(opened, screenshot):
     assert "Success! Your notebook passes all the tests." in text
 
 
-def test_stub_fails_its_check_and_validate_says_so(opened, screenshot):
-    page = opened(Path(ENTRY.key).name)
+def test_stub_fails_its_check_and_validate_says_so(opened, server, screenshot):
+    page = opened(server, f"{ENTRY.key}.ipynb")
     text = validate(page)
     screenshot(page, "validate-stub", full_page=False)
     assert "NotImplementedError" in text
@@ -141,3 +141,33 @@ def test_the_roadmap_opens(browser, server, screenshot):
     page.locator(".jp-Notebook .jp-MarkdownCell", has_text=ENTRY.title).first.wait_for(timeout=60_000)
     screenshot(page, "roadmap", full_page=False)
     page.close()
+
+
+@pytest.fixture(scope="module")
+def real_lessons(tmp_path_factory, lab):
+    """A server on a project with the two lessons that are the pattern of the others, their answers in place."""
+    root = tmp_path_factory.mktemp("real")
+    shutil.copy(ROOT / "nbgrader_config.py", root)
+    for number in REAL:
+        source = root / "solutions" / f"{BY_NUMBER[number].key}.py"
+        source.parent.mkdir(parents=True)
+        shutil.copy(ROOT / "solutions" / f"{BY_NUMBER[number].key}.py", source)
+    assert build_course(root=root) == 0
+    for number in REAL:
+        key = BY_NUMBER[number].key
+        shutil.copy(root / "build" / "source" / f"{key}.ipynb", root / "course" / f"{key}.ipynb")
+    return lab(root)
+
+
+@pytest.mark.parametrize("number", REAL)
+def test_a_real_lesson_runs_and_validates(opened, real_lessons, screenshot, number):
+    page = opened(real_lessons, f"{BY_NUMBER[number].key}.ipynb")
+    run_all(page, seconds=300)
+    assert page.locator("[data-mime-type='application/vnd.jupyter.error']").count() == 0
+    figures = page.locator(".jp-OutputArea-output img")
+    assert figures.count() >= 2
+    figures.nth(1).scroll_into_view_if_needed()
+    screenshot(page, f"lesson-{number:02}", full_page=False)
+    text = validate(page, seconds=300)
+    screenshot(page, f"validate-{number:02}", full_page=False)
+    assert "Success! Your notebook passes all the tests." in text
