@@ -26,7 +26,7 @@ def run_tasks(tasks: Iterable[Task], jobs: int) -> Iterator[Result]:
 
     Tasks are taken from the iterable only as processes become free, so a class need not fit in memory. A process that
     is lost (killed for memory, say) costs nothing but time: its tasks run again, each alone; one that is lost there
-    too is answered with a `fault`.
+    twice is answered with a `fault`.
     """
     tasks = iter(tasks)
     unanswered: dict[Task, None] = {}
@@ -69,25 +69,27 @@ def _pool(jobs: int) -> ProcessPoolExecutor:
     context = multiprocessing.get_context(method)
     if method == "forkserver":
         context.set_forkserver_preload(["autograder.grading.task"])
-    return ProcessPoolExecutor(jobs, mp_context=context, initializer=_end_in_order)
-
-
-def _end_in_order() -> None:
-    """A worker that is told to end takes its kernel and its folder with it."""
-    signal.signal(signal.SIGTERM, signal.default_int_handler)
+    return ProcessPoolExecutor(jobs, mp_context=context)
 
 
 def _work(task: Task) -> Result:
+    """Grades a task in a worker; told to end meanwhile, the worker takes its kernel and its folder with it."""
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
     try:
         return grade(task)
     except KeyboardInterrupt:
         os._exit(1)  # an exception would be sent back, and the next task begun
+    finally:
+        signal.signal(signal.SIGTERM, signal.SIG_DFL)
 
 
 def _alone(task: Task) -> Result:
-    with _pool(1) as pool:
-        try:
-            return pool.submit(_work, task).result()
-        except BrokenProcessPool:
-            reason = "the process that graded it was lost twice: was it killed for want of memory?"
-            return Result(task.student, task.stage, task.lesson, "fault", flags=[reason])
+    """A task whose worker was lost, maybe through a neighbor's fault: two more attempts, with nobody beside it."""
+    for _ in range(2):
+        with _pool(1) as pool:
+            try:
+                return pool.submit(_work, task).result()
+            except BrokenProcessPool:
+                pass
+    reason = "the process that graded it was lost again and again: was it killed for want of memory?"
+    return Result(task.student, task.stage, task.lesson, "fault", flags=[reason])

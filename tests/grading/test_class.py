@@ -2,6 +2,8 @@
 
 import os
 import signal
+import threading
+import time
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -154,7 +156,43 @@ def test_lost_workers(tmp_path):
     ]
     results = {result.student: result for result in run_tasks(iter(tasks), 2)}
     assert {who: r.status for who, r in results.items()} == {"once": "graded", "always": "fault", "never": "graded"}
-    assert "lost twice" in results["always"].flags[0]
+    assert "lost again and again" in results["always"].flags[0]
+
+
+def alive(process: int) -> bool:
+    try:
+        os.kill(process, 0)
+    except ProcessLookupError:
+        return False
+    return True
+
+
+def test_an_interrupt_ends_the_workers(tmp_path):
+    """What Ctrl-C does: the endless kernels are gone in seconds, and their folders too."""
+    began = time.monotonic()
+    endless = f"open({str(tmp_path / 'started')!r}, 'w').write(os.getcwd() + ' ' + str(os.getpid()))\nwhile True: pass"
+    slow = task(tiny.with_cells(tiny.answered(), ("double", tiny.added(f"import os\n{endless}"))))
+    running = run_tasks(iter([replace(slow, limits=Limits(cell=60))]), 1)
+
+    def interrupt():
+        while not (tmp_path / "started").exists() or not (tmp_path / "started").read_text():
+            time.sleep(0.05)
+        signal.pthread_kill(threading.main_thread().ident, signal.SIGUSR1)
+
+    def stop(*_):
+        raise KeyboardInterrupt
+
+    before = signal.signal(signal.SIGUSR1, stop)
+    try:
+        threading.Thread(target=interrupt, daemon=True).start()
+        with pytest.raises(KeyboardInterrupt):
+            next(running)
+    finally:
+        signal.signal(signal.SIGUSR1, before)
+    folder, process = (tmp_path / "started").read_text().split()
+    while alive(int(process)) or Path(folder).exists():
+        assert time.monotonic() < began + 40, "the kernel is still there"
+        time.sleep(0.1)
 
 
 # --- repeatability --------------------------------------------------------------------------------------------
