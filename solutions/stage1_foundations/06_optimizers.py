@@ -393,13 +393,13 @@ def descend(step, function, start, updates, **settings):
 
 
 def rules(momentum):
-    return {"gradient descent": (sgd_momentum_step, {"momentum": 0.0}), "Adam": (adam_step, {}),
-            f"momentum {momentum}": (sgd_momentum_step, {"momentum": momentum})}
+    return {"gradient descent": (sgd_momentum_step, {"momentum": 0.0}),
+            f"momentum {momentum}": (sgd_momentum_step, {"momentum": momentum}), "Adam": (adam_step, {})}
 
 
 # function, start, updates, momentum, learning rates, the frame, the minimum
-scenes = [(bowl, (-3.5, 1.5), 40, 0.6, (0.038, 0.3, 0.06), (-4, 4), (-2.2, 2.2), (0.0, 0.0)),
-          (rosenbrock, (-1.2, 1.0), 300, 0.9, (0.0012, 0.1, 0.0008), (-2, 2), (-0.8, 2.6), (1.0, 1.0))]
+scenes = [(bowl, (-3.5, 1.5), 40, 0.6, (0.038, 0.04, 0.3), (-4, 4), (-2.2, 2.2), (0.0, 0.0)),
+          (rosenbrock, (-1.2, 1.0), 300, 0.9, (0.0012, 0.0008, 0.1), (-2, 2), (-0.8, 2.6), (1.0, 1.0))]
 fig, axes = plt.subplots(2, 3, figsize=(9.4, 5.4), sharex="row", sharey="row")
 for row, (function, start, updates, momentum, rates, xs, ys, goal) in zip(axes, scenes, strict=True):
     x, y = torch.meshgrid(torch.linspace(*xs, 161), torch.linspace(*ys, 161), indexing="xy")
@@ -424,7 +424,7 @@ plot.caption(fig, "Paths from the black dot toward the minimum (star) across lin
 plt.show()
 
 # %% [markdown]
-# Momentum 0.6 and learning rate 0.06 are close to the best for this bowl, by the formulas of section 1, and it shows.
+# Momentum 0.6 is close to the best for a bowl of condition number 50, and it shows.
 # Adam does not win here. It leaves the corner as if the bowl were round, but its steps stay near the learning rate in
 # length, so that it circles the minimum until the learning rate comes down. Two parameters whose curvatures one can
 # look up are not what Adam is for. The next picture is.
@@ -471,7 +471,7 @@ def train_table(step, updates=50, **settings):
 # For each rule the best of a few learning rates by its loss on all words.
 groups = ("10 most frequent words", "next 90", "last 400")
 weights = torch.stack([second[part].sum() for part in parts])
-contestants = {"momentum": (sgd_momentum_step, (30.0, 100.0, 200.0)), "Adam": (adam_step, (0.1, 0.3, 1.0))}
+contestants = {"momentum": (sgd_momentum_step, (30.0, 100.0, 200.0)), "Adam": (adam_step, (0.3, 1.0, 3.0))}
 fig, axes = plt.subplots(1, 2, figsize=(8.6, 3.5), sharey=True)
 for ax, (name, (step, rates)) in zip(axes, contestants.items(), strict=True):
     runs = {rate: train_table(step, lr=rate) for rate in rates}
@@ -480,6 +480,7 @@ for ax, (name, (step, rates)) in zip(axes, contestants.items(), strict=True):
                 ylabel="cross-entropy (nats)",
                 title=f"{name}, lr {rate:g}: {float(best[-1] @ weights):.2f} nats in all", ax=ax)
 axes[1].set_ylabel("")
+axes[0].get_legend().remove()
 plot.caption(fig, "Next-word loss by how frequent the next word is. Both rules learn the frequent words; what "
                   "momentum has not learned after 50 updates is the rare ones. Best of three learning rates each.")
 plt.show()
@@ -832,7 +833,8 @@ for rows, cols in ((20, 20), (6, 30), (30, 6)):
             f"{(rows, cols)}, scale {scale:g}: singular values in [{inner.diag().min():.3f}, "
             f"{inner.diag().max():.3f}], not in [0.68, 1.21].")
         distance = torch.linalg.matrix_norm(result - u @ vt, ord=2)
-        assert distance < 0.32, f"{(rows, cols)}: the result less U Vᵀ has a singular value of {distance:.3f}, not below 0.32."
+        assert distance < 0.32, (
+            f"{(rows, cols)}: the result less U Vᵀ has a singular value of {distance:.3f}; 0.32 is the bound.")
     spectrum[k // 2:] = 0                                                         # rank k / 2: zero stays zero
     values = torch.linalg.svdvals(newton_schulz(u * spectrum @ vt))
     checks.close(values[k // 2:], torch.zeros(k - k // 2, dtype=torch.float64),
@@ -855,7 +857,7 @@ def becomes(value, steps):
     return newton_schulz(matrix, steps)[0, 0].item()
 
 
-x = torch.logspace(-4, -0.001, 160, dtype=torch.float64).tolist()
+x = torch.logspace(-4, -0.001, 120, dtype=torch.float64).tolist()
 fig, axes = plt.subplots(1, 2, figsize=(9.2, 3.6))
 rounds = {f"{steps} round{'s' * (steps > 1)}": [becomes(value, steps) for value in x] for steps in (1, 3, 5)}
 plot.curves(x, rounds, xlabel="singular value before (share of the norm)", ylabel="after", ax=axes[0],
@@ -897,8 +899,8 @@ plt.show()
 # Where does the second come from? $UV^\top$ has $k = \min(\text{rows}, \text{cols})$ singular values of 1, so its
 # squared entries sum to $k$ and their root mean square is $\sqrt{k/(\text{rows}\cdot\text{cols})} =
 # 1/\sqrt{\max(\text{rows}, \text{cols})}$. Moonlight multiplies this away and puts 0.2 in its place, about what AdamW's
-# updates have, so that AdamW's learning rate and decay can be kept. Jordan's scale keeps instead the largest stretch of
-# an update in step with its shape, and needs its own learning rate, about 0.02.
+# updates have, so that AdamW's learning rate and decay can be kept. Jordan's scale is about stretch, not entries: a
+# layer with more outputs than inputs may stretch its input by √(rows/cols). It needs its own learning rate, about 0.02.
 #
 # **This lesson takes PyTorch's default, `"original"`**, and knows the other by its name. In both, $s$ multiplies the
 # step only, never the decay.
@@ -1643,25 +1645,25 @@ assert finite, "a gradient that is not finite changed the model."
 ### END HIDDEN TESTS
 
 # %% check="train" points=2
-# Real data: 1,797 handwritten digits, of which 397 are held out. 60 updates with two unequal micro-batches each.
+# Real data: 1,797 handwritten digits, of which 397 are held out. 100 updates with two unequal micro-batches each.
 def digits_accuracy(seed):
     images, labels = data.digits()
     order = torch.randperm(len(images), generator=torch.Generator().manual_seed(seed))
     pixels, labels = images.flatten(1)[order], labels[order]
     torch.manual_seed(seed)
     model = nn.Sequential(nn.Linear(64, 64), nn.ReLU(), nn.Linear(64, 10))
-    picks = torch.randint(1400, (60, 128), generator=torch.Generator().manual_seed(seed + 1))
+    picks = torch.randint(1400, (100, 128), generator=torch.Generator().manual_seed(seed + 1))
     batches = [[(pixels[p[:100]], labels[p[:100]]), (pixels[p[100:]], labels[p[100:]])] for p in picks]
-    history = train(model, batches, lr=0.01, warmup_steps=5)
-    assert len(history["loss"]) == 60, f"60 updates were asked for, the history has {len(history['loss'])}."
+    history = train(model, batches, lr=0.02, warmup_steps=5)
+    assert len(history["loss"]) == 100, f"100 updates were asked for, the history has {len(history['loss'])}."
     return (model(pixels[1400:]).argmax(1) == labels[1400:]).float().mean().item()
 
 
 accuracy = digits_accuracy(0)
-assert accuracy >= 0.85, f"{100 * accuracy:.1f} % of the held-out digits are right; a working loop gets above 93 %."
+assert accuracy >= 0.88, f"{100 * accuracy:.1f} % of the held-out digits are right; a working loop gets above 93 %."
 ### BEGIN HIDDEN TESTS
 accuracy = digits_accuracy(checks.seed() + 1)
-assert accuracy >= 0.85, f"with another seed {100 * accuracy:.1f} % are right; a working loop gets above 93 %."
+assert accuracy >= 0.88, f"with another seed {100 * accuracy:.1f} % are right; a working loop gets above 93 %."
 ### END HIDDEN TESTS
 
 # %% [markdown]
@@ -1749,11 +1751,11 @@ plot.caption(fig, "Next-byte loss of a 6-layer post-norm Transformer. The dotted
 plt.show()
 
 # %% [markdown]
-# What you see is one seed and 120 updates of a tiny network; the bends shift with the seed, the picture does not. Two
-# things to take away. Warm-up is no improvement by itself: where the learning rate is safe, it is a delay. And the
-# plateau is not divergence: nothing is NaN, the loss is even falling at first, and still the run has lost what it could
-# have learned, because the large first updates have saturated the network. Lesson 04 takes up the other cure, moving
-# the normalization.
+# What you see is one seed and 120 updates of a tiny network. Over four seeds the loss at 0.005 ends between 3.05
+# and 3.26 without warm-up and between 2.69 and 2.84 with it. Two things to take away. Warm-up is no improvement by
+# itself: where the learning rate is safe, it is a delay. And the plateau is not divergence: nothing is NaN, the loss
+# has even fallen, and still the large first updates have moved the network to where it hardly learns. Lesson 04 takes
+# up the other cure, moving the normalization.
 #
 # ### A race on real data
 #
@@ -1762,16 +1764,21 @@ plt.show()
 
 # %% tags=["experiment"]
 held_out = torch.arange(len(pixels)) % 5 == 0
+training = (~held_out).nonzero()[:, 0]
 
 
-def race(rule, rate, updates=80, seed=0):
+def race(rule, rate, updates=60, seed=0):
+    """The held-out loss before every fourth update and after the last, and the held-out accuracy at the end."""
     torch.manual_seed(seed)
     model = nn.Sequential(nn.Linear(64, 128), nn.ReLU(), nn.Linear(128, 128), nn.ReLU(), nn.Linear(128, 10))
     params, states = list(model.parameters()), [{} for _ in model.parameters()]
     picks, losses = torch.Generator().manual_seed(seed), []
-    candidates = (~held_out).nonzero()[:, 0]
-    for t in range(1, updates + 1):
-        batch = candidates[torch.randint(len(candidates), (128,), generator=picks)]
+    for t in range(1, updates + 2):
+        if t % 4 == 1:
+            with torch.no_grad():
+                logits = model(pixels[held_out])
+            losses.append(F.cross_entropy(logits, labels[held_out]).item())
+        batch = training[torch.randint(len(training), (128,), generator=picks)]
         loss = F.cross_entropy(model(pixels[batch]), labels[batch])
         scale = warmup_cosine(t, 1.0, 5, updates)
         for i, (param, grad) in enumerate(zip(params, torch.autograd.grad(loss, params), strict=True)):
@@ -1780,23 +1787,21 @@ def race(rule, rate, updates=80, seed=0):
             else:
                 new, states[i] = rule(param.detach(), grad, states[i], lr=rate * scale)
             param.data.copy_(new)
-        losses.append(loss.item())
-    with torch.no_grad():
-        accuracy = (model(pixels[held_out]).argmax(1) == labels[held_out]).float().mean().item()
-    return losses, accuracy
+    return losses, (logits.argmax(1) == labels[held_out]).float().mean().item()
 
 
-entries = {"momentum": (sgd_momentum_step, (0.1, 0.3, 1.0)), "AdamW": (adamw_step, (0.003, 0.01, 0.03)),
+entries = {"momentum": (sgd_momentum_step, (0.03, 0.1, 0.3)), "AdamW": (adamw_step, (0.003, 0.01, 0.03)),
            "Lion": (lion_step, (0.001, 0.003, 0.01)), "Muon": (muon_step, (0.02, 0.06, 0.2))}
 curves = {}
 for name, (rule, rates) in entries.items():
-    rate, (losses, accuracy) = min(((rate, race(rule, rate)) for rate in rates), key=lambda run: sum(run[1][0][-10:]))
-    curves[f"{name}, lr {rate:g} ({100 * accuracy:.1f} %)"] = smooth(losses, 5)
-ax = plot.curves(range(5, 81), curves, xlabel="update", ylabel="training loss (nats, mean of 5)", logy=True,
+    rate, (losses, accuracy) = min(((rate, race(rule, rate)) for rate in rates), key=lambda run: run[1][0][-1])
+    curves[f"{name}, lr {rate:g} ({100 * accuracy:.1f} %)"] = losses
+ax = plot.curves(range(0, 61, 4), curves, xlabel="update", ylabel="held-out loss (nats)", logy=True,
                  title="Four rules on handwritten digits")
-plot.caption(ax.figure, "Best of three learning rates each; in brackets the share of 360 held-out digits that are "
-                        "right. On a problem this easy all of them arrive; the differences are in the first updates, "
-                        "and another seed changes the order of the last digits.")
+plot.caption(ax.figure,
+             "Best of three learning rates each, by the last loss; in brackets the share of 360 held-out digits "
+                        "that are right. On a problem this easy all of them arrive; the differences are in the first "
+                        "updates, and another seed changes the order at the end.")
 plt.show()
 
 # %% [markdown]
