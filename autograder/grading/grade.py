@@ -234,8 +234,10 @@ def grade_folder(
     jobs = min(jobs or cores(), max(1, len(handed)))
     show(f"Grading {len(handed)} notebooks of {len({h.student for h in handed})} students. {pages.TRUST}")
     with Gradebook(f"sqlite:///{(out / 'gradebook.db').resolve()}") as book:
+        stages = {h.lesson.stage for h in handed}
         for k in lessons:
-            book.register(k.stage, k.name, k.master)
+            if k.stage in stages:
+                book.register(k.stage, k.name, k.master)
         writer = Writer(out, book, handed, submitted)
         with tqdm(total=len(handed), unit="notebook", file=sys.stderr, dynamic_ncols=True) as bar:
 
