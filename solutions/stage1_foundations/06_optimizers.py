@@ -1459,14 +1459,13 @@ for sizes in ([5], [1, 7, 3], [2, 2, 2, 2], [1, 16]):
                      what=f"the mean loss over micro-batches of {sizes} sequences")
     counts = [int((targets != -100).sum()) for _, targets in batches]
     each = [whole_batch(model, [batch])[0] for batch, n in zip(batches, counts, strict=True) if n]
+    rows = [len(targets) for (_, targets), n in zip(batches, counts, strict=True) if n]
     for i, p in enumerate(model.parameters()):
-        rows = [len(targets) for (_, targets), n in zip(batches, counts, strict=True) if n]
-        weighted = list(zip(each, rows, strict=True))
+        by_rows = sum(part[i] * n for part, n in zip(each, rows, strict=True)) / sum(rows)
         checks.close(p.grad, expected[i],
                      what=f"gradient {i} with micro-batches of {sizes} sequences and {counts} tokens",
                      mistakes={"the mean of the means": sum(part[i] for part in each) / len(each),
-                               "weighing by sequences, padding included,": sum(part[i] * n for part,
-                                                                               n in weighted) / sum(rows)})
+                               "weighing by sequences, padding included,": by_rows})
 batches.append((torch.randn(2, 3, 4, generator=g, dtype=torch.float64), torch.full((2, 3), -100)))
 checks.close(accumulate_gradients(model, batches), loss, what="the mean loss with a micro-batch of padding only")
 checks.close(next(model.parameters()).grad, expected[0], what="a gradient with a micro-batch of padding only")
@@ -1696,8 +1695,8 @@ class ByteModel(nn.Module):
     def __init__(self, dim=48, layers=6, length=32):
         super().__init__()
         self.bytes, self.positions = nn.Embedding(256, dim), nn.Embedding(length, dim)
-        self.blocks = nn.ModuleList(nn.TransformerEncoderLayer(dim, 4, 4 * dim, dropout=0.0,
-                                                               batch_first=True) for _ in range(layers))
+        block = lambda: nn.TransformerEncoderLayer(dim, 4, 4 * dim, dropout=0.0, batch_first=True)
+        self.blocks = nn.ModuleList(block() for _ in range(layers))
         self.head = nn.Linear(dim, 256)
         self.register_buffer("mask", nn.Transformer.generate_square_subsequent_mask(length))
 
@@ -1759,7 +1758,7 @@ plt.show()
 # 3.35 without warm-up and between 2.74 and 3.14 with it; in one of the four the two end level. Two things to take away.
 # Warm-up is no improvement by itself: where the learning rate is safe, it is a delay. And the plateau is not
 # divergence: nothing is NaN, the loss has even fallen, and still the large first updates have moved the network to
-# where it hardly learns. Lesson 04 takes up the other cure, moving the normalization.
+# where it hardly learns. The other cure, moving the normalization, is in lesson 04.
 #
 # ### A race on real data
 #
@@ -1843,10 +1842,9 @@ for momentum in (0.0, 0.3, 0.9, float(torch.rand((), generator=g)) * 0.9):
             theta -= factor * limit * velocity
             if abs(theta) > 1e6:
                 break
-        assert (abs(theta) < 1e-3) == stable, (f"curvature {curvature:.2f}, momentum {momentum:.2f}: with {factor} "
-                                               f"times your limit, "
-                                               f"{limit:.4g}, the run "
-                                               f"{'does not converge' if stable else 'still converges'}.")
+        does = "does not converge" if stable else "still converges"
+        assert (abs(theta) < 1e-3) == stable, (
+            f"curvature {curvature:.2f}, momentum {momentum:.2f}: with {factor} times your limit {limit:.4g} the run {does}.")
 ### END HIDDEN TESTS
 
 # %% [markdown]
@@ -1984,7 +1982,7 @@ for rows, cols in ((16, 4), (4, 16), (9, 9), (1, 7)):
 # %% [markdown] answer="why-adam-on-text"
 # Words are distributed with a heavy tail. The gradient of a rare word's logits is as small as its frequency, so
 # gradient descent with a learning rate that the frequent words can bear does not learn the rare ones in any reasonable
-# time, and most of the loss lies there. Dividing by the gradient's size removes the frequency. Image classes are about
+# time, and much of the loss lies there. Dividing by the gradient's size removes the frequency. Image classes are about
 # equally frequent; made unequal on purpose, they show the same gap (Kunstner et al. 2024).
 
 # %% [markdown]
