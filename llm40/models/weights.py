@@ -68,8 +68,8 @@ def load(
     if size not in CONFIGS:
         raise ValueError(f"no model of size {size!r}: use {' or '.join(CONFIGS)}")
     stored = safetensors.torch.load(_read(Path(folder), f"{size}.safetensors"))
-    with torch.device("meta"):  # allocates and initializes nothing: the weights come from the file
-        model = Llama(CONFIGS[size])
+    with torch.random.fork_rng(devices=[]):  # loading draws nothing from the caller's random numbers
+        model = Llama(CONFIGS[size])  # on the "meta" device this would be free, but import much of PyTorch
     model.load_state_dict({name: tensor.to(device, dtype) for name, tensor in stored.items()}, assign=True)
     return model.eval(), load_tokenizer(folder)
 
