@@ -18,7 +18,7 @@ from llm40.models.baselines import KneserNey, xz_bytes
 from llm40.models.corpus import REPEATS, corpus
 from llm40.models.weights import SHIPPED
 
-# Not chosen among several: the first lines of four held-out documents and of two made-up ones.
+# Two openings of held-out topics, the rest written for the card; all of them are shown there.
 PROMPTS = [
     'The "assert" statement\n**********************\n\n',
     "The import system\n*****************\n\nPython code in one module gains access to the code in another module\n",
