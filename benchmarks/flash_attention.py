@@ -35,13 +35,13 @@ OURS = "lesson 29"
 Attend = Callable[[Tensor, Tensor, Tensor], Tensor]
 
 
-def reference() -> SimpleNamespace:
-    """What the lesson's plain and exercise cells define."""
-    names = {"__name__": "lesson_29"}
-    for i, cell in enumerate(jupytext.read(LESSON, fmt="py:percent").cells):
+def reference(lesson: Path = LESSON) -> SimpleNamespace:
+    """What a lesson's plain and exercise cells define."""
+    names = {"__name__": f"lesson_{lesson.stem[:2]}"}
+    for i, cell in enumerate(jupytext.read(lesson, fmt="py:percent").cells):
         skipped = "check" in cell.metadata or "experiment" in cell.metadata.get("tags", [])
         if cell.cell_type == "code" and not skipped:
-            where = f"<lesson 29, cell {i}>"
+            where = f"<lesson {lesson.stem[:2]}, cell {i}>"
             # Triton reads a kernel's text through inspect, and so through this cache.
             linecache.cache[where] = (len(cell.source), None, cell.source.splitlines(keepends=True), where)
             exec(compile(cell.source, where, "exec"), names)
