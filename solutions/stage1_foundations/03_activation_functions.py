@@ -146,8 +146,8 @@ checks.gradients(gelu, F.gelu, torch.randn(11, generator=g, dtype=torch.float64)
 x = torch.tensor([-1.0, 0.5, 2.0], dtype=torch.float64)
 inner = x + 0.044715 * x**3
 checks.close(gelu(x, approximate="tanh"), F.gelu(x, approximate="tanh"), what="gelu with approximate=\"tanh\"",
-             mistakes={"the exact form": F.gelu(x), "2/π, not its root": 0.5 * x * (1 + (2 / math.pi * inner).tanh()),
-                       "a root over 2 and not over 2/π": 0.5 * x * (1 + (2**0.5 / math.pi * inner).tanh()),
+             mistakes={"the exact form": F.gelu(x), "2/π in place of its root": 0.5 * x * (1 + (2 / math.pi * inner).tanh()),
+                       "√2/π in place of √(2/π)": 0.5 * x * (1 + (2**0.5 / math.pi * inner).tanh()),
                        "leaving out the cubic term": 0.5 * x * (1 + ((2 / math.pi) ** 0.5 * x).tanh())})
 checks.raises(ValueError, gelu, x, "sigmoid", because="Only \"none\" and \"tanh\" are known.")
 ### BEGIN HIDDEN TESTS
@@ -236,7 +236,7 @@ checks.gradients(silu, F.silu, torch.randn(9, generator=g, dtype=torch.float64),
 x = torch.tensor([-3.0, 0.0, 2.0], dtype=torch.float64)
 sigma = torch.sigmoid(x)
 checks.close(silu_backward(x, torch.ones_like(x)), sigma * (1 + x * (1 - sigma)), what="the derivative of silu at -3, 0 and 2",
-             mistakes={"σ alone: the product rule has a second term, and": sigma, "the derivative of σ": sigma * (1 - sigma),
+             mistakes={"σ alone, without the product rule's second term,": sigma, "the derivative of σ": sigma * (1 - sigma),
                        "x σ(1 - σ), the second term alone,": x * sigma * (1 - sigma),
                        "σ + x(1 - σ), with a σ missing,": sigma + x * (1 - sigma)})
 grad = torch.tensor([1.0, 10.0, -2.0], dtype=torch.float64)
@@ -752,7 +752,7 @@ with torch.device("meta"):          # shapes only: no memory is taken
     layer = SwiGLU(4096)
 count = sum(t.numel() for t in layer.parameters())
 checks.close(count, 3 * 4096 * 11008, what="the number of parameters of LLaMA-7B's feed-forward layer",
-             mistakes={"two matrices": 2 * 4096 * 11008, "biases in it": 3 * 4096 * 11008 + 2 * 11008 + 4096})
+             mistakes={"a layer of two matrices": 2 * 4096 * 11008, "a layer with biases": 3 * 4096 * 11008 + 2 * 11008 + 4096})
 ### BEGIN HIDDEN TESTS
 for dim, published in [(5120, 13824), (6656, 17920), (8192, 22016)]:        # LLaMA 13B, 33B, 65B
     checks.close(gated_hidden_size(dim), published, what=f"the hidden size for dim {dim}")
@@ -889,8 +889,7 @@ else:
 #
 # Half-precision numbers are converted to float32 when they have been loaded (`.to(tl.float32)`) and back when they are stored, which `tl.store` does by itself. Arithmetic is free here, so there is no reason to round in between.
 #
-# The launchers below are given. `autotuned` tries the block sizes of CONFIGS on a GPU, once for each row length, and keeps the fastest; the interpreter takes the first. `traffic` counts, in the interpreter, how many elements are really
-# read and written: the number that decides the speed.
+# The launchers below are given: they make the output, flatten all leading axes into rows, and pass pointers and strides. `autotuned` tries the block sizes of CONFIGS on a GPU, once for each row length, and keeps the fastest; the interpreter takes the first.
 
 # %%
 CONFIGS = [(2048, 8), (1024, 4), (4096, 8), (8192, 16)]           # BLOCK, warps of 32 GPU threads that share a program
@@ -945,7 +944,10 @@ class FusedSwiGLU(torch.autograd.Function):
     def backward(ctx, grad):
         return fused_swiglu_backward(grad, *ctx.saved_tensors)
 
+# %% [markdown]
+# The next cell is for the checks and for one figure, and you need not read it. `traffic` counts, in the interpreter, how many elements are really read and written: the number that decides a kernel's speed.
 
+# %%
 @dataclass
 class Traffic:
     loaded: int = 0                     # elements, masked lanes left out
@@ -1175,12 +1177,11 @@ for name, mine, theirs in zip(("dgate", "dup"), fused_swiglu_backward(*half, blo
 ### END HIDDEN TESTS
 
 # %% check="swiglu_backward_kernel" points=2
-# Inside autograd, on the two halves of one projection, with a gradient that is one number expanded.
-both = checks.randn(2, 3, 10, generator=checks.generator(17)).requires_grad_()
-out = FusedSwiGLU.apply(*both.chunk(2, dim=-1))
-out.sum().backward()
-expected = torch.cat(exact_swiglu(*both.chunk(2, dim=-1), torch.ones_like(out)), dim=-1)
-checks.relative_l2(both.grad, expected, 2e-6, what="the gradient of the projection")
+# The two halves of one projection, with a gradient that is one number expanded, as sum() sends it; then padded buffers with canaries.
+gate, up = checks.randn(2, 3, 10, generator=checks.generator(17)).chunk(2, dim=-1)
+one = torch.ones((), device=profile.device).expand(2, 3, 5)
+for name, mine, theirs in zip(("dgate", "dup"), fused_swiglu_backward(one, gate, up, block=4), exact_swiglu(gate, up, one), strict=True):
+    checks.relative_l2(mine, theirs, 2e-6, what=f"{name} for gate and up as the two halves of one tensor", hint="Each tensor has its own row stride.")
 buffers = [checks.guarded(torch.zeros(3, 5, device=profile.device), row_pad=pad, what=name) for pad, name in ((3, "dgate"), (2, "dup"))]
 gen = checks.generator(18)
 grad, gate, up = (checks.randn(3, 5, generator=gen) for _ in range(3))
@@ -1210,6 +1211,25 @@ elif torch.cuda.mem_get_info()[0] > 8e9:
     for mine, theirs in zip(tensors[3:], exact_swiglu(*tensors[1:3], tensors[0]), strict=True):
         checks.relative_l2(mine.clone(), theirs, 1e-3, what="rows 2³⁰ elements apart", hint="Is the row number 64 bits wide before it is multiplied?")
 ### END HIDDEN TESTS
+
+# %% [markdown]
+# `FusedSwiGLU`, above, joins your two kernels into one function that autograd can use. A network does not notice the difference: here the same gated classifier takes the same steps twice, with PyTorch's operations and with your kernels.
+
+# %% tags=["experiment"]
+class FusedLayer(SwiGLU):
+    def forward(self, x):
+        return self.w2(FusedSwiGLU.apply(self.w1(x), self.w3(x)))
+
+
+if profile.has_triton:
+    images, labels = (t[:128].to(profile.device) for t in data.digits())
+    losses = {}
+    for name, layer in (("PyTorch", SwiGLU), ("your kernels", FusedLayer)):
+        torch.manual_seed(0)
+        gated = nn.Sequential(nn.Flatten(), layer(64, 40), nn.Linear(64, 10)).to(profile.device)
+        losses[name] = train(gated, images, labels, epochs=4, batch=64, lr=1e-2)
+        print(f"{name:13}" + "  ".join(f"{loss:.6f}" for loss in losses[name]))
+    print(f"largest difference {max(abs(a - b) for a, b in zip(*losses.values(), strict=True)):.1e}")
 
 # %% [markdown]
 # ### On the hardware
@@ -1364,7 +1384,7 @@ print(", ".join(f"{name} {mean:.3f}" for name, mean in means.items())
 
 # %% exercise="key_questions" minutes=10 difficulty=1
 def ffn_parameters(dim: int, hidden: int, gated: bool) -> int:
-    """Parameters of a feed-forward layer without biases, plain (two matrices' worth) or gated."""
+    """Parameters of a feed-forward layer without biases, plain or gated."""
     ### BEGIN SOLUTION
     return (3 if gated else 2) * dim * hidden
     ### END SOLUTION
@@ -1397,7 +1417,7 @@ checks.close(ffn_parameters(2, 6, False), 24, what="parameters of a plain layer,
 checks.close(ffn_parameters(2, 4, True), 24, what="parameters of a gated layer, 2 → 4 → 2", mistakes={"two matrices": 16})
 ### BEGIN HIDDEN TESTS
 for dim, hidden in [(4096, 11008), (7, 1), (128, 341)]:
-    checks.close(ffn_parameters(dim, hidden, True), sum(t.numel() for t in SwiGLU(1, 1).parameters()) * dim * hidden, what=f"a gated layer's parameters, dim {dim}")
+    checks.close(ffn_parameters(dim, hidden, True), 3 * dim * hidden, what=f"a gated layer's parameters, dim {dim}")
     checks.close(ffn_parameters(dim, hidden, False), 2 * dim * hidden, what=f"a plain layer's parameters, dim {dim}")
 ### END HIDDEN TESTS
 
