@@ -221,14 +221,21 @@ def _gradients(fn: Callable[..., Tensor], inputs: Sequence[Tensor]) -> list[Tens
 
 
 def raises(error: type[BaseException] | tuple[type[BaseException], ...], fn: Callable[..., Any], *args: Any,
-           because: str = "", **kwargs: Any) -> BaseException:
-    """Calling `fn` raises `error`, which is returned. An empty exercise's NotImplementedError never counts."""
+           because: str = "", mentions: str = "", **kwargs: Any) -> None:
+    """Calling `fn` raises `error`, whose message contains `mentions`.
+
+    An empty exercise's NotImplementedError never counts. Nothing is returned, so that a check which ends with this call
+    shows no exception under a cell that passed.
+    """
     try:
         value = fn(*args, **kwargs)
     except error as raised:
         if isinstance(raised, NotImplementedError):
             raise
-        return raised
+        if mentions not in str(raised):
+            raise AssertionError(f"the message of the {type(raised).__name__}, {str(raised)!r}, does not mention "
+                                 f"{mentions}: say what was wrong.") from None
+        return
     kinds = error if isinstance(error, tuple) else (error,)
     names = " or ".join(kind.__name__ for kind in kinds)
     raise AssertionError(_sentence(f"{names} should be raised here; the call returned {_article(value)}", because))

@@ -1047,12 +1047,10 @@ expect_path(follow(muon_step, param, grads, orthogonalize=polar),
 checks.raises(ValueError, muon_step, torch.ones(3), torch.ones(3), {}, orthogonalize=lambda matrix: matrix,
               because="A bias is no matrix.")
 ### BEGIN HIDDEN TESTS
-error = checks.raises(ValueError, muon_step, torch.ones(2, 3, 5), torch.ones(2, 3, 5), {},
-                      orthogonalize=lambda matrix: matrix)
-assert "5" in str(error), f"the message ({error}) does not name the shape that it got."
-error = checks.raises(ValueError, muon_step, torch.ones(2, 3), torch.ones(2, 3), {}, adjust_lr_fn="moonlight",
-                      orthogonalize=lambda matrix: matrix)
-assert "moonlight" in str(error), f"the message ({error}) does not name the value that it got."
+checks.raises(ValueError, muon_step, torch.ones(2, 3, 5), torch.ones(2, 3, 5), {},
+              orthogonalize=lambda matrix: matrix, mentions="5")
+checks.raises(ValueError, muon_step, torch.ones(2, 3), torch.ones(2, 3), {}, adjust_lr_fn="moonlight",
+              orthogonalize=lambda matrix: matrix, mentions="moonlight")
 # by default the step is orthogonalized by newton_schulz: gradients of any size give the same step, near U Vᵀ
 grad = torch.randn(6, 4, generator=checks.generator(17), dtype=torch.float64) * 1e3
 u, _, vt = torch.linalg.svd(grad, full_matrices=False)

@@ -142,7 +142,8 @@ class TestGradients:
 
 
 def test_raises():
-    assert isinstance(checks.raises(ValueError, int, "x"), ValueError)
+    assert checks.raises(ValueError, int, "x", mentions="literal") is None
+    assert "does not mention the base" in message(checks.raises, ValueError, int, "x", mentions="the base")
     assert "ValueError should be raised here; the call returned a value of type int. Why" in message(
         checks.raises, ValueError, int, "1", because="Why")
 
