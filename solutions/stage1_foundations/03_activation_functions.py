@@ -639,7 +639,7 @@ assert accuracy >= 0.95, f"seed {checks.seed()}, GELU: {accuracy:.1%} of the uns
 ### END HIDDEN TESTS
 
 # %% [markdown]
-# Now see units die. A ReLU unit is **dead** when it is 0 for every training picture: then no picture sends it a gradient, and nothing can bring it back. All it takes
+# Now see units die. A ReLU unit is **dead** when it is 0 for every training picture: then no picture sends it a gradient, and its own weights never move again. All it takes
 # is one step that pushes its bias too far down, so large learning rates kill. For GELU and SiLU a unit counts as dead here when its *derivative* is below 0.001 on every picture.
 
 # %% tags=["experiment"]
@@ -693,7 +693,7 @@ plt.show()
 # where $\odot$ multiplies element by element. $W_1x$ is called the **gate**, $W_3x$ **up**, and $W_2$ **down**. The activation names the family: $\sigma$ is GLU itself, GELU gives **GeGLU**,
 # SiLU gives **SwiGLU**. None has biases in today's models.
 #
-# The product is what is new. A plain layer computes a piecewise linear function; this one multiplies two functions of the input, so that a unit can compute something like
+# The product is what is new. With ReLU a plain layer computes a piecewise linear function; this one multiplies two functions of the input, so that a unit can compute something like
 # "$a$ and $b$" or "$a$ times $b$" which sums and bends only approximate.
 #
 # Three matrices in place of two. To compare at an equal number of parameters, Shazeer cut $H$ to two thirds: the plain layer with the usual $H = 4D$ has $2\cdot 4D\cdot D = 8D^2$ parameters,
@@ -881,13 +881,13 @@ else:
 #
 # ### Rows that do not lie side by side
 #
-# Real tensors bring one complication. LLaMA's implementations compute gate and up with *one* matrix product and cut the result in two: `gate, up = w13(x).chunk(2, dim=-1)`. No number moves. Both halves are
+# Real tensors bring one complication. Fast implementations of LLaMA compute gate and up with *one* matrix product and cut the result in two: `gate, up = w13(x).chunk(2, dim=-1)`. No number moves. Both halves are
 # **views**: row $r$ of `gate` begins $2H$ elements after row $r - 1$, not $H$. That distance is the **row stride**. So your kernel gets a two-dimensional grid, (rows, blocks in a row): `tl.program_id(0)` is the row, `tl.program_id(1)` the block within it, and every
 # tensor has its own row stride.
 #
 # $\text{address of element } (r, c) = \text{pointer} + r \cdot \text{row stride} + c$. Program numbers and strides are 32-bit integers, and $r\cdot$stride passes $2^{31}$ at a size that real batches have (150,000 tokens of 14,336). Make the row number a 64-bit one first: `.to(tl.int64)`.
 #
-# Half-precision numbers are converted to float32 when they have been loaded (`.to(tl.float32)`) and back when they are stored, which `tl.store` does by itself. Arithmetic is free here, so there is no reason to round in between.
+# Half-precision numbers are converted to float32 when they have been loaded (`.to(tl.float32)`) and back when they are stored, which `tl.store` does by itself. Arithmetic is free here, so there is no reason to round in between, and `tl.exp` and `tl.sigmoid`, which you will want, take float32 only.
 #
 # The launchers below are given: they make the output, flatten all leading axes into rows, and pass pointers and strides. `autotuned` tries the block sizes of CONFIGS on a GPU, once for each row length, and keeps the fastest; the interpreter takes the first.
 
