@@ -391,27 +391,28 @@ checks.close(norm.running_var, [0.9 + 0.1 * 2], what="running_var after one batc
 ### BEGIN HIDDEN TESTS
 gen = checks.generator(5)
 for features, sizes, momentum, eps in [(7, (5, 2, 9), 0.1, 1e-5), (1, (3, 8), 0.3, 1e-3), (4, (6, 6, 6, 6), 0.01, 1e-5)]:
-    mine = BatchNorm1d(features, eps=eps, momentum=momentum).to(profile.device)
+    # In float64: two examples that happen to lie close together leave few digits in float32.
+    mine = BatchNorm1d(features, eps=eps, momentum=momentum).double().to(profile.device)
     peer = nn.BatchNorm1d(features, eps=eps, momentum=momentum, dtype=torch.float64, device=profile.device)
     with torch.no_grad():
         for name in ("weight", "bias"):
             getattr(mine, name).copy_(checks.randn(features, generator=gen))
             getattr(peer, name).copy_(getattr(mine, name))
     for n in sizes:
-        x = (3 * checks.randn(n, features, generator=gen) + 2).requires_grad_()
-        exact = x.detach().double().requires_grad_()
+        x = (3 * checks.randn(n, features, generator=gen, dtype=torch.float64) + 2).requires_grad_()
+        exact = x.detach().clone().requires_grad_()
         with checks.unchanged(x=x), checks.forbidden("batch_norm", "instance_norm"):
             y = mine(x)
         expected = peer(exact)
         what = f"of a batch of {n} with {features} features"
-        checks.close(y, expected, rtol=5e-5, what=f"BatchNorm1d {what}")
+        checks.close(y, expected, rtol=1e-7, what=f"BatchNorm1d {what}")
         for name in ("running_mean", "running_var"):
-            checks.close(getattr(mine, name), getattr(peer, name), what=f"{name} after a batch of {n}")
-        cotangent = checks.randn(n, features, generator=gen)
+            checks.close(getattr(mine, name), getattr(peer, name), rtol=1e-7, what=f"{name} after a batch of {n}")
+        cotangent = checks.randn(n, features, generator=gen, dtype=torch.float64)
         actual = torch.autograd.grad(y, (x, mine.weight, mine.bias), cotangent)
-        wanted = torch.autograd.grad(expected, (exact, peer.weight, peer.bias), cotangent.double())
+        wanted = torch.autograd.grad(expected, (exact, peer.weight, peer.bias), cotangent)
         for name, a, e in zip(("x", "weight", "bias"), actual, wanted, strict=True):
-            checks.close(a, e, rtol=1e-4, atol=1e-4, what=f"the gradient of {name}, {what}", hint="The batch's mean and variance depend on x too.")
+            checks.close(a, e, rtol=1e-6, what=f"the gradient of {name}, {what}", hint="The batch's mean and variance depend on x too.")
 ### END HIDDEN TESTS
 
 # %% check="batch_norm" points=1
@@ -1262,7 +1263,7 @@ checks.relative_l2(dw, exact_dw, 2e-6, what="dw, the sum of the partial sums", m
 assert launched.programs == 2, "two programs were asked for"
 ### BEGIN HIDDEN TESTS
 gen = checks.generator(18)
-for rows, n_cols, programs in [(5, 13, 2), (2, 1, 1), (7, 33, 3), (2, 20, 5), (4, 100, 4)]:
+for rows, n_cols, programs in [(5, 13, 2), (1, 1, 1), (7, 33, 3), (2, 20, 5), (4, 100, 4)]:
     x, dy, w = checks.randn(rows, n_cols, generator=gen, scale=2.0), checks.randn(rows, n_cols, generator=gen), checks.randn(n_cols, generator=gen)
     r, exact_dx, exact_dw = exact_gradients(x, w, dy, 1e-5)
     with checks.launches() as launched, checks.guarded_allocations(), checks.unchanged(x=x, dy=dy, w=w, r=r), checks.forbidden("rms_norm"):
