@@ -285,6 +285,7 @@ for shape, vocab, ignored in [((6,), 11, -100), ((2, 5), 1, -100), ((3, 1, 4), 7
     targets = torch.randint(0, vocab, shape, generator=g)
     targets[torch.rand(shape, generator=g) < 0.3] = ignored
     targets.view(-1)[0] = vocab // 2
+    logits.view(-1, vocab)[0, vocab // 2] -= 300                # at least one loss that is not tiny
     kept = targets != ignored
     expected = F.cross_entropy(logits[kept].double(), targets[kept])
     with checks.unchanged(logits, targets), checks.forbidden("cross_entropy", "nll_loss"):
@@ -1165,6 +1166,7 @@ for rows, vocab, block, ignored in [(1, 2, 16, -100), (5, 37, 64, -100), (4, 64,
     logits = checks.randn(rows, vocab, generator=g, scale=3.0)
     targets = torch.randint(0, vocab, (rows,), generator=g).to(profile.device)
     targets[0] = vocab - 1
+    logits[0, -1] -= 6                                  # one unlikely target: where all losses are tiny, nothing can be relative to them
     if rows > 2:
         targets[2] = ignored
     with checks.unchanged(targets), checks.launches() as launched, checks.forbidden("softmax", "logsumexp", "cross_entropy"):
@@ -1202,6 +1204,7 @@ for rows, vocab, block in [(3, 130, 64), (2, 96, 32), (4, 51, 8), (2, 300, 256),
     logits = checks.randn(rows, vocab, generator=g, scale=4.0)
     targets = torch.randint(0, vocab, (rows,), generator=g).to(profile.device)
     targets[0], targets[-1] = 0, vocab - 1
+    logits[0, 0] -= 6
     losses, gradient = run_fused(logits, targets, block)
     expected, expected_gradient = exact_loss_and_gradient(logits, targets)
     checks.relative_l2(losses, expected, 2e-6, what="the losses", hint=f"{vocab} words in blocks of {block}.")
