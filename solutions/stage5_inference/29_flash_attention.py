@@ -13,7 +13,7 @@
 #     title_zh: "FlashAttention"
 #     builds: "Exact attention that never writes the S × S matrix: online softmax, tiling, and forward and backward kernels in Triton behind one autograd function."
 #     minutes: 240
-#     requires: [9]
+#     requires: [3, 9]
 #     gpu: "The same kernels at full size: TFLOP/s, forward and backward, beside PyTorch's SDPA (Flash and cuDNN) for 1k to 16k tokens."
 #     papers:
 #       - "Milakov & Gimelshein 2018, Online normalizer calculation for softmax, arXiv:1805.02867"
