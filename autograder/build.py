@@ -348,18 +348,22 @@ def leaks(read: Lesson, learners: str) -> list[str]:
     return problems
 
 
+# The lines of every training loop in PyTorch: no secret.
+TRAINING_STEP = {"optimizer.zero_grad()", "loss.backward()", "optimizer.step()", "losses.append(loss.item())"}
+
+
 def telling_lines(cell: Cell) -> list[list[str]]:
     """Runs of stripped lines that give a cell's secret away.
 
     Of an answer any three lines in a row; of hidden tests only the whole, since a visible test may well be set up in
-    the same way. Less than 30 characters are no secret: `return x` stands everywhere.
+    the same way. Less than 30 characters are no secret: `return x` stands everywhere; nor are TRAINING_STEP's lines.
     """
     found = []
     for secret in lesson.secrets(cell):
         lines = [line.strip() for line in secret.split("\n") if line.strip()]
         whole = cell.role == "check" or len(lines) <= 3
         found += [lines] if whole else [lines[i : i + 3] for i in range(len(lines) - 2)]
-    return [run for run in found if len("".join(run)) >= 30]
+    return [run for run in found if len("".join(run)) >= 30 and not TRAINING_STEP.issuperset(run)]
 
 
 # --- course/ --------------------------------------------------------------------------------------------------

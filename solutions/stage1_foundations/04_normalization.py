@@ -13,7 +13,7 @@
 #     title_zh: "归一化技术详解"
 #     builds: "LayerNorm, RMSNorm, BatchNorm and QK-Norm, the two ways to wire a norm into a residual network, and RMSNorm as Triton kernels, forward and backward."
 #     minutes: 180
-#     requires: [3]
+#     requires: [2]
 #     gpu: "The RMSNorm kernels at full size: bandwidth beside a plain copy, F.rms_norm and torch.compile."
 #     papers:
 #       - "Ioffe & Szegedy 2015, Batch Normalization, arXiv:1502.03167"

@@ -13,7 +13,7 @@
 #     title_zh: "损失函数与概率分布"
 #     builds: "The loss every language model is trained on, from a stable log-sum-exp to a Triton kernel that turns logits into their gradient in place; the measures of distance beside it; and a recurrent text classifier to use them on."
 #     minutes: 210
-#     requires: [3]
+#     requires: [2]
 #     gpu: "The fused loss at a vocabulary of 128k: peak memory and time, beside PyTorch's own and the device's copy speed."
 #     papers:
 #       - "Hochreiter & Schmidhuber 1997, Long Short-Term Memory, Neural Computation 9(8)"
