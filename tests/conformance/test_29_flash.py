@@ -22,6 +22,7 @@ pytestmark = pytest.mark.xdist_group("conformance-29")
 needs_triton = pytest.mark.skipif(not profile.has_triton, reason="Triton exists for Linux only")
 
 FORWARD_LIMIT, BACKWARD_LIMIT = 2e-6, 3e-6  # relative L2, float32
+BATCHES = [1, 2]
 LENGTHS = [(1, 1), (1, 40), (16, 16), (17, 17), (31, 64), (33, 50), (48, 48), (40, 100), (65, 65), (50, 19)]
 HEADS = [(1, 1), (2, 2), (4, 2), (3, 1)]
 HEAD_DIMS = [8, 16, 24, 40, 64, 80, 128]
@@ -40,7 +41,7 @@ def sweep() -> list[tuple]:
         return deck.pop()
 
     lengths = (LENGTHS * 3)[:24]
-    return [(deal([1, 2]) if q_len < 60 else 1, *deal(HEADS), q_len, k_len, deal(HEAD_DIMS), causal, deal(BLOCKS))
+    return [(deal(BATCHES) if q_len < 60 else 1, *deal(HEADS), q_len, k_len, deal(HEAD_DIMS), causal, deal(BLOCKS))
             for causal in (False, True) for q_len, k_len in lengths]
 
 
