@@ -129,11 +129,15 @@ def test_a_pause_changes_nothing(tmp_path, tokenizer):
 
 
 def test_budget_in_minutes_ends_with_a_decay(tmp_path, tokenizer):
-    _, records = run(tmp_path, tokenizer, None, minutes=0.03)
+    _, records = run(tmp_path, tokenizer, None, minutes=0.08)
     rates = [record["learning_rate"] for record in records]
-    assert rates[-1] < 0.3 * max(rates)
-    falling = sum(rate < max(rates) for rate in rates[10:])
-    assert falling == pytest.approx(len(rates) / 5, rel=0.3, abs=2)
+    peak = rates.index(max(rates))
+    falling = [rate for rate in rates[peak:] if rate < max(rates)]
+    n = len(falling)  # however many steps this machine managed: a straight line that reaches 0 after the last of them
+    assert n >= 1
+    assert falling == rates[-n:]
+    assert falling == pytest.approx([max(rates) * (n - i) / (n + 1) for i in range(n)])
+    assert n == pytest.approx(len(rates) / 5, rel=0.3, abs=2)
 
 
 # --- evaluation
