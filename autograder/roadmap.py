@@ -16,11 +16,11 @@ from autograder.lesson import Header
 PLACES: dict[int, tuple[float, int, str]] = {
     1: (3.0, 0, "Geometry, high|dimensions"),
     2: (3.0, 1, "Automatic|differentiation"),
-    3: (1.5, 2, "Activations|and gates"),
+    3: (1.2, 2, "Activations|and gates"),
     5: (3.0, 2, "Losses and|distributions"),
     4: (4.65, 2, "Normalization"),
     6: (6.0, 2, "Optimizers"),
-    11: (1.5, 3, "FFN, mixture|of experts"),
+    11: (1.9, 3, "FFN, mixture|of experts"),
     7: (3.0, 3, "Tokenization"),
     13: (5.7, 3, "Initialization"),
     8: (3.0, 4, "Embeddings,|positions"),
