@@ -4,7 +4,7 @@ What the rooms provide (all paths are `Path`s, all options may be left out):
 
     build.build_course(lesson, stage, check) -> int
     run.run_course(lesson, stage, profile, jobs, notebooks, timeout, strict_budgets) -> int
-    grading.grade.grade_class(submitted, out, lesson, student, jobs) -> int
+    grading.grade.grade_class(submitted, out, lesson, student, jobs, scheduler, db, again) -> int
     release.make_release(out) -> int
 
 Each returns the exit code: 0 all well, 1 the course is at fault, 2 wrong usage, 3 (grade only) something of
@@ -84,11 +84,32 @@ def grade(
     lesson: Lesson = None,
     student: Annotated[str | None, typer.Option(help="Only this student.")] = None,
     jobs: Jobs = None,
+    scheduler: Annotated[
+        str | None, typer.Option(help="The address of a Dask scheduler, tcp://host:8786, whose workers grade.")
+    ] = None,
+    db: Annotated[
+        str | None,
+        typer.Option(help="The gradebook: postgresql+psycopg://user@host/name; by default OUT/gradebook.db."),
+    ] = None,
+    again: Annotated[
+        bool, typer.Option("--again", help="Grade what has not changed too, instead of keeping its result.")
+    ] = False,
 ) -> None:
     """Grade a class."""
     from autograder.grading.grade import grade_class
 
-    raise typer.Exit(grade_class(submitted=submitted, out=out, lesson=lesson, student=student, jobs=jobs))
+    raise typer.Exit(
+        grade_class(
+            submitted=submitted,
+            out=out,
+            lesson=lesson,
+            student=student,
+            jobs=jobs,
+            scheduler=scheduler,
+            db=db,
+            again=again,
+        )
+    )
 
 
 @app.command()

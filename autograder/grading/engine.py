@@ -1,19 +1,33 @@
-"""Tasks over processes. Results come back as they are ready, to the one who writes them down.
+"""Tasks over processes and machines, by Dask. Results come back as they are ready, to the one who writes them down.
 
-This is the seam for other engines: anything that maps `grade` over tasks and yields results.
+Without an address a cluster of this machine's own is started; with one (`tcp://host:8786`) the tasks go to the workers
+of that scheduler, whoever started them. A task and its result are bytes: the workers share nothing with us but the
+network. A worker that is lost is replaced by Dask, and its task runs again; a task that loses its worker twice is
+quarantined: its answer is a `fault`, with no score.
 """
 
-import multiprocessing
 import os
-import signal
+import sys
 from collections.abc import Callable, Iterable, Iterator
-from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
-from concurrent.futures.process import BrokenProcessPool
-from itertools import islice
+from contextlib import contextmanager
+from itertools import count, islice
+from tempfile import TemporaryDirectory
 
+from autograder.grading.fingerprint import versions
 from autograder.grading.task import Result, Task, grade
 
 Engine = Callable[[Iterable[Task], int], Iterator[Result]]
+ALLOWED_LOSSES = 1  # Dask gives a task up when it has lost more workers than this
+
+# Dask reads its settings when it is imported. A task that kills its worker takes the blame alone only if no other waits
+# there: so a worker holds one at a time (saturation 1). Its daemons may have children: kernels.
+os.environ.setdefault("DASK_DISTRIBUTED__SCHEDULER__ALLOWED_FAILURES", str(ALLOWED_LOSSES))
+os.environ.setdefault("DASK_DISTRIBUTED__SCHEDULER__WORKER_SATURATION", "1.0")
+os.environ.setdefault("DASK_DISTRIBUTED__WORKER__DAEMON", "False")
+
+
+class NoScheduler(RuntimeError):
+    """The scheduler does not answer, or has no worker."""
 
 
 def cores() -> int:
@@ -21,75 +35,95 @@ def cores() -> int:
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
-def run_tasks(tasks: Iterable[Task], jobs: int) -> Iterator[Result]:
-    """A result for every task, in the order in which they end, from `jobs` processes.
+def run_tasks(
+    tasks: Iterable[Task], jobs: int, scheduler: str | None = None, patience: float = 60.0
+) -> Iterator[Result]:
+    """A result for every task, in the order in which they end.
 
-    Tasks are taken from the iterable only as processes become free, so a class need not fit in memory. A process that
-    is lost (killed for memory, say) costs nothing but time: its tasks run again, each alone; one that is lost there
-    twice is answered with a `fault`.
+    `jobs` processes of this machine work on them, or the workers of `scheduler`. Tasks are taken from the iterable only
+    as workers become free, so a class need not fit in memory. NoScheduler if within `patience` seconds the scheduler
+    does not answer or has no worker.
     """
-    tasks = iter(tasks)
-    unanswered: dict[Task, None] = {}
-    others = set(multiprocessing.active_children())
-    while True:
-        with _pool(jobs) as pool:
-            running: dict[Future, Task] = {}
+    tasks, number = iter(tasks), count()
+    with _client(jobs, scheduler, patience) as client:
+        from distributed import as_completed
 
-            def feed(count: int, pool=pool, running=running) -> None:
-                for task in islice(tasks, count):
-                    unanswered[task] = None
-                    running[pool.submit(_work, task)] = task
+        running = {}
+        done = as_completed(loop=client.loop)
 
-            try:
-                feed(jobs + 1)
-                while running:
-                    done, _ = wait(running, return_when=FIRST_COMPLETED)
-                    for future in done:
-                        result = future.result()
-                        del unanswered[running.pop(future)]
-                        yield result
-                        feed(1)
-                return
-            except BrokenProcessPool:
-                pass
-            except BaseException:  # interrupted, or the writer failed: what has not begun never will
-                pool.shutdown(wait=False, cancel_futures=True)
-                for worker in set(multiprocessing.active_children()) - others:
-                    worker.terminate()
-                raise
-        for task in unanswered:
-            yield _alone(task)
-        unanswered.clear()
+        def feed(room: int) -> None:
+            for task in islice(tasks, room):
+                name = f"{task.student}/{task.stage}/{task.lesson}"
+                future = client.submit(_work, task, versions(), key=f"{name}-{next(number)}", pure=False)
+                running[future.key] = task
+                done.add(future)
+
+        # One task more than there are workers: there is always one at hand, whatever the network takes.
+        feed(sum(client.ncores().values()) + 1)
+        for future in done:
+            task = running.pop(future.key)
+            error = future.exception()
+            yield future.result() if error is None else _lost(task, error)
+            future.release()
+            feed(1)
 
 
-def _pool(jobs: int) -> ProcessPoolExecutor:
-    # Not forked from here: this process has threads (the progress bar's, the database's), and a fork copies their
-    # locks. A fork server has none; it pays for the imports (2.5 s) once.
-    method = "forkserver" if "forkserver" in multiprocessing.get_all_start_methods() else "spawn"
-    context = multiprocessing.get_context(method)
-    if method == "forkserver":
-        context.set_forkserver_preload(["autograder.grading.task"])
-    return ProcessPoolExecutor(jobs, mp_context=context)
+def _work(task: Task, expected: dict[str, str]) -> Result:
+    """Grades a task in a worker whose course and libraries are ours."""
+    here = versions()
+    other = [f"{name} {here.get(name)}, not {wanted}" for name, wanted in expected.items() if here.get(name) != wanted]
+    if other:
+        flag = "the worker differs from the grader: " + "; ".join(other)
+        return Result(task.student, task.stage, task.lesson, "fault", flags=[flag])
+    return grade(task)
 
 
-def _work(task: Task) -> Result:
-    """Grades a task in a worker; told to end meanwhile, the worker takes its kernel and its folder with it."""
-    signal.signal(signal.SIGTERM, signal.default_int_handler)
-    try:
-        return grade(task)
-    except KeyboardInterrupt:
-        os._exit(1)  # an exception would be sent back, and the next task begun
-    finally:
-        signal.signal(signal.SIGTERM, signal.SIG_DFL)
+def _lost(task: Task, error: BaseException) -> Result:
+    from distributed import KilledWorker
 
-
-def _alone(task: Task) -> Result:
-    """A task whose worker was lost, maybe through a neighbor's fault: two more attempts, with nobody beside it."""
-    for _ in range(2):
-        with _pool(1) as pool:
-            try:
-                return pool.submit(_work, task).result()
-            except BrokenProcessPool:
-                pass
-    reason = "the process that graded it was lost again and again: was it killed for want of memory?"
+    if isinstance(error, KilledWorker):
+        reason = "quarantined: the process that graded it was lost again and again; was it killed for want of memory?"
+    else:
+        reason = f"the grader failed: {type(error).__name__}: {error}"
     return Result(task.student, task.stage, task.lesson, "fault", flags=[reason])
+
+
+@contextmanager
+def _client(jobs: int, scheduler: str | None, patience: float):
+    """A client of the scheduler asked for, or of a cluster that lives as long as it is needed."""
+    import logging
+
+    from distributed import Client, LocalCluster
+
+    # A lost worker and a closed connection are told in results; Dask would tell them in the middle of the progress bar.
+    for name in ("distributed", "distributed.worker", "distributed.nanny", "distributed.scheduler", "distributed.core"):
+        logging.getLogger(name).setLevel(logging.CRITICAL)
+    if scheduler:
+        try:
+            client = Client(scheduler, timeout=patience, set_as_default=False)
+        except (OSError, ValueError) as error:
+            raise NoScheduler(f"no Dask scheduler answers at {scheduler}: {error}") from error
+        with client:
+            if not client.ncores():
+                print(f"Waiting for a worker of {scheduler}: dask worker {scheduler} starts one.", file=sys.stderr)
+            try:
+                client.wait_for_workers(1, timeout=patience)
+            except TimeoutError as error:
+                raise NoScheduler(f"the scheduler at {scheduler} has no worker after {patience:.0f} s") from error
+            yield client
+        return
+    # Whatever ends a worker, what it and its kernels left in their folders goes with ours.
+    with TemporaryDirectory(prefix="llm40-", ignore_cleanup_errors=True) as folder:
+        cluster = LocalCluster(
+            n_workers=jobs,
+            threads_per_worker=1,
+            memory_limit=0,  # kernels are processes of their own, with limits of their own
+            host="127.0.0.1",
+            dashboard_address=None,
+            local_directory=folder,
+            env={"TMPDIR": folder},
+            preload="autograder.grading.task",
+            silence_logs=logging.CRITICAL,
+        )
+        with cluster, Client(cluster, set_as_default=False) as client:
+            yield client

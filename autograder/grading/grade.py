@@ -1,14 +1,17 @@
 """A class graded: `SUBMITTED/<student>/<stage>/<lesson>.ipynb` → gradebook, tables, feedback, report.
 
 This module knows folders and prints; the grading itself is in task, its distribution in engine, the database in
-gradebook. The exit code says how it went: OK when every submission got an answer (zero points included), USAGE when
-there was nothing to grade, FAULT when something of ours failed.
+gradebook. A notebook whose result stands in the gradebook already, with everything it depends on unchanged, is not
+graded again: a call that was interrupted, or killed, goes on where it was. The exit code says how it went: OK when
+every submission got an answer (zero points included), USAGE when there was nothing to grade, FAULT when something of
+ours failed.
 """
 
 import sys
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import nbformat
@@ -20,10 +23,11 @@ from autograder.build import build_sources
 from autograder.catalog import Entry
 from autograder.execute import Limits
 from autograder.grading import pages
-from autograder.grading.engine import Engine, cores, run_tasks
-from autograder.grading.gradebook import COURSE, Gradebook
+from autograder.grading.engine import Engine, NoScheduler, cores, run_tasks
+from autograder.grading.fingerprint import answer_digests, fingerprint
+from autograder.grading.gradebook import COURSE, Gradebook, NoDatabase
 from autograder.grading.rebuild import blank, name
-from autograder.grading.task import Result, Task, parse
+from autograder.grading.task import Result, Task, by_hand, parse
 from autograder.sample_class import make as sample_class
 
 OK, USAGE, FAULT = 0, 2, 3
@@ -158,55 +162,89 @@ def find_class(
 # --- grading --------------------------------------------------------------------------------------------------
 
 
-def make_tasks(
-    handed: list[Handed], limits: Limits, seed: int, failed: Callable[[Result], None]
-) -> Iterator[Task]:
-    """The tasks one by one: a notebook is read when its turn comes. One that the system does not let us read fails."""
-    for h in handed:
-        try:
-            data = h.path.read_bytes() if h.path else None
-        except OSError as error:
-            failed(Result(h.student, h.lesson.stage, h.lesson.name, "fault", flags=[f"cannot be opened: {error}"]))
-            continue
-        yield Task(
-            h.student, h.lesson.stage, h.lesson.name, data, nbformat.writes(h.lesson.master).encode(), limits, seed
-        )
-
-
 class Writer:
-    """Writes each result as it comes: to the gradebook, and as files under `out`."""
+    """Makes the tasks, and writes each result as it comes: to the gradebook, and as files under `out`."""
 
     def __init__(self, out: Path, book: Gradebook, handed: list[Handed], submitted: Path):
         self.out = out
         self.book = book
         self.submitted = submitted
         self.handed = {(h.student, h.lesson.stage, h.lesson.name): h for h in handed}
+        self.fingerprints: dict[tuple[str, str, str], str] = {}
         self.results: list[Result] = []
+        self.unchanged = 0
+
+    def tasks(self, limits: Limits, seed: int, again: bool, done: Callable[[Result], None]) -> Iterator[Task]:
+        """What is to be graded, one by one: a notebook is read when its turn comes.
+
+        `done` is called after what needs no grading: a result that still holds (unless everything is to be graded
+        `again`), and a file that the system does not let us read.
+        """
+        for (student, stage, lesson), h in self.handed.items():
+            try:
+                data = h.path.read_bytes() if h.path else None
+            except OSError as error:
+                result = Result(student, stage, lesson, "fault", flags=[f"cannot be opened: {error}"])
+                self.take(result)
+                done(result)
+                continue
+            master = nbformat.writes(h.lesson.master).encode()
+            task = Task(student, stage, lesson, data, master, limits, seed)
+            self.fingerprints[student, stage, lesson] = fingerprint(task)
+            kept = None if again else self._kept(student, stage, lesson)
+            if kept is None:
+                yield task
+                continue
+            self.results.append(kept)
+            self.unchanged += 1
+            done(kept)
+
+    def _kept(self, *where: str) -> Result | None:
+        """The result of an earlier call, if everything it depends on is the same and its files are there."""
+        stored = self.book.stored(*where)
+        if stored is None or stored[0] != self.fingerprints[where]:
+            return None
+        result = stored[1]
+        autograded, page = self._files(result)
+        if result.status != "missing" and not (autograded.is_file() and page.is_file()):
+            return None
+        if any(check.status == "by hand" for check in result.checks):  # a person's scores may have changed since
+            result.notebook = autograded.read_bytes()
+            self._write_page(result, page)
+        result.flags[:0] = self.handed[where].flags
+        result.notebook = None
+        return result
 
     def take(self, result: Result) -> None:
-        handed = self.handed[result.student, result.stage, result.lesson]
-        result.flags[:0] = handed.flags
-        place = Path(result.student, result.stage, result.lesson)
-        autograded = self.out / "autograded" / place.with_name(place.name + ".ipynb")
-        page = self.out / "feedback" / place.with_name(place.name + ".html")
+        where = (result.student, result.stage, result.lesson)
         if result.status != "fault":
-            self.book.commit(result, self._changed(autograded, result), self._timestamp(result))
-            if result.notebook is None:
-                autograded.unlink(missing_ok=True)
-                page.unlink(missing_ok=True)
-            else:
-                pages.write(autograded, result.notebook)
-                pages.write(page, pages.feedback(result, handed.lesson.title))
+            notebook = parse(result.notebook) if result.notebook else None
+            written = {name(cell): cell.source for cell in notebook.cells if by_hand(cell)} if notebook else {}
+            self.book.commit(
+                result, self.fingerprints[where], answer_digests(written), self._timestamp(result), self._write_files
+            )
+        result.flags[:0] = self.handed[where].flags
         result.notebook = None
         self.results.append(result)
 
-    def _changed(self, autograded: Path, result: Result) -> set[str]:
-        """The written answers that are not those of the run before."""
-        if not autograded.exists() or result.notebook is None:
-            return set()
-        both = (autograded.read_bytes(), result.notebook)
-        old, new = ({name(cell): cell.source for cell in parse(data).cells} for data in both)
-        return {label for label, source in new.items() if old.get(label) != source}
+    def _files(self, result: Result) -> tuple[Path, Path]:
+        """A result's executed notebook and its learner's page."""
+        place = Path(result.student, result.stage)
+        notebooks, pages_ = self.out / "autograded" / place, self.out / "feedback" / place
+        return notebooks / f"{result.lesson}.ipynb", pages_ / f"{result.lesson}.html"
+
+    def _write_files(self, result: Result) -> None:
+        autograded, page = self._files(result)
+        if result.notebook is None:
+            autograded.unlink(missing_ok=True)
+            page.unlink(missing_ok=True)
+        else:
+            pages.write(autograded, result.notebook)
+            self._write_page(result, page)
+
+    def _write_page(self, result: Result, page: Path) -> None:
+        handed = self.handed[result.student, result.stage, result.lesson]
+        pages.write(page, pages.feedback(result, handed.lesson.title))
 
     def _timestamp(self, result: Result) -> str | None:
         """nbgrader's own file, where the submissions were collected by nbgrader."""
@@ -225,15 +263,21 @@ def grade_folder(
     seed: int = SEED,
     engine: Engine = run_tasks,
     show: Callable[[str], None] = print,
+    db: str | None = None,
+    again: bool = False,
 ) -> list[Result]:
-    """Grades a class by the masters in `source`. Raises UsageError when there is nothing to grade."""
+    """Grades a class by the masters in `source`, into the gradebook `db`, by default OUT/gradebook.db.
+
+    Raises UsageError when there is nothing to grade, NoDatabase and NoScheduler where those do not answer.
+    """
     began = time.monotonic()
     lessons = read_masters(source)
     handed, notes = find_class(submitted, lessons, lesson, student)
     out.mkdir(parents=True, exist_ok=True)
     jobs = min(jobs or cores(), max(1, len(handed)))
     show(f"Grading {len(handed)} notebooks of {len({h.student for h in handed})} students. {pages.TRUST}")
-    with Gradebook(f"sqlite:///{(out / 'gradebook.db').resolve()}") as book:
+    db = db or f"sqlite:///{(out / 'gradebook.db').resolve()}"
+    with Gradebook(db, waiting=tqdm.write) as book:
         stages = {h.lesson.stage for h in handed}
         for k in lessons:
             if k.stage in stages:
@@ -241,32 +285,34 @@ def grade_folder(
         writer = Writer(out, book, handed, submitted)
         with tqdm(total=len(handed), unit="notebook", file=sys.stderr, dynamic_ncols=True) as bar:
 
-            def take(result: Result) -> None:
-                writer.take(result)
+            def count(result: Result) -> None:
                 bar.set_postfix_str(f"{result.student} {result.lesson}", refresh=False)
                 bar.update()
 
-            for result in engine(make_tasks(handed, limits or Limits(), seed, take), jobs):
-                take(result)
+            for result in engine(writer.tasks(limits or Limits(), seed, again, count), jobs):
+                writer.take(result)
+                count(result)
     results = sorted(writer.results, key=lambda r: (r.student, r.stage, r.lesson))
     pages.write(out / "grades.csv", pages.grades_csv(results))
     pages.write(out / "checks.csv", pages.checks_csv(results))
-    pages.write(out / "nbgrader_config.py", _config(submitted, out, source))
+    pages.write(out / "nbgrader_config.py", _config(submitted, out, source, db))
     pages.write(out / "report.html", pages.class_report(results, notes, time.monotonic() - began))
     show(pages.table(results))
+    if writer.unchanged:
+        show(f"{writer.unchanged} of {len(results)} had not changed since they were graded and were not run again.")
     for note in notes:
         show(f"not graded: {note}")
-    show(f"In {out}: report.html, grades.csv, checks.csv, feedback/, autograded/ and gradebook.db. {pages.TRUST}")
+    show(f"In {out}: report.html, grades.csv, checks.csv, feedback/ and autograded/. {pages.TRUST}")
     return results
 
 
-def _config(submitted: Path, out: Path, source: Path) -> str:
+def _config(submitted: Path, out: Path, source: Path, db: str) -> str:
     """So that nbgrader's own commands, run in OUT, show this gradebook."""
     return f'''# Written by the grader. Started in this folder, `nbgrader export` and the formgrader show these grades.
 c = get_config()  # noqa: F821
 c.CourseDirectory.course_id = {COURSE!r}
 c.CourseDirectory.root = {str(out.resolve())!r}
-c.CourseDirectory.db_url = {"sqlite:///" + str((out / "gradebook.db").resolve())!r}
+c.CourseDirectory.db_url = {db!r}
 c.CourseDirectory.submitted_directory = {str(submitted.resolve())!r}
 c.CourseDirectory.source_directory = {str(source.resolve())!r}
 c.CourseDirectory.release_directory = {str(ROOT / "course")!r}
@@ -297,9 +343,13 @@ def grade_class(
     lesson: str | None = None,
     student: str | None = None,
     jobs: int | None = None,
-    engine: Engine = run_tasks,
+    scheduler: str | None = None,
+    db: str | None = None,
+    again: bool = False,
+    engine: Engine | None = None,
 ) -> int:
     """Grades a class, or without a folder the sample class; returns the exit code."""
+    engine = engine or partial(run_tasks, scheduler=scheduler)
     try:
         wanted = wanted_lessons(submitted, lesson)
         if wanted and build_sources([entry.key for entry in wanted]):
@@ -308,9 +358,14 @@ def grade_class(
         if submitted is None:
             submitted, out = sample_class.make_class(SAMPLE / "submitted", wanted, ROOT), out or SAMPLE
         source = ROOT / "build" / "source"
-        results = grade_folder(submitted, out or Path("grades"), source, lesson, student, jobs, engine=engine)
+        results = grade_folder(
+            submitted, out or Path("grades"), source, lesson, student, jobs, engine=engine, db=db, again=again
+        )
     except UsageError as error:
         print(f"Nothing to grade: {error}.", file=sys.stderr)
+        return USAGE
+    except (NoDatabase, NoScheduler) as error:
+        print(f"Nothing graded: {error}.", file=sys.stderr)
         return USAGE
     faults = [result for result in results if result.status == "fault"]
     for result in faults:

@@ -1,13 +1,18 @@
 """The gradebook, and the one who writes it: nbgrader's own database, through nbgrader's own API.
 
 So nbgrader's formgrader and `nbgrader export` show what we show. A stage is an assignment, a lesson a notebook in it.
+Beside nbgrader's tables stands one of ours with every result as it came, so that a later call need not grade again what
+did not change. A result and its grades are written in one transaction: whenever the power goes, both are there or
+neither.
 """
 
 import json
 import os
 import sys
-import warnings
+import time
+from collections.abc import Callable
 from contextlib import contextmanager
+from dataclasses import asdict
 from pathlib import Path
 
 from nbformat import NotebookNode
@@ -19,27 +24,56 @@ from nbgrader.api import (
     Notebook,
     SolutionCell,
     SourceCell,
+    Student,
     SubmittedAssignment,
     SubmittedNotebook,
 )
 from nbgrader.api import Gradebook as Database
-from nbgrader.utils import is_grade, is_locked, is_solution
-from sqlalchemy.exc import SAWarning
+from nbgrader.utils import is_grade, is_locked, is_solution, parse_utc
+from sqlalchemy import Column, MetaData, String, Table, Text, delete, insert, select
+from sqlalchemy.exc import ArgumentError, OperationalError
 
-from autograder.grading.task import Result
+from autograder.grading.task import Check, Result
 
 COURSE = "llm40"  # as in nbgrader_config.py
+PATIENCE = 120.0  # seconds for which a database server may be away
+RESULTS = Table(
+    "llm40_result",
+    MetaData(),
+    Column("student", String(128), primary_key=True),
+    Column("stage", String(128), primary_key=True),
+    Column("lesson", String(128), primary_key=True),
+    Column("fingerprint", String(64), nullable=False),
+    Column("result", Text, nullable=False),  # as JSON, without the notebook
+    Column("answers", Text, nullable=False),  # as JSON: written answer → hash of its text
+)
+
+
+class NoDatabase(RuntimeError):
+    """The gradebook's database cannot be opened; the message says which and why."""
+
+
+def _key(student: str, stage: str, lesson: str):
+    return (RESULTS.c.student == student) & (RESULTS.c.stage == stage) & (RESULTS.c.lesson == lesson)
 
 
 class Gradebook:
-    """Takes masters and results, one at a time, from one process."""
+    """Takes masters and results, one at a time, from one process.
 
-    def __init__(self, url: str):
+    `waiting` is told, once, when the database's server is away and is being waited for.
+    """
+
+    def __init__(self, url: str, waiting: Callable[[str], None] = print):
+        self.waiting = waiting
         # For a new database nbgrader calls the command `alembic`, which only an activated environment has on its path.
         path = os.environ.get("PATH", "")
         os.environ["PATH"] = os.pathsep.join([str(Path(sys.executable).parent), path])
         try:
             self.database = Database(url, COURSE)
+            RESULTS.create(self.database.engine, checkfirst=True)
+        except (OperationalError, ArgumentError, ImportError) as error:
+            reason = str(getattr(error, "orig", None) or error).strip()
+            raise NoDatabase(f"the gradebook {_shown(url)} cannot be opened: {reason}") from error
         finally:
             os.environ["PATH"] = path
 
@@ -58,6 +92,21 @@ class Gradebook:
         except BaseException:
             self.database.db.rollback()
             raise
+
+    def _patiently(self, write: Callable[[], None]) -> None:
+        """Writes; again and again while the database's server is away (restarted, say), up to PATIENCE seconds."""
+        until = time.monotonic() + PATIENCE
+        told = False
+        while True:
+            try:
+                return write()
+            except OperationalError as error:
+                if time.monotonic() > until:
+                    raise
+                if not told:
+                    self.waiting(f"The gradebook does not answer; waiting up to {PATIENCE:.0f} s: {error.orig}")
+                told = True
+                time.sleep(0.5)
 
     # --- what can be earned -----------------------------------------------------------------------------------
 
@@ -132,40 +181,89 @@ class Gradebook:
 
     # --- what was earned --------------------------------------------------------------------------------------
 
-    def commit(self, result: Result, changed: set[str], timestamp: str | None = None) -> None:
-        """Writes a result's scores, and puts the scores that count into the result.
-
-        What a person has entered (manual scores, extra credit, comments) stays. `changed` names the written answers
-        that differ from those of the run before: a person's score for one of them is asked for again, as it is where
-        the automatic score has changed under a manual one.
-        """
-        self.database.update_or_create_student(result.student)
-        fresh = self._fresh(result)
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore", SAWarning)  # nbgrader builds a submission before it adds it
-            submission = self.database.update_or_create_submission(result.stage, result.student, timestamp=timestamp)
-        notebook = self.database.find_notebook(result.lesson, result.stage)
-        checks = {check.check: check for check in result.checks}
-        with self._together() as db:
-            if fresh:  # nbgrader asks for a person until there is a score; the stage's other lessons have none yet
-                for other in submission.notebooks:
-                    for grade in other.grades:
-                        grade.auto_score, grade.needs_manual_grade = 0.0, False
-            for grade in self._complete(submission, notebook).grades:
-                check = checks[grade.name]
-                self._enter(grade, None if check.status == "to grade" else check.score, grade.name in changed)
-                db.flush()
-                db.refresh(grade)
-                check.score = grade.score
-                if grade.manual_score is not None:
-                    check.status = "by hand"
-
-    def _fresh(self, result: Result) -> bool:
+    def stored(self, student: str, stage: str, lesson: str) -> tuple[str, Result] | None:
+        """The fingerprint and the result written last, with the scores that count now; None if there are none."""
+        row = self.database.db.execute(select(RESULTS).where(_key(student, stage, lesson))).one_or_none()
+        if row is None:
+            return None
         try:
-            self.database.find_submission(result.stage, result.student)
-        except MissingEntry:
-            return True
-        return False
+            notebook = self.database.find_submission_notebook(lesson, stage, student)
+        except MissingEntry:  # somebody removed the student or the submission with nbgrader
+            return None
+        result = _loaded(row.result)
+        grades = {grade.name: grade for grade in notebook.grades}
+        if grades.keys() != {check.check for check in result.checks}:
+            return None
+        for check in result.checks:
+            _count(check, grades[check.check])
+        return row.fingerprint, result
+
+    def commit(
+        self,
+        result: Result,
+        fingerprint: str,
+        answers: dict[str, str],
+        timestamp: str | None = None,
+        files: Callable[[Result], None] = lambda result: None,
+    ) -> None:
+        """Writes a result's scores, and puts the scores that count into the result, which `files` is then given.
+
+        What a person has entered (manual scores, extra credit, comments) stays. `answers` are the hashes of the written
+        answers: a person's score for one that is not that of the run before is asked for again, as it is where the
+        automatic score has changed under a manual one. Everything is written at the end, after `files`.
+        """
+        record = _dumped(result)
+        scores = {check.check: check.score for check in result.checks}
+        statuses = {check.check: check.status for check in result.checks}
+        where = _key(result.student, result.stage, result.lesson)
+
+        def write() -> None:
+            with self._together() as db:
+                row = db.execute(select(RESULTS.c.answers).where(where)).one_or_none()
+                before = json.loads(row.answers) if row else {}
+                changed = {name for name, digest in answers.items() if before and before.get(name) != digest}
+                submission = self._submission(result.stage, result.student, timestamp)
+                notebook = self.database.find_notebook(result.lesson, result.stage)
+                checks = {check.check: check for check in result.checks}
+                for grade in self._complete(submission, notebook).grades:
+                    check = checks[grade.name]
+                    check.score, check.status = scores[grade.name], statuses[grade.name]
+                    self._enter(grade, None if check.status == "to grade" else check.score, grade.name in changed)
+                    db.flush()
+                    db.refresh(grade)
+                    _count(check, grade)
+                db.execute(delete(RESULTS).where(where))
+                db.execute(
+                    insert(RESULTS).values(
+                        student=result.student,
+                        stage=result.stage,
+                        lesson=result.lesson,
+                        fingerprint=fingerprint,
+                        result=record,
+                        answers=json.dumps(answers),
+                    )
+                )
+                files(result)
+
+        self._patiently(write)
+
+    def _submission(self, stage: str, student: str, timestamp: str | None) -> SubmittedAssignment:
+        """A student's part of a stage. A new one has no points yet, in any of its lessons, and asks for no person."""
+        db = self.database.db
+        assignment = self.database.find_assignment(stage)
+        wanted = {"assignment_id": assignment.id, "student_id": student}
+        submission = db.query(SubmittedAssignment).filter_by(**wanted).one_or_none()
+        if submission is None:
+            if db.get(Student, student) is None:
+                db.add(Student(id=student))
+                db.flush()
+            submission = SubmittedAssignment(**wanted)
+            db.add(submission)
+            db.flush()
+            for notebook in assignment.notebooks:
+                self._complete(submission, notebook)
+        submission.timestamp = parse_utc(timestamp) if timestamp else None
+        return submission
 
     @staticmethod
     def _enter(grade: Grade, score: float | None, changed: bool) -> None:
@@ -174,3 +272,27 @@ class Gradebook:
         elif changed or grade.auto_score != score:
             grade.needs_manual_grade = True
         grade.auto_score = score
+
+
+def _count(check: Check, grade: Grade) -> None:
+    """The score that counts: a person's, where there is one."""
+    check.score = grade.score
+    if grade.manual_score is not None:
+        check.status = "by hand"
+
+
+def _dumped(result: Result) -> str:
+    fields = asdict(result)
+    del fields["notebook"]
+    return json.dumps(fields)
+
+
+def _loaded(text: str) -> Result:
+    fields = json.loads(text)
+    return Result(**fields | {"checks": [Check(**check) for check in fields["checks"]]})
+
+
+def _shown(url: str) -> str:
+    """The address without its password."""
+    head, _, rest = url.partition("://")
+    return f"{head}://{rest.rpartition('@')[2]}"

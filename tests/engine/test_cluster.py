@@ -1,0 +1,131 @@
+"""Local processes, a scheduler elsewhere, and workers that are lost."""
+
+import os
+import signal
+from dataclasses import replace
+from functools import partial
+from pathlib import Path
+
+import nbformat
+import pytest
+import tiny
+from conftest import new_class, recorded, wait_until
+
+from autograder.grading import engine, fingerprint
+from autograder.grading import grade as grading
+from autograder.grading.engine import NoScheduler, run_tasks
+from autograder.grading.grade import grade_class
+from autograder.grading.rebuild import blank
+from autograder.grading.task import Task, grade
+from autograder.kernels.manager import kernel_manager
+
+pytestmark = pytest.mark.xdist_group("engine")
+WHERE = "import os\nprint('ran in', os.getcwd())"
+
+
+def tasks(count: int, **options) -> list[Task]:
+    master = nbformat.writes(blank(tiny.master())).encode()
+    notebook = tiny.answered()
+    notebook.cells.append(tiny.added(WHERE))
+    data = tiny.dumps(notebook)
+    return [Task(f"s{i}", tiny.STAGE, tiny.LESSON, data, master, **options) for i in range(count)]
+
+
+def place(result) -> str:
+    cells = nbformat.reads(result.notebook.decode(), as_version=4).cells
+    return next(cell for cell in cells if cell.source == WHERE).outputs[0].text
+
+
+def test_two_workers_that_share_nothing_but_the_network(tmp_path, cluster):
+    """They give the gradebook that one process alone gives, and each of them does its part."""
+    made = new_class(tmp_path / "class", 6)
+    local = made.grade(engine=lambda tasks, jobs: map(grade, tasks), out=made.folder / "alone")
+    scores = made.grade(engine=lambda tasks, jobs: run_tasks(tasks, jobs, cluster.address))
+    assert scores == local == made.expected
+    books = [recorded(f"sqlite:///{made.folder / out / 'gradebook.db'}") for out in ("out", "alone")]
+    assert books[0] == books[1] == made.expected
+    places = [place(result) for result in run_tasks(tasks(6), 1, cluster.address)]
+    for worker in cluster.workers:
+        assert any(str(worker.temporary) in text for text in places), places
+
+
+def test_a_worker_is_killed(cluster):
+    """Its task runs again on the other; nobody loses anything."""
+    results = run_tasks(tasks(6), 1, cluster.address)
+    first = next(results)
+    cluster.workers[0].kill()
+    rest = list(results)
+    assert sorted(r.student for r in [first, *rest]) == [f"s{i}" for i in range(6)]
+    assert {r.status for r in [first, *rest]} == {"graded"}
+
+
+def test_a_worker_with_other_code(cluster):
+    """Workers that would grade by other rules are found out: their answer is a fault, not a score."""
+    found = fingerprint.versions()
+    result = engine._work(tasks(1)[0], found | {"torch": "1.0"})
+    assert result.status == "fault"
+    assert f"torch {found['torch']}, not 1.0" in result.flags[0]
+
+
+def test_no_scheduler_there():
+    with pytest.raises(NoScheduler, match=r"no Dask scheduler answers at tcp://127\.0\.0\.1:1"):
+        next(run_tasks(tasks(1), 1, "tcp://127.0.0.1:1", patience=1))
+
+
+def test_no_scheduler_is_a_sentence_and_exit_2(tmp_path, monkeypatch, capsys):
+    made = new_class(tmp_path / "build", 1)
+    monkeypatch.setattr(grading, "ROOT", tmp_path)
+    nobody = partial(run_tasks, scheduler="tcp://127.0.0.1:1", patience=1)
+    assert grade_class(made.folder / "in", made.out, engine=nobody) == 2
+    assert "Nothing graded: no Dask scheduler answers" in capsys.readouterr().err
+
+
+# --- lost workers of this machine -----------------------------------------------------------------------------
+
+
+def lose_the_worker():
+    os.kill(os.getpid(), signal.SIGKILL)
+
+
+class LoseOnce:
+    """The first kernel asked for costs the worker, the second is an ordinary one."""
+
+    def __init__(self, marker: Path):
+        self.marker = marker
+
+    def __call__(self):
+        if not self.marker.exists():
+            self.marker.touch()
+            lose_the_worker()
+        return kernel_manager()
+
+
+def test_lost_once_runs_again_lost_twice_is_quarantined(tmp_path):
+    kernels = {"once": LoseOnce(tmp_path / "marker"), "always": lose_the_worker, "never": kernel_manager}
+    given = [replace(tasks(1, kernels=make)[0], student=name) for name, make in kernels.items()]
+    results = {result.student: result for result in run_tasks(iter(given), 2)}
+    assert {who: r.status for who, r in results.items()} == {"once": "graded", "always": "fault", "never": "graded"}
+    assert results["always"].flags[0].startswith("quarantined: the process that graded it was lost again and again")
+    assert results["always"].score == 0
+    assert results["always"].checks == []
+
+
+def test_tasks_are_read_as_workers_become_free():
+    """A class of thousands need not fit in memory."""
+    read = []
+
+    def slowly():
+        for task in tasks(8):
+            read.append(task.student)
+            yield task
+
+    results = run_tasks(slowly(), 2)
+    next(results)
+    assert len(read) <= 4
+    assert len(list(results)) == 7
+
+
+def test_nothing_is_left_behind(tmp_path):
+    before = set(Path("/tmp").glob("llm40-*"))
+    assert len(list(run_tasks(tasks(2), 2))) == 2
+    wait_until(lambda: set(Path("/tmp").glob("llm40-*")) <= before, 10, "folders are left")
