@@ -4,7 +4,7 @@ What the rooms provide (all paths are `Path`s, all options may be left out):
 
     build.build_course(lesson, stage, check) -> int
     run.run_course(lesson, stage, profile, jobs, notebooks, timeout, strict_budgets) -> int
-    grading.grade.grade_class(submitted, out, lesson, student, jobs, scheduler, db, again) -> int
+    grading.grade.grade_class(submitted, out, lesson, student, jobs, scheduler, db, again, late, compare) -> int
     release.make_release(out) -> int
 
 Each returns the exit code: 0 all well, 1 the course is at fault, 2 wrong usage, 3 (grade only) something of
@@ -94,6 +94,12 @@ def grade(
     again: Annotated[
         bool, typer.Option("--again", help="Grade what has not changed too, instead of keeping its result.")
     ] = False,
+    late: Annotated[
+        Path | None, typer.Option(help="An nbgrader configuration that says what handing in late costs.")
+    ] = None,
+    compare: Annotated[
+        bool, typer.Option("--compare", help="List the answers that resemble each other in the report.")
+    ] = False,
 ) -> None:
     """Grade a class."""
     from autograder.grading.grade import grade_class
@@ -108,6 +114,8 @@ def grade(
             scheduler=scheduler,
             db=db,
             again=again,
+            late=late,
+            compare=compare,
         )
     )
 

@@ -22,10 +22,11 @@ from autograder import catalog
 from autograder.build import build_sources
 from autograder.catalog import Entry
 from autograder.execute import Limits
-from autograder.grading import pages
+from autograder.grading import exports, pages, similarity
 from autograder.grading.engine import Engine, NoScheduler, cores, run_tasks
 from autograder.grading.fingerprint import answer_digests, fingerprint
 from autograder.grading.gradebook import COURSE, Gradebook, NoDatabase
+from autograder.grading.late import BadConfig, no_penalty, penalty_of
 from autograder.grading.rebuild import blank, name
 from autograder.grading.task import Result, Task, by_hand, parse
 from autograder.sample_class import make as sample_class
@@ -265,10 +266,14 @@ def grade_folder(
     show: Callable[[str], None] = print,
     db: str | None = None,
     again: bool = False,
+    late: Path | None = None,
+    compare: bool = False,
 ) -> list[Result]:
     """Grades a class by the masters in `source`, into the gradebook `db`, by default OUT/gradebook.db.
 
-    Raises UsageError when there is nothing to grade, NoDatabase and NoScheduler where those do not answer.
+    `late` is an nbgrader configuration that says what handing in late costs; `compare` looks for answers that resemble
+    each other. Raises UsageError when there is nothing to grade, BadConfig for a bad configuration, NoDatabase and
+    NoScheduler where those do not answer.
     """
     began = time.monotonic()
     lessons = read_masters(source)
@@ -277,7 +282,8 @@ def grade_folder(
     jobs = min(jobs or cores(), max(1, len(handed)))
     show(f"Grading {len(handed)} notebooks of {len({h.student for h in handed})} students. {pages.TRUST}")
     db = db or f"sqlite:///{(out / 'gradebook.db').resolve()}"
-    with Gradebook(db, waiting=tqdm.write) as book:
+    penalty = penalty_of(late) if late else no_penalty
+    with Gradebook(db, waiting=tqdm.write, penalty=penalty) as book:
         stages = {h.lesson.stage for h in handed}
         for k in lessons:
             if k.stage in stages:
@@ -293,17 +299,31 @@ def grade_folder(
                 writer.take(result)
                 count(result)
     results = sorted(writer.results, key=lambda r: (r.student, r.stage, r.lesson))
-    pages.write(out / "grades.csv", pages.grades_csv(results))
-    pages.write(out / "checks.csv", pages.checks_csv(results))
+    for made in (exports.grades, exports.checks, exports.canvas, exports.moodle):
+        pages.write(out / f"{made.__name__}.csv", made(results))
     pages.write(out / "nbgrader_config.py", _config(submitted, out, source, db))
-    pages.write(out / "report.html", pages.class_report(results, notes, time.monotonic() - began))
+    pairs = list(_pairs(out, lessons, results)) if compare else None
+    pages.write(out / "report.html", pages.class_report(results, notes, time.monotonic() - began, pairs))
     show(pages.table(results))
     if writer.unchanged:
         show(f"{writer.unchanged} of {len(results)} had not changed since they were graded and were not run again.")
     for note in notes:
         show(f"not graded: {note}")
-    show(f"In {out}: report.html, grades.csv, checks.csv, feedback/ and autograded/. {pages.TRUST}")
+    tables = "grades.csv, checks.csv, canvas.csv, moodle.csv"
+    show(f"In {out}: report.html, {tables}, feedback/ and autograded/. {pages.TRUST}")
     return results
+
+
+def _pairs(out: Path, lessons: list[Lesson], results: list[Result]) -> Iterator[similarity.Pair]:
+    """Answers that resemble each other, from the notebooks as they were graded."""
+    for k in lessons:
+        paths = {
+            r.student: out / "autograded" / r.student / k.stage / f"{k.name}.ipynb"
+            for r in results
+            if r.lesson == k.name and r.status in ("graded", "incomplete")
+        }
+        answers = {who: similarity.code(parse(path.read_bytes())) for who, path in paths.items() if path.is_file()}
+        yield from similarity.alike(k.name, answers, similarity.code(k.master))
 
 
 def _config(submitted: Path, out: Path, source: Path, db: str) -> str:
@@ -346,6 +366,8 @@ def grade_class(
     scheduler: str | None = None,
     db: str | None = None,
     again: bool = False,
+    late: Path | None = None,
+    compare: bool = False,
     engine: Engine | None = None,
 ) -> int:
     """Grades a class, or without a folder the sample class; returns the exit code."""
@@ -359,12 +381,13 @@ def grade_class(
             submitted, out = sample_class.make_class(SAMPLE / "submitted", wanted, ROOT), out or SAMPLE
         source = ROOT / "build" / "source"
         results = grade_folder(
-            submitted, out or Path("grades"), source, lesson, student, jobs, engine=engine, db=db, again=again
-        )
+            submitted, out or Path("grades"), source, lesson, student, jobs,
+            engine=engine, db=db, again=again, late=late, compare=compare,
+        )  # fmt: skip
     except UsageError as error:
         print(f"Nothing to grade: {error}.", file=sys.stderr)
         return USAGE
-    except (NoDatabase, NoScheduler) as error:
+    except (BadConfig, NoDatabase, NoScheduler) as error:
         print(f"Nothing graded: {error}.", file=sys.stderr)
         return USAGE
     faults = [result for result in results if result.status == "fault"]

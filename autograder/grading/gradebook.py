@@ -33,6 +33,7 @@ from nbgrader.utils import is_grade, is_locked, is_solution, parse_utc
 from sqlalchemy import Column, MetaData, String, Table, Text, delete, insert, select
 from sqlalchemy.exc import ArgumentError, OperationalError
 
+from autograder.grading.late import Penalty, no_penalty
 from autograder.grading.task import Check, Result
 
 COURSE = "llm40"  # as in nbgrader_config.py
@@ -60,11 +61,13 @@ def _key(student: str, stage: str, lesson: str):
 class Gradebook:
     """Takes masters and results, one at a time, from one process.
 
-    `waiting` is told, once, when the database's server is away and is being waited for.
+    `waiting` is told, once, when the database's server is away and is being waited for; `penalty` says what handing in
+    late costs.
     """
 
-    def __init__(self, url: str, waiting: Callable[[str], None] = print):
+    def __init__(self, url: str, waiting: Callable[[str], None] = print, penalty: Penalty = no_penalty):
         self.waiting = waiting
+        self.penalty = penalty
         # For a new database nbgrader calls the command `alembic`, which only an activated environment has on its path.
         path = os.environ.get("PATH", "")
         os.environ["PATH"] = os.pathsep.join([str(Path(sys.executable).parent), path])
@@ -196,6 +199,8 @@ class Gradebook:
             return None
         for check in result.checks:
             _count(check, grades[check.check])
+        with self._together():
+            self._penalize(result, notebook)
         return row.fingerprint, result
 
     def commit(
@@ -225,13 +230,15 @@ class Gradebook:
                 submission = self._submission(result.stage, result.student, timestamp)
                 notebook = self.database.find_notebook(result.lesson, result.stage)
                 checks = {check.check: check for check in result.checks}
-                for grade in self._complete(submission, notebook).grades:
+                theirs = self._complete(submission, notebook)
+                for grade in theirs.grades:
                     check = checks[grade.name]
                     check.score, check.status = scores[grade.name], statuses[grade.name]
                     self._enter(grade, None if check.status == "to grade" else check.score, grade.name in changed)
                     db.flush()
                     db.refresh(grade)
                     _count(check, grade)
+                self._penalize(result, theirs)
                 db.execute(delete(RESULTS).where(where))
                 db.execute(
                     insert(RESULTS).values(
@@ -246,6 +253,13 @@ class Gradebook:
                 files(result)
 
         self._patiently(write)
+
+    def _penalize(self, result: Result, notebook: SubmittedNotebook) -> None:
+        """Enters what lateness costs, by the due date as it is now."""
+        result.late_penalty = 0.0
+        seconds = notebook.assignment.total_seconds_late
+        result.late_penalty = self.penalty(result.student, result.score, seconds) if seconds else 0.0
+        notebook.late_submission_penalty = result.late_penalty or None
 
     def _submission(self, stage: str, student: str, timestamp: str | None) -> SubmittedAssignment:
         """A student's part of a stage. A new one has no points yet, in any of its lessons, and asks for no person."""

@@ -2,13 +2,10 @@
 
 import base64
 import binascii
-import csv
-import io
 import os
 import tempfile
 import unicodedata
 from collections import Counter, defaultdict
-from collections.abc import Iterable
 from datetime import UTC, datetime
 from functools import cache
 from pathlib import Path
@@ -21,6 +18,7 @@ from pygments.lexers import PythonLexer
 
 from autograder.execute import ANSI
 from autograder.grading.rebuild import name, role
+from autograder.grading.similarity import Pair
 from autograder.grading.task import Check, Result
 
 TRUST = "Kernels run as you, without a sandbox: grade only people you trust."
@@ -51,42 +49,7 @@ def write(path: Path, data: bytes | str) -> None:
             raise
 
 
-# --- tables ---------------------------------------------------------------------------------------------------
-
-
-def harmless(text: str) -> str:
-    """Text that a spreadsheet shows and does not evaluate."""
-    return f"'{text}" if text.startswith(("=", "+", "-", "@", "\t", "\r")) else text
-
-
-def _csv(header: list[str], rows: Iterable[list]) -> str:
-    file = io.StringIO()
-    writer = csv.writer(file, lineterminator="\n")
-    writer.writerow(header)
-    writer.writerows([harmless(value) if isinstance(value, str) else value for value in row] for row in rows)
-    return file.getvalue()
-
-
-def grades_csv(results: list[Result]) -> str:
-    return _csv(
-        ["student", "stage", "lesson", "score", "max_score", "status", "seconds", "flags"],
-        (
-            [r.student, r.stage, r.lesson, f"{r.score:g}", f"{r.max_score:g}", r.status, f"{r.seconds:.1f}",
-             "; ".join(r.flags)]
-            for r in results
-        ),
-    )  # fmt: skip
-
-
-def checks_csv(results: list[Result]) -> str:
-    return _csv(
-        ["student", "lesson", "exercise", "check", "points", "score", "status", "message"],
-        (
-            [r.student, r.lesson, c.exercise, c.check, f"{c.points:g}", f"{c.score:g}", c.status, c.message]
-            for r in results
-            for c in r.checks
-        ),
-    )
+# --- the terminal ----------------------------------------------------------------------------------------------
 
 
 def table(results: list[Result]) -> str:
@@ -204,10 +167,12 @@ def exercises(results: list[Result]) -> dict[tuple[str, str], list[dict]]:
     return lessons
 
 
-def class_report(results: list[Result], notes: list[str], seconds: float) -> str:
+def class_report(results: list[Result], notes: list[str], seconds: float, pairs: list[Pair] | None = None) -> str:
+    """The class on a page; `pairs` are the answers that resemble each other, None where nobody looked."""
     return _templates().get_template("class_report.html.j2").render(
         results=results,
         exercises=exercises(results),
+        pairs=pairs,
         notes=notes,
         trust=TRUST,
         seconds=seconds,

@@ -67,10 +67,11 @@ class Result:
     checks: list[Check] = field(default_factory=list)
     notebook: bytes | None = None  # as it was run, with its outputs
     traceback: str = ""  # of a fault
+    late_penalty: float = 0.0  # points, put in by the gradebook
 
     @property
     def score(self) -> float:
-        return sum(check.score for check in self.checks)
+        return max(0.0, sum(check.score for check in self.checks) - self.late_penalty)
 
     @property
     def max_score(self) -> float:

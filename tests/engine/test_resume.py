@@ -8,6 +8,7 @@ import sys
 import time
 from contextlib import closing
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import nbformat
@@ -152,6 +153,10 @@ def written(database: Path) -> set[str]:
         return {name for (name,) in look.execute("SELECT student FROM llm40_result")}
 
 
+def has_more(database: Path, than: set[str], process: subprocess.Popen) -> bool:
+    return written(database) > than or process.poll() is not None
+
+
 def test_killed_at_any_moment(tmp_path):
     """Twenty times, each at another moment: what was written is true, and nothing that was written is lost."""
     made = new_class(tmp_path / "课程", 30)
@@ -167,7 +172,8 @@ def test_killed_at_any_moment(tmp_path):
         if number % 2:  # while it starts, or soon after; otherwise while results are written, however slow the machine
             time.sleep(moments.uniform(0.1, 4))
         else:
-            wait_until(lambda: written(database) > before or process.poll() is not None, 120, "no result was written")
+            more = partial(has_more, database, before, process)
+            wait_until(more, 120, "no result was written")
             time.sleep(moments.uniform(0, 1))
         process.kill()
         process.wait()

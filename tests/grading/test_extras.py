@@ -1,0 +1,172 @@
+"""What an instructor gets beside grades: tables for other systems, penalties for lateness, answers that are alike."""
+
+import csv
+from datetime import UTC, datetime
+
+import pytest
+import tiny
+from nbgrader.api import Gradebook
+
+from autograder.execute import Limits
+from autograder.grading import exports, similarity
+from autograder.grading.grade import grade_folder
+from autograder.grading.late import BadConfig, penalty_of
+from autograder.grading.task import Check, Result, grade
+
+pytestmark = pytest.mark.xdist_group("grading")
+
+
+def result(student, lesson, score, status="graded") -> Result:
+    checks = [] if status == "fault" else [Check("double", "double-check-1", 10.0, score, "passed")]
+    return Result(student, "stage9_tiny", lesson, status, checks=checks)
+
+
+CLASS = [
+    result("mei", "99_tiny", 8.5), result("mei", "98_more", 10.0), result("=cmd()", "99_tiny", 0.0),
+    result("李雷", "99_tiny", 0.0, "fault"),
+]  # fmt: skip
+
+
+def rows(text: str) -> list[list[str]]:
+    return list(csv.reader(text.splitlines()))
+
+
+def test_canvas():
+    assert rows(exports.canvas(CLASS)) == [
+        ["Student", "ID", "SIS User ID", "SIS Login ID", "Section", "98_more", "99_tiny"],
+        ["    Points Possible", "", "", "", "", "10", "10"],
+        ["'=cmd()", "", "", "'=cmd()", "", "", "0"],
+        ["mei", "", "", "mei", "", "10", "8.5"],
+        ["李雷", "", "", "李雷", "", "", ""],  # no score of ours: Canvas leaves what stands there
+    ]
+
+
+def test_moodle():
+    assert rows(exports.moodle(CLASS)) == [
+        ["username", "98_more", "99_tiny"], ["'=cmd()", "", "0"], ["mei", "10", "8.5"], ["李雷", "", ""]
+    ]  # fmt: skip
+
+
+# --- lateness -------------------------------------------------------------------------------------------------
+
+ZERO = 'c.LateSubmissionPlugin.penalty_method = "zero"\n'
+PER_DAY = """
+from nbgrader.plugins import BasePlugin
+
+class PerDay(BasePlugin):
+    def late_submission_penalty(self, student_id, score, total_seconds_late):
+        return 3 * total_seconds_late / 86400
+
+c.AssignLatePenalties.plugin_class = PerDay
+"""
+
+
+def config(folder, text):
+    path = folder / "late 迟交.py"
+    path.write_text("c = get_config()\n" + text, encoding="utf-8")
+    return path
+
+
+TOO_MUCH, A_GIFT = PER_DAY.replace("3 *", "30 *"), PER_DAY.replace("3 *", "-1 *")
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"), [("", 0.0), (ZERO, 8.0), (PER_DAY, 6.0), (TOO_MUCH, 8.0), (A_GIFT, 0.0)]
+)
+def test_what_lateness_costs(tmp_path, text, expected):
+    penalty = penalty_of(config(tmp_path, text))
+    assert penalty("mei", 8.0, 2 * 86400) == expected
+    assert penalty("mei", 8.0, 0) == 0
+
+
+def test_a_bad_configuration_is_named(tmp_path):
+    with pytest.raises(BadConfig, match="there is no such configuration file"):
+        penalty_of(tmp_path / "nowhere.py")
+    with pytest.raises(BadConfig, match="ZeroDivisionError"):
+        penalty_of(config(tmp_path, "1 / 0"))
+    with pytest.raises(BadConfig, match="half"):
+        penalty_of(config(tmp_path, 'c.LateSubmissionPlugin.penalty_method = "half"'))
+
+
+def test_a_late_class(tmp_path):
+    """A due date set with nbgrader, files collected by nbgrader: the gradebook, our tables and its export agree."""
+    source = tiny.build(tmp_path)
+    for student, when in (("mei", "2026-11-02 12:00:00 UTC"), ("kim", "2026-11-04 12:00:00 UTC")):
+        path = tiny.hand_in(tmp_path / "in", student, tiny.dumps(tiny.answered()))
+        (path.parent / "timestamp.txt").write_text(when, encoding="utf-8")
+    late = config(tmp_path, PER_DAY)
+
+    def graded(**options):
+        results = grade_folder(
+            tmp_path / "in", tmp_path / "out", source, limits=Limits(cell=5, notebook=30),
+            engine=lambda tasks, jobs: map(grade, tasks), show=lambda line: None, **options,
+        )  # fmt: skip
+        return {r.student: r.score for r in results}
+
+    assert graded(late=late) == {"mei": 8, "kim": 8}  # no due date yet
+    with Gradebook(f"sqlite:///{tmp_path / 'out' / 'gradebook.db'}", "llm40") as book:
+        book.find_assignment(tiny.STAGE).duedate = datetime(2026, 11, 3, 12, tzinfo=UTC).replace(tzinfo=None)
+        book.db.commit()
+    assert graded(late=late) == {"mei": 8, "kim": 5}  # nothing was graded again, and kim is a day late
+    with Gradebook(f"sqlite:///{tmp_path / 'out' / 'gradebook.db'}", "llm40") as book:
+        assert book.find_submission(tiny.STAGE, "kim").late_submission_penalty == 3
+    rows = {row["student"]: row for row in csv.DictReader((tmp_path / "out" / "grades.csv").open(encoding="utf-8"))}
+    assert (rows["kim"]["score"], rows["kim"]["late_penalty"]) == ("5", "3")
+    assert graded() == {"mei": 8, "kim": 8}
+
+
+# --- answers that are alike -----------------------------------------------------------------------------------
+
+LONG = """def total(xs):
+    if not len(xs):
+        return 0
+    best, running = xs[0], 0
+    for value in xs:
+        running = max(value, running + value)
+        best = max(best, running)
+    return best if best > running else running
+"""
+COPIED = LONG.replace("running", "acc").replace("value", "v").replace("    best,", "    # my own idea\n    best,")
+OTHER = """def total(xs):
+    import itertools
+    pairs = [(i, j) for i in range(len(xs)) for j in range(i, len(xs))]
+    sums = {pair: sum(itertools.islice(xs, pair[0], pair[1] + 1)) for pair in pairs}
+    return sorted(sums.values(), reverse=True)[0] if sums else 0
+"""
+THIRD = """def total(xs):
+    def halves(left, right):
+        middle = (left + right) // 2
+        return xs[left] if left == right else halves(left, middle) + halves(middle + 1, right)
+    return halves(0, len(xs) - 1) if xs else 0
+"""
+GIVEN = "def total(xs):\n    raise NotImplementedError\n"
+
+
+def test_a_copy_with_other_names_and_comments_is_found():
+    pairs = similarity.alike("09", {"ann": LONG, "bob": OTHER, "cem": COPIED, "dan": THIRD}, GIVEN)
+    first, second = pairs[:2]
+    assert (first.first, first.second) == ("ann", "cem")
+    assert first.share > 0.9
+    assert second.share < 0.5
+    assert first.median < 0.5
+
+
+def test_stubs_are_not_alike():
+    assert similarity.alike("09", {"ann": GIVEN, "bob": GIVEN, "cem": LONG}, GIVEN) == []
+
+
+def test_code_that_does_not_parse_is_compared_too():
+    broken = LONG + "\nthis is ( not python\n"
+    assert similarity.alike("09", {"ann": LONG, "bob": broken}, GIVEN)[0].share > 0.9
+
+
+def test_the_report_shows_them(tmp_path):
+    source = tiny.build(tmp_path)
+    for student, text in (("ann", LONG), ("bob", OTHER), ("cem", COPIED)):
+        tiny.hand_in(tmp_path / "in", student, tiny.dumps(tiny.answered(total=text)))
+    grade_folder(
+        tmp_path / "in", tmp_path / "out", source, limits=Limits(cell=5, notebook=30), compare=True,
+        engine=lambda tasks, jobs: map(grade, tasks), show=lambda line: None,
+    )  # fmt: skip
+    page = (tmp_path / "out" / "report.html").read_text(encoding="utf-8")
+    assert page.index("ann and cem") < page.index("ann and bob")
