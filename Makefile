@@ -14,6 +14,8 @@ JOBS    ?=
 SUBMITTED ?=
 OUT     ?=
 STUDENT ?=
+UNSAFE  ?=
+LIMITS  ?=
 option = $(if $($(1)),--$(2) "$($(1))")
 
 .DEFAULT_GOAL := help
@@ -41,8 +43,8 @@ course: $(SETUP) ## rebuild course/ from solutions/ [LESSON=09]
 run: $(SETUP) ## execute every lesson, and prove that the stubs fail [LESSON=09 STAGE=2 PROFILE=cpu|gpu|auto JOBS=2]
 	$(RUN) run $(call option,LESSON,lesson) $(call option,STAGE,stage) $(call option,PROFILE,profile) $(call option,JOBS,jobs)
 
-grade: $(SETUP) ## grade a class; without a folder, the sample class [SUBMITTED=dir OUT=dir LESSON=09 STUDENT=id JOBS=2]
-	$(RUN) grade $(call option,SUBMITTED,submitted) $(call option,OUT,out) $(call option,LESSON,lesson) $(call option,STUDENT,student) $(call option,JOBS,jobs)
+grade: $(SETUP) ## grade a class; without a folder, the sample class [SUBMITTED=dir OUT=dir LESSON=09 STUDENT=id JOBS=2 LIMITS="--memory 8000" UNSAFE=1]
+	$(RUN) grade $(if $(UNSAFE),--unsafe) $(LIMITS) $(call option,SUBMITTED,submitted) $(call option,OUT,out) $(call option,LESSON,lesson) $(call option,STUDENT,student) $(call option,JOBS,jobs)
 
 test: $(SETUP) lint ## every test of the library, the autograder and the answers
 	.venv/bin/python -m pytest -n auto --dist loadgroup

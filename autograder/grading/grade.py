@@ -8,7 +8,7 @@ there was nothing to grade, FAULT when something of ours failed.
 import sys
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import nbformat
@@ -24,6 +24,8 @@ from autograder.grading.engine import Engine, cores, run_tasks
 from autograder.grading.gradebook import COURSE, Gradebook
 from autograder.grading.rebuild import blank, name
 from autograder.grading.task import Result, Task, parse
+from autograder.kernels.manager import Kernels
+from autograder.kernels.sandbox import trouble
 from autograder.sample_class import make as sample_class
 
 OK, USAGE, FAULT = 0, 2, 3
@@ -159,7 +161,7 @@ def find_class(
 
 
 def make_tasks(
-    handed: list[Handed], limits: Limits, seed: int, failed: Callable[[Result], None]
+    handed: list[Handed], limits: Limits, seed: int, kernels: Kernels, failed: Callable[[Result], None]
 ) -> Iterator[Task]:
     """The tasks one by one: a notebook is read when its turn comes. One that the system does not let us read fails."""
     for h in handed:
@@ -168,16 +170,16 @@ def make_tasks(
         except OSError as error:
             failed(Result(h.student, h.lesson.stage, h.lesson.name, "fault", flags=[f"cannot be opened: {error}"]))
             continue
-        yield Task(
-            h.student, h.lesson.stage, h.lesson.name, data, nbformat.writes(h.lesson.master).encode(), limits, seed
-        )
+        master = nbformat.writes(h.lesson.master).encode()
+        yield Task(h.student, h.lesson.stage, h.lesson.name, data, master, limits, seed, kernels)
 
 
 class Writer:
     """Writes each result as it comes: to the gradebook, and as files under `out`."""
 
-    def __init__(self, out: Path, book: Gradebook, handed: list[Handed], submitted: Path):
+    def __init__(self, out: Path, book: Gradebook, handed: list[Handed], submitted: Path, unsafe: bool):
         self.out = out
+        self.unsafe = unsafe
         self.book = book
         self.submitted = submitted
         self.handed = {(h.student, h.lesson.stage, h.lesson.name): h for h in handed}
@@ -196,7 +198,7 @@ class Writer:
                 page.unlink(missing_ok=True)
             else:
                 pages.write(autograded, result.notebook)
-                pages.write(page, pages.feedback(result, handed.lesson.title))
+                pages.write(page, pages.feedback(result, handed.lesson.title, self.unsafe))
         result.notebook = None
         self.results.append(result)
 
@@ -225,20 +227,30 @@ def grade_folder(
     seed: int = SEED,
     engine: Engine = run_tasks,
     show: Callable[[str], None] = print,
+    kernels: Kernels | None = None,
 ) -> list[Result]:
-    """Grades a class by the masters in `source`. Raises UsageError when there is nothing to grade."""
+    """Grades a class by the masters in `source`.
+
+    Raises UsageError when there is nothing to grade, or no sandbox to be had and none that is not asked for.
+    """
     began = time.monotonic()
+    kernels = kernels or Kernels()
+    unsafe = not kernels.sandbox
     lessons = read_masters(source)
     handed, notes = find_class(submitted, lessons, lesson, student)
+    if kernels.sandbox and trouble():
+        raise UsageError(f"{trouble()}. Or grade people whom you trust with all that you may do yourself: --unsafe")
     out.mkdir(parents=True, exist_ok=True)
     jobs = min(jobs or cores(), max(1, len(handed)))
-    show(f"Grading {len(handed)} notebooks of {len({h.student for h in handed})} students. {pages.TRUST}")
+    limits = replace(limits or Limits(), gpu=1 / jobs)
+    walls = pages.UNSAFE if unsafe else "Each kernel runs in a sandbox."
+    show(f"Grading {len(handed)} notebooks of {len({h.student for h in handed})} students. {walls}")
     with Gradebook(f"sqlite:///{(out / 'gradebook.db').resolve()}") as book:
         stages = {h.lesson.stage for h in handed}
         for k in lessons:
             if k.stage in stages:
                 book.register(k.stage, k.name, k.master)
-        writer = Writer(out, book, handed, submitted)
+        writer = Writer(out, book, handed, submitted, unsafe)
         with tqdm(total=len(handed), unit="notebook", file=sys.stderr, dynamic_ncols=True) as bar:
 
             def take(result: Result) -> None:
@@ -246,17 +258,19 @@ def grade_folder(
                 bar.set_postfix_str(f"{result.student} {result.lesson}", refresh=False)
                 bar.update()
 
-            for result in engine(make_tasks(handed, limits or Limits(), seed, take), jobs):
+            for result in engine(make_tasks(handed, limits, seed, kernels, take), jobs):
                 take(result)
     results = sorted(writer.results, key=lambda r: (r.student, r.stage, r.lesson))
     pages.write(out / "grades.csv", pages.grades_csv(results))
     pages.write(out / "checks.csv", pages.checks_csv(results))
     pages.write(out / "nbgrader_config.py", _config(submitted, out, source))
-    pages.write(out / "report.html", pages.class_report(results, notes, time.monotonic() - began))
+    pages.write(out / "report.html", pages.class_report(results, notes, time.monotonic() - began, unsafe))
     show(pages.table(results))
     for note in notes:
         show(f"not graded: {note}")
-    show(f"In {out}: report.html, grades.csv, checks.csv, feedback/, autograded/ and gradebook.db. {pages.TRUST}")
+    show(f"In {out}: report.html, grades.csv, checks.csv, feedback/, autograded/ and gradebook.db.")
+    if unsafe:
+        show(pages.UNSAFE)
     return results
 
 
@@ -298,8 +312,13 @@ def grade_class(
     student: str | None = None,
     jobs: int | None = None,
     engine: Engine = run_tasks,
+    limits: Limits | None = None,
+    unsafe: bool = False,
 ) -> int:
-    """Grades a class, or without a folder the sample class; returns the exit code."""
+    """Grades a class, or without a folder the sample class; returns the exit code.
+
+    `unsafe` lets learners' code run as whoever grades, with all rights that they have.
+    """
     try:
         wanted = wanted_lessons(submitted, lesson)
         if wanted and build_sources([entry.key for entry in wanted]):
@@ -308,9 +327,12 @@ def grade_class(
         if submitted is None:
             submitted, out = sample_class.make_class(SAMPLE / "submitted", wanted, ROOT), out or SAMPLE
         source = ROOT / "build" / "source"
-        results = grade_folder(submitted, out or Path("grades"), source, lesson, student, jobs, engine=engine)
+        results = grade_folder(
+            submitted, out or Path("grades"), source, lesson, student, jobs, limits,
+            engine=engine, kernels=Kernels(sandbox=not unsafe),
+        )  # fmt: skip
     except UsageError as error:
-        print(f"Nothing to grade: {error}.", file=sys.stderr)
+        print(f"Nothing graded: {error}.", file=sys.stderr)
         return USAGE
     faults = [result for result in results if result.status == "fault"]
     for result in faults:
