@@ -16,6 +16,7 @@ from autograder.execute import Limits
 from autograder.grading import grade as module
 from autograder.grading.engine import run_tasks
 from autograder.grading.grade import UsageError, find_class, grade_class, read_masters
+from autograder.grading.pages import UNSAFE
 from autograder.grading.rebuild import blank
 from autograder.grading.task import Result, Task, grade
 from autograder.kernels.manager import Kernels
@@ -125,6 +126,28 @@ def test_exit_3_when_the_grader_fails(project, capsys):
     rows = (project / "out" / "grades.csv").read_text(encoding="utf-8").splitlines()
     assert [row.split(",")[5] for row in rows[1:]] == ["unreadable", "fault"]
     assert "The grader failed on bob 99_tiny" in capsys.readouterr().err
+
+
+# --- the sandbox ----------------------------------------------------------------------------------------------
+
+
+def test_without_a_sandbox_nothing_is_graded(project, capsys, monkeypatch):
+    monkeypatch.setattr(module, "trouble", lambda: "bwrap is not installed: apt install bubblewrap")
+    tiny.hand_in(project / "class", "ann", tiny.dumps(tiny.answered()))
+    assert grade_class(project / "class", project / "out", jobs=1) == 2
+    said = capsys.readouterr().err
+    assert "Nothing graded: bwrap is not installed: apt install bubblewrap" in said
+    assert "--unsafe" in said
+    assert not (project / "out").exists()
+
+
+def test_unsafe_is_said_everywhere(project, capsys, monkeypatch):
+    monkeypatch.setattr(module, "trouble", lambda: "bwrap is not installed: apt install bubblewrap")
+    tiny.hand_in(project / "class", "ann", tiny.dumps(tiny.answered()))
+    assert grade_class(project / "class", project / "out", jobs=1, unsafe=True) == 0
+    assert capsys.readouterr().out.count(UNSAFE) == 2
+    for page in ("report.html", f"feedback/ann/{tiny.STAGE}/{tiny.LESSON}.html"):
+        assert UNSAFE in (project / "out" / page).read_text(encoding="utf-8")
 
 
 # --- the engine -----------------------------------------------------------------------------------------------
