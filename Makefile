@@ -19,6 +19,8 @@ DB      ?=
 AGAIN   ?=
 LATE    ?=
 COMPARE ?=
+UNSAFE  ?=
+LIMITS  ?=
 option = $(if $($(1)),--$(2) "$($(1))")
 
 .DEFAULT_GOAL := help
@@ -46,8 +48,10 @@ course: $(SETUP) ## rebuild course/ from solutions/ [LESSON=09]
 run: $(SETUP) ## execute every lesson, and prove that the stubs fail [LESSON=09 STAGE=2 PROFILE=cpu|gpu|auto JOBS=2]
 	$(RUN) run $(call option,LESSON,lesson) $(call option,STAGE,stage) $(call option,PROFILE,profile) $(call option,JOBS,jobs)
 
-grade: $(SETUP) ## grade a class; without a folder, the sample class [SUBMITTED=dir OUT=dir LESSON=09 STUDENT=id JOBS=2 SCHEDULER=tcp://… DB=postgresql+psycopg://… AGAIN=1 LATE=config.py COMPARE=1]
-	$(RUN) grade $(call option,SUBMITTED,submitted) $(call option,OUT,out) $(call option,LESSON,lesson) $(call option,STUDENT,student) $(call option,JOBS,jobs) $(call option,SCHEDULER,scheduler) $(call option,DB,db) $(if $(AGAIN),--again) $(call option,LATE,late) $(if $(COMPARE),--compare)
+grade: $(SETUP) ## grade a class; without a folder, the sample class [SUBMITTED=dir OUT=dir LESSON=09 STUDENT=id JOBS=2 AGAIN=1 COMPARE=1 LATE=config.py DB=postgresql+psycopg://… SCHEDULER=tcp://… LIMITS="--memory 8000" UNSAFE=1]
+	$(RUN) grade $(if $(UNSAFE),--unsafe) $(if $(AGAIN),--again) $(if $(COMPARE),--compare) $(LIMITS) \
+	  $(call option,SUBMITTED,submitted) $(call option,OUT,out) $(call option,LESSON,lesson) $(call option,STUDENT,student) \
+	  $(call option,JOBS,jobs) $(call option,LATE,late) $(call option,DB,db) $(call option,SCHEDULER,scheduler)
 
 test: $(SETUP) lint ## every test of the library, the autograder and the answers
 	.venv/bin/python -m pytest -n auto --dist loadgroup

@@ -4,7 +4,7 @@ What the rooms provide (all paths are `Path`s, all options may be left out):
 
     build.build_course(lesson, stage, check) -> int
     run.run_course(lesson, stage, profile, jobs, notebooks, timeout, strict_budgets) -> int
-    grading.grade.grade_class(submitted, out, lesson, student, jobs, scheduler, db, again, late, compare) -> int
+    grading.grade.grade_class(submitted, out, lesson, student, jobs, …) -> int
     release.make_release(out) -> int
 
 Each returns the exit code: 0 all well, 1 the course is at fault, 2 wrong usage, 3 (grade only) something of
@@ -15,6 +15,8 @@ from pathlib import Path
 from typing import Annotated
 
 import typer
+
+from autograder.kernels.limits import MB, Limits
 
 app = typer.Typer(
     help="Builds, runs and grades the course.",
@@ -27,6 +29,11 @@ app = typer.Typer(
 Lesson = Annotated[str | None, typer.Option(help="Only this lesson: its number (09) or its name.")]
 Stage = Annotated[str | None, typer.Option(help="Only this stage: its number (2) or its folder.")]
 Jobs = Annotated[int | None, typer.Option(min=1, help="Processes at once; by default one per core.")]
+
+
+def in_mb(name: str) -> int:
+    """A limit's default as the command line states it."""
+    return getattr(Limits, name) // MB
 
 
 @app.command()
@@ -100,22 +107,27 @@ def grade(
     compare: Annotated[
         bool, typer.Option("--compare", help="List the answers that resemble each other in the report.")
     ] = False,
+    unsafe: Annotated[
+        bool, typer.Option("--unsafe", help="Without a sandbox: learners' code can do whatever you can.")
+    ] = False,
+    cell_seconds: Annotated[float, typer.Option(min=1, help="Time that one cell may take.")] = Limits.cell,
+    notebook_seconds: Annotated[float, typer.Option(min=1, help="Time that a notebook may take.")] = Limits.notebook,
+    memory: Annotated[int, typer.Option(min=1200, help="MB of memory for each process of a kernel.")] = in_mb("memory"),
+    processes: Annotated[int, typer.Option(min=16, help="Processes and threads of a kernel.")] = Limits.processes,
+    file_size: Annotated[int, typer.Option(min=1, help="MB that a file may have.")] = in_mb("file"),
+    folder_size: Annotated[int, typer.Option(min=1, help="MB that all files of a kernel may have.")] = in_mb("folder"),
 ) -> None:
     """Grade a class."""
     from autograder.grading.grade import grade_class
 
+    limits = Limits(
+        cell=cell_seconds, notebook=notebook_seconds, memory=memory * MB, processes=processes, file=file_size * MB,
+        folder=folder_size * MB,
+    )  # fmt: skip
     raise typer.Exit(
         grade_class(
-            submitted=submitted,
-            out=out,
-            lesson=lesson,
-            student=student,
-            jobs=jobs,
-            scheduler=scheduler,
-            db=db,
-            again=again,
-            late=late,
-            compare=compare,
+            submitted=submitted, out=out, lesson=lesson, student=student, jobs=jobs, scheduler=scheduler, db=db,
+            again=again, late=late, compare=compare, limits=limits, unsafe=unsafe,
         )
     )
 

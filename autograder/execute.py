@@ -20,24 +20,14 @@ from subprocess import DEVNULL
 import zmq.asyncio
 from jupyter_client.manager import AsyncKernelManager
 
-from autograder.kernels.manager import kernel_manager
+from autograder.kernels.limits import Limits
+from autograder.kernels.manager import Kernels
 
 OUTPUTS = ("stream", "display_data", "update_display_data", "execute_result", "error", "clear_output")
 ROOT = Path(__file__).resolve().parents[1]
+Managers = Callable[[Limits], AbstractContextManager[AsyncKernelManager]]  # how a kernel is made
+SANDBOXED = Kernels()
 ANSI = re.compile(r"\x1b\[[0-9;]*[A-Za-z]")
-
-
-@dataclass(frozen=True)
-class Limits:
-    """What one notebook may cost. Times in seconds, output in bytes of messages."""
-
-    cell: float = 60.0
-    notebook: float = 300.0
-    grace: float = 3.0  # between the interrupt and the kill
-    start: float = 60.0  # for a kernel to answer
-    restarts: int = 10
-    output: int = 1_000_000  # per cell
-    outputs: int = 10_000_000  # per notebook
 
 
 @dataclass(frozen=True)
@@ -96,6 +86,7 @@ def environment(folder: Path, seed: int) -> dict[str, str]:
         "PYTHONSAFEPATH": "1",
         "PYTHONNOUSERSITE": "1",
         "IPYTHONDIR": str(folder / ".ipython"),
+        "TRITON_CACHE_DIR": str(folder / ".triton"),
         "NBGRADER_EXECUTION": "autograde",
     }
 
@@ -169,11 +160,42 @@ class Kernel:
                 stdout=DEVNULL,  # what goes past IPython, such as a crash's last words, is not for our terminal
                 stderr=DEVNULL,
             )
-            self.client = self.manager.client()
-            self.client.start_channels(hb=False, stdin=False)
-            await self.client.wait_for_ready(timeout=self.limits.start)
+            await asyncio.wait_for(self._connect(), self.limits.start)
+        except TimeoutError:
+            raise KernelFailed(f"the kernel gave no answer for {self.limits.start:g} s") from None
         except (RuntimeError, OSError) as error:
             raise KernelFailed(f"the kernel did not start: {error}") from error
+
+    async def _connect(self) -> None:
+        """Until the kernel answers on both channels.
+
+        jupyter_client's own way costs 0.3 s more: it tries a socket again only after a while, and listens for a while
+        whether anything is still to come; our loop knows which answer belongs to what.
+        """
+        manager = self.manager
+        sockets = [f"{manager.ip}-{port}" for port in (manager.shell_port, manager.iopub_port)]
+        while manager.transport == "ipc" and not all(map(os.path.exists, sockets)):
+            await self._still_alive()
+            await asyncio.sleep(0.005)
+        self.client = manager.client()
+        self.client.start_channels(hb=False, stdin=False)
+        channels = {self.client.shell_channel.socket, self.client.iopub_channel.socket}
+        poller = zmq.asyncio.Poller()
+        for channel in channels:
+            poller.register(channel, zmq.POLLIN)
+        asked = 0.0
+        while channels:
+            if time.monotonic() > asked + 1:  # what is published before we are subscribed is lost
+                asked = time.monotonic()
+                self.client.kernel_info()
+            for channel in dict(await poller.poll(100)):
+                await channel.recv_multipart()
+                channels.discard(channel)
+            await self._still_alive()
+
+    async def _still_alive(self) -> None:
+        if not await self.alive():
+            raise RuntimeError("its process ended at once")
 
     async def stop(self) -> None:
         if self.client:
@@ -243,9 +265,12 @@ class Kernel:
 
 
 @asynccontextmanager
-async def started(managers: Callable, limits: Limits, seed: int) -> AsyncIterator[Kernel]:
+async def started(managers: Managers, limits: Limits, seed: int) -> AsyncIterator[Kernel]:
     """A running kernel in an empty folder of its own; both are gone at the end."""
-    with tempfile.TemporaryDirectory(prefix="llm40-", ignore_cleanup_errors=True) as folder, managers() as manager:
+    with (
+        tempfile.TemporaryDirectory(prefix="llm40-", ignore_cleanup_errors=True) as folder,
+        managers(limits) as manager,
+    ):
         kernel = Kernel(manager, limits)
         try:
             await kernel.start(Path(folder), environment(Path(folder), seed))
@@ -258,7 +283,7 @@ async def execute_async(
     steps: Sequence[Step],
     limits: Limits,
     seed: int,
-    managers: Callable[[], AbstractContextManager[AsyncKernelManager]],
+    managers: Managers,
 ) -> list[Outcome]:
     ends = time.monotonic() + limits.notebook
     space = limits.outputs
@@ -312,7 +337,7 @@ def execute(
     steps: Sequence[Step],
     limits: Limits | None = None,
     seed: int = 0,
-    managers: Callable[[], AbstractContextManager[AsyncKernelManager]] = kernel_manager,
+    managers: Managers = SANDBOXED,
 ) -> list[Outcome]:
     """Runs the steps in order in one kernel, or in as many as their accidents take; one outcome for each.
 

@@ -17,6 +17,7 @@ from multiprocessing import connection
 from pathlib import Path
 
 from autograder import report
+from autograder.kernels.provisioner import warm_process
 from autograder.run_lesson import Task, work
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -62,10 +63,11 @@ def run_course(
 
     # A lesson and its stub are two runs. Lessons on a GPU measure time, so by default nothing runs beside them.
     jobs = jobs or (1 if chosen == "gpu" else min(_cores(), 2 * len(keys)))
-    tasks = _tasks(keys, sources, stubs, out, timeout, _environment(chosen, jobs))
+    env = _environment(chosen, jobs)
     started = time.perf_counter()
     try:
-        with _sigterm_interrupts():
+        with _sigterm_interrupts(), warm_process(os.environ | env) as warm:
+            tasks = _tasks(keys, sources, stubs, out, timeout, env, warm)
             records = _with_progress(tasks, jobs)
     except KeyboardInterrupt:
         print("interrupted: every kernel has been stopped, no report was written", file=sys.stderr)
@@ -136,16 +138,16 @@ def select(known: list[str], lesson: str | None, stage: str | None) -> list[str]
     return keys
 
 
-def _tasks(keys: list[str], sources: Path, stubs: Path, out: Path, timeout: float, env: dict) -> list[Task]:
+def _tasks(keys: list[str], sources: Path, stubs: Path, out: Path, timeout: float, env: dict, warm: str) -> list[Task]:
     """Solutions first: they take longer."""
     tasks = [
-        Task(key, str(sources / f"{key}.ipynb"), str(out / "executed" / f"{key}.ipynb"), False, timeout, env)
+        Task(key, str(sources / f"{key}.ipynb"), str(out / "executed" / f"{key}.ipynb"), False, timeout, env, warm)
         for key in keys
     ]
     for key in keys:
         stub = stubs / f"{key}.ipynb"
         if stub.exists():
-            tasks.append(Task(key, str(stub), str(out / "stubs" / f"{key}.ipynb"), True, timeout, env))
+            tasks.append(Task(key, str(stub), str(out / "stubs" / f"{key}.ipynb"), True, timeout, env, warm))
     return tasks
 
 

@@ -17,6 +17,7 @@ from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from multiprocessing import connection, parent_process
 from pathlib import Path
+from subprocess import Popen
 
 EXPERIMENT = "experiment"  # the tag of cells that train and draw
 _MARKER = "papermill-error-cell-tag"  # on cells that papermill inserts around a failure
@@ -39,6 +40,7 @@ class Task:
     stub: bool
     timeout: float  # seconds for one cell
     env: dict[str, str] = field(hash=False)
+    warm: str = ""  # the address of the process from which kernels are forked
 
 
 def work(task: Task, channel: connection.Connection) -> None:
@@ -309,7 +311,7 @@ def _kill(manager) -> None:
     process = manager.provisioner and manager.provisioner.process
     if not process:  # it was never started
         return
-    if hasattr(os, "killpg"):
+    if hasattr(os, "killpg") and isinstance(process, Popen):
         with suppress(ProcessLookupError, PermissionError):
             os.killpg(process.pid, signal.SIGKILL)  # the launcher made it the leader of its own group
     with suppress(ProcessLookupError):
@@ -322,9 +324,10 @@ def _kernel(task: Task) -> Iterator[_Kernel]:
     """A kernel in a private empty folder, with nothing of the user's IPython; dead when the block is left."""
     from jupyter_core.utils import run_sync
 
-    from autograder.kernels.manager import kernel_manager
+    from autograder.kernels.manager import Kernels
 
-    with tempfile.TemporaryDirectory(prefix="llm40-run-", ignore_cleanup_errors=True) as home, kernel_manager() as km:
+    kernels = Kernels(sandbox=False, warm=bool(task.warm), address=task.warm)
+    with tempfile.TemporaryDirectory(prefix="llm40-run-", ignore_cleanup_errors=True) as home, kernels() as km:
         folder = Path(home, "work")
         folder.mkdir()
         env = {

@@ -3,9 +3,10 @@
 Without an address a cluster of this machine's own is started; with one (`tcp://host:8786`) the tasks go to the workers
 of that scheduler, whoever started them. A task and its result are bytes: the workers share nothing with us but the
 network. A worker that is lost is replaced by Dask, and its task runs again; a task that loses its worker twice is
-quarantined: its answer is a `fault`, with no score.
+quarantined: it is given another chance with nothing beside it, and is then answered with a `fault`, with no score.
 """
 
+import logging
 import os
 import sys
 from collections.abc import Callable, Iterable, Iterator
@@ -13,17 +14,19 @@ from contextlib import contextmanager
 from itertools import count, islice
 from tempfile import TemporaryDirectory
 
+import dask
+from distributed import Client, Future, KilledWorker, LocalCluster, as_completed
+
 from autograder.grading.fingerprint import versions
 from autograder.grading.task import Result, Task, grade
 
 Engine = Callable[[Iterable[Task], int], Iterator[Result]]
 ALLOWED_LOSSES = 1  # Dask gives a task up when it has lost more workers than this
 
-# Dask reads its settings when it is imported. A task that kills its worker takes the blame alone only if no other waits
-# there: so a worker holds one at a time (saturation 1). Its daemons may have children: kernels.
-os.environ.setdefault("DASK_DISTRIBUTED__SCHEDULER__ALLOWED_FAILURES", str(ALLOWED_LOSSES))
-os.environ.setdefault("DASK_DISTRIBUTED__SCHEDULER__WORKER_SATURATION", "1.0")
-os.environ.setdefault("DASK_DISTRIBUTED__WORKER__DAEMON", "False")
+SETTINGS = {
+    "distributed.scheduler.allowed-failures": ALLOWED_LOSSES,
+    "distributed.worker.daemon": False,  # workers have children: kernels
+}
 
 
 class NoScheduler(RuntimeError):
@@ -46,15 +49,16 @@ def run_tasks(
     """
     tasks, number = iter(tasks), count()
     with _client(jobs, scheduler, patience) as client:
-        from distributed import as_completed
-
-        running = {}
+        running, suspects = {}, []
         done = as_completed(loop=client.loop)
+
+        def submit(task: Task) -> Future:
+            name = f"{task.student}/{task.stage}/{task.lesson}"
+            return client.submit(_work, task, versions(), key=f"{name}-{next(number)}", pure=False)
 
         def feed(room: int) -> None:
             for task in islice(tasks, room):
-                name = f"{task.student}/{task.stage}/{task.lesson}"
-                future = client.submit(_work, task, versions(), key=f"{name}-{next(number)}", pure=False)
+                future = submit(task)
                 running[future.key] = task
                 done.add(future)
 
@@ -62,10 +66,15 @@ def run_tasks(
         feed(sum(client.ncores().values()) + 1)
         for future in done:
             task = running.pop(future.key)
-            error = future.exception()
-            yield future.result() if error is None else _lost(task, error)
+            if isinstance(future.exception(), KilledWorker):
+                suspects.append(task)
+            else:
+                yield _answer(task, future)
             future.release()
             feed(1)
+        # Dask blames whatever waited at a worker that was lost: each of them again, with nothing beside it.
+        for task in suspects:
+            yield _answer(task, submit(task))
 
 
 def _work(task: Task, expected: dict[str, str]) -> Result:
@@ -78,9 +87,11 @@ def _work(task: Task, expected: dict[str, str]) -> Result:
     return grade(task)
 
 
-def _lost(task: Task, error: BaseException) -> Result:
-    from distributed import KilledWorker
-
+def _answer(task: Task, future: Future) -> Result:
+    """A task's result, waited for; a fault if there is none."""
+    error = future.exception()
+    if error is None:
+        return future.result()
     if isinstance(error, KilledWorker):
         reason = "quarantined: the process that graded it was lost again and again; was it killed for want of memory?"
     else:
@@ -91,10 +102,6 @@ def _lost(task: Task, error: BaseException) -> Result:
 @contextmanager
 def _client(jobs: int, scheduler: str | None, patience: float):
     """A client of the scheduler asked for, or of a cluster that lives as long as it is needed."""
-    import logging
-
-    from distributed import Client, LocalCluster
-
     # A lost worker and a closed connection are told in results; Dask would tell them in the middle of the progress bar.
     for name in ("distributed", "distributed.worker", "distributed.nanny", "distributed.scheduler", "distributed.core"):
         logging.getLogger(name).setLevel(logging.CRITICAL)
@@ -113,7 +120,7 @@ def _client(jobs: int, scheduler: str | None, patience: float):
             yield client
         return
     # Whatever ends a worker, what it and its kernels left in their folders goes with ours.
-    with TemporaryDirectory(prefix="llm40-", ignore_cleanup_errors=True) as folder:
+    with dask.config.set(SETTINGS), TemporaryDirectory(prefix="llm40-", ignore_cleanup_errors=True) as folder:
         cluster = LocalCluster(
             n_workers=jobs,
             threads_per_worker=1,

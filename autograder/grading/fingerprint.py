@@ -41,7 +41,9 @@ def versions() -> dict[str, str]:
 def fingerprint(task: Task) -> str:
     """The hash of a task: submission, master, limits, seed and versions."""
     given = b"missing" if task.submission is None else b"given" + task.submission
-    settings = {"limits": asdict(task.limits), "seed": task.seed, "versions": versions()}
+    limits = asdict(task.limits)
+    del limits["gpu"]  # a share: it follows from how many are graded at once
+    settings = {"limits": limits, "seed": task.seed, "versions": versions()}
     return _digest(given, task.master, json.dumps(settings, sort_keys=True).encode())
 
 

@@ -10,7 +10,7 @@ ours failed.
 import sys
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 
@@ -29,6 +29,8 @@ from autograder.grading.gradebook import COURSE, Gradebook, NoDatabase
 from autograder.grading.late import BadConfig, no_penalty, penalty_of
 from autograder.grading.rebuild import blank, name
 from autograder.grading.task import Result, Task, by_hand, parse
+from autograder.kernels.manager import Kernels
+from autograder.kernels.sandbox import trouble
 from autograder.sample_class import make as sample_class
 
 OK, USAGE, FAULT = 0, 2, 3
@@ -166,8 +168,9 @@ def find_class(
 class Writer:
     """Makes the tasks, and writes each result as it comes: to the gradebook, and as files under `out`."""
 
-    def __init__(self, out: Path, book: Gradebook, handed: list[Handed], submitted: Path):
+    def __init__(self, out: Path, book: Gradebook, handed: list[Handed], submitted: Path, unsafe: bool):
         self.out = out
+        self.unsafe = unsafe
         self.book = book
         self.submitted = submitted
         self.handed = {(h.student, h.lesson.stage, h.lesson.name): h for h in handed}
@@ -175,7 +178,9 @@ class Writer:
         self.results: list[Result] = []
         self.unchanged = 0
 
-    def tasks(self, limits: Limits, seed: int, again: bool, done: Callable[[Result], None]) -> Iterator[Task]:
+    def tasks(
+        self, limits: Limits, seed: int, kernels: Kernels, again: bool, done: Callable[[Result], None]
+    ) -> Iterator[Task]:
         """What is to be graded, one by one: a notebook is read when its turn comes.
 
         `done` is called after what needs no grading: a result that still holds (unless everything is to be graded
@@ -190,7 +195,7 @@ class Writer:
                 done(result)
                 continue
             master = nbformat.writes(h.lesson.master).encode()
-            task = Task(student, stage, lesson, data, master, limits, seed)
+            task = Task(student, stage, lesson, data, master, limits, seed, kernels)
             self.fingerprints[student, stage, lesson] = fingerprint(task)
             kept = None if again else self._kept(student, stage, lesson)
             if kept is None:
@@ -245,7 +250,7 @@ class Writer:
 
     def _write_page(self, result: Result, page: Path) -> None:
         handed = self.handed[result.student, result.stage, result.lesson]
-        pages.write(page, pages.feedback(result, handed.lesson.title))
+        pages.write(page, pages.feedback(result, handed.lesson.title, self.unsafe))
 
     def _timestamp(self, result: Result) -> str | None:
         """nbgrader's own file, where the submissions were collected by nbgrader."""
@@ -264,6 +269,7 @@ def grade_folder(
     seed: int = SEED,
     engine: Engine = run_tasks,
     show: Callable[[str], None] = print,
+    kernels: Kernels | None = None,
     db: str | None = None,
     again: bool = False,
     late: Path | None = None,
@@ -272,15 +278,21 @@ def grade_folder(
     """Grades a class by the masters in `source`, into the gradebook `db`, by default OUT/gradebook.db.
 
     `late` is an nbgrader configuration that says what handing in late costs; `compare` looks for answers that resemble
-    each other. Raises UsageError when there is nothing to grade, BadConfig for a bad configuration, NoDatabase and
-    NoScheduler where those do not answer.
+    each other. Raises UsageError when there is nothing to grade or no sandbox to be had (and none that is not asked
+    for), BadConfig for a bad configuration, NoDatabase and NoScheduler where those do not answer.
     """
     began = time.monotonic()
+    kernels = kernels or Kernels()
+    unsafe = not kernels.sandbox
     lessons = read_masters(source)
     handed, notes = find_class(submitted, lessons, lesson, student)
+    if kernels.sandbox and trouble():
+        raise UsageError(f"{trouble()}. Or grade people whom you trust with all that you may do yourself: --unsafe")
     out.mkdir(parents=True, exist_ok=True)
     jobs = min(jobs or cores(), max(1, len(handed)))
-    show(f"Grading {len(handed)} notebooks of {len({h.student for h in handed})} students. {pages.TRUST}")
+    limits = replace(limits or Limits(), gpu=1 / jobs)
+    walls = pages.UNSAFE if unsafe else "Each kernel runs in a sandbox."
+    show(f"Grading {len(handed)} notebooks of {len({h.student for h in handed})} students. {walls}")
     db = db or f"sqlite:///{(out / 'gradebook.db').resolve()}"
     penalty = penalty_of(late) if late else no_penalty
     with Gradebook(db, waiting=tqdm.write, penalty=penalty) as book:
@@ -288,14 +300,14 @@ def grade_folder(
         for k in lessons:
             if k.stage in stages:
                 book.register(k.stage, k.name, k.master)
-        writer = Writer(out, book, handed, submitted)
+        writer = Writer(out, book, handed, submitted, unsafe)
         with tqdm(total=len(handed), unit="notebook", file=sys.stderr, dynamic_ncols=True) as bar:
 
             def count(result: Result) -> None:
                 bar.set_postfix_str(f"{result.student} {result.lesson}", refresh=False)
                 bar.update()
 
-            for result in engine(writer.tasks(limits or Limits(), seed, again, count), jobs):
+            for result in engine(writer.tasks(limits, seed, kernels, again, count), jobs):
                 writer.take(result)
                 count(result)
     results = sorted(writer.results, key=lambda r: (r.student, r.stage, r.lesson))
@@ -303,14 +315,16 @@ def grade_folder(
         pages.write(out / f"{made.__name__}.csv", made(results))
     pages.write(out / "nbgrader_config.py", _config(submitted, out, source, db))
     pairs = list(_pairs(out, lessons, results)) if compare else None
-    pages.write(out / "report.html", pages.class_report(results, notes, time.monotonic() - began, pairs))
+    pages.write(out / "report.html", pages.class_report(results, notes, time.monotonic() - began, unsafe, pairs))
     show(pages.table(results))
     if writer.unchanged:
         show(f"{writer.unchanged} of {len(results)} had not changed since they were graded and were not run again.")
     for note in notes:
         show(f"not graded: {note}")
     tables = "grades.csv, checks.csv, canvas.csv, moodle.csv"
-    show(f"In {out}: report.html, {tables}, feedback/ and autograded/. {pages.TRUST}")
+    show(f"In {out}: report.html, {tables}, feedback/ and autograded/.")
+    if unsafe:
+        show(pages.UNSAFE)
     return results
 
 
@@ -369,8 +383,13 @@ def grade_class(
     late: Path | None = None,
     compare: bool = False,
     engine: Engine | None = None,
+    limits: Limits | None = None,
+    unsafe: bool = False,
 ) -> int:
-    """Grades a class, or without a folder the sample class; returns the exit code."""
+    """Grades a class, or without a folder the sample class; returns the exit code.
+
+    `unsafe` lets learners' code run as whoever grades, with all rights that they have.
+    """
     engine = engine or partial(run_tasks, scheduler=scheduler)
     try:
         wanted = wanted_lessons(submitted, lesson)
@@ -381,13 +400,10 @@ def grade_class(
             submitted, out = sample_class.make_class(SAMPLE / "submitted", wanted, ROOT), out or SAMPLE
         source = ROOT / "build" / "source"
         results = grade_folder(
-            submitted, out or Path("grades"), source, lesson, student, jobs,
-            engine=engine, db=db, again=again, late=late, compare=compare,
+            submitted, out or Path("grades"), source, lesson, student, jobs, limits, engine=engine,
+            kernels=Kernels(sandbox=not unsafe), db=db, again=again, late=late, compare=compare,
         )  # fmt: skip
-    except UsageError as error:
-        print(f"Nothing to grade: {error}.", file=sys.stderr)
-        return USAGE
-    except (BadConfig, NoDatabase, NoScheduler) as error:
+    except (UsageError, BadConfig, NoDatabase, NoScheduler) as error:
         print(f"Nothing graded: {error}.", file=sys.stderr)
         return USAGE
     faults = [result for result in results if result.status == "fault"]

@@ -21,7 +21,7 @@ from autograder.grading.rebuild import name, role
 from autograder.grading.similarity import Pair
 from autograder.grading.task import Check, Result
 
-TRUST = "Kernels run as you, without a sandbox: grade only people you trust."
+UNSAFE = "Graded without a sandbox (--unsafe): the code ran with all the rights of whoever graded it."
 OUTPUT_CHARS = 20_000  # of one output on the learner's page
 STATUS = {
     "passed": "passed",
@@ -85,7 +85,7 @@ def _templates() -> Environment:
     return environment
 
 
-def feedback(result: Result, title: str) -> str:
+def feedback(result: Result, title: str, unsafe: bool) -> str:
     """The learner's page: scores, messages, and their own cells as they ran; nothing of ours but what they had."""
     cells = []
     notebook = nbformat.reads(result.notebook.decode(), as_version=4) if result.notebook else None
@@ -105,6 +105,7 @@ def feedback(result: Result, title: str) -> str:
     return _templates().get_template("feedback.html.j2").render(
         result=result,
         title=title,
+        unsafe=UNSAFE if unsafe else "",
         groups=groups,
         cells=cells,
         style=HtmlFormatter(style="default").get_style_defs("pre"),
@@ -167,14 +168,16 @@ def exercises(results: list[Result]) -> dict[tuple[str, str], list[dict]]:
     return lessons
 
 
-def class_report(results: list[Result], notes: list[str], seconds: float, pairs: list[Pair] | None = None) -> str:
+def class_report(
+    results: list[Result], notes: list[str], seconds: float, unsafe: bool, pairs: list[Pair] | None = None
+) -> str:
     """The class on a page; `pairs` are the answers that resemble each other, None where nobody looked."""
     return _templates().get_template("class_report.html.j2").render(
         results=results,
         exercises=exercises(results),
         pairs=pairs,
         notes=notes,
-        trust=TRUST,
+        unsafe=UNSAFE if unsafe else "",
         seconds=seconds,
         students=len({r.student for r in results}),
         handed_in=sum(r.status != "missing" for r in results),

@@ -5,17 +5,14 @@ So it can run in any process, on any machine; what it needs is in it, and what i
 
 import time
 import traceback
-from collections.abc import Callable
-from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 
 import nbformat
-from jupyter_client.manager import AsyncKernelManager
 from nbformat import NotebookNode
 
-from autograder.execute import Limits, Outcome, Step, execute
+from autograder.execute import Limits, Managers, Outcome, Step, execute
 from autograder.grading.rebuild import Unreadable, exercise_of, name, read_submission, rebuild, role
-from autograder.kernels.manager import kernel_manager
+from autograder.kernels.manager import Kernels
 
 MESSAGE_LINES, MESSAGE_CHARS = 4, 500
 
@@ -31,7 +28,7 @@ class Task:
     master: bytes  # the notebook without answers, with its hidden tests
     limits: Limits = field(default_factory=Limits)
     seed: int = 0
-    kernels: Callable[[], AbstractContextManager[AsyncKernelManager]] = kernel_manager
+    kernels: Managers = field(default_factory=Kernels)
 
 
 @dataclass

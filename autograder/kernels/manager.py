@@ -9,34 +9,70 @@ import sys
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+from importlib.metadata import EntryPoint
 from pathlib import Path
 
-from jupyter_client.kernelspec import KernelSpecManager
+from jupyter_client.kernelspec import KernelSpec, KernelSpecManager
 from jupyter_client.manager import AsyncKernelManager
+from jupyter_client.provisioning import KernelProvisionerFactory
+
+from autograder.kernels.limits import Limits
+from autograder.kernels.provisioner import LIBRARIES
+from autograder.kernels.sandbox import CONNECTION, SOCKETS
 
 # A UNIX socket's path is at most 108 bytes, so the folder is short, wherever the project lies.
-SOCKETS = "/tmp" if Path("/tmp").is_dir() else None
+TEMPORARY = "/tmp" if Path("/tmp").is_dir() else None
+PROVISIONER = EntryPoint("llm40", "autograder.kernels.provisioner:Provisioner", KernelProvisionerFactory.GROUP_NAME)
 
 
-@contextmanager
-def kernel_manager(kernel_name: str = "python3") -> Iterator[AsyncKernelManager]:
-    """A manager for one kernel, not started yet; its sockets are removed at the end.
+@dataclass(frozen=True)
+class Kernels:
+    """What kind of kernels are wanted: a small description that can be sent anywhere.
 
-    The kernel runs in this very environment: a `python3` that a user has registered with Jupyter, and that would
-    come first in an ordinary search, may be another Python without PyTorch. So no folder is searched.
+    A warm kernel is forked from a process that has imported `libraries`: from the one at `address`, or from this
+    process's own. Called, it gives the manager of one kernel, not started yet, whose sockets are removed at the end.
     """
-    specs = KernelSpecManager(kernel_dirs=[])
-    if sys.platform == "win32":  # no UNIX sockets in libzmq there
-        yield AsyncKernelManager(kernel_name=kernel_name, kernel_spec_manager=specs)
-        return
-    folder = tempfile.mkdtemp(prefix="llm40-", dir=SOCKETS)
-    try:
-        yield AsyncKernelManager(
-            kernel_name=kernel_name,
-            kernel_spec_manager=specs,
-            transport="ipc",
-            ip=os.path.join(folder, "k"),
-            connection_file=os.path.join(folder, "connection.json"),
-        )
-    finally:
-        shutil.rmtree(folder, ignore_errors=True)
+
+    sandbox: bool = True
+    warm: bool = True
+    address: str = ""
+    libraries: tuple[str, ...] = LIBRARIES
+
+    @contextmanager
+    def __call__(self, limits: Limits | None = None) -> Iterator[AsyncKernelManager]:
+        specs = Specs(self, limits or Limits())
+        if sys.platform == "win32":  # no UNIX sockets in libzmq there
+            yield AsyncKernelManager(kernel_spec_manager=specs)
+            return
+        folder = os.path.realpath(tempfile.mkdtemp(prefix="llm40-", dir=TEMPORARY))
+        sockets = os.path.join(folder, SOCKETS)
+        if not self.sandbox:
+            os.mkdir(sockets)
+        try:
+            yield AsyncKernelManager(
+                kernel_spec_manager=specs,
+                transport="ipc",
+                ip=os.path.join(sockets, "k"),
+                connection_file=os.path.join(folder, CONNECTION),
+            )
+        finally:
+            shutil.rmtree(folder, ignore_errors=True)
+
+
+class Specs(KernelSpecManager):
+    """The one kernel that there is: this very environment's, started by our provisioner.
+
+    A `python3` that a user has registered with Jupyter, and that would come first in an ordinary search, may be
+    another Python without PyTorch. So no folder is searched.
+    """
+
+    def __init__(self, kernels: Kernels, limits: Limits):
+        super().__init__(kernel_dirs=[])
+        self.settings = {**asdict(kernels), "libraries": list(kernels.libraries), "limits": asdict(limits)}
+
+    def get_kernel_spec(self, kernel_name: str) -> KernelSpec:
+        KernelProvisionerFactory.instance().provisioners[PROVISIONER.name] = PROVISIONER
+        spec = super().get_kernel_spec(kernel_name)
+        spec.metadata["kernel_provisioner"] = {"provisioner_name": PROVISIONER.name, "config": self.settings}
+        return spec

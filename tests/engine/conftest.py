@@ -37,7 +37,7 @@ def new_class(folder: Path, students: int) -> SimpleNamespace:
 
     def grade(**options) -> dict[str, float]:
         said.clear()
-        given = {"out": folder / "out", "jobs": 2, "limits": LIMITS} | options
+        given = {"out": folder / "out", "jobs": 2, "limits": LIMITS, "kernels": tiny.KERNELS} | options
         results = grade_folder(folder / "in", source=source, show=said.append, **given)
         assert all(r.status == "graded" for r in results), [(r.student, r.status, r.flags) for r in results]
         return {r.student: r.score for r in results}
@@ -116,11 +116,12 @@ def _process(folder: Path, *command: str) -> Iterator[subprocess.Popen]:
         shutil.copytree(ROOT / package, folder / package, ignore=shutil.ignore_patterns("*.safetensors", "__pycache__"))
     temporary = Path(tempfile.mkdtemp(prefix="w", dir="/tmp"))  # short: sockets have their path in it
     environment = os.environ | {"HOME": str(folder), "TMPDIR": str(temporary), "PYTHONPATH": str(folder)}
+    environment["LLM40_WHERE"] = folder.name  # what begins so is seen in a sandbox too
     with open(folder / "log", "wb") as log:
         process = subprocess.Popen(
             [sys.executable, *command], cwd=folder, env=environment, stdout=log, stderr=subprocess.STDOUT
         )
-    process.temporary, process.log = temporary, folder / "log"
+    process.name, process.log = folder.name, folder / "log"
     try:
         yield process
     finally:

@@ -17,10 +17,9 @@ from autograder.grading.engine import NoScheduler, run_tasks
 from autograder.grading.grade import grade_class
 from autograder.grading.rebuild import blank
 from autograder.grading.task import Task, grade
-from autograder.kernels.manager import kernel_manager
 
 pytestmark = pytest.mark.xdist_group("engine")
-WHERE = "import os\nprint('ran in', os.getcwd())"
+WHERE = "import os\nprint('ran at', os.environ.get('LLM40_WHERE'))"
 
 
 def tasks(count: int, **options) -> list[Task]:
@@ -28,6 +27,7 @@ def tasks(count: int, **options) -> list[Task]:
     notebook = tiny.answered()
     notebook.cells.append(tiny.added(WHERE))
     data = tiny.dumps(notebook)
+    options = {"kernels": tiny.KERNELS} | options
     return [Task(f"s{i}", tiny.STAGE, tiny.LESSON, data, master, **options) for i in range(count)]
 
 
@@ -46,7 +46,7 @@ def test_two_workers_that_share_nothing_but_the_network(tmp_path, cluster):
     assert books[0] == books[1] == made.expected
     places = [place(result) for result in run_tasks(tasks(6), 1, cluster.address)]
     for worker in cluster.workers:
-        assert any(str(worker.temporary) in text for text in places), places
+        assert any(worker.name in text for text in places), places
 
 
 def test_a_worker_is_killed(cluster):
@@ -76,14 +76,14 @@ def test_no_scheduler_is_a_sentence_and_exit_2(tmp_path, monkeypatch, capsys):
     made = new_class(tmp_path / "build", 1)
     monkeypatch.setattr(grading, "ROOT", tmp_path)
     nobody = partial(run_tasks, scheduler="tcp://127.0.0.1:1", patience=1)
-    assert grade_class(made.folder / "in", made.out, engine=nobody) == 2
+    assert grade_class(made.folder / "in", made.out, engine=nobody, unsafe=tiny.UNSAFE) == 2
     assert "Nothing graded: no Dask scheduler answers" in capsys.readouterr().err
 
 
 # --- lost workers of this machine -----------------------------------------------------------------------------
 
 
-def lose_the_worker():
+def lose_the_worker(limits):
     os.kill(os.getpid(), signal.SIGKILL)
 
 
@@ -93,15 +93,15 @@ class LoseOnce:
     def __init__(self, marker: Path):
         self.marker = marker
 
-    def __call__(self):
+    def __call__(self, limits):
         if not self.marker.exists():
             self.marker.touch()
-            lose_the_worker()
-        return kernel_manager()
+            lose_the_worker(limits)
+        return tiny.KERNELS(limits)
 
 
 def test_lost_once_runs_again_lost_twice_is_quarantined(tmp_path):
-    kernels = {"once": LoseOnce(tmp_path / "marker"), "always": lose_the_worker, "never": kernel_manager}
+    kernels = {"once": LoseOnce(tmp_path / "marker"), "always": lose_the_worker, "never": tiny.KERNELS}
     given = [replace(tasks(1, kernels=make)[0], student=name) for name, make in kernels.items()]
     results = {result.student: result for result in run_tasks(iter(given), 2)}
     assert {who: r.status for who, r in results.items()} == {"once": "graded", "always": "fault", "never": "graded"}

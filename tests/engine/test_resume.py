@@ -134,10 +134,14 @@ import sys
 from pathlib import Path
 from autograder.execute import Limits
 from autograder.grading.grade import grade_folder
+from autograder.kernels.manager import Kernels
+from autograder.kernels.sandbox import trouble
 
 if __name__ == "__main__":
     folder = Path(sys.argv[1])
-    grade_folder(folder / "in", folder / "out", folder / "source", jobs=2, limits=Limits(cell=10, notebook=60))
+    kernels = Kernels(sandbox=not trouble(), libraries=())
+    limits = Limits(cell=10, notebook=60)
+    grade_folder(folder / "in", folder / "out", folder / "source", jobs=2, limits=limits, kernels=kernels)
 """
 KILLS = 20
 

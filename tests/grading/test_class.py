@@ -16,9 +16,10 @@ from autograder.execute import Limits
 from autograder.grading import grade as module
 from autograder.grading.engine import run_tasks
 from autograder.grading.grade import UsageError, find_class, grade_class, read_masters
+from autograder.grading.pages import UNSAFE
 from autograder.grading.rebuild import blank
 from autograder.grading.task import Result, Task, grade
-from autograder.kernels.manager import kernel_manager
+from autograder.kernels.manager import Kernels
 
 pytestmark = pytest.mark.xdist_group("grading")
 
@@ -28,9 +29,10 @@ def lessons(tmp_path):
     return read_masters(tiny.build(tmp_path))
 
 
-def task(notebook, student="mei", **options) -> Task:
+def task(notebook, student="mei", kernels=tiny.KERNELS) -> Task:
     master = nbformat.writes(blank(tiny.master())).encode()
-    return Task(student, tiny.STAGE, tiny.LESSON, tiny.dumps(notebook), master, Limits(cell=5, notebook=30), **options)
+    limits = Limits(cell=5, notebook=30)
+    return Task(student, tiny.STAGE, tiny.LESSON, tiny.dumps(notebook), master, limits, kernels=kernels)
 
 
 # --- what is found --------------------------------------------------------------------------------------------
@@ -99,7 +101,7 @@ def project(tmp_path, monkeypatch):
 
 def test_exit_0_when_everyone_has_an_answer(project):
     tiny.hand_in(project / "class", "broken", b"{")
-    assert grade_class(project / "class", project / "out", jobs=1) == 0
+    assert grade_class(project / "class", project / "out", jobs=1, unsafe=tiny.UNSAFE) == 0
 
 
 def test_exit_2_for_wrong_usage(project, capsys):
@@ -108,7 +110,7 @@ def test_exit_2_for_wrong_usage(project, capsys):
     assert not (project / "out").exists()
 
 
-def no_kernel():
+def no_kernel(limits):
     raise OSError("no kernels today")
 
 
@@ -120,24 +122,46 @@ def test_exit_3_when_the_grader_fails(project, capsys):
     def engine(tasks, jobs):
         return run_tasks((replace(t, kernels=no_kernel) for t in tasks), jobs)
 
-    assert grade_class(project / "class", project / "out", jobs=1, engine=engine) == 3
+    assert grade_class(project / "class", project / "out", jobs=1, engine=engine, unsafe=tiny.UNSAFE) == 3
     rows = (project / "out" / "grades.csv").read_text(encoding="utf-8").splitlines()
     assert [row.split(",")[5] for row in rows[1:]] == ["unreadable", "fault"]
     assert "The grader failed on bob 99_tiny" in capsys.readouterr().err
 
 
+# --- the sandbox ----------------------------------------------------------------------------------------------
+
+
+def test_without_a_sandbox_nothing_is_graded(project, capsys, monkeypatch):
+    monkeypatch.setattr(module, "trouble", lambda: "bwrap is not installed: apt install bubblewrap")
+    tiny.hand_in(project / "class", "ann", tiny.dumps(tiny.answered()))
+    assert grade_class(project / "class", project / "out", jobs=1) == 2
+    said = capsys.readouterr().err
+    assert "Nothing graded: bwrap is not installed: apt install bubblewrap" in said
+    assert "--unsafe" in said
+    assert not (project / "out").exists()
+
+
+def test_unsafe_is_said_everywhere(project, capsys, monkeypatch):
+    monkeypatch.setattr(module, "trouble", lambda: "bwrap is not installed: apt install bubblewrap")
+    tiny.hand_in(project / "class", "ann", tiny.dumps(tiny.answered()))
+    assert grade_class(project / "class", project / "out", jobs=1, unsafe=True) == 0
+    assert capsys.readouterr().out.count(UNSAFE) == 2
+    for page in ("report.html", f"feedback/ann/{tiny.STAGE}/{tiny.LESSON}.html"):
+        assert UNSAFE in (project / "out" / page).read_text(encoding="utf-8")
+
+
 # --- the engine -----------------------------------------------------------------------------------------------
 
 
-def lose_the_worker():
+def lose_the_worker(limits):
     os.kill(os.getpid(), signal.SIGKILL)
 
 
-def lose_the_worker_once(marker: Path):
+def lose_the_worker_once(marker: Path, limits):
     if not marker.exists():
         marker.touch()
-        lose_the_worker()
-    return kernel_manager()
+        lose_the_worker(limits)
+    return tiny.KERNELS(limits)
 
 
 def test_a_fault_of_ours_is_a_result():
@@ -159,6 +183,9 @@ def test_lost_workers(tmp_path):
     assert "lost again and again" in results["always"].flags[0]
 
 
+OUTSIDE = Kernels(sandbox=False, libraries=())  # it writes down where it is
+
+
 def alive(process: int) -> bool:
     try:
         os.kill(process, 0)
@@ -171,7 +198,7 @@ def test_an_interrupt_ends_the_workers(tmp_path):
     """What Ctrl-C does: the endless kernels are gone in seconds, and their folders too."""
     began = time.monotonic()
     endless = f"open({str(tmp_path / 'started')!r}, 'w').write(os.getcwd() + ' ' + str(os.getpid()))\nwhile True: pass"
-    slow = task(tiny.with_cells(tiny.answered(), ("double", tiny.added(f"import os\n{endless}"))))
+    slow = task(tiny.with_cells(tiny.answered(), ("double", tiny.added(f"import os\n{endless}"))), kernels=OUTSIDE)
     running = run_tasks(iter([replace(slow, limits=Limits(cell=60))]), 1)
 
     def interrupt():

@@ -99,7 +99,7 @@ def test_a_late_class(tmp_path):
     def graded(**options):
         results = grade_folder(
             tmp_path / "in", tmp_path / "out", source, limits=Limits(cell=5, notebook=30),
-            engine=lambda tasks, jobs: map(grade, tasks), show=lambda line: None, **options,
+            engine=lambda tasks, jobs: map(grade, tasks), show=lambda line: None, kernels=tiny.KERNELS, **options,
         )  # fmt: skip
         return {r.student: r.score for r in results}
 
@@ -166,7 +166,7 @@ def test_the_report_shows_them(tmp_path):
         tiny.hand_in(tmp_path / "in", student, tiny.dumps(tiny.answered(total=text)))
     grade_folder(
         tmp_path / "in", tmp_path / "out", source, limits=Limits(cell=5, notebook=30), compare=True,
-        engine=lambda tasks, jobs: map(grade, tasks), show=lambda line: None,
+        engine=lambda tasks, jobs: map(grade, tasks), show=lambda line: None, kernels=tiny.KERNELS,
     )  # fmt: skip
     page = (tmp_path / "out" / "report.html").read_text(encoding="utf-8")
     assert page.index("ann and cem") < page.index("ann and bob")

@@ -40,8 +40,9 @@ def new_course(folder: Path) -> SimpleNamespace:
     def grade_all():
         limits = Limits(cell=5, notebook=30)
         results = grade_folder(
-            folder / "in", folder / "out", source, limits=limits, engine=in_this_process, show=lambda line: None
-        )
+            folder / "in", folder / "out", source, limits=limits, engine=in_this_process, show=lambda line: None,
+            kernels=tiny.KERNELS,
+        )  # fmt: skip
         return {(r.student, r.lesson): r for r in results}
 
     return SimpleNamespace(folder=folder, submitted=folder / "in", out=folder / "out", source=source, grade=grade_all)

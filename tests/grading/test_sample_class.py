@@ -39,8 +39,9 @@ def test_each_student_gets_what_the_notebook_deserves(tmp_path):
     submitted = make_class(tmp_path / "class", [SimpleNamespace(key=key)], tmp_path)
     source = tmp_path / "build" / "source"
     results = grade_folder(
-        submitted, tmp_path / "out", source, jobs=2, limits=Limits(cell=5, notebook=30), show=lambda line: None
-    )
+        submitted, tmp_path / "out", source, jobs=2, limits=Limits(cell=5, notebook=30), show=lambda line: None,
+        kernels=tiny.KERNELS,
+    )  # fmt: skip
     assert {r.student: (r.status, r.score) for r in results} == {
         "sample-01": ("graded", 8),
         "sample-02": ("graded", 0),

@@ -6,6 +6,11 @@ from pathlib import Path
 
 import nbformat
 
+from autograder.kernels.manager import Kernels
+from autograder.kernels.sandbox import trouble
+
+UNSAFE = bool(trouble())  # these tests are of grading, and work without a sandbox too
+KERNELS = Kernels(sandbox=not UNSAFE, libraries=())  # no lesson here imports PyTorch
 STAGE, LESSON = "stage9_tiny", "99_tiny"
 DOUBLE = "def double(x):\n    return 2 * x\n"
 HALF = "def half(x):\n    return x / 2\n"

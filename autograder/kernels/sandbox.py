@@ -1,0 +1,255 @@
+"""Walls around learners' code: bubblewrap (https://github.com/containers/bubblewrap, Debian package `bubblewrap`).
+
+What is guaranteed to hold for everything that runs in a `Sandbox`:
+
+- It sees the system's programs (/usr and a few files of /etc), this Python and its environment, and the package llm40,
+  all read-only; nothing else of the disk: no solutions, no hidden test, no gradebook, no submission, no home folder.
+- It writes to one private folder, /tmp, of limited size, which lies in memory and is gone at the end; no file of ours
+  can be written from inside, and none is left behind.
+- It has no network but its own loopback, sees and signals no process but its own, and knows of our environment only
+  the variables that KEPT names.
+- It ends with us: when this process dies, however it dies, everything inside is killed.
+- Each process's memory, the size of a file and the number of processes are limited (see Limits). Started by root it
+  runs as a user of its own, one that owns nothing here: root itself is bound by no limit of processes.
+
+Not guaranteed: that all its processes together stay within `memory`; only a control group could, and one cannot be
+counted on. And bubblewrap's walls are the Linux kernel's: a hole in the kernel is a hole in them.
+
+The way out is the kernel's sockets. They lie in the private folder too; we reach them from outside, through /proc.
+"""
+
+import json
+import os
+import secrets
+import shutil
+import sys
+import time
+from collections.abc import Sequence
+from contextlib import suppress
+from functools import cache
+from glob import glob
+from importlib.metadata import version
+from pathlib import Path
+from signal import SIGKILL
+from subprocess import DEVNULL, Popen, TimeoutExpired, run
+
+from autograder.kernels.limits import Limits
+
+ROOT = Path(__file__).resolve().parents[2]
+PRIVATE = "/tmp"
+HOME = "/tmp/home"
+CONNECTION, SOCKETS = "connection.json", "s"  # names in a kernel's folder
+SHARED_MEMORY = 64 * 2**20  # /dev/shm: what the processes of torch.multiprocessing hand each other
+USERS = 0x70000000  # the first of 2^27 user numbers that no distribution gives away
+
+SYSTEM = ["/usr", "/bin", "/lib", "/lib32", "/lib64", "/libx32", "/sbin"]
+SETTINGS = ["/etc/alternatives", "/etc/fonts", "/etc/ld.so.cache", "/etc/ld.so.conf", "/etc/ld.so.conf.d",
+            "/etc/localtime"]  # fmt: skip
+DEVICES = ["/dev/nvidia*", "/dev/nvidia-caps/*", "/dev/dri", "/dev/kfd", "/dev/dxg"]  # GPUs; nothing on other machines
+KEPT = ("LANG", "LC_", "TZ", "OMP_", "OPENBLAS_", "MKL_", "LD_LIBRARY_PATH", "LLM40_", "TRITON_", "CUDA_", "NVIDIA_",
+        "PYTHONHASHSEED", "PYTHONSAFEPATH", "PYTHONNOUSERSITE", "NBGRADER_EXECUTION")  # fmt: skip
+
+
+class NoSandbox(RuntimeError):
+    """The walls cannot be built on this machine; the message says why, and what to do."""
+
+
+@cache
+def trouble() -> str:
+    """Why there can be no sandbox on this machine, and what to do about it; nothing where all is well."""
+    if sys.platform != "linux":
+        return "learners' code is shut in by bubblewrap, which there is for Linux only: grade on a Linux machine"
+    missing = [name for name in ("bwrap", "prlimit", "setpriv") if not shutil.which(name)]
+    if missing:
+        package = "bubblewrap" if "bwrap" in missing else "util-linux"
+        return f"learners' code is shut in by bubblewrap, and {missing[0]} is not installed: apt install {package}"
+    try:
+        tried = run(
+            command([sys.executable, "-c", "import zmq"], Limits(), new_user()),
+            env=environment(dict(os.environ), Limits()), stdin=DEVNULL, capture_output=True, text=True, timeout=60,
+        )  # fmt: skip
+        said, failed = tried.stderr.strip(), tried.returncode
+    except (OSError, TimeoutExpired) as error:
+        said, failed = str(error), True
+    if not failed:
+        return ""
+    reason = said.splitlines()[-1] if said else f"exit code {failed}"
+    return (
+        f"learners' code is shut in by bubblewrap, which does not work here ({reason}). "
+        "It needs user namespaces, or to be started by root. On Ubuntu: sysctl -w "
+        "kernel.apparmor_restrict_unprivileged_userns=0; in a container: start it privileged"
+    )
+
+
+def new_user() -> int | None:
+    """The user that a sandbox runs as: one that owns nothing and that no other sandbox has; None where we are not root.
+
+    Not root, we cannot become another user; then the sandbox's own user namespace makes its count of processes its own.
+    """
+    return USERS + secrets.randbelow(2**27) if os.geteuid() == 0 else None
+
+
+def environment(env: dict[str, str], limits: Limits) -> dict[str, str]:
+    """What of an environment is known inside, and the places that are there."""
+    kept = {name: value for name, value in env.items() if name.startswith(KEPT)}
+    if gpus(env) and limits.gpu < 1 and _knows_shares():
+        kept["PYTORCH_CUDA_ALLOC_CONF"] = f"per_process_memory_fraction:{limits.gpu:.3f}"
+    return kept | {
+        "PATH": f"{sys.prefix}/bin:/usr/local/bin:/usr/bin:/bin",
+        "PYTHONPATH": str(ROOT),  # of which only llm40 is there
+        "HOME": HOME,
+        "USER": "learner",
+        "TMPDIR": PRIVATE,
+        "IPYTHONDIR": f"{HOME}/.ipython",
+        "TRITON_CACHE_DIR": f"{HOME}/.triton",
+    }
+
+
+def gpus(env: dict[str, str]) -> list[str]:
+    """The GPUs' devices, if the kernel is to have them. (Written from the documentation: no GPU was at hand.)"""
+    if env.get("LLM40_PROFILE") == "cpu" or env.get("CUDA_VISIBLE_DEVICES") == "":
+        return []
+    return sorted(path for pattern in DEVICES for path in glob(pattern))
+
+
+def _knows_shares() -> bool:
+    """Whether this PyTorch takes per_process_memory_fraction from the environment; an older one stops at the word."""
+    major, minor = version("torch").split(".")[:2]
+    return (int(major), int(minor)) >= (2, 13)
+
+
+def command(
+    program: Sequence[str], limits: Limits, user: int | None, folder: Path | None = None, gpu: Sequence[str] = ()
+) -> list[str]:
+    """The command line that runs a program inside, as `user` if there is one.
+
+    `folder` is a kernel's: inside there are its connection file, and a place for its sockets.
+    """
+    walls = [
+        "bwrap",
+        "--die-with-parent",
+        "--new-session",
+        "--unshare-pid",
+        "--unshare-net",
+        "--unshare-ipc",
+        "--unshare-uts",
+    ]
+    if user is None:
+        walls += ["--unshare-user", "--disable-userns"]
+    # The private folder comes first: this Python, or the project, may lie in the machine's own /tmp.
+    walls += ["--perms", "1777", "--size", str(limits.folder), "--tmpfs", PRIVATE, "--perms", "0777", "--dir", HOME]
+    walls += _read_only()
+    if folder:
+        walls += ["--perms", "0755", "--dir", str(folder), "--perms", "0777", "--dir", str(folder / SOCKETS)]
+        walls += ["--ro-bind", str(folder / CONNECTION), str(folder / CONNECTION)]
+    walls += ["--proc", "/proc", "--dev", "/dev"]
+    for device in gpu:
+        walls += ["--dev-bind", device, device]
+    walls += ["--perms", "1777", "--size", str(SHARED_MEMORY), "--tmpfs", "/dev/shm"]
+    walls += ["--ro-bind", "/sys", "/sys"] if gpu else ["--ro-bind-try", "/sys/devices/system", "/sys/devices/system"]
+    walls += ["--remount-ro", "/dev", "--remount-ro", "/", "--chdir", HOME, "--"]
+    if user is not None:
+        walls += ["setpriv", f"--reuid={user}", f"--regid={user}", "--clear-groups", "--inh-caps=-all"]
+        walls += ["--bounding-set=-all", "--no-new-privs"]
+    bounds = [f"--{name}={value}" for name, value in resources(limits, bool(gpu)).items()]
+    return [*walls, "prlimit", *bounds, *program]
+
+
+def resources(limits: Limits, gpu: bool) -> dict[str, int]:
+    """The limits that a process carries (setrlimit(2))."""
+    memory = "data" if gpu else "as"
+    return {memory: limits.memory, "nproc": limits.processes, "fsize": limits.file, "core": 0}
+
+
+def _read_only() -> list[str]:
+    """Arguments that show the system, this Python with its environment, and llm40; nothing else of the project."""
+    arguments = []
+    for path in map(Path, SYSTEM):
+        if path.is_symlink():  # /bin is usr/bin
+            arguments += ["--symlink", os.readlink(path), str(path)]
+        elif path.is_dir():
+            arguments += ["--ro-bind", str(path), str(path)]
+    for path in SETTINGS:
+        arguments += ["--ro-bind-try", path, path]
+    around = [path for path in pythons() if not path.is_relative_to(ROOT)]
+    within = [path for path in pythons() if path.is_relative_to(ROOT)]
+    shown = [Path("/usr"), *around]
+    # A project that lies inside of what is shown, such as /usr/src/app, is covered up again.
+    covered = (ROOT / "solutions").exists() and any(ROOT.is_relative_to(path) for path in shown)
+    for path in around:
+        arguments += _shown(path)
+    if covered:
+        arguments += ["--perms", "0755", "--tmpfs", str(ROOT)]
+    for path in [*within, ROOT / "llm40"]:
+        arguments += _shown(path)
+    return [*arguments, "--remount-ro", str(ROOT)] if covered else arguments
+
+
+def pythons() -> list[Path]:
+    """The folders that this Python needs: its environment, the installation behind it, and what links between them."""
+    folders = {Path(sys.prefix), Path(sys.base_prefix)}
+    program = Path(sys.executable)
+    while program.is_symlink():
+        program = program.parent / os.readlink(program)
+        folders |= {Path(os.path.normpath(program)).parent.parent, program.resolve().parent.parent}
+    return sorted(path for path in folders if not path.is_relative_to("/usr"))
+
+
+def _shown(path: Path) -> list[str]:
+    """A folder, read-only, at its own place; the folders above it are empty, and open to the sandbox's user."""
+    above = [
+        argument for parent in reversed(path.parents[:-1]) for argument in ("--perms", "0755", "--dir", str(parent))
+    ]
+    return [*above, "--ro-bind", str(path), str(path)]
+
+
+class Sandbox:
+    """A program in a running sandbox. Closing it ends all that runs inside, and returns when it has ended."""
+
+    def __init__(
+        self, program: Sequence[str], limits: Limits, folder: Path, env: dict[str, str], stdout=DEVNULL, stderr=DEVNULL
+    ):
+        self.user = new_user()
+        reader, writer = os.pipe()
+        walls = command(program, limits, self.user, folder, gpus(env))
+        try:
+            self.bwrap = Popen(
+                [walls[0], "--info-fd", str(writer), *walls[1:]], env=environment(env, limits),
+                cwd="/", stdin=DEVNULL, stdout=stdout, stderr=stderr, pass_fds=[writer],
+            )  # fmt: skip
+        finally:
+            os.close(writer)
+        with os.fdopen(reader) as info:
+            told = info.read()
+        if not told:
+            raise NoSandbox(f"bubblewrap ended at once, with exit code {self.bwrap.wait()}")
+        self.init = json.loads(told)["child-pid"]
+        try:
+            self.pid = self._first()
+            self._open(folder)
+        except BaseException:
+            self.close()
+            raise
+
+    def _first(self, patience: float = 10.0) -> int:
+        """The program's process, as we see it. bubblewrap starts it when all walls stand."""
+        children = Path(f"/proc/{self.init}/task/{self.init}/children")
+        ends = time.monotonic() + patience
+        while time.monotonic() < ends and self.bwrap.poll() is None:
+            with suppress(OSError):
+                found = children.read_text().split()
+                if found:
+                    return int(found[0])
+            time.sleep(0.001)
+        raise NoSandbox("bubblewrap did not start its program")
+
+    def _open(self, folder: Path) -> None:
+        """Makes the place of the sockets inside to be found under the same name outside."""
+        link = folder / SOCKETS
+        link.unlink(missing_ok=True)
+        link.symlink_to(f"/proc/{self.pid}/root{link}")
+
+    def close(self) -> None:
+        with suppress(ProcessLookupError):
+            os.kill(self.init, SIGKILL)  # the first process of its namespace: the others go with it
+        self.bwrap.wait()

@@ -1,0 +1,178 @@
+"""The warm process: imports what lessons need, once, and is forked for every kernel.
+
+A kernel costs a fork and IPython's own start, and shares the memory of the libraries with all others. This process runs
+outside of every sandbox and no learner's code ever runs in it: a kernel walks into a sandbox of its own, which
+bubblewrap has built around an idle process (setns(2)), and gives up all rights, before it reads its first message. So
+a kernel can reach neither this process nor another kernel, and the walls are the same for a kernel that is not forked.
+
+Before the fork: imports, and nothing else. No CUDA query, no tensor operation, no thread, no zmq context: their state
+does not survive a fork. After it a kernel has its own random numbers, environment, directory, files and limits. One
+thing is the warm process's for good: PYTHONHASHSEED, which Python reads when it starts.
+
+For each kernel a process stays behind as its doorkeeper: it passes signals on, reports how the kernel ended, and kills
+it when the connection that asked for it is closed.
+
+    python -m autograder.kernels.warm SOCKET MODULE...
+
+listens on a socket (an inherited descriptor) until its standard input ends, and then removes the socket's folder. A
+request is one message: JSON, and the descriptors of standard output, standard error and, for a sandbox, of a process
+in it. The answers are {"pid": …} or {"error": …}, then {"exit": …}; what may be sent besides is {"signal": …}.
+"""
+
+import ctypes
+import gc
+import importlib
+import json
+import os
+import random
+import resource
+import select
+import shutil
+import signal
+import socket
+import sys
+from contextlib import suppress
+
+MESSAGE = 2**17  # bytes at most
+# Linux's numbers, from its headers sched.h, prctl.h and capability.h.
+NEW_NS, NEW_UTS, NEW_IPC, NEW_USER, NEW_PID, NEW_NET = 0x20000, 0x4000000, 0x8000000, 0x10000000, 0x20000000, 0x40000000
+SET_PDEATHSIG, SET_DUMPABLE, SET_NO_NEW_PRIVS, CAPABILITY_VERSION = 1, 4, 38, 0x20080522
+
+libc = ctypes.CDLL(None, use_errno=True)
+
+
+def checked(result: int) -> int:
+    if result < 0:
+        raise OSError(ctypes.get_errno(), os.strerror(ctypes.get_errno()))
+    return result
+
+
+def main() -> None:
+    listener = socket.socket(fileno=int(sys.argv[1]))
+    address = listener.getsockname()
+    sys.path[:] = [path for path in sys.path if path not in ("", os.getcwd())]  # what `-m` adds
+    for name in sys.argv[2:]:
+        with suppress(ImportError):  # seaborn is not everywhere
+            importlib.import_module(name)
+    gc.collect()
+    gc.freeze()  # so that the collector does not copy every page into every kernel
+    signal.signal(signal.SIGCHLD, signal.SIG_IGN)  # doorkeepers need no one to wait for them
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for those who hold our standard input
+    poll = select.poll()
+    poll.register(listener, select.POLLIN)
+    poll.register(0, select.POLLIN)
+    while 0 not in dict(poll.poll()):
+        connection = listener.accept()[0]
+        if os.fork() == 0:
+            listener.close()
+            keep_door(connection)
+        connection.close()
+    shutil.rmtree(os.path.dirname(address), ignore_errors=True)
+
+
+def keep_door(connection: socket.socket) -> None:
+    """Starts a kernel and stays until it has ended. Does not return."""
+    parent = os.getppid()
+    libc.prctl(SET_PDEATHSIG, signal.SIGKILL)
+    if os.getppid() != parent:
+        os._exit(1)
+    signal.signal(signal.SIGCHLD, signal.SIG_DFL)
+    try:
+        message, files, _, _ = socket.recv_fds(connection, MESSAGE, 3)
+        request = json.loads(message)
+        if request["box"]:
+            enter(files[2], request["box"]["user"] is None)
+        kernel = os.fork()
+    except BaseException as error:
+        with suppress(OSError):
+            connection.send(json.dumps({"error": f"{type(error).__name__}: {error}"}).encode())
+        os._exit(1)
+    if kernel == 0:
+        run_kernel(request, files)
+    for file in files:
+        os.close(file)
+    try:
+        watch(connection, kernel)
+    finally:
+        os._exit(0)
+
+
+def enter(process: int, user_namespace: bool) -> None:
+    """Goes where a process is: its files, its network, its semaphores; our children will be among its processes."""
+    checked(libc.setns(process, NEW_NS | NEW_UTS | NEW_IPC | NEW_PID | NEW_NET | (NEW_USER if user_namespace else 0)))
+
+
+def watch(connection: socket.socket, kernel: int) -> None:
+    """Until the kernel ends: passes signals on. The kernel leads a group of its own, with what it starts."""
+    connection.send(json.dumps({"pid": kernel}).encode())
+    ended = os.pidfd_open(kernel)
+    poll = select.poll()
+    poll.register(connection, select.POLLIN)
+    poll.register(ended, select.POLLIN)
+    while True:
+        ready = dict(poll.poll())
+        if ended in ready:
+            break
+        message = connection.recv(MESSAGE)
+        with suppress(ProcessLookupError):
+            os.killpg(kernel, json.loads(message)["signal"] if message else signal.SIGKILL)
+        if not message:
+            break
+    with suppress(ProcessLookupError):
+        os.killpg(kernel, signal.SIGKILL)  # not waited for yet, so the number is still this group's
+    _, status = os.waitpid(kernel, 0)
+    connection.send(json.dumps({"exit": os.waitstatus_to_exitcode(status)}).encode())
+
+
+def run_kernel(request: dict, files: list[int]) -> None:
+    """Becomes the kernel. Does not return."""
+    code = 1
+    try:
+        os.setsid()
+        for target, source in enumerate([os.open(os.devnull, os.O_RDONLY), *files[:2]]):
+            os.dup2(source, target)
+        os.closerange(3, resource.getrlimit(resource.RLIMIT_NOFILE)[0])
+        sys.stdin = open(0, closefd=False)  # noqa: SIM115
+        chosen = {name: os.environ[name] for name in ("TRITON_INTERPRET",) if name in os.environ}
+        os.environ.clear()
+        os.environ.update(chosen | request["env"])
+        os.chdir(request["cwd"])
+        if request["box"]:
+            bind(**request["box"])
+        libc.prctl(SET_PDEATHSIG, signal.SIGKILL)  # after the change of user, which would clear it
+        for number in (signal.SIGINT, signal.SIGCHLD):
+            signal.signal(number, signal.default_int_handler if number == signal.SIGINT else signal.SIG_DFL)
+        random.seed()
+        if "numpy" in sys.modules:
+            sys.modules["numpy"].random.seed()
+        from ipykernel.kernelapp import IPKernelApp
+
+        sys.argv = ["ipykernel_launcher.py", *request["arguments"]]
+        IPKernelApp.launch_instance()
+        code = 0
+    except SystemExit as leaving:
+        code = leaving.code if isinstance(leaving.code, int) else int(leaving.code is not None)
+    except BaseException:
+        sys.excepthook(*sys.exc_info())
+    finally:
+        with suppress(Exception):
+            sys.__stderr__.flush()
+        os._exit(code)
+
+
+def bind(user: int | None, limits: dict[str, int]) -> None:
+    """Sets the limits and gives up every right, for good."""
+    for name, value in limits.items():
+        resource.setrlimit(getattr(resource, f"RLIMIT_{name.upper()}"), (value, value))
+    if user is not None:
+        os.setgroups([])
+        os.setresgid(user, user, user)
+        os.setresuid(user, user, user)
+    no_capabilities = (ctypes.c_uint32 * 6)()
+    checked(libc.capset((ctypes.c_uint32 * 2)(CAPABILITY_VERSION, 0), no_capabilities))
+    checked(libc.prctl(SET_NO_NEW_PRIVS, 1, 0, 0, 0))
+    checked(libc.prctl(SET_DUMPABLE, 1, 0, 0, 0))  # its own files in /proc are its own
+
+
+if __name__ == "__main__":
+    main()
