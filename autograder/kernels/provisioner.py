@@ -23,17 +23,17 @@ from jupyter_client.provisioning import LocalProvisioner
 from traitlets import Bool, Dict, List, Unicode
 
 from autograder.kernels.limits import Limits
-from autograder.kernels.sandbox import CONNECTION, HOME, PRIVATE, Sandbox, environment, gpus, resources
-from autograder.kernels.warm import MESSAGE
+from autograder.kernels.sandbox import CONNECTION, HOME, PRIVATE, Sandbox, gpus
 
 # What lessons import; and what ipykernel and IPython import when a kernel starts, beyond their own modules.
 LIBRARIES = ("numpy", "torch", "matplotlib.pyplot", "seaborn")
 IPYTHON = ("ipykernel.kernelapp", "ipykernel.zmqshell", "IPython.core.magics", "IPython.extensions.storemagic")
 # What Python and the libraries read when they start or are imported: a warm process with other values is another one.
 EARLY = ("LANG", "LC_", "LD_LIBRARY_PATH", "OMP_", "OPENBLAS_", "MKL_", "LLM40_PROFILE", "TRITON_INTERPRET", "CUDA_",
-         "NVIDIA_", "PYTORCH_", "PYTHON", "MPLBACKEND", "PATH", "HOME")  # fmt: skip
+         "NVIDIA_", "PYTORCH_", "PYTHON", "MPL", "XDG_", "PATH", "HOME")  # fmt: skip
 IDLE = ("sleep", "infinity")
 INLINE = "module://matplotlib_inline.backend_inline"
+ANSWER = 4096  # bytes at most
 LAUNCHER = "ipykernel_launcher"
 CAN_FORK = sys.platform == "linux" and hasattr(os, "pidfd_open")
 
@@ -95,14 +95,16 @@ def warm_process(env: dict[str, str]) -> Iterator[str]:
 
 
 def early(env: dict[str, str]) -> dict[str, str]:
-    return {name: value for name, value in env.items() if name.startswith(EARLY)}
+    """What the warm process is told. A sandbox's home is nowhere else: without one, Python asks the system for ours."""
+    chosen = {name: value for name, value in env.items() if name.startswith(EARLY)}
+    return {name: value for name, value in chosen.items() if (name, value) != ("HOME", HOME)}
 
 
 def own_warm(env: dict[str, str], libraries: Sequence[str]) -> str:
-    """The address of this process's own warm process for such an environment; started when first asked for."""
+    """The address of this process's own warm process for such an environment; started when it is not there."""
     key = (*sorted(early(env).items()), *libraries)
     with _starting:
-        if key not in _warm:
+        if key not in _warm or _warm[key].process.poll() is not None:
             _warm[key] = Warm(env, libraries)
         return _warm[key].address
 
@@ -119,7 +121,7 @@ class Forked:
             self.door.settimeout(patience)  # the warm process may still be importing
             self.door.connect(address)
             socket.send_fds(self.door, [json.dumps(request).encode()], files)
-            answer = json.loads(self.door.recv(MESSAGE) or "{}")
+            answer = json.loads(self.door.recv(ANSWER) or "{}")
         except OSError as error:
             self.door.close()
             raise NotWarm(str(error)) from error
@@ -138,7 +140,7 @@ class Forked:
         if self.returncode is None:
             self.door.settimeout(timeout)
             try:
-                answer = json.loads(self.door.recv(MESSAGE) or "{}")
+                answer = json.loads(self.door.recv(ANSWER) or "{}")
             except (TimeoutError, BlockingIOError):
                 raise TimeoutExpired("kernel", timeout) from None
             except ConnectionError:
@@ -150,8 +152,10 @@ class Forked:
     def send_signal(self, number: int) -> None:
         """To the kernel and what it started, as far as that stayed in its group."""
         if self.poll() is None:
-            with suppress(ConnectionError):
+            with suppress(ConnectionError, TimeoutExpired):
                 self.door.send(json.dumps({"signal": int(number)}).encode())
+                if number == signal.SIGKILL:
+                    self.wait(5)
 
     def terminate(self) -> None:
         self.send_signal(signal.SIGTERM)
@@ -188,7 +192,7 @@ class Boxed:
         elif self.forked:
             self.forked.send_signal(number)
         elif self.poll() is None:
-            os.kill(self.pid, number)
+            self.sandbox.send_signal(number)
 
     def terminate(self) -> None:
         self.kill()
@@ -214,7 +218,7 @@ class Provisioner(LocalProvisioner):
             self.process = self._boxed(cmd, limits, **options)
         else:
             try:
-                self.process = self._forked(cmd, limits, options)
+                self.process = self._forked(cmd, limits.start, **options)
             except NotWarm as reason:
                 self.log.debug("an ordinary kernel, as none is to be had from the warm process: %s", reason)
                 return await super().launch_kernel(cmd, **options)
@@ -227,9 +231,7 @@ class Provisioner(LocalProvisioner):
         if self.warm:
             idle = Sandbox(IDLE, limits, folder, env)
             try:
-                inside = {"user": idle.user, "limits": resources(limits, bool(gpus(env)))}
-                options = {"env": environment(env, limits), "cwd": HOME, "stdout": stdout, "stderr": stderr}
-                return Boxed(idle, self._forked(cmd, limits, options, inside, idle.pid))
+                return Boxed(idle, self._forked(cmd, limits.start, idle.env, HOME, stdout, stderr, idle))
             except NotWarm as reason:
                 idle.close()
                 self.log.debug("an ordinary kernel, as none is to be had from the warm process: %s", reason)
@@ -238,23 +240,22 @@ class Provisioner(LocalProvisioner):
                 raise
         return Boxed(Sandbox(cmd, limits, folder, env, stdout, stderr))
 
-    def _forked(self, cmd: list[str], limits: Limits, options: dict, box: dict | None = None, where: int = 0) -> Forked:
-        """A kernel from the warm process; with `box`, in the sandbox in which the process `where` is."""
+    def _forked(
+        self, cmd: list[str], patience: float, env: dict[str, str], cwd: str, stdout=None, stderr=None,
+        box: Sandbox | None = None, **_,
+    ) -> Forked:  # fmt: skip
+        """A kernel from the warm process, which goes into `box` if there is one."""
         if not self.warm or not CAN_FORK or LAUNCHER not in cmd:
             raise NotWarm("not asked for, or not on this system")
-        address = self.address or own_warm(options["env"], self.libraries)
-        request = {
-            "arguments": cmd[cmd.index(LAUNCHER) + 1 :],
-            "env": options["env"],
-            "cwd": str(options["cwd"]),
-            "box": box,
-        }
+        address = self.address or own_warm(env, self.libraries)
+        arguments = cmd[cmd.index(LAUNCHER) + 1 :]
+        request = {"arguments": arguments, "env": env, "cwd": str(cwd), "box": None}
         with ExitStack() as opened:
-            files = [_descriptor(options.get(name), opened) for name in ("stdout", "stderr")]
+            files = [_descriptor(file, opened) for file in (stdout, stderr)]
             if box:
-                files.append(os.pidfd_open(where))
-                opened.callback(os.close, files[-1])
-            return Forked(address, request, files, limits.start)
+                request["box"] = {"user": box.user, "limits": box.resources}
+                files.append(box.program)
+            return Forked(address, request, files, patience)
 
 
 def _descriptor(file, opened: ExitStack) -> int:

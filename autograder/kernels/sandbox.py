@@ -11,9 +11,10 @@ What is guaranteed to hold for everything that runs in a `Sandbox`:
 - It ends with us: when this process dies, however it dies, everything inside is killed.
 - Each process's memory, the size of a file and the number of processes are limited (see Limits). Started by root it
   runs as a user of its own, one that owns nothing here: root itself is bound by no limit of processes.
+- Where the machine's memory ends all the same, it is the first to be killed.
 
-Not guaranteed: that all its processes together stay within `memory`; only a control group could, and one cannot be
-counted on. And bubblewrap's walls are the Linux kernel's: a hole in the kernel is a hole in them.
+Not guaranteed: that all its processes together stay within `memory`; only a control group could see to that, and one is
+not to be had everywhere. And bubblewrap's walls are the Linux kernel's: a hole in the kernel is a hole in them.
 
 The way out is the kernel's sockets. They lie in the private folder too; we reach them from outside, through /proc.
 """
@@ -22,6 +23,7 @@ import json
 import os
 import secrets
 import shutil
+import signal
 import sys
 import time
 from collections.abc import Sequence
@@ -30,7 +32,6 @@ from functools import cache
 from glob import glob
 from importlib.metadata import version
 from pathlib import Path
-from signal import SIGKILL
 from subprocess import DEVNULL, Popen, TimeoutExpired, run
 
 from autograder.kernels.limits import Limits
@@ -59,10 +60,13 @@ def trouble() -> str:
     """Why there can be no sandbox on this machine, and what to do about it; nothing where all is well."""
     if sys.platform != "linux":
         return "learners' code is shut in by bubblewrap, which there is for Linux only: grade on a Linux machine"
-    missing = [name for name in ("bwrap", "prlimit", "setpriv") if not shutil.which(name)]
+    missing = [name for name in ("bwrap", "choom", "prlimit", "setpriv") if not shutil.which(name)]
     if missing:
         package = "bubblewrap" if "bwrap" in missing else "util-linux"
         return f"learners' code is shut in by bubblewrap, and {missing[0]} is not installed: apt install {package}"
+    found = run(["bwrap", "--version"], capture_output=True, text=True).stdout.split()[-1]
+    if tuple(map(int, found.split(".")[:2])) < (0, 8):
+        return f"learners' code is shut in by bubblewrap 0.8 or newer, and this one is {found}"
     try:
         tried = run(
             command([sys.executable, "-c", "import zmq"], Limits(), new_user()),
@@ -126,7 +130,7 @@ def command(
     `folder` is a kernel's: inside there are its connection file, and a place for its sockets.
     """
     walls = [
-        "bwrap",
+        shutil.which("bwrap") or "bwrap",  # by our own PATH
         "--die-with-parent",
         "--new-session",
         "--unshare-pid",
@@ -148,6 +152,7 @@ def command(
     walls += ["--perms", "1777", "--size", str(SHARED_MEMORY), "--tmpfs", "/dev/shm"]
     walls += ["--ro-bind", "/sys", "/sys"] if gpu else ["--ro-bind-try", "/sys/devices/system", "/sys/devices/system"]
     walls += ["--remount-ro", "/dev", "--remount-ro", "/", "--chdir", HOME, "--"]
+    walls += ["choom", "--adjust", "1000", "--"]  # where memory ends after all, the kernel is the first to go
     if user is not None:
         walls += ["setpriv", f"--reuid={user}", f"--regid={user}", "--clear-groups", "--inh-caps=-all"]
         walls += ["--bounding-set=-all", "--no-new-privs"]
@@ -209,13 +214,16 @@ class Sandbox:
     def __init__(
         self, program: Sequence[str], limits: Limits, folder: Path, env: dict[str, str], stdout=DEVNULL, stderr=DEVNULL
     ):
+        gpu = gpus(env)
         self.user = new_user()
+        self.env = environment(env, limits)
+        self.resources = resources(limits, bool(gpu))
         reader, writer = os.pipe()
-        walls = command(program, limits, self.user, folder, gpus(env))
+        walls = command(program, limits, self.user, folder, gpu)
         try:
             self.bwrap = Popen(
-                [walls[0], "--info-fd", str(writer), *walls[1:]], env=environment(env, limits),
-                cwd="/", stdin=DEVNULL, stdout=stdout, stderr=stderr, pass_fds=[writer],
+                [walls[0], "--info-fd", str(writer), *walls[1:]], env=self.env, cwd="/",
+                stdin=DEVNULL, stdout=stdout, stderr=stderr, pass_fds=[writer],
             )  # fmt: skip
         finally:
             os.close(writer)
@@ -223,17 +231,21 @@ class Sandbox:
             told = info.read()
         if not told:
             raise NoSandbox(f"bubblewrap ended at once, with exit code {self.bwrap.wait()}")
-        self.init = json.loads(told)["child-pid"]
+        init = json.loads(told)["child-pid"]
+        # By descriptors, not by numbers: a number may be another process's as soon as its own has ended.
+        self.init = os.pidfd_open(init)
+        self.program = None
         try:
-            self.pid = self._first()
+            self.pid = self._first(init)
+            self.program = os.pidfd_open(self.pid)
             self._open(folder)
         except BaseException:
             self.close()
             raise
 
-    def _first(self, patience: float = 10.0) -> int:
+    def _first(self, init: int, patience: float = 10.0) -> int:
         """The program's process, as we see it. bubblewrap starts it when all walls stand."""
-        children = Path(f"/proc/{self.init}/task/{self.init}/children")
+        children = Path(f"/proc/{init}/task/{init}/children")
         ends = time.monotonic() + patience
         while time.monotonic() < ends and self.bwrap.poll() is None:
             with suppress(OSError):
@@ -249,7 +261,18 @@ class Sandbox:
         link.unlink(missing_ok=True)
         link.symlink_to(f"/proc/{self.pid}/root{link}")
 
-    def close(self) -> None:
+    def send_signal(self, number: int) -> None:
+        """To the program."""
         with suppress(ProcessLookupError):
-            os.kill(self.init, SIGKILL)  # the first process of its namespace: the others go with it
+            signal.pidfd_send_signal(self.program, number)
+
+    def close(self) -> None:
+        if self.init is None:
+            return
+        with suppress(ProcessLookupError):
+            signal.pidfd_send_signal(self.init, signal.SIGKILL)  # the first process inside: the others go with it
         self.bwrap.wait()
+        for descriptor in (self.init, self.program):
+            if descriptor is not None:
+                os.close(descriptor)
+        self.init = self.program = None

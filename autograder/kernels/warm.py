@@ -82,13 +82,14 @@ def keep_door(connection: socket.socket) -> None:
         request = json.loads(message)
         if request["box"]:
             enter(files[2], request["box"]["user"] is None)
+        door = os.getpid()
         kernel = os.fork()
     except BaseException as error:
         with suppress(OSError):
             connection.send(json.dumps({"error": f"{type(error).__name__}: {error}"}).encode())
         os._exit(1)
     if kernel == 0:
-        run_kernel(request, files)
+        run_kernel(request, files, door)
     for file in files:
         os.close(file)
     try:
@@ -114,17 +115,23 @@ def watch(connection: socket.socket, kernel: int) -> None:
         if ended in ready:
             break
         message = connection.recv(MESSAGE)
-        with suppress(ProcessLookupError):
-            os.killpg(kernel, json.loads(message)["signal"] if message else signal.SIGKILL)
+        strike(kernel, json.loads(message)["signal"] if message else signal.SIGKILL)
         if not message:
             break
-    with suppress(ProcessLookupError):
-        os.killpg(kernel, signal.SIGKILL)  # not waited for yet, so the number is still this group's
+    strike(kernel, signal.SIGKILL)  # what it left behind
     _, status = os.waitpid(kernel, 0)
     connection.send(json.dumps({"exit": os.waitstatus_to_exitcode(status)}).encode())
 
 
-def run_kernel(request: dict, files: list[int]) -> None:
+def strike(kernel: int, number: int) -> None:
+    """Sends a signal to a kernel's group. We have not waited for it yet, so its number is nobody else's."""
+    try:
+        os.killpg(kernel, number)
+    except ProcessLookupError:  # it has no group of its own yet
+        os.kill(kernel, number)
+
+
+def run_kernel(request: dict, files: list[int], door: int) -> None:
     """Becomes the kernel. Does not return."""
     code = 1
     try:
@@ -133,15 +140,17 @@ def run_kernel(request: dict, files: list[int]) -> None:
             os.dup2(source, target)
         os.closerange(3, resource.getrlimit(resource.RLIMIT_NOFILE)[0])
         sys.stdin = open(0, closefd=False)  # noqa: SIM115
-        chosen = {name: os.environ[name] for name in ("TRITON_INTERPRET",) if name in os.environ}
+        triton = {name: value for name, value in os.environ.items() if name == "TRITON_INTERPRET"}  # it was imported so
         os.environ.clear()
-        os.environ.update(chosen | request["env"])
+        os.environ.update(triton | request["env"])
         os.chdir(request["cwd"])
         if request["box"]:
             bind(**request["box"])
         libc.prctl(SET_PDEATHSIG, signal.SIGKILL)  # after the change of user, which would clear it
-        for number in (signal.SIGINT, signal.SIGCHLD):
-            signal.signal(number, signal.default_int_handler if number == signal.SIGINT else signal.SIG_DFL)
+        if os.getppid() not in (door, 0):  # 0 is a parent outside of the sandbox
+            os._exit(1)
+        signal.signal(signal.SIGINT, signal.default_int_handler)
+        signal.signal(signal.SIGCHLD, signal.SIG_DFL)
         random.seed()
         if "numpy" in sys.modules:
             sys.modules["numpy"].random.seed()
@@ -162,6 +171,8 @@ def run_kernel(request: dict, files: list[int]) -> None:
 
 def bind(user: int | None, limits: dict[str, int]) -> None:
     """Sets the limits and gives up every right, for good."""
+    with open("/proc/self/oom_score_adj", "w") as file:
+        file.write("1000")
     for name, value in limits.items():
         resource.setrlimit(getattr(resource, f"RLIMIT_{name.upper()}"), (value, value))
     if user is not None:

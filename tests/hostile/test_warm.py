@@ -167,3 +167,4 @@ def test_what_it_is_told_of_our_environment():
     kept = provisioner.early(inside({"AWS_SECRET_ACCESS_KEY": "hunter2", "LANG": "C.UTF-8"}, LIMITS))
     assert "AWS_SECRET_ACCESS_KEY" not in kept
     assert kept["LANG"] == "C.UTF-8"
+    assert "HOME" not in kept  # the sandbox's: outside of it anyone could put a folder there
