@@ -279,9 +279,9 @@ for length, dim in [(4, 1), (9, 5), (33, 7), (2, 63)]:
 ### END HIDDEN TESTS
 
 # %% check="sinusoidal_encoding" points=1
-table = sinusoidal_encoding(100_001, 6)
-exact = [f(100_000 * 10000 ** (-2 * i / 6)) for i in range(3) for f in (math.sin, math.cos)]
-checks.close(table[100_000], torch.tensor(exact, dtype=torch.float64), what="row 100,000", hint="Compute the angles in float64: float32 is off by thousandths here", dtype=torch.float32)
+table = sinusoidal_encoding(100_001, 12)
+exact = [f(100_000 * 10000 ** (-2 * i / 12)) for i in range(6) for f in (math.sin, math.cos)]
+checks.close(table[100_000], torch.tensor(exact, dtype=torch.float64), what="row 100,000", hint="Compute the angles in float64: float32 does not hold them", dtype=torch.float32)
 ### BEGIN HIDDEN TESTS
 table = sinusoidal_encoding(60_000, 9)
 for p in (59_999, 48_611, 31_337):
@@ -563,6 +563,9 @@ plt.show()
 # Mind the last index. The query $i$ asks "what stands at distance $i - j$ from me"; the key $j$ is found by a query at distance $j - i$ **from it**: $\delta(j, i)$, not $\delta(i, j)$. The factor is $\sqrt{3d}$ because three independent sums of $d$ terms
 # have three times the variance of one, and the standard deviation of the whole is $\sqrt{3d}$.
 #
+# This is the paper's convention and the one to follow here. The released code (Microsoft's, and Hugging Face's after it) looks up $\delta(i, j)$ in the third term as well. $Q^r$ is learned, so the same model results with the rows of $Q^r$ in reverse order;
+# only whoever loads a checkpoint into the other convention finds out.
+#
 # Written naively the middle term gathers a $(S, S, d)$ tensor of vectors. Multiply first, gather afterwards: $Q^c {K^r}^\top$ is $(S, 2k)$, all that a token can ever ask of a relative position, and from each row one picks the entry for every $j$.
 #
 # ### Exercise 5 · Disentangled scores
@@ -744,10 +747,10 @@ for length, dim, base in [(1, 2, 10_000.0), (7, 6, 10_000.0), (33, 64, 500_000.0
     for name, mine, f in zip(("cos", "sin"), rope_cache(length, dim, base), (torch.cos, torch.sin), strict=True):
         checks.close(mine, f(exact), what=f"{name} of rope_cache({length}, {dim}, {base:g})", dtype=torch.float32)
 checks.close(rope_cache(9, 8)[1], rope_cache(9, 8, 10_000.0)[1], what="rope_cache without a base against base 10,000")
-cos, sin = rope_cache(100_001, 8)
-exact = torch.tensor([100_000 * 10_000 ** (-2 * i / 8) for i in range(4)], dtype=torch.float64)
-checks.close(cos[-1], exact.cos(), what="cos at position 100,000", hint="Compute the angles in float64: float32 is off by thousandths here")
-checks.close(sin[-1], exact.sin(), what="sin at position 100,000", hint="Compute the angles in float64")
+for length, dim in [(100_001, 12), (60_000, 22)]:
+    exact = torch.tensor([(length - 1) * 10_000 ** (-2 * i / dim) for i in range(dim // 2)], dtype=torch.float64)
+    for name, mine, f in zip(("cos", "sin"), rope_cache(length, dim), (torch.cos, torch.sin), strict=True):
+        checks.close(mine[-1], f(exact), what=f"{name} at position {length - 1:,}", hint="Compute the angles in float64: float32 does not hold them")
 checks.raises(ValueError, rope_cache, 4, 5, because="5 features do not form pairs")
 ### END HIDDEN TESTS
 
@@ -1391,7 +1394,9 @@ half = [checks.randn(2, 4, h, 12, generator=gen, dtype=torch.float16) for h in (
 cos, sin = (t.to(profile.device) for t in rope_cache(4, 12, 50.0))
 for name, x, y in zip(("q", "k"), half, fused_rope(*half, cos, sin), strict=True):
     assert y.dtype == torch.float16
-    checks.relative_l2(y, exact(x, cos, sin), 4e-4, what=f"{name} in float16", hint="Compute in float32; the store rounds.")
+    wanted = exact(x, cos, sin)
+    once = float((wanted.half().double() - wanted).norm() / wanted.norm())          # the error of rounding once, at the end
+    checks.relative_l2(y, wanted, 1.1 * once, what=f"{name} in float16", hint="Compute in float32; the store rounds.")
 ### END HIDDEN TESTS
 
 # %% check="rope_kernel" points=3
@@ -1410,32 +1415,32 @@ for x, o in zip((q, k), outs, strict=True):
 for batch, seq, q_heads, k_heads, head_dim, rotary, start in [(2, 3, 3, 1, 6, 6, 0), (3, 2, 5, 2, 10, 6, 3), (1, 4, 7, 7, 18, 2, 1), (2, 2, 4, 4, 8, 8, 5)]:
     table = [checks.guarded(t.to(profile.device), what=name) for t, name in zip(rope_cache(start + seq, rotary, 50.0), ("cos", "sin"), strict=True)]
     cos, sin = (t.tensor for t in table)
-    inputs = [checks.guarded(checks.randn(batch, seq, h, head_dim, generator=gen), row_pad=pad, what=name) for h, pad, name in ((q_heads, 7, "q"), (k_heads, 2, "k"))]
+    inputs = [checks.guarded(checks.randn(batch, seq + more, h, head_dim, generator=gen), row_pad=pad, what=name) for h, pad, more, name in ((q_heads, 7, 2, "q"), (k_heads, 2, 0, "k"))]
+    given = (inputs[0].tensor[:, 1:-1], inputs[1].tensor)             # queries from the middle of longer sequences: the batch stride is its own
     # One output as (batch, heads, seq, head_dim) in memory, as attention may want it, one in padded rows.
     q_out = checks.guarded(torch.full((batch, q_heads, seq, head_dim), math.nan, device=profile.device), row_pad=1, what="q_out")
     k_out = checks.guarded(torch.full((batch, seq, k_heads, head_dim), math.nan, device=profile.device), row_pad=9, what="k_out")
     views = (q_out.tensor.transpose(1, 2), k_out.tensor)
     with checks.unchanged(*(i.tensor for i in inputs)):
-        fused_rope(*(i.tensor for i in inputs), cos, sin, start, out=views)
+        fused_rope(*given, cos, sin, start, out=views)
     for buffer in (*inputs, *table, q_out, k_out):
         buffer.intact()
     half = rotary // 2
-    for name, i, y in zip(("q", "k"), inputs, views, strict=True):
-        x = i.tensor
+    for name, x, y in zip(("q", "k"), given, views, strict=True):
         z = torch.complex(x[..., :half].double(), x[..., half:rotary].double()) * torch.complex(cos.double(), sin.double())[start:start + seq, None]
         checks.relative_l2(y.clone(), torch.cat([z.real, z.imag, x[..., rotary:].double()], -1), 2e-6, what=f"{name} turned, everything in padded buffers",
                            hint=f"batch {batch}, {seq} tokens, {q_heads} heads over {k_heads}, {rotary} of {head_dim} features turned. Loads beyond an edge meet NaN here.")
 if profile.interpret:
-    # Strides of 2³⁰ elements, no memory touched: is every address where it should be?
+    # Strides of about 2³⁰ elements, no memory touched: is every address where it should be?
     q, k, q_out, k_out = (torch.zeros(1, device=profile.device) for _ in range(4))
     cos, sin = (t.to(profile.device) for t in rope_cache(4, 4, 50.0))
-    far = 2**30
+    inner, outer = (2**30, 2**30 + 64, 7), (2**30 + 1000, 2**30, 2**30 + 2000)   # (batch, seq, heads) of the inputs, of the outputs
     with traffic(dry=True) as seen:
-        rope_kernel[3, 2](q, k, q_out, k_out, cos, sin, 1, 2, 5, 3, 1, *(5 * far, far, 7) * 2, *(far, 2 * far, 3 * far) * 2,
+        rope_kernel[3, 3](q, k, q_out, k_out, cos, sin, 1, 2, 5, 3, 1, *inner * 2, *outer * 2,
                           BACKWARD=False, BLOCK_Q=4, BLOCK_K=1, BLOCK_HALF=2, BLOCK_REST=1)
-    read = {t.data_ptr() + 4 * (b * 5 * far + s * far + h * 7 + c) for t, heads in ((q, 3), (k, 1)) for b in range(2) for s in range(3) for h in range(heads) for c in range(5)}
+    read, written = ({t.data_ptr() + 4 * (b * by[0] + s * by[1] + h * by[2] + c) for t, heads in pair for b in range(3) for s in range(3) for h in range(heads) for c in range(5)}
+                     for pair, by in ((((q, 3), (k, 1)), inner), (((q_out, 3), (k_out, 1)), outer)))
     read |= {t.data_ptr() + 4 * (2 * (s + 1) + c) for t in (cos, sin) for s in range(3) for c in range(2)}
-    written = {t.data_ptr() + 4 * (b * far + s * 2 * far + h * 3 * far + c) for t, heads in ((q_out, 3), (k_out, 1)) for b in range(2) for s in range(3) for h in range(heads) for c in range(5)}
     assert set(seen.read) == read, "tokens 2³⁰ elements apart are not read where they lie. Are the program numbers 64 bits wide before they are multiplied?"
     assert set(seen.written) == written, "tokens and heads 2³⁰ elements apart are not written where they belong. Are their numbers 64 bits wide before they are multiplied?"
 ### END HIDDEN TESTS
@@ -1643,7 +1648,7 @@ class Decoder(nn.Module):
         return self.embedding.logits(self.norm(x))
 
 
-def train(kind, text, vocabulary, steps=280, batch=16, seed=0):
+def train(kind, text, vocabulary, steps=280, batch=14, seed=0):
     """A trained decoder; batches depend on the seed alone, so all kinds see the same."""
     torch.manual_seed(seed)
     model = Decoder(kind, vocabulary).to(profile.device)
