@@ -891,7 +891,7 @@ def mla_decode(q, cache, lengths, rank, scale, splits=None, blocks=None, parts=N
     return o
 
 
-def decode_by_definition(q, cache, lengths, rank, scale, value_rows=None):
+def decode_by_definition(q, cache, lengths, rank, scale):
     """The same in float64, one sequence at a time; also each row's natural log-sum-exp. A sequence of length 0 gives 0 and -inf."""
     out, lse = [], []
     for b, n in enumerate(lengths.tolist()):
@@ -1110,7 +1110,7 @@ plot.plt.show()
 # # Part II · Length: windows, and what must not leave them
 #
 # A narrower cache still grows with every token. The oldest remedy is to forget: a **sliding window** of $W$ tokens, so that query $i$ sees the keys $j$ with $i - W < j \le i$, itself among them. Cost per token is then $O(W)$, and so is the cache.
-# A layer sees $W - 1$ tokens back; what it wrote there came from $W - 1$ tokens further back. Through $n$ layers information can travel $n(W-1)$ tokens, in Mistral 7B (32 layers, $W = 4096$) 131,040. *Can*: each of the hops has to carry it on, and you will measure how little arrives.
+# A layer sees $W - 1$ tokens back; what it wrote there came from $W - 1$ tokens further back. Through $n$ layers information can travel $n(W-1)$ tokens, in Mistral 7B (32 layers, $W = 4096$) 131,040. *Can*: each of the hops has to carry it on, and a model trained with full attention has never learned to.
 #
 # Masks as in lesson 09: boolean, True = may attend, the last query aligned to the last key.
 
@@ -1142,6 +1142,18 @@ for q_len, k_len, window in [(1, 1, 1), (5, 5, 1), (1, 9, 4), (3, 8, 5), (7, 7, 
     aligned_to_start = torch.tensor([[0 <= i - j < window for j in range(k_len)] for i in range(q_len)])
     checks.close(sliding_window_mask(q_len, k_len, window), expected, what=f"sliding_window_mask({q_len}, {k_len}, {window})",
                  mistakes={"a mask aligned to the first key": aligned_to_start})
+### END HIDDEN TESTS
+
+# %% check="sliding_window_mask" points=1
+# Law: a decoding step sees what the last row of the whole sees.
+checks.close(sliding_window_mask(1, 6, 3), torch.tensor([[0, 0, 0, 1, 1, 1]]).bool(), what="one new query behind 5 cached keys, window 3",
+             mistakes={"a mask aligned to the first key": torch.tensor([[1, 0, 0, 0, 0, 0]]).bool()})
+### BEGIN HIDDEN TESTS
+for k_len, window in [(9, 1), (9, 4), (12, 9), (5, 7)]:
+    whole = sliding_window_mask(k_len, k_len, window)
+    checks.close(int(whole.sum()), sum(min(i + 1, window) for i in range(k_len)), what=f"the number of pairs of {k_len} tokens with a window of {window}")
+    for q_len in (1, 3):
+        checks.close(sliding_window_mask(q_len, k_len, window), whole[-q_len:], what=f"the last {q_len} rows of the whole, window {window}")
 checks.close(sliding_window_mask(6, 6, 6), torch.ones(6, 6).tril().bool(), what="a window as long as the text, against the causal mask")
 checks.raises(ValueError, sliding_window_mask, 3, 3, 0, because="a window of 0 sees nothing")
 assert sliding_window_mask(2, 2, 1, device=profile.device).device.type == profile.device.type, "the mask ignores its device"
@@ -1183,7 +1195,20 @@ for q_len, k_len, window, sinks in [(1, 1, 1, 4), (1, 12, 3, 4), (6, 6, 2, 4), (
             expected[i, j] = True
     checks.close(sink_mask(q_len, k_len, window, sinks), expected, what=f"sink_mask({q_len}, {k_len}, {window}, {sinks})",
                  hint="Sinks are causal too: a query before position sinks − 1 does not see all of them")
+### END HIDDEN TESTS
+
+# %% check="sink_mask" points=1
+# A stream: far from its beginning every query sees the sinks and its window, no more and no less.
+step = sink_mask(1, 1000, window=5, sinks=4)
+checks.close(step[0].nonzero()[:, 0], torch.tensor([0, 1, 2, 3, 995, 996, 997, 998, 999]), what="the keys that token 999 sees, window 5, 4 sinks")
+### BEGIN HIDDEN TESTS
+for window, sinks in [(1, 1), (3, 4), (6, 2)]:
+    whole = sink_mask(40, 40, window, sinks)
+    checks.close(whole[sinks + window:].sum(1), torch.full((40 - sinks - window,), sinks + window), what=f"the number of keys of later queries, window {window}, {sinks} sinks")
+    checks.close(sink_mask(3, 40, window, sinks), whole[-3:], what="three new queries against the last rows of the whole")
+    assert not bool(whole.triu(1).any()), "no query sees a later key, not even a sink"
 # Law: without sinks, or with a window as long as the text, the other mask is left.
+checks.close(sink_mask(9, 9, 3, 0), torch.ones(9, 9).tril().triu(-2).bool(), what="no sinks, against a plain window")
 checks.close(sink_mask(7, 7, 7, 2), torch.ones(7, 7).tril().bool(), what="sinks and a window as long as the text")
 ### END HIDDEN TESTS
 
@@ -1365,7 +1390,7 @@ for new in (100, 1, 1, 50):
 # **Longformer** (2020) has a symmetric window and **global tokens**, such as `[CLS]` or the words of a question: a global token sees everything, *and everything sees it*. Both directions matter. Only the column: all know the question, which knows nothing of the text.
 # Only the row: the question has read the text and tells nobody.
 #
-# **BigBird** (2020) adds **random** pairs, in blocks, because hardware multiplies tiles. A random graph of constant degree has a diameter of $O(\log n)$: information between any two blocks needs few layers even without passing through a global token, and the paper shows the pattern to be as expressive as full attention in the limit.
+# **BigBird** (2020) adds **random** pairs, in blocks, because hardware multiplies tiles. A random graph of constant degree has a diameter of $O(\log n)$: information between any two blocks needs few layers even without passing through a global token. (The paper's proof that such a model can still approximate every function of a sequence rests on the global tokens.)
 # A pattern is part of the model, as weights are, so the random part is drawn once, from a seed.
 
 # %% exercise="longformer_mask" minutes=8 difficulty=1
@@ -1401,11 +1426,22 @@ for length, window, special in [(1, 0, []), (7, 0, []), (9, 4, []), (12, 2, [3, 
     expected = torch.tensor([[abs(i - j) <= window // 2 or i in special or j in special for j in range(length)] for i in range(length)])
     checks.close(mask, expected, what=f"longformer_mask({length}, {window}, {special})")
     checks.close(mask, mask.T, what="the transposed mask", hint="Who is seen by i sees i")
+### END HIDDEN TESTS
+
+# %% check="longformer_mask" points=1
+checks.raises(ValueError, longformer_mask, 5, 3, because="a window of 3 neighbors has no two equal sides")
+### BEGIN HIDDEN TESTS
 # Count: a band of 2w + 1 diagonals, and full rows and columns for g tokens far from the ends and from one another.
 n, w, special = 200, 6, [50, 100, 150]
 count = n * (2 * w + 1) - w * (w + 1) + 3 * 2 * (n - (2 * w + 1)) - 3 * 2
 checks.close(int(longformer_mask(n, 2 * w, special).sum()), count, what="the number of pairs in a mask of 200 tokens")
-checks.raises(ValueError, longformer_mask, 5, 3, because="a window of 3 neighbors has no two equal sides")
+checks.raises(ValueError, longformer_mask, 5, -2, because="a window of −2 is none")
+# Reach: with one global token any two tokens are two hops apart; with a window alone, many.
+hops = longformer_mask(50, 4, [17]).double()
+assert bool((hops @ hops > 0).all()), "with a global token every token reaches every other in two hops"
+alone = longformer_mask(50, 4).double()
+reached = torch.linalg.matrix_power(alone, 5)[0] > 0
+checks.close(int(reached.sum()), 11, what="the number of tokens that token 0 reaches in five hops of two")
 ### END HIDDEN TESTS
 
 # %% exercise="bigbird_mask" minutes=20 difficulty=2
@@ -1985,11 +2021,11 @@ axes[0].get_legend().remove()
 axes[0].lines[4].set(linewidth=5, alpha=0.4)
 axes[1].lines[4].set(linewidth=5, alpha=0.4)
 distances = recall_batch(64, torch.Generator().manual_seed(4321))[1]
-reach = [100 * float((((~distances).sum(1) < n) * distances.sum(1)).sum() / distances.sum()) for n in budgets]
+reach = [100 * float((((~distances).sum(1) <= n) * distances.sum(1)).sum() / distances.sum()) for n in budgets]
 axes[0].plot(budgets, reach, "x", color="#888888", label="")
 four = budgets.index(4)
-plot.caption(fig, f"With 4 keys: indexer {found['top-k, indexer'][four][0]:.0f} % recalled, true weights {found['top-k, true weights'][four][0]:.0f} %, window {found['window'][four][0]:.0f} %. Crosses: the share of blocks "
-                  "that fit in the window, which is all that a window can do. Right: without the sink the model is wrong with confidence where it should shrug; one kept token repairs that, and brings back no memory.")
+plot.caption(fig, f"With 4 keys: indexer {found['top-k, indexer'][four][0]:.0f} % recalled, true weights {found['top-k, true weights'][four][0]:.0f} %, window {found['window'][four][0]:.0f} %. Crosses: the share of tokens whose block "
+                  "fits in the window, which is all that a window can do. Right: without the sink the model is wrong with confidence where it should shrug; one kept token repairs that, and brings back no memory.")
 plot.plt.show()
 
 # %% [markdown]
@@ -2173,8 +2209,8 @@ def reach(layers, window, n=60):
     return n - 1 - int(paths.nonzero()[0])
 
 
-assert reach(4, 5) == 16
-checks.close(answer, reach(4, 5) // 16 * 32 * 4095, what="the number of positions", mistakes={"a hop of the whole window, which includes the token itself,": 32 * 4096, "one layer": 4095})
+assert [reach(layers, window) for layers, window in ((4, 5), (3, 2), (1, 9))] == [16, 3, 8]     # layers · (window − 1)
+checks.close(answer, 131_040, what="the number of positions", mistakes={"a hop of the whole window, which includes the token itself,": 32 * 4096, "one layer": 4095})
 ### END HIDDEN TESTS
 
 # %% exercise="question_dsa" minutes=6 difficulty=2
@@ -2230,6 +2266,7 @@ checks.close(float(answer), dense_flops / (index_flops + sparse_flops), what="th
 #
 # - **DeepSeek-AI 2024**, *DeepSeek-V2*, [arXiv:2405.04434](https://arxiv.org/abs/2405.04434). Section 2.1: MLA with all its formulas, the table of cache sizes; appendix C the whole layer, appendix D the ablations against MHA and GQA.
 # - **DeepSeek-AI 2024**, *DeepSeek-V3*, [arXiv:2412.19437](https://arxiv.org/abs/2412.19437). Section 2.1.1, and section 3.4 on how it is served.
+# - **Zhao et al. 2025**, *Insights into DeepSeek-V3*, [arXiv:2505.09343](https://arxiv.org/abs/2505.09343). The cache of V3 beside that of Llama and Qwen, in bytes a token, and what the hardware makes of it.
 # - **DeepSeek-AI 2025**, *DeepSeek-V3.2*, [arXiv:2512.02556](https://arxiv.org/abs/2512.02556). Section 2: the lightning indexer, why it runs on MLA's shared entries, its two stages of training.
 # - **Beltagy et al. 2020**, *Longformer*, [arXiv:2004.05150](https://arxiv.org/abs/2004.05150). Section 3.1, the patterns; figure 2.
 # - **Zaheer et al. 2020**, *Big Bird*, [arXiv:2007.14062](https://arxiv.org/abs/2007.14062). Section 2 and figure 1; section 3 for what sparsity can and cannot express.
