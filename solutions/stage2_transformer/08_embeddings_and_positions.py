@@ -36,8 +36,8 @@
 # $$ s_{ij} = \frac{q_i \cdot k_j}{\sqrt d}, $$
 #
 # turns its scores into weights that sum to 1 with a softmax over $j$, and receives the weighted mean of the values. In a **causal** model it sees only
-# $j \le i$. Now shuffle the tokens: the same scores appear in another order, the same mean comes out. A mean does not know who came first. **Attention treats its
-# input as a set.**
+# $j \le i$. Now shuffle the tokens that it sees: the same scores appear in another order, the same mean comes out. A mean does not know who came first. **Attention
+# treats what it sees as a set.**
 #
 # So position has to be put in, and there are three places to put it.
 #
@@ -97,8 +97,8 @@ else:
 # $E$ of shape $(V, d)$, and the row is learned. Looking up row $t$ is the product of a one-hot vector with $E$, without the multiplications.
 #
 # At the other end the model has a vector $x$ of width $d$ and must score all $V$ tokens. The natural score of token $t$ is how well $x$ points along its vector: $x\cdot
-# E_t$, for all tokens at once $xE^\top$. Using the same matrix at both ends is called **tying** (Press and Wolf 2016). It saves $V\cdot d$ parameters, which for a small model is half of
-# them, and what is learned about a token as an output serves it as an input.
+# E_t$, for all tokens at once $xE^\top$. Using the same matrix at both ends is called **tying** (Press and Wolf 2016). It saves $V\cdot d$ parameters (39 of 163 million in GPT-2 small),
+# and what is learned about a token as an output serves it as an input.
 #
 # Tying raises a question of scale, and its answer is the $\sqrt d$ of the 2017 paper.
 #
@@ -200,7 +200,7 @@ for vocab, dim in [(4000, 16), (500, 256)]:
 #    that serves for every $p$: $\mathrm{PE}(p + k) = M_k\,\mathrm{PE}(p)$.
 #
 # The third wish nearly decides the matter. Shifting by $k$ and then by $l$ is shifting by $k + l$, so $M_k = M_1^k$: all of them are powers of one matrix. An eigenvalue of $M_1$ larger than 1 in
-# size blows up with $k$, one smaller than 1 dies out, so (1) leaves eigenvalues *on* the unit circle. For a real matrix these come in pairs $e^{\pm i\omega}$, and a pair acts on a
+# size blows up with $k$, one smaller than 1 dies out, so that far positions all look alike; what is left are eigenvalues *on* the unit circle. For a real matrix they come in pairs $e^{\pm i\omega}$, and a pair acts on a
 # plane as a **rotation by $\omega$**. In the right basis, then, $\mathrm{PE}(p)$ is a set of clock hands, each turning at its own speed:
 #
 # $$ \mathrm{PE}(p)_{2i} = \sin(p\,\omega_i), \qquad \mathrm{PE}(p)_{2i+1} = \cos(p\,\omega_i), \qquad \omega_i = 10000^{-2i/d}, \qquad i = 0 \dots \lceil d/2\rceil - 1 . $$
@@ -214,8 +214,8 @@ for vocab, dim in [(4000, 16), (500, 256)]:
 #
 # Similarity of two addresses depends on their distance alone, and every address is equally long.
 #
-# **A matter of precision.** In float32 a number near $10^5$ is known to $0.004$. Multiply a position of that size by a rounded frequency and the angle is off by as much: half a percent of a radian. Long-context
-# models have been caught by this. The angles here are computed in float64 and only the sines are rounded.
+# **A matter of precision.** In float32 a number near $10^5$ is known to $0.004$. Multiply a position of that size by a rounded frequency and the angle is off by as much: half a percent of a radian. With bfloat16
+# it begins at a few hundred tokens, and long-context training has been caught by it (Wang et al. 2024). The angles here are computed in float64 and only the sines are rounded.
 #
 # ### Exercise 2 · Sinusoids
 
@@ -550,9 +550,9 @@ plt.show()
 # ### DeBERTa: the cross terms
 #
 # T5 and ALiBi keep the content–content term and one number for position–position. DeBERTa (He et al. 2020) argues that the two in the middle are the interesting ones: *"deep" attends to the word right after it* is content to
-# position, and *the word right after me attends to "deep"* is position to content. It writes both with learned vectors for **relative** positions, and drops position–position, which says nothing about the words.
+# position, and *"learning" is attended to by the word right before it* is position to content. It writes both with learned vectors for **relative** positions, and drops position–position, which says nothing about the words.
 #
-# Relative positions run from $-k$ to $k$, with everything beyond clipped; with $k$ = `span` there are $2k$ of them:
+# Relative positions run from $-k$ to $k - 1$, with everything beyond clipped; with $k$ = `span` there are $2k$ of them:
 #
 # $$ \delta(i, j) = \mathrm{clip}(i - j + k,\; 0,\; 2k - 1) . $$
 #
@@ -560,10 +560,10 @@ plt.show()
 #
 # $$ s_{ij} = \frac{1}{\sqrt{3d}}\Bigl( \underbrace{Q^c_i\cdot K^c_j}_{c\to c} \;+\; \underbrace{Q^c_i\cdot K^r_{\delta(i,j)}}_{c\to p} \;+\; \underbrace{K^c_j\cdot Q^r_{\delta(j,i)}}_{p\to c} \Bigr) . $$
 #
-# Mind the last index. The query $i$ asks "what stands at distance $i - j$ from me"; the key $j$ is found by a query at distance $j - i$ **from it**: $\delta(j, i)$, not $\delta(i, j)$. The factor is $\sqrt{3d}$ because three independent sums of $d$ terms
+# Mind the last index. Whose vector it is decides whose position comes first: the query $i$ meets the relative position of $j$ as seen from $i$, which is $\delta(i, j)$; the key $j$ meets that of $i$ as seen **from $j$**, which is $\delta(j, i)$. The factor is $\sqrt{3d}$ because three independent sums of $d$ terms
 # have three times the variance of one, and the standard deviation of the whole is $\sqrt{3d}$.
 #
-# This is the paper's convention and the one to follow here. The released code (Microsoft's, and Hugging Face's after it) looks up $\delta(i, j)$ in the third term as well. $Q^r$ is learned, so the same model results with the rows of $Q^r$ in reverse order;
+# This is the paper's convention and the one to follow here. The released code (Microsoft's, as its issue 162 notes, and Hugging Face's, as the project's conformance test shows) looks up $\delta(i, j)$ in the third term as well. $Q^r$ is learned, so the same model results with the rows of $Q^r$ in reverse order;
 # only whoever loads a checkpoint into the other convention finds out.
 #
 # Written naively the middle term gathers a $(S, S, d)$ tensor of vectors. Multiply first, gather afterwards: $Q^c {K^r}^\top$ is $(S, 2k)$, all that a token can ever ask of a relative position, and from each row one picks the entry for every $j$.
@@ -688,7 +688,7 @@ checks.close(disentangled_scores(q, k, zero, zero), q @ k.mT / 3, what="the scor
 # - at $m = n = p$ the score may not depend on $p$, so $(R_p q)\cdot(R_p k) = q\cdot k$ for all $q, k$: **$R_p$ keeps lengths and angles; it is a rotation**;
 # - in general $R_m^\top R_n$ depends on $n - m$ alone, and at $m = 0$ it is $R_n$. So $R_m^\top R_n = R_{n - m}$, which gives $R_{m + n} = R_m R_n$ and hence **$R_p = R_1^p$: one rotation, applied $p$ times.**
 #
-# Every rotation of $d$ dimensions is, in a suitable basis, $d/2$ rotations of planes by angles $\omega_0, \dots, \omega_{d/2-1}$. The basis is no restriction, since $q = W_Q x$ and $k = W_K x$ come out of learned matrices that
+# Every rotation of $d$ dimensions ($d$ even, reflections left aside) is, in a suitable basis, $d/2$ rotations of planes by angles $\omega_0, \dots, \omega_{d/2-1}$. The basis is no restriction, since $q = W_Q x$ and $k = W_K x$ come out of learned matrices that
 # can take it in. What is left is this: **cut the $d$ features into pairs and turn pair $i$ by the angle $p\,\omega_i$.** That is rotary position embedding, RoPE (Su et al. 2021), and up to the choice of speeds it is the *only* linear answer. The speeds
 # are those of section 2, $\omega_i = \text{base}^{-2i/d}$ with base 10,000 (LLaMA-3 takes 500,000).
 #
@@ -952,7 +952,7 @@ plot.caption(fig, "Head of 128 features, base 10,000. The bound falls, and so do
 plt.show()
 
 # %% [markdown]
-# So decay is no law of RoPE. It happens to queries and keys whose pairs were in step at distance 0; a model that wants to look far away arranges its phases so that they come into step there (Barbero et al. 2024 find heads that do). ALiBi's decay, in contrast, is built in.
+# So decay is no law of RoPE. It happens to queries and keys whose pairs were in step at distance 0; a model that wants to look far away can arrange its phases so that they come into step there (Barbero et al. 2024 prove it for any distance, and do not find the decay at work in Gemma). ALiBi's decay, in contrast, is built in.
 #
 # ### Exercise 8 · From one layout to the other
 #
@@ -1171,7 +1171,7 @@ for name, loss in losses.items():
 # %% [markdown]
 # ## 5 · One launch for queries and keys
 #
-# Turning costs three operations for every number, and for every number two bytes must be read and two written (bfloat16). A GPU that does some 200 operations in the time of one byte has nothing to compute here: like lesson 03's gate, this is a question of moving each number
+# Turning costs three operations for every number, and for every number two bytes must be read and two written (bfloat16). An H200 does some 14 float32 operations (outside its matrix units) in the time that one byte takes, and this is less than one a byte: like lesson 03's gate, this is a question of moving each number
 # **once**. Step by step in PyTorch it is moved many times: the halves are multiplied by cosines into one temporary, by sines into another, subtracted into a third, concatenated into a fourth, all of it twice, for $q$ and for $k$, each launch on its own.
 #
 # The fused kernel, in Triton. (Lesson 03 introduces Triton; in brief: a kernel is launched as a **grid** of **programs**; each reads its number with `tl.program_id`, computes the addresses of a **block** of elements with `tl.arange`, whose size is a power of two known at compile time, and loads and stores it. Lanes beyond the edge must
@@ -1712,8 +1712,8 @@ plt.show()
 # %% [markdown]
 # **What came out.** Run it with other seeds, too: the order within $L$ and the shapes beyond it stay, the second decimal does not.
 #
-# - **Within $L$**, RoPE learns by far the fastest. ALiBi is second. Sinusoidal addresses help little, and a learned table not at all: in 280 steps its 64 rows have hardly begun to mean anything. (Trained for long, the gap closes; the 2017 paper found learned and sinusoidal
-#   positions equally good.)
+# - **Within $L$**, RoPE learns by far the fastest. ALiBi is second. Sinusoidal addresses help little, and a learned table not at all in 280 steps. (The 2017 paper, after a full training, found the two
+#   equally good.)
 # - **No positions** is not hopeless: a causal mask lets a token find out how much stands before it, since a mean over three values differs from one over fifty (Kazemnejad et al. 2023). It is poor here all the same.
 # - **Beyond $L$**, ALiBi's loss does not change. Sinusoidal jumps at once: the addresses are new, and nothing that was learned about the old ones applies. RoPE holds for some forty tokens and then does worse than no positions at all. *Relative* is not the same as *extrapolating*. Heads here have 16 features; pair 3 makes a turn in
 #   199 tokens, so within 64 it never passes 115°. At distance 110 it stands beyond 180°, on a side where no key stood in training.
@@ -1735,7 +1735,7 @@ for kind, color in (("RoPE", plot.COLORS[0]), ("sinusoidal", plot.COLORS[6])):
 ax.axvline(LENGTH, color="#888888", linestyle=":", linewidth=1.2)
 ax.set(xlabel="position in the window (bytes)", ylabel="loss (nats a byte), mean of 16 positions")
 ax.set_title("new positions, or new distances?")
-ax.legend(fontsize=8)
+ax.legend(fontsize=8, loc="center right", bbox_to_anchor=(1.0, 0.42))
 plot.caption(fig, "The same two trained models. With distances kept to those of training, RoPE's loss stays where it was, at positions it never saw. The sinusoidal model is lost either way: what it never saw are the addresses.")
 plt.show()
 
@@ -1818,8 +1818,8 @@ assert answers["cache"] == "no", "cache: a product depends on m − n. Does that
 # **3.** Your model's conversion from interleaved to half-split forgot the biases of the query projection. Every unit test of the weights passes. What would you see?
 
 # %% [markdown] answer="forgotten-bias"
-# The bias's features stand in the wrong pairs and are turned at the wrong speeds, so each score gets a wrong term of the form (bias turned)·(key turned). At distance 0, or with small biases, nothing is visible: scores at distance 0 differ only by a permuted product. Perplexity rises somewhat and the more so with distance. A test that catches it: scores of the two versions for random inputs at several positions,
-# with biases that are not zero, as the check of exercise 8 does.
+# The bias stands in the old order and meets keys whose features stand in the new one, so every score gets a wrong term, (bias)·(key), at distance 0 as well, and turned at other pairs' speeds elsewhere. How much it hurts depends on how large the biases are: LLaMA has none, and nothing is seen; Qwen2 has them in queries, keys and values. A test that catches it: scores of the two versions for random
+# inputs at several positions, with biases that are not zero, as the check of exercise 8 does.
 
 # %% [markdown]
 # **4.** ALiBi extrapolates and RoPE does not; yet most models since 2022 use RoPE. Give two reasons.
@@ -1836,10 +1836,11 @@ assert answers["cache"] == "no", "cache: a product depends on m − n. Does that
 # - **Shaw, Uszkoreit, Vaswani 2018**, [arXiv:1803.02155](https://arxiv.org/abs/1803.02155). Section 3: learned vectors for clipped distances, the beginning of the relative line.
 # - **Raffel et al. 2019**, T5, [arXiv:1910.10683](https://arxiv.org/abs/1910.10683). Section 2.1, one paragraph on the buckets.
 # - **He et al. 2020**, DeBERTa, [arXiv:2006.03654](https://arxiv.org/abs/2006.03654). Section 3.1, and algorithm 1 for the efficient form.
-# - **Su et al. 2021**, RoFormer, [arXiv:2104.09864](https://arxiv.org/abs/2104.09864). Section 3.2 derives the two-dimensional case, 3.4.3 the bound.
+# - **Su et al. 2021**, RoFormer, [arXiv:2104.09864](https://arxiv.org/abs/2104.09864). Section 3.2, with the derivation in 3.4.1 and the bound in 3.4.3.
 # - **Press, Smith, Lewis 2021**, ALiBi, [arXiv:2108.12409](https://arxiv.org/abs/2108.12409). Figure 1, and section 3 on the slopes.
 # - **Kazemnejad et al. 2023**, *The Impact of Positional Encoding on Length Generalization in Transformers*, [arXiv:2305.19466](https://arxiv.org/abs/2305.19466). Models without positions, and how they count.
 # - **Barbero et al. 2024**, *Round and Round We Go! What makes Rotary Positional Encodings useful?*, [arXiv:2410.06205](https://arxiv.org/abs/2410.06205). Decay is not what RoPE is for: fast pairs make positional heads, slow pairs carry content.
+# - **Wang et al. 2024**, *When Precision Meets Position: BFloat16 Breaks Down RoPE in Long-Context Training*, [arXiv:2411.13476](https://arxiv.org/abs/2411.13476). What rounding does to the relative property.
 #
 # In production: Hugging Face transformers, `models/llama/modeling_llama.py` (`LlamaRotaryEmbedding`, `apply_rotary_pos_emb`; half-split) and the weight conversion script beside it (`permute`), `models/t5/modeling_t5.py` (`_relative_position_bucket`), `models/deberta_v2/modeling_deberta_v2.py`, `models/bloom/modeling_bloom.py` (ALiBi). Kernels:
 # `linkedin/Liger-Kernel` (`src/liger_kernel/ops/rope.py`), `Dao-AILab/flash-attention` (`flash_attn/ops/triton/rotary.py`), vLLM's `csrc/pos_encoding_kernels.cu`.
