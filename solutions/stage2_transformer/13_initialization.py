@@ -34,7 +34,7 @@
 # activations grow by a factor in every layer until they overflow. Too small, and they fade, and the gradient with them. Between the two lies a scale that
 # neither grows nor fades, and for most layers it can be written down in one line.
 #
-# That takes care of the first step. Three questions remain that the one line does not answer, and each has cost somebody a large training run:
+# That takes care of the first step. Three questions remain that the one line does not answer, and each can cost a large training run:
 #
 # - **Depth.** A residual network adds up what its branches return. With a hundred branches, how large may each be?
 # - **Width.** The best learning rate of a small model is too high for a large one. Can the initialization be arranged so that it stays the same?
@@ -381,7 +381,7 @@ for i, (name, (kind, std)) in enumerate(cases.items()):
 axes[0].set(yscale="log", xlabel="layer", ylabel="mean square of the activations")
 axes[0].set_title("without normalization")
 axes[0].legend(fontsize=8)
-for i, (name, std) in enumerate({"$\\sigma^2 = 1/n$": 1 / 8, "$\\sigma^2 = 1/(n\\,L)$: GPT-2's scaling": 1 / 8 / 60**0.5}.items()):
+for i, (name, std) in enumerate({"$\\sigma^2 = 1/n$": 1 / 8, "$\\sigma^2 = 1/(60\\,n)$: GPT-2's scaling": 1 / 8 / 60**0.5}.items()):
     for _ in range(5):
         predicted, measured = forward_variance(60, 64, std, "prenorm", pixels, g)
         axes[1].plot(measured, color=plot.COLORS[i], linestyle="-", linewidth=0.8, alpha=0.45)
@@ -389,8 +389,8 @@ for i, (name, std) in enumerate({"$\\sigma^2 = 1/n$": 1 / 8, "$\\sigma^2 = 1/(n\
 axes[1].set(xlabel="layer", ylabel="mean square of the residual stream")
 axes[1].set_title("residual with pre-norm")
 axes[1].legend(fontsize=8)
-plot.caption(fig, "Thick: predicted; thin: five random networks of width 64 each. Left, logarithmic: each factor per layer becomes a power of the depth. Kaiming keeps the expectation of a ReLU network "
-                  "at 1, but single networks wander off and mostly sink. Right, linear: behind a norm the stream grows by the same amount in each layer, and dividing σ² by the depth bounds the total.")
+plot.caption(fig, "Thick: predicted; thin: five random networks of width 64 each. Left, logarithmic: each factor per layer becomes a power of the depth. At 1 two predictions lie on each other: "
+                  "Kaiming keeps the expectation of a ReLU network, but single networks wander off and mostly sink. Right, linear: behind a norm the stream grows by the same amount in each layer, and dividing σ² by the depth bounds the total.")
 plot.plt.show()
 
 # %% [markdown]
@@ -409,7 +409,7 @@ plot.plt.show()
 # standard deviation of each branch's *last* matrix by $1/\sqrt{2L}$ and the sum is $q_0 + s^2$ for every depth.
 #
 # This is what the GPT-2 report says in half a sentence (weights of residual layers are scaled by $1/\sqrt N$, with $N$ the number of residual layers), and what its descendants do: standard deviation 0.02 for everything, $0.02/\sqrt{2L}$ for
-# the projections that write into the stream. Why 0.02? It is about $1/\sqrt{n}$ at $n = 2500$, a compromise for the widths of that family, 768 to 1600, and has been copied ever since. Section 6 is about what to do with the width properly.
+# the projections that write into the stream. Why 0.02? It is $1/\sqrt{n}$ at $n = 2500$, the right order for the widths of that family, 768 to 1600; it has been copied ever since, for other widths too. Section 6 is about what to do with the width properly.
 #
 # Here is the model of this lesson, a small GPT with a few switches for the experiments.
 
@@ -574,7 +574,7 @@ assert not torch.equal(models[0].blocks[0].mlp.fc_in.weight, models[0].blocks[1]
 # ## 4 · The way back: gradients by layer
 #
 # A gradient that vanishes or explodes shows in one picture: the norm of $\partial\ell/\partial y$ at the output $y$ of each layer. PyTorch hands you these outputs through **hooks**, functions that a module calls after each forward pass. A hook stays until
-# it is removed. One that is left behind keeps every activation alive and runs in every later step; it is the usual reason why a notebook slows down and runs out of memory.
+# it is removed. One that is left behind keeps every activation alive and runs in every later step; it is a common reason why a notebook grows slower and runs out of memory.
 
 # %% exercise="gradient_norms" minutes=25 difficulty=2
 def gradient_norms(model: nn.Module, loss: Callable[[], Tensor], kinds: tuple[type[nn.Module], ...] = (nn.Linear,)) -> dict[str, float]:
@@ -738,7 +738,7 @@ assert hooks_of(model) == 1, "after an error in loss() the hooks are still on th
 # %% [markdown]
 # ## 5 · DeepNorm: a hundred layers with post-norm
 #
-# Post-norm, $x \leftarrow \mathrm{LN}(x + f(x))$, is the original Transformer. It often ends at a better loss than pre-norm when it trains at all, and deep stacks of it do not train. **DeepNorm** (Wang et al. 2022) repairs it with two constants:
+# Post-norm, $x \leftarrow \mathrm{LN}(x + f(x))$, is the original Transformer. Where it trains it is often reported to end better than pre-norm, and deep stacks of it do not train. **DeepNorm** (Wang et al. 2022) repairs it with two constants:
 #
 # $$ x \leftarrow \mathrm{LN}(\alpha\,x + f(x)), \qquad \text{the matrices of } f \text{ initialized smaller by a factor } \beta . $$
 #
@@ -900,14 +900,14 @@ for kind in kinds:
 
 # %% [markdown]
 # The flat curve is the derivation come true, over a factor of 16 in depth. Pre-norm's grows about in proportion to the depth: GPT-2's factor makes the branch *small*, but a step on the last matrix of a branch, whose input is not small, is as effective as ever, and there are $2L$ of
-# them. It starts so much lower that no harm is done at this depth. Plain post-norm grows by one to two orders of magnitude (it depends much on the seed), and this is what warm-up has to hide.
+# them. It starts so much lower that no harm is done at this depth. Plain post-norm grows by a factor of tens to hundreds (it depends much on the seed), and this is what warm-up has to hide.
 #
 # Biases and norms were left out of the step. They are not initialized smaller by anything, so their share of the change grows with depth in all three stacks.
 
 # %% [markdown]
 # ## 6 · Width: µP
 #
-# Tune the learning rate at width 256, train at width 8192 with the same rate, and the run diverges. The initialization is not at fault, it kept every mean square. The *updates* did not.
+# Tune the learning rate at width 256, train at width 8192 with the same rate, and the run is likely to diverge. The initialization is not at fault, it kept every mean square. The *updates* did not.
 #
 # Take a hidden layer $y = Wx$ with $n$ inputs of size about 1. Adam divides the gradient by its own size, so each entry of $W$ moves by about $\eta$: $\Delta W_{ij} = -\eta\,\mathrm{sign}(g_{ij})$ to a first approximation. For one example the gradient is an outer
 # product, $g_{ij} = \delta_i x_j$, and then
@@ -920,8 +920,8 @@ for kind in kinds:
 # - **Hidden matrices** (both sides grow with the width): $\sigma \propto 1/\sqrt n$, Adam's rate $\propto 1/n$.
 # - **Input matrices and embeddings** (only the output side grows): an output sums over a fixed number of inputs. Nothing depends on $n$.
 # - **Vectors** (biases, the gains of norms): one parameter for each feature, no sum at all. Nothing depends on $n$.
-# - **The output matrix** (only the input side grows): logits sum over $n$ aligned terms, so update *and* weights must be worth $1/n$. One can shrink its rate and its standard deviation by $1/n$; or leave both alone and multiply the logits by $1/n$. The second is what is done, because it also
-#   keeps Adam's $\varepsilon$ and weight decay in the right proportion. At initialization the terms are not yet aligned and the logits shrink like $1/\sqrt n$; that is harmless, and after a few steps it is over.
+# - **The output matrix** (only the input side grows): logits sum over $n$ aligned terms, so update *and* weights must be worth $1/n$. One can shrink its rate and its standard deviation by $1/n$; or leave both alone and multiply the logits by $1/n$. The second is easier to implement, and it goes together
+#   with tied embeddings, since the matrix itself is then treated like an input. At initialization the terms are not yet aligned and the logits shrink like $1/\sqrt n$; that is harmless, and after a few steps it is over.
 # - **Attention scores** $q\cdot k$ (when heads get wider): after some training queries and keys are correlated, and their product is a sum of $d_k$ terms of one sign. So $1/d_k$, not $1/\sqrt{d_k}$ (lesson 09 has the case of random ones).
 #
 # Relative to a base model, in which everything is as you like it, with $r = $ width / base:
@@ -933,7 +933,7 @@ for kind in kinds:
 # | output | 1 | 1 | ? |
 # | attention scores (on top of $1/\sqrt{d_k}$) | – | – | ? |
 #
-# (This is Table 8 of the paper, from the reader's side. Other tables look different and are the same network: multiplying a weight by $c$ forward is the same as multiplying its standard deviation and, under Adam, its learning rate by $c$.)
+# (This is Table 8 of the paper, relative to a base model, and what the package `mup` implements. Other tables look different and are the same network: multiplying a weight by $c$ forward is the same as multiplying its standard deviation and, under Adam, its learning rate by $c$.)
 
 # %%
 class Multipliers(NamedTuple):
@@ -973,7 +973,7 @@ def mup_scale(width: int, base: int) -> dict[str, Multipliers]:
 
 # %%
 def mup_network(table: dict[str, Multipliers], width: int, base: int, generator: torch.Generator) -> tuple[list[Tensor], list[dict], Callable]:
-    """A network for 8×8 digits with two hidden matrices, made from a table of multipliers: (parameters, groups for Adam, forward)."""
+    """A network from 64 numbers to 10 logits with two hidden matrices, made from a table: (parameters, groups for Adam, forward)."""
     shapes = {"input": (width, 64), "hidden": (width, width), "hidden 2": (width, width), "output": (10, width), "vector": (width,)}
     base_std = {"input": 1 / 8, "hidden": (2 / base) ** 0.5, "hidden 2": (2 / base) ** 0.5, "output": base**-0.5, "vector": 0.0}
     params = {name: (base_std[name] * table[name.split()[0]].init * torch.randn(*shape, generator=generator)).requires_grad_() for name, shape in shapes.items()}
@@ -988,10 +988,9 @@ def mup_network(table: dict[str, Multipliers], width: int, base: int, generator:
     return list(params.values()), groups, forward
 
 
-def changes(params: list[Tensor], groups: list[dict], forward: Callable, steps: int = 4, batch: int = 32) -> dict[str, float]:
+def changes(params: list[Tensor], groups: list[dict], forward: Callable, generator: torch.Generator, steps: int = 4) -> dict[str, float]:
     """How far a few updates of Adam move the activations of each layer (root mean square): a coordinate check."""
-    images, labels = data.digits()
-    x, y = images[:batch].flatten(1) * 2, labels[:batch]
+    x, y = torch.randn(32, 64, generator=generator), torch.randint(0, 10, (32,), generator=generator)
     optimizer = torch.optim.Adam(groups)
     with torch.no_grad():
         before = forward(x)
@@ -1025,8 +1024,7 @@ for width, base in [(64, 64), (256, 64), (1024, 64), (96, 128), (768, 32)]:
 # The law itself: four updates of Adam change the activations by as much at width 1024 as at width 64.
 moved = {}
 for width in (64, 1024):
-    g = checks.generator(40)
-    moved[width] = changes(*mup_network(mup_scale(width, 64), width, 64, g))
+    moved[width] = changes(*mup_network(mup_scale(width, 64), width, 64, checks.generator(40)), checks.generator(45))
 for name, narrow in moved[64].items():
     ratio = moved[1024][name] / narrow
     assert 0.4 < ratio < 2.5, (
@@ -1036,7 +1034,7 @@ for name, narrow in moved[64].items():
 for base in (32, 128):
     moved = {}
     for width in (base, 4 * base):
-        sizes = [changes(*mup_network(mup_scale(width, base), width, base, checks.generator(41 + i))) for i in range(3)]
+        sizes = [changes(*mup_network(mup_scale(width, base), width, base, checks.generator(41 + i)), checks.generator(46 + i)) for i in range(3)]
         moved[width] = {name: sum(size[name] for size in sizes) / 3 for name in sizes[0]}
     for name, narrow in moved[base].items():
         ratio = moved[4 * base][name] / narrow
@@ -1220,7 +1218,7 @@ for ax, (name, lines) in zip(axes, sizes.items(), strict=True):
     plot.curves(widths, lines, logx=True, logy=True, xlabel="width", ylabel="change after 4 updates (rms)", title=name, ax=ax)
 axes[1].set_ylabel("")
 axes[1].get_legend().remove()
-plot.caption(fig, "A one-block GPT on text, four updates of Adam with learning rate 0.01. Left: the wider the model, the larger the change that the same learning rate makes. Right: flat from 64 to 1024.")
+plot.caption(fig, "A one-block GPT on text, four updates of Adam with learning rate 0.01. Left: the wider the model, the larger the change that the same learning rate makes. Right: flat, or nearly, from 64 to 1024.")
 plot.plt.show()
 
 # %% [markdown]
@@ -1273,14 +1271,14 @@ for ax, (name, lines) in zip(axes, final.items(), strict=True):
 axes[0].set_ylim(2.6, 3.9)
 axes[1].set_ylabel("")
 plot.caption(fig, "Loss over the last 20 of 60 updates against the learning rate; a dot marks the best. Left: the wider, the further left. Right: the dots stand (nearly) above each other, and at every "
-                  "learning rate wider is better or as good.")
+                  "learning rate wider is better or about as good.")
 plot.plt.show()
 for name, lines in final.items():
     print(name + ":", ", ".join(f"{width} best at 2^{int(math.log2(rates[min(range(len(rates)), key=losses.__getitem__)]))} with {min(losses):.2f}" for width, losses in lines.items()))
 
 # %% [markdown] answer="predict-transfer"
-# In the standard parametrization the best rate falls by about a factor of 4 over a factor of 16 in width, less than the 16 that the hidden matrices alone would need: the embedding and the biases, which want the old rate, pull against it, so one rate for all is a compromise that suits nobody. This is why the
-# wide µP model also ends lower than the wide standard model at its best rate, and not merely at a rate that is known in advance.
+# In the standard parametrization the best rate falls by about a factor of 4 over a factor of 16 in width, less than the 16 that the hidden matrices alone would need: the embedding and the biases, which want the old rate, pull against it, so one rate for all is a compromise that suits nobody. That is the likely reason why the
+# wide µP model also ends lower than the wide standard model at its best rate, and does not merely spare you the search.
 
 # %% [markdown]
 # What transfers, and what does not: the optimum over *width*, for a fixed depth, batch size and number of steps. Change one of these and the rate has to be found again, or other rules have to be added. How much of the benefit at scale comes from which part of the table is still being sorted out:
@@ -1438,7 +1436,7 @@ checks.close(attention_entropy(half), torch.distributions.Categorical(probs=half
 #
 # $$ \varepsilon \;\longrightarrow\; \text{const}\cdot\varepsilon^3 \;\longrightarrow\; \text{const}\cdot\varepsilon^9 \;\longrightarrow\; \cdots \;\longrightarrow\; \text{const}\cdot\varepsilon^{3^L}: $$
 #
-# the number of zeros triples with every layer. This is the *doubly exponential* rate of Dong et al. (2021), who prove it as a bound. A residual connection, $X' = X + \dots$, keeps $\varepsilon$ itself in the sum, and the argument is over. An MLP works on each token for itself; it can stretch differences by a factor, but a factor against a
+# the number of zeros triples with every layer. This is the *doubly exponential* rate of Dong et al. (2021), who prove it as a bound. A residual connection, $X' = X + \dots$, keeps $\varepsilon$ itself in the sum, and the argument no longer applies. An MLP works on each token for itself; it can stretch differences by a factor, but a factor against a
 # third power loses.
 #
 # float64 resolves $10^{-16}$, which is three layers. The cell below carries $c$ and the $r_i$ separately, and computes $P - \bar P$ with `expm1`, so that differences of $10^{-200}$ keep their digits.
@@ -1734,7 +1732,7 @@ for rows, columns, gamma in [(4, 6, 0.7), (5, 3, 1.8)]:
 
     expected = torch.autograd.grad((expected_output(w, scalar) * pull).sum(), [w, scalar])
     through = torch.autograd.grad((expected_output(w, scalar, u=(lambda a: a / a.norm())(w @ layer.v)) * pull).sum(), w)[0]
-    detached = torch.autograd.grad((x @ (gamma / float(u @ w @ v) * w).T * pull).sum(), w)[0]
+    detached = torch.autograd.grad((x @ (gamma / (u @ w @ v).item() * w).T * pull).sum(), w)[0]
     (layer(x) * pull).sum().backward()
     checks.close(layer.weight.grad, expected[0], what="the gradient of the weight after one step", rtol=1e-8, mistakes={"a detached σ": detached, "a gradient through the power iteration": through})
     checks.close(layer.gamma.grad, expected[1], what="the gradient of γ after one step", rtol=1e-8)
@@ -1781,7 +1779,7 @@ def train_gpt(lr: float, warmup: int = 0, steps: int = 120, **options) -> dict[s
     g, log = torch.Generator().manual_seed(1), {"loss": [], "entropy": [], "gradient": []}
     for step in range(1, steps + 1):
         optimizer.param_groups[0]["lr"] = lr * min(1.0, step / max(1, warmup))
-        loss = text_loss(model, *windows(16, 32, g))
+        loss = text_loss(model, *windows(12, 32, g))
         optimizer.zero_grad()
         loss.backward()
         with torch.no_grad():
@@ -1808,18 +1806,18 @@ axes[0].set_ylim(0, 1.05)
 plot.curves(range(5, 117), {name: smooth(log["loss"]) for name, log in runs.items()}, xlabel="update", ylabel="loss (nats a character, mean of 9)", title="loss", ax=axes[1])
 axes[1].get_legend().remove()
 axes[1].axhline(plateau, color="#888888", linewidth=1, linestyle=":")
-axes[1].annotate("character frequencies only", (117, plateau), textcoords="offset points", xytext=(0, 3), fontsize=8, ha="right")
+axes[1].annotate("dotted: character frequencies only", (117, 3.95), fontsize=8, ha="right")
 axes[1].set_ylim(2.4, 4.2)
-plot.caption(fig, "A GPT of width 64 on text. The high learning rate drives the entropy down within a few dozen updates. Warm-up delays that; QK-norm and σReparam prevent it. The loss tells its own story: see the text.")
+plot.caption(fig, "A GPT of width 64 on text. The high learning rate drives the entropy down within a few dozen updates. Warm-up delays that; QK-norm and σReparam prevent it. Of the four runs at the high rate only σReparam ends as low as the run at the low one.")
 plot.plt.show()
 for name, log in runs.items():
     print(f"{name:12s} entropy {log['entropy'][-1]:.2f}, loss {sum(log['loss'][-15:]) / 15:.2f}, gradient of the query and key matrices {sum(log['gradient'][-15:]) / 15:.3f}")
 
 # %% [markdown]
-# The entropy behaves as the paper says. At ten times the sensible rate it falls to a tenth and stays there: heads that look at one key each, whichever won early. Warm-up buys time and no more, since the rate after it is the same. QK-norm and σReparam hold the entropy up.
+# The entropy behaves as the paper says. At ten times the sensible rate it falls to a quarter of its maximum or much less, and stays there: heads that look at one or two keys each, whichever won early. Warm-up buys time and little more, since the rate after it is the same. QK-norm and σReparam hold the entropy up.
 #
-# The loss does not simply follow. σReparam at the high rate is as good as the plain model at the low one, so the collapse could be prevented *and* training saved. QK-norm prevents the collapse just as well and ends worst: at this rate the other matrices are thrown about too, and they have no protection. So at this size low
-# entropy goes with bad training and is not the whole cause of it. Two things that the paper shows do not happen here: nothing diverges (pre-norm and 120 updates are forgiving), and one would not pick warm-up as a cure. It is one seed and a tiny model; change the seed and see which of these sentences survive.
+# The loss does not simply follow. σReparam at the high rate ends as low as the plain model at the sensible one, so the collapse could be prevented *and* training saved. QK-norm prevents the collapse too and ends no better than the run without protection: at this rate the other matrices are thrown about as well, and it does nothing for them. So at this size low entropy
+# goes with bad training and is not the whole cause of it. Two things that larger models show do not happen here: nothing diverges (pre-norm and 120 updates are forgiving), and nobody would call warm-up a cure. Three seeds agreed on every sentence of these two paragraphs; the order of the bad runs among each other changed.
 #
 # ## 10 · Experiment: two phases of training from small weights
 #
@@ -1876,7 +1874,7 @@ plot.caption(fig, "One attention head learns to tell the digit 1 from 7. The val
 plot.plt.show()
 
 # %% [markdown]
-# Both stages are there, separated by a plateau on which a look at the loss says "converged". Two cautions. With a single output, the gradient of $W_V$ *is* an outer product, so its condensation is no surprise here; in the paper it is more than that. And it takes small weights: set `std` to 0.3 and the stages run into each other.
+# Both stages are there, separated by a plateau on which a look at the loss says "converged". Two cautions. With a single output, the gradient of $W_V$ *is* an outer product, so its condensation is no surprise here; in the paper it is more than that. And it takes small weights: set `std` to 0.3, and the stages run into each other and neither matrix comes near rank one.
 #
 # ## Key questions
 #
