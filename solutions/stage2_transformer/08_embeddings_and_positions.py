@@ -1556,7 +1556,11 @@ if profile.name == "gpu" and not profile.interpret:
     functions = {"your kernel": lambda *t: FusedRoPE.apply(*t, 0), "torch.compile": torch.compile(eager), "eager": eager}
     found = {"copy": [triton.testing.do_bench(lambda: target.copy_(both), quantiles=[0.5, 0.2, 0.8])] * 2}
     for name, function in functions.items():
-        out = function(q, k, cos, sin)
+        try:
+            out = function(q, k, cos, sin)
+        except RuntimeError as error:                                # a compiler that is not set up on this machine
+            print(f"{name}: {str(error).splitlines()[0]}")
+            continue
         found[name] = [triton.testing.do_bench(f, quantiles=[0.5, 0.2, 0.8]) for f in (
             lambda f=function: f(q, k, cos, sin), lambda o=out: torch.autograd.grad(o, (q, k), arriving, retain_graph=True))]
     fig, axes = plt.subplots(1, 2, figsize=(9.5, 3.4), sharey=True)
@@ -1610,7 +1614,7 @@ class Layer(nn.Module):
         super().__init__()
         self.norm1, self.norm2 = nn.RMSNorm(WIDTH), nn.RMSNorm(WIDTH)
         self.qkv, self.out = nn.Linear(WIDTH, 3 * WIDTH, bias=False), nn.Linear(WIDTH, WIDTH, bias=False)
-        self.up, self.down = nn.Linear(WIDTH, 4 * WIDTH), nn.Linear(4 * WIDTH, WIDTH)
+        self.up, self.down = nn.Linear(WIDTH, 2 * WIDTH), nn.Linear(2 * WIDTH, WIDTH)
 
     def forward(self, x, table, bias):
         q, k, v = self.qkv(self.norm1(x)).unflatten(-1, (3 * HEADS, -1)).transpose(1, 2).chunk(3, dim=1)
@@ -1648,7 +1652,7 @@ class Decoder(nn.Module):
         return self.embedding.logits(self.norm(x))
 
 
-def train(kind, text, vocabulary, steps=280, batch=14, seed=0):
+def train(kind, text, vocabulary, steps=320, batch=14, seed=0):
     """A trained decoder; batches depend on the seed alone, so all kinds see the same."""
     torch.manual_seed(seed)
     model = Decoder(kind, vocabulary).to(profile.device)
@@ -1679,7 +1683,7 @@ documents = data.scrub(documents, held_out)
 text, fresh = (torch.tensor(list("\n\n".join(part.values()).encode())) for part in (documents, held_out))
 letters = torch.cat([text, fresh]).unique()                          # the bytes that occur, numbered
 text, fresh = torch.searchsorted(letters, text), torch.searchsorted(letters, fresh)
-starts = torch.randint(len(fresh) - LONG, (192, 1), generator=torch.Generator().manual_seed(1))
+starts = torch.randint(len(fresh) - LONG, (144, 1), generator=torch.Generator().manual_seed(1))
 windows = fresh[starts + torch.arange(LONG + 1)]
 curves, trained = {}, {}
 for kind in KINDS:
@@ -1705,17 +1709,17 @@ axes[1].plot(x, outside, "D", color=plot.COLORS[1], markeredgecolor="black", mar
 axes[1].set(xticks=x, xticklabels=KINDS, xlim=(-0.5, len(KINDS) - 0.5), ylabel="loss (nats a byte)", ylim=(min(inside) - 0.1, max(outside) + 0.25))
 axes[1].set_title("inside and far outside")
 axes[1].legend(loc="upper left", fontsize=8)
-plot.caption(fig, "Held-out documentation, 192 windows; what moves all curves alike is the text. RoPE is best within the length it was trained on and worst far beyond it; ALiBi goes on as if nothing had happened. Sinusoidal positions jump at L. "
+plot.caption(fig, "Held-out documentation, 144 windows; what moves all curves alike is the text. RoPE is best within the length it was trained on and behind the model without positions far beyond it; ALiBi goes on as if nothing had happened. Sinusoidal positions jump at L. "
                   "The learned table did nothing for this model: its curve is that of no positions.")
 plt.show()
 
 # %% [markdown]
 # **What came out.** Run it with other seeds, too: the order within $L$ and the shapes beyond it stay, the second decimal does not.
 #
-# - **Within $L$**, RoPE learns by far the fastest. ALiBi is second. Sinusoidal addresses help little, and a learned table not at all in 280 steps. (The 2017 paper, after a full training, found the two
+# - **Within $L$**, RoPE learns by far the fastest. ALiBi is second. Sinusoidal addresses help little, and a learned table not at all in 320 steps. (The 2017 paper, after a full training, found the two
 #   equally good.)
 # - **No positions** is not hopeless: a causal mask lets a token find out how much stands before it, since a mean over three values differs from one over fifty (Kazemnejad et al. 2023). It is poor here all the same.
-# - **Beyond $L$**, ALiBi's loss does not change. Sinusoidal jumps at once: the addresses are new, and nothing that was learned about the old ones applies. RoPE holds for some forty tokens and then does worse than no positions at all. *Relative* is not the same as *extrapolating*. Heads here have 16 features; pair 3 makes a turn in
+# - **Beyond $L$**, ALiBi's loss does not change. Sinusoidal jumps at once: the addresses are new, and nothing that was learned about the old ones applies. RoPE holds for some fifty tokens and ends up worse than no positions at all. *Relative* is not the same as *extrapolating*. Heads here have 16 features; pair 3 makes a turn in
 #   199 tokens, so within 64 it never passes 115°. At distance 110 it stands beyond 180°, on a side where no key stood in training.
 #
 # That last sentence is a hypothesis, and it can be tested without any training. If new **distances** are the trouble and not new **positions**, then a RoPE model that may look back only 63 tokens must be well at any position. A sinusoidal model must not be helped by that. Predict, then run.
