@@ -1512,7 +1512,7 @@ scale = torch.logspace(-2, 6, 25, base=2)
 x0 = F.layer_norm(torch.randn(len(alphabet), d, generator=g)[ids[5000:5000 + seq]] + torch.randn(seq, d, generator=g), (d,))
 matrices = [[torch.randn(draws, d, d, generator=g) / d**0.5 for _ in range(3)] for _ in range(4)]  # several stacks side by side
 normal_scores = torch.randn(300, seq, generator=g)
-entropies = {"first layer, measured": [], "independent normal scores": [], "$\log T - s^2/2$": (math.log(seq) - scale**2 / 2).clamp(min=0)}
+entropies = {"first layer, measured": [], "independent normal scores": [], "$\\log T - s^2/2$": (math.log(seq) - scale**2 / 2).clamp(min=0)}
 spreads = {"1 layer": [], "4 layers": [], "4 layers with residual": []}
 for s in scale.tolist():
     entropies["independent normal scores"].append(float(attention_entropy((s * normal_scores).softmax(-1)).mean()))
@@ -1531,7 +1531,7 @@ fig, axes = plot.plt.subplots(1, 2, figsize=(11, 3.8))
 for ax, lines, ylabel, title in ((axes[0], entropies, "entropy (nats)", "entropy"), (axes[1], spreads, "spread of the tokens", "distance from equal tokens")):
     plot.curves(scale, lines, logx=True, xlabel="standard deviation of the scores, $s$", ylabel=ylabel, title=title, ax=ax)
     ax.axvline(math.sqrt(2 * math.log(seq)), color="#888888", linewidth=1, linestyle=":")
-plot.caption(fig, "256 characters, untrained attention layers; means over six stacks; the dotted line is $\sqrt{2\log T}$. Small scores: every row is an average, and without a residual the tokens collapse. Large scores: "
+plot.caption(fig, "256 characters, untrained attention layers; means over six stacks; the dotted line is $\\sqrt{2\\log T}$. Small scores: every row is an average, and without a residual the tokens collapse. Large scores: "
                   "the entropy is gone, and a stack of four layers keeps its tokens apart. A residual makes the left end usable.")
 plot.plt.show()
 
