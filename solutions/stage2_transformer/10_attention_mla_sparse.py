@@ -776,11 +776,12 @@ def combine_kernel(
     lse = tl.load(lse_ptr + row * splits + s, mask=s < splits, other=float("-inf"))
     top = tl.max(lse, axis=0)
     top = tl.where(top == float("-inf"), 0.0, top)                # an empty sequence: -inf - -inf would be NaN
-    share = tl.exp2(lse - top)
-    total = tl.sum(share, axis=0)
-    inside = (s[:, None] < splits) & (cols[None, :] < RANK)
-    parts = tl.load(parts_ptr + (row * splits + s[:, None]) * RANK + cols[None, :], mask=inside, other=0.0)
-    o = tl.sum(parts * share[:, None], axis=0) / tl.where(total == 0.0, 1.0, total)
+    total = tl.sum(tl.exp2(lse - top), axis=0)
+    acc = tl.zeros((BLOCK_R,), tl.float32)
+    for i in range(0, splits):                                    # one part at a time: hundreds of them would not fit in registers
+        share = tl.exp2(tl.load(lse_ptr + row * splits + i) - top)
+        acc += share * tl.load(parts_ptr + (row * splits + i) * RANK + cols, mask=cols < RANK, other=0.0)
+    o = acc / tl.where(total == 0.0, 1.0, total)
     tl.store(o_ptr + row * RANK + cols, o.to(o_ptr.dtype.element_ty), mask=cols < RANK)
 
 

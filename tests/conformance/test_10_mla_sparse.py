@@ -434,7 +434,7 @@ def compile_for_hopper() -> None:
             f"mla_decode_kernel, blocks of {heads} heads: {'tensor cores' if cores else 'no tensor cores'}, "
             f"{shared} bytes of shared memory"
         )
-    compiled(lesson.combine_kernel, {"RANK": 512, "BLOCK_R": 512, "BLOCK_S": 16}, 4)
+    compiled(lesson.combine_kernel, {"RANK": 512, "BLOCK_R": 512, "BLOCK_S": 256}, 4)
     print("combine_kernel: compiled")
 
 
