@@ -99,7 +99,7 @@ def table(training: dict[str, str], held_out: dict[str, str], folder: Path) -> s
     return "\n".join(lines)
 
 
-def samples(folder: Path, size: str = "small", temperature: float = 0.7, length: int = 160) -> str:
+def samples(folder: Path, size: str = "small", temperature: float = 0.85, length: int = 160) -> str:
     """What the model writes after each of PROMPTS, in Markdown. The prompt comes first in each block."""
     model, tokenizer = load(size, folder)
     generator = torch.Generator(profile.device).manual_seed(0)
