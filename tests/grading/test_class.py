@@ -124,7 +124,7 @@ def test_exit_3_when_the_grader_fails(project, capsys):
 
     assert grade_class(project / "class", project / "out", jobs=1, engine=engine, unsafe=tiny.UNSAFE) == 3
     rows = (project / "out" / "grades.csv").read_text(encoding="utf-8").splitlines()
-    assert [row.split(",")[5] for row in rows[1:]] == ["unreadable", "fault"]
+    assert [row.split(",")[6] for row in rows[1:]] == ["unreadable", "fault"]
     assert "The grader failed on bob 99_tiny" in capsys.readouterr().err
 
 

@@ -327,7 +327,7 @@ def test_tables(graded):
     assert not raw.startswith(b"\xef\xbb\xbf")
     rows = {row["student"]: row for row in csv.DictReader(raw.decode().splitlines())}
     assert list(next(iter(rows.values()))) == [
-        "student", "stage", "lesson", "score", "max_score", "status", "seconds", "flags"
+        "student", "stage", "lesson", "score", "max_score", "late_penalty", "status", "seconds", "flags"
     ]  # fmt: skip
     assert rows["李雷 =1+2"]["score"] == "8"
     assert "'=cmd()" in rows  # a spreadsheet must not evaluate it
