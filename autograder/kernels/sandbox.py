@@ -8,7 +8,7 @@ What is guaranteed to hold for everything that runs in a `Sandbox`:
   can be written from inside, and none is left behind.
 - It has no network but its own loopback, sees and signals no process but its own, and knows of our environment only
   the variables that KEPT names.
-- It ends with us: when this process dies, however it dies, everything inside is killed.
+- It ends with us: when the thread that started it ends, and be it killed, everything inside is killed.
 - Each process's memory, the size of a file and the number of processes are limited (see Limits). Started by root it
   runs as a user of its own, one that owns nothing here: root itself is bound by no limit of processes.
 - Where the machine's memory ends all the same, it is the first to be killed.
@@ -46,7 +46,8 @@ USERS = 0x70000000  # the first of 2^27 user numbers that no distribution gives 
 SYSTEM = ["/usr", "/bin", "/lib", "/lib32", "/lib64", "/libx32", "/sbin"]
 SETTINGS = ["/etc/alternatives", "/etc/fonts", "/etc/ld.so.cache", "/etc/ld.so.conf", "/etc/ld.so.conf.d",
             "/etc/localtime"]  # fmt: skip
-DEVICES = ["/dev/nvidia*", "/dev/nvidia-caps/*", "/dev/dri", "/dev/kfd", "/dev/dxg"]  # GPUs; nothing on other machines
+DRIVERS = ["/dev/nvidiactl", "/dev/kfd", "/dev/dxg"]  # NVIDIA's, AMD's, Windows' for its Linux
+DEVICES = ["/dev/nvidia*", "/dev/nvidia-caps/*", "/dev/kfd", "/dev/dri", "/dev/dxg"]
 KEPT = ("LANG", "LC_", "TZ", "OMP_", "OPENBLAS_", "MKL_", "LD_LIBRARY_PATH", "LLM40_", "TRITON_", "CUDA_", "NVIDIA_",
         "PYTHONHASHSEED", "PYTHONSAFEPATH", "PYTHONNOUSERSITE", "NBGRADER_EXECUTION")  # fmt: skip
 
@@ -111,7 +112,7 @@ def environment(env: dict[str, str], limits: Limits) -> dict[str, str]:
 
 def gpus(env: dict[str, str]) -> list[str]:
     """The GPUs' devices, if the kernel is to have them. (Written from the documentation: no GPU was at hand.)"""
-    if env.get("LLM40_PROFILE") == "cpu" or env.get("CUDA_VISIBLE_DEVICES") == "":
+    if env.get("LLM40_PROFILE") == "cpu" or env.get("CUDA_VISIBLE_DEVICES") == "" or not any(map(glob, DRIVERS)):
         return []
     return sorted(path for pattern in DEVICES for path in glob(pattern))
 

@@ -11,7 +11,9 @@ from pathlib import Path
 import nbformat
 import pytest
 import tiny
+from typer.testing import CliRunner
 
+from autograder.cli import app
 from autograder.execute import Limits
 from autograder.grading import grade as module
 from autograder.grading.engine import run_tasks
@@ -19,6 +21,7 @@ from autograder.grading.grade import UsageError, find_class, grade_class, read_m
 from autograder.grading.pages import UNSAFE
 from autograder.grading.rebuild import blank
 from autograder.grading.task import Result, Task, grade
+from autograder.kernels.limits import MB
 from autograder.kernels.manager import Kernels
 
 pytestmark = pytest.mark.xdist_group("grading")
@@ -148,6 +151,17 @@ def test_unsafe_is_said_everywhere(project, capsys, monkeypatch):
     assert capsys.readouterr().out.count(UNSAFE) == 2
     for page in ("report.html", f"feedback/ann/{tiny.STAGE}/{tiny.LESSON}.html"):
         assert UNSAFE in (project / "out" / page).read_text(encoding="utf-8")
+
+
+def test_limits_of_the_command_line(monkeypatch):
+    given = {}
+    monkeypatch.setattr(module, "grade_class", lambda **options: given.update(options) or 0)
+    options = "--cell-seconds 5 --notebook-seconds 50 --memory 2000 --processes 99 --file-size 7 --folder-size 8"
+    assert CliRunner().invoke(app, ["grade", *options.split(), "--unsafe"]).exit_code == 0
+    limits = Limits(cell=5, notebook=50, memory=2000 * MB, processes=99, file=7 * MB, folder=8 * MB)
+    assert (given["limits"], given["unsafe"]) == (limits, True)
+    assert CliRunner().invoke(app, ["grade"]).exit_code == 0
+    assert (given["limits"], given["unsafe"]) == (Limits(), False)
 
 
 # --- the engine -----------------------------------------------------------------------------------------------

@@ -145,7 +145,7 @@ def test_40_gb_of_memory(fault, source):
 
 
 def test_40_gb_in_a_tensor(fault):
-    outcome = fault("import torch\ntorch.zeros(10**10)")
+    outcome = fault("import torch\ntorch.zeros(10**10)", replace(LIMITS, cell=40))
     assert (outcome.status, outcome.ename) == ("error", "RuntimeError")
     assert "can't allocate memory" in outcome.evalue
 
