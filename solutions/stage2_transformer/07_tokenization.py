@@ -12,7 +12,7 @@
 #     title: "Tokenization"
 #     title_zh: "Tokenization 深度解析"
 #     builds: "A byte-level BPE tokenizer like GPT-2's, trained, encoding and decoding; WordPiece; Unigram with its two dynamic programs; and a measurement of who pays for the vocabulary."
-#     minutes: 210
+#     minutes: 240
 #     requires: [5]
 #     gpu: "Nothing: this lesson is strings, dictionaries and heaps."
 #     papers:
@@ -101,7 +101,10 @@ def library_merges(pieces: list[str], number: int) -> list[tuple[bytes, bytes]]:
         tokenizers.trainers.BpeTrainer(vocab_size=256 + number, show_progress=False, initial_alphabet=[chr(256 + byte) for byte in range(256)]),
     )
     pairs = [tuple(bytes(ord(c) - 256 for c in token) for token in pair) for pair in json.loads(bpe.to_str())["model"]["merges"]]
-    return list({left + right: (left, right) for left, right in reversed(pairs)}.values())[::-1]  # each new token once
+    first: dict[bytes, tuple[bytes, bytes]] = {}
+    for left, right in pairs:
+        first.setdefault(left + right, (left, right))  # a token that two merges spell counts once
+    return list(first.values())
 
 
 @dataclass
@@ -365,7 +368,7 @@ for name, text in sample:
 #
 # Start with every piece of the text as a list of bytes. Count each pair of neighbors over the whole text, join the most frequent pair everywhere into a new token, and repeat until the
 # vocabulary is full. Why is that a good idea? A pair that stands $c$ times without overlaps shortens the text by $c$ tokens when it is joined. **BPE is greedy compression**: each new entry of the vocabulary is the one
-# that saves most at that moment. (Greedy is not optimal; finding the best merges is NP-hard.)
+# that saves most at that moment. (Greedy is not optimal. Finding the best list of merges is NP-complete, Whittington et al. 2024.)
 #
 # ### The mathematics: what one merge changes
 #
@@ -411,6 +414,12 @@ def merge_pair(symbols: list, pair: tuple, merged) -> list:
     ### END SOLUTION
 
 
+# %% [markdown]
+# <details><summary>Hint: a <code>for</code> loop does not fit</summary>
+#
+# After a match the position moves on by two, otherwise by one: a `while` loop with its own index. And mind the last symbol, which has no right neighbor.
+# </details>
+
 # %% check="merge_pair" points=1
 given = [1, 1, 1, 2]
 got = merge_pair(given, (1, 1), 9)
@@ -440,7 +449,7 @@ assert merge_pair([b"l", b"o", b"w"], (b"l", b"o"), b"lo") == [b"lo", b"w"], "sy
 #
 # One more rule makes the vocabulary a list without repetitions: a pair whose two tokens together spell a token that already exists (`ab·c` when `a·bc` was made before) is passed over.
 
-# %% exercise="train_bpe" minutes=60 difficulty=3
+# %% exercise="train_bpe" minutes=50 difficulty=3
 def train_bpe(text: str, vocab_size: int, special_tokens: list[str]) -> list[tuple[bytes, bytes]]:
     """Byte-level BPE: the merges in the order in which they were made.
 
@@ -689,23 +698,48 @@ lengths, words = [], {piece: [bytes([b]) for b in piece.encode()] for piece in l
 frequency = Counter(library_pieces(text))
 for pair in merges:
     lengths.append(sum(len(symbols) * frequency[piece] for piece, symbols in words.items()))
-    words = {p: merge_pair(s, pair, pair[0] + pair[1]) if pair[1] in s else s for p, s in words.items()}
+    words = {
+        p: merge_pair(s, pair, pair[0] + pair[1]) if pair[1] in s else s for p, s in words.items()
+    }
 saved = [before - after for before, after in pairwise(lengths)]
 
 fig, axes = plot.plt.subplots(1, 2, figsize=(11, 3.9))
-plot.curves(numbers, {"recounting": recounting, "incremental": incremental},
-            xlabel="merges", ylabel="lines of Python executed", logx=True, logy=True,
-            title="Work of the training", ax=axes[0])
+plot.curves(
+    numbers,
+    {"recounting": recounting, "incremental": incremental},
+    xlabel="merges",
+    ylabel="lines of Python executed",
+    logx=True,
+    logy=True,
+    title="Work of the training",
+    ax=axes[0],
+)
 axes[1].plot(range(1, len(saved) + 1), saved, ".", markersize=4, color=plot.COLORS[0])
-axes[1].set(xscale="log", yscale="log", xlabel="number of the merge", ylabel="tokens saved in the text")
+axes[1].set(
+    xscale="log", yscale="log", xlabel="number of the merge", ylabel="tokens saved in the text"
+)
 axes[1].set_title("What each merge saves")
 for i in (0, 1, 4, 19, 99):
-    axes[1].annotate((merges[i][0] + merges[i][1]).decode(errors="replace").replace(" ", "·"), (i + 1, saved[i]),
-                     xytext=(4, 5), textcoords="offset points", fontsize=9, family="monospace")
+    axes[1].annotate(
+        (merges[i][0] + merges[i][1]).decode(errors="replace").replace(" ", "·"),
+        (i + 1, saved[i]),
+        xytext=(4, 5),
+        textcoords="offset points",
+        fontsize=9,
+        family="monospace",
+    )
 axes[1].set_ylim(top=2 * saved[0])
-plot.caption(fig, f"Left: for {numbers[-1]} merges the recounting trainer takes {recounting[-1] / incremental[-1]:.0f} times the steps of the incremental one, and "
-                  "its line goes on in proportion to the merges, while the other is mostly the first count. Right: the first merges save most, and the gain falls by more than "
-                  "two powers of ten within 600 merges. (· is a space.)")
+plot.caption(
+    fig,
+    f"Left: for {numbers[-1]} merges the recounting trainer takes "
+    f"{recounting[-1] / incremental[-1]:.0f} times the steps of the incremental one, and "
+    "its line goes on in proportion to the merges, while the other grows by less with each "
+    "merge: later pairs stand in fewer words. Right: the first merges save most; number "
+    f"{len(saved)} saves "
+    f"{saved[0] / saved[-1]:.0f} times less than number 1. Points below the curve are runs of "
+    "one sign, such as -- and **: counted at every place, merged at every second. (· is a "
+    "space.)",
+)
 plot.plt.show()
 
 # %% [markdown]
@@ -879,6 +913,12 @@ def decode(ids: list[int], tokenizer: Tokenizer) -> str:
     ### END SOLUTION
 
 
+# %% [markdown]
+# <details><summary>Hint: two tables</summary>
+#
+# `tokenizer.tokens` is a list of bytes, `tokenizer.special` maps text to ids: turn it round first. Python's lists accept −1 as an index, so look at the range before you look up.
+# </details>
+
 # %% check="decode" points=2
 tokenizer = Tokenizer([(b"\xf0", b"\x9f"), (b"h", b"i")], ["<|end|>"])
 got = decode([257, 32, 256, 0x99, 0x82, 258], tokenizer)
@@ -928,6 +968,12 @@ def encode_chat(messages: list[dict[str, str]], tokenizer: Tokenizer) -> list[in
     ### END SOLUTION
 
 
+# %% [markdown]
+# <details><summary>Hint: which ids may come from where</summary>
+#
+# Only two ids of each message are above all merges, and neither comes out of `encode`.
+# </details>
+
 # %% check="encode_chat" points=2
 tokenizer = Tokenizer([(b"h", b"i")], ["<|start|>", "<|end|>"])
 got = encode_chat([{"role": "user", "content": "hi"}], tokenizer)
@@ -972,9 +1018,25 @@ def token_boxes(ax, rows: list[tuple[str, list[str]]], title: str = "") -> None:
         x = 0.0
         for i, token in enumerate(tokens):
             shown = token.replace(" ", "·").replace("\n", "↵")
-            ax.add_patch(plot.plt.Rectangle((x, -y - 0.36), len(token) + 0.5, 0.72, facecolor=tints[i % 4],
-                                            edgecolor="#555555", linewidth=0.7))
-            ax.text(x + (len(token) + 0.5) / 2, -y, shown, ha="center", va="center", family="monospace", fontsize=9)
+            ax.add_patch(
+                plot.plt.Rectangle(
+                    (x, -y - 0.36),
+                    len(token) + 0.5,
+                    0.72,
+                    facecolor=tints[i % 4],
+                    edgecolor="#555555",
+                    linewidth=0.7,
+                )
+            )
+            ax.text(
+                x + (len(token) + 0.5) / 2,
+                -y,
+                shown,
+                ha="center",
+                va="center",
+                family="monospace",
+                fontsize=9,
+            )
             x += len(token) + 0.7
         ax.text(-0.6, -y, label, ha="right", va="center", fontsize=9)
     ax.set(xlim=(0, widest), ylim=(-len(rows) + 0.4, 0.6))
@@ -986,7 +1048,9 @@ english, english_held_out = data.split(data.deduplicate(data.documentation()))
 code, code_held_out = data.split(data.source_code())
 lines = [line for text in data.chinese_text().values() for line in text.split("\n")]
 chinese = "\n".join(line for i, line in enumerate(lines) if i % 10)
-mixture = "<|endoftext|>".join(["\n".join(english.values()), "\n".join(code.values())[:500_000], chinese])
+mixture = "<|endoftext|>".join(
+    ["\n".join(english.values()), "\n".join(code.values())[:500_000], chinese]
+)
 merges = train_bpe(mixture, 256 + 4096 + 1, ["<|endoftext|>"])
 tokenizer = Tokenizer(merges, ["<|endoftext|>"])
 
@@ -1001,8 +1065,12 @@ while True:
     symbols = merge_pair(symbols, best, best[0] + best[1])
 fig, ax = plot.plt.subplots(figsize=(8.4, 0.38 * len(rows) + 0.5))
 token_boxes(ax, rows, title="“ representation”, merge by merge")
-plot.caption(fig, "The ranks rise from row to row: a merge that needs a longer part was made later than the merges that made the part. "
-                  f"{len(rows) - 1} merges, {len(rows[-1][1])} token{'s' * (len(rows[-1][1]) > 1)} at the end.")
+plot.caption(
+    fig,
+    "The ranks rise from row to row: a merge that needs a longer part was made later than the "
+    "merges that made the part. "
+    f"{len(rows) - 1} merges, {len(rows[-1][1])} token{'s' * (len(rows[-1][1]) > 1)} at the end.",
+)
 plot.plt.show()
 
 # %% [markdown]
@@ -1029,20 +1097,40 @@ sizes = [0, 64, 128, 256, 512, 1024, 2048, 4096]
 english_only = Tokenizer(train_bpe("\n".join(english.values()), 256 + 4096, []))
 fig, axes = plot.plt.subplots(1, 2, figsize=(11, 4), sharey=True)
 final = {}
-for ax, (title, full) in zip(axes, {"trained on the mixture": tokenizer, "trained on English alone": english_only}.items(), strict=True):
+for ax, (title, full) in zip(
+    axes,
+    {"trained on the mixture": tokenizer, "trained on English alone": english_only}.items(),
+    strict=True,
+):
     results = {name: [] for name in [*held_out, "numbers"]}
     for size in sizes:
         shorter = Tokenizer(full.merges[:size])
         for name, text in held_out.items():
             results[name].append(bytes_per_token(text, shorter))
-        results["numbers"].append(sum(map(len, literals)) / sum(len(encode(literal, shorter)) for literal in literals))
-    plot.curves([256 + size for size in sizes], results, xlabel="vocabulary size (256 bytes + merges)",
-                ylabel="bytes per token" if ax is axes[0] else "", title=title, logx=True, ax=ax)
+        results["numbers"].append(
+            sum(map(len, literals)) / sum(len(encode(literal, shorter)) for literal in literals)
+        )
+    plot.curves(
+        [256 + size for size in sizes],
+        results,
+        xlabel="vocabulary size (256 bytes + merges)",
+        ylabel="bytes per token" if ax is axes[0] else "",
+        title=title,
+        logx=True,
+        ax=ax,
+    )
     final[title] = {name: values[-1] for name, values in results.items()}
 mixed, alone = final.values()
-plot.caption(fig, f"Held-out text. At 4,352 entries the mixture gives {mixed['English']:.1f} bytes a token on English, {mixed['Python code']:.1f} on code, {mixed['Chinese']:.1f} on Chinese and "
-                  f"{mixed['numbers']:.1f} digits on numbers. Trained on English alone, Chinese stays at {alone['Chinese']:.1f} and code falls to {alone['Python code']:.1f}, while English gains "
-                  f"{100 * (alone['English'] / mixed['English'] - 1):.0f} %. On the logarithmic axis most lines are nearly straight: each doubling of the vocabulary adds about the same, so the same gain costs twice as many entries each time.")
+plot.caption(
+    fig,
+    f"Held-out text. At 4,352 entries the mixture gives {mixed['English']:.1f} bytes a token on "
+    f"English, {mixed['Python code']:.1f} on code, {mixed['Chinese']:.1f} on Chinese and "
+    f"{mixed['numbers']:.1f} digits on numbers. Trained on English alone, Chinese stays at "
+    f"{alone['Chinese']:.1f} and code falls to {alone['Python code']:.1f}, while English gains "
+    f"{100 * (alone['English'] / mixed['English'] - 1):.0f} %. On the logarithmic axis most "
+    "lines are nearly straight: each doubling of the vocabulary adds about the same, so the "
+    "same gain costs twice as many entries each time.",
+)
 plot.plt.show()
 
 # %% [markdown]
@@ -1054,22 +1142,49 @@ plot.plt.show()
 # A number is a piece, and its digits are merged like letters: by frequency. The picture shows all numbers from 1000 to 9999. **Predict:** which ones are a single token in a vocabulary learned from documentation and source code?
 
 # %% tags=["experiment"]
-pieces_of = {number: [tokenizer.tokens[i].decode() for i in encode(str(number), tokenizer)] for number in range(1000, 10_000)}
-grid = torch.tensor([[len(pieces_of[100 * row + column]) for column in range(100)] for row in range(10, 100)])
+pieces_of = {
+    number: [tokenizer.tokens[i].decode() for i in encode(str(number), tokenizer)]
+    for number in range(1000, 10_000)
+}
+grid = torch.tensor(
+    [[len(pieces_of[100 * row + column]) for column in range(100)] for row in range(10, 100)]
+)
 patterns = Counter("+".join(str(len(token)) for token in tokens) for tokens in pieces_of.values())
 single = [number for number, tokens in pieces_of.items() if len(tokens) == 1]
 
 fig, axes = plot.plt.subplots(1, 2, figsize=(11, 4.6), width_ratios=(1.35, 1))
-image = axes[0].imshow(grid, cmap=plot.plt.get_cmap("Greys", 4), vmin=0.5, vmax=4.5, aspect="auto",
-                       extent=(-0.5, 99.5, 99.5, 9.5), interpolation="nearest")
+image = axes[0].imshow(
+    grid,
+    cmap=plot.plt.get_cmap("Greys", 4),
+    vmin=0.5,
+    vmax=4.5,
+    aspect="auto",
+    extent=(-0.5, 99.5, 99.5, 9.5),
+    interpolation="nearest",
+)
 fig.colorbar(image, ax=axes[0], label="tokens", ticks=[1, 2, 3, 4])
 axes[0].set(xlabel="last two digits", ylabel="first two digits", title="Tokens of the number")
 axes[0].grid(False)
 common = patterns.most_common(8)
-axes[1].barh([name for name, _ in common][::-1], [100 * count / 9000 for _, count in common][::-1], color=plot.COLORS[0])
-axes[1].set(xlabel="% of the numbers from 1000 to 9999", ylabel="digits of the tokens, from the left", title="How they are cut")
-plot.caption(fig, f"Numbers from 1000 to 9999 without a space before them. {len(single)} of them are one token, and {sum(1950 <= number <= 2049 for number in single)} of these lie between 1950 and 2049: years, of which the Chinese lines are full. "
-                  f"The others are cut in {len(patterns)} ways, by which of their digits happen to stand together often: 1234 is {'·'.join(pieces_of[1234])}, 1235 is {'·'.join(pieces_of[1235])}, 4321 is {'·'.join(pieces_of[4321])}.")
+axes[1].barh(
+    [name for name, _ in common][::-1],
+    [100 * count / 9000 for _, count in common][::-1],
+    color=plot.COLORS[0],
+)
+axes[1].set(
+    xlabel="% of the numbers from 1000 to 9999",
+    ylabel="digits of the tokens, from the left",
+    title="How they are cut",
+)
+plot.caption(
+    fig,
+    f"Numbers from 1000 to 9999 without a space before them. {len(single)} of them are one "
+    f"token, and {sum(1950 <= number <= 2049 for number in single)} of these lie between 1950 "
+    "and 2049: years, of which the Chinese lines are full. "
+    f"The others are cut in {len(patterns)} ways, by which of their digits happen to stand "
+    f"together often: 1234 is {'·'.join(pieces_of[1234])}, 1235 is {'·'.join(pieces_of[1235])}, "
+    f"4321 is {'·'.join(pieces_of[4321])}.",
+)
 plot.plt.show()
 
 # %% [markdown]
@@ -1081,11 +1196,15 @@ plot.plt.show()
 # %% tags=["experiment"]
 def groups_of_three(digits: str, from_right: bool) -> list[str]:
     first = len(digits) % 3 if from_right else 0
-    return [digits[:first]] * (first > 0) + [digits[i:i + 3] for i in range(first, len(digits), 3)]
+    return [digits[:first]] * (first > 0) + [
+        digits[i : i + 3] for i in range(first, len(digits), 3)
+    ]
 
 
 schemes = {
-    "learned by BPE": lambda digits: [tokenizer.tokens[i].decode() for i in encode(digits, tokenizer)],
+    "learned by BPE": lambda digits: [
+        tokenizer.tokens[i].decode() for i in encode(digits, tokenizer)
+    ],
     "threes from the left": lambda digits: groups_of_three(digits, False),
     "threes from the right": lambda digits: groups_of_three(digits, True),
     "single digits": list,
@@ -1106,7 +1225,7 @@ draw = random.Random(0)
 
 def some_number() -> int:
     digits = draw.randint(4, 7)
-    return draw.randrange(10 ** (digits - 1), 10 ** digits)
+    return draw.randrange(10 ** (digits - 1), 10**digits)
 
 
 problems = [(some_number(), some_number()) for _ in range(2000)]
@@ -1121,15 +1240,26 @@ for name, cut in schemes.items():
 
 a, b = 1234567, 89012
 fig, axes = plot.plt.subplots(1, 2, figsize=(11, 2.6), width_ratios=(1.5, 1))
-rows = [(name, [*cut(str(a)), " + ", *cut(str(b)), " = ", *cut(str(a + b))]) for name, cut in schemes.items()]
+rows = [
+    (name, [*cut(str(a)), " + ", *cut(str(b)), " = ", *cut(str(a + b))])
+    for name, cut in schemes.items()
+]
 token_boxes(axes[0], rows, title="The same sum, four ways")
 axes[1].barh(list(aligned)[::-1], list(aligned.values())[::-1], color=plot.COLORS[0])
-axes[1].set(xlabel="% of the sums with all columns aligned", xlim=(0, 112), title="Aligned (rows as at the left)")
+axes[1].set(
+    xlabel="% of the sums with all columns aligned",
+    xlim=(0, 112),
+    title="Aligned (rows as at the left)",
+)
 axes[1].set_yticks([])
 for y, value in enumerate(list(aligned.values())[::-1]):
     axes[1].text(value + 1, y, f"{value:.0f}", va="center", fontsize=9)
-plot.caption(fig, f"{len(problems):,} random sums. Threes from the right and single digits align always. Threes from the left align only when the three lengths agree modulo 3; "
-                  f"the learned cuts align in {aligned['learned by BPE']:.0f} % of the sums.")
+plot.caption(
+    fig,
+    f"{len(problems):,} random sums. Threes from the right and single digits align always. "
+    "Threes from the left align only when the three lengths agree modulo 3; "
+    f"the learned cuts align in {aligned['learned by BPE']:.0f} % of the sums.",
+)
 plot.plt.show()
 
 # %% [markdown]
@@ -1163,6 +1293,12 @@ def wordpiece_tokenize(word: str, vocab: set[str], unknown: str = "[UNK]", max_c
     return pieces
     ### END SOLUTION
 
+
+# %% [markdown]
+# <details><summary>Hint: longest first</summary>
+#
+# For a fixed start, try the ends from `len(word)` down. The first entry found is the longest. No way back: if it leads into a dead end, the word is `[UNK]`.
+# </details>
 
 # %% check="wordpiece_tokenize" points=2
 vocab = {"un", "una", "##able", "##ble", "##a"}
@@ -1449,22 +1585,31 @@ checks.raises(ValueError, unigram_expected_counts, "aaab", {"a": -1.0}, because=
 # %% [markdown]
 # ### Experiment: one sentence, three tokenizers
 #
-# All three trained on the documentation, each with about 1,000 entries. BPE and Unigram are yours: Unigram starts with the frequent substrings of the words and alternates your expected counts with throwing away the least used third, single characters excepted. WordPiece's vocabulary comes from the `tokenizers` library
+# All three trained on the documentation, each with about 1,000 entries. BPE and Unigram are yours: Unigram starts with the frequent substrings of the words and alternates your expected counts with throwing away the least used third, single characters excepted. (Kudo ranks tokens by how much the likelihood falls without them; the expected count
+# is a cheaper stand-in.) WordPiece's vocabulary comes from the `tokenizers` library
 # (whose trainer, by the way, picks pairs by frequency, as BPE does), and your function cuts with it.
 
 # %% tags=["experiment"]
 documents = "\n".join(english.values())
 size = 1000
-bpe = Tokenizer(train_bpe(documents, 256 + size - 96, []))  # of the bytes, about 96 ever occur in this text
+bpe = Tokenizer(
+    train_bpe(documents, 256 + size - 96, [])
+)  # of the bytes, about 96 ever occur in this text
 
 words = Counter(re.findall(r"[A-Za-z]+", documents))
 library = tokenizers.Tokenizer(tokenizers.models.WordPiece(unk_token="[UNK]"))
 library.pre_tokenizer = tokenizers.pre_tokenizers.Whitespace()
-library.train_from_iterator([" ".join(words.elements())], tokenizers.trainers.WordPieceTrainer(
-    vocab_size=size, show_progress=False, special_tokens=["[UNK]"]))
+library.train_from_iterator(
+    [" ".join(words.elements())],
+    tokenizers.trainers.WordPieceTrainer(
+        vocab_size=size, show_progress=False, special_tokens=["[UNK]"]
+    ),
+)
 wordpieces = set(library.get_vocab())
 
-marked = Counter({"▁" + word: times for word, times in words.most_common(2500)})  # ▁ is the space before the word
+marked = Counter(
+    {"▁" + word: times for word, times in words.most_common(2500)}
+)  # ▁ is the space before the word
 seeds = Counter()
 for word, times in marked.items():
     for i in range(len(word)):
@@ -1483,15 +1628,25 @@ while True:
         break
     keep = max(size - len(characters), 2 * len(log_probs) // 3)
     ranked = [token for token, _ in expected.most_common() if token not in characters][:keep]
-    kept = {token: expected[token] for token in ranked} | {token: max(expected[token], 1e-3) for token in characters}
+    kept = {token: expected[token] for token in ranked} | {
+        token: max(expected[token], 1e-3) for token in characters
+    }
 
 sentence = "An unhandled exception terminates the interpreter unexpectedly"
 cut = {
     "BPE": [bpe.tokens[i].decode() for i in encode(" " + sentence, bpe)],
-    "WordPiece": [piece for word in sentence.split() for piece in wordpiece_tokenize(word, wordpieces)],
-    "Unigram": [piece for word in sentence.split() for piece in unigram_viterbi("▁" + word, log_probs)[0]],
+    "WordPiece": [
+        piece for word in sentence.split() for piece in wordpiece_tokenize(word, wordpieces)
+    ],
+    "Unigram": [
+        piece for word in sentence.split() for piece in unigram_viterbi("▁" + word, log_probs)[0]
+    ],
 }
-unseen = [word for word in re.findall(r"[A-Za-z]{2,}", "\n".join(english_held_out.values())) if set(word) <= characters][:4000]
+unseen = [
+    word
+    for word in re.findall(r"[A-Za-z]{2,}", "\n".join(english_held_out.values()))
+    if set(word) <= characters
+][:4000]
 per_word = {
     "BPE": sum(len(encode(" " + word, bpe)) for word in unseen),
     "WordPiece": sum(len(wordpiece_tokenize(word, wordpieces)) for word in unseen),
@@ -1499,13 +1654,19 @@ per_word = {
 }
 fig, ax = plot.plt.subplots(figsize=(11, 1.5))
 token_boxes(ax, list(cut.items()), title="One sentence, three tokenizers of about 1,000 entries")
-plot.caption(fig, "Tokens per word on held-out text: " + ", ".join(f"{name} {count / len(unseen):.2f}" for name, count in per_word.items())
-                  + ". BPE writes the space as part of a word's first token (·), Unigram too (▁); WordPiece marks what continues a word (##).")
+plot.caption(
+    fig,
+    "Tokens per word on held-out text: "
+    + ", ".join(f"{name} {count / len(unseen):.2f}" for name, count in per_word.items())
+    + ". BPE spends entries on signs and digits, which the other two never saw. It writes the "
+      "space as part of a word's first token (·), Unigram too (▁); WordPiece marks what "
+      "continues a word (##).",
+)
 plot.plt.show()
 
 # %% [markdown]
-# What only Unigram can give: the other segmentations, and how sure it is. Sampling from them during training shows a model the same word in different clothes (**subword regularization**, the subject of Kudo's paper), so that a misspelling or a rare cut does not come as a surprise. Since EM makes the model rather sure of itself, one draws from $P(\mathbf{x})^{a}/\sum P^{a}$ with an exponent $a < 1$, which flattens the distribution; the paper
-# tries values from 0.1 to 0.5.
+# What only Unigram can give: the other segmentations, and how sure it is. Sampling from them during training shows a model the same word in different clothes (**subword regularization**, the subject of Kudo's paper), so that a misspelling or a rare cut does not come as a surprise. Since EM makes the model rather sure of itself, one draws from $P(\mathbf{x})^{a}/\sum P^{a}$ with an exponent $a < 1$, which flattens the distribution; 0.1 to
+# 0.5 are usual.
 
 # %% tags=["experiment"]
 fig, axes = plot.plt.subplots(1, 3, figsize=(11, 2.9))
@@ -1518,17 +1679,40 @@ for ax, word in zip(axes, ["▁unexpectedly", "▁iterators", "▁the"], strict=
             candidates.append((sum(log_probs[token] for token in tokens), tokens))
     log_z, _ = unigram_expected_counts(word, log_probs)
     best = sorted(candidates, reverse=True)[:5]
-    ax.barh(range(len(best)), [100 * math.exp(score - log_z) for score, _ in best], color="#9ecae9", label="a = 1")
+    ax.barh(
+        range(len(best)),
+        [100 * math.exp(score - log_z) for score, _ in best],
+        color="#9ecae9",
+        label="a = 1",
+    )
     flat = math.fsum(math.exp(0.2 * score) for score, _ in candidates)
-    ax.plot([100 * math.exp(0.2 * score) / flat for score, _ in best], range(len(best)), "|", color="black",
-            markersize=16, markeredgewidth=2, label="a = 0.2")
+    first_share = 100 * math.exp(0.2 * best[0][0]) / flat
+    ax.plot(
+        [100 * math.exp(0.2 * score) / flat for score, _ in best],
+        range(len(best)),
+        "|",
+        color="black",
+        markersize=16,
+        markeredgewidth=2,
+        label="a = 0.2",
+    )
     for y, (_, tokens) in enumerate(best):
         ax.text(34, y, " ".join(tokens), va="center", fontsize=9, family="monospace")
-    ax.set(ylim=(4.6, -0.6), xlim=(0, 104), xlabel="posterior probability (%)", title=f"{len(candidates)} segmentations of {word[1:]}")
+    ax.set(
+        ylim=(4.6, -0.6),
+        xlim=(0, 104),
+        xlabel="posterior probability (%)",
+        title=f"{len(candidates)} segmentations of {word[1:]}",
+    )
     ax.set_yticks([])
-plot.caption(fig, "The five most probable segmentations of three words. The posterior is P(x)/Z with your log Z. Bars: the model as it is, which is nearly decided. Black marks: flattened with a = 0.2, where other cuts get a share of the draws; "
-                  "for a short frequent word even then little.")
-axes[0].legend(loc="lower right")
+plot.caption(
+    fig,
+    "The five most probable segmentations of three words. The posterior is P(x)/Z with your log "
+    "Z. Bars: the model as it is, which is nearly decided. Black marks: flattened with a = 0.2, "
+    "where the best cut gets a smaller share: "
+    f"even “the” is then cut another way in {100 - first_share:.0f} % of the draws.",
+)
+axes[2].legend(loc="lower right")
 plot.plt.show()
 
 # %% [markdown]
@@ -1544,27 +1728,68 @@ plot.plt.show()
 # %% tags=["experiment"]
 from babel import Locale
 
-languages = {"en": "English", "es": "Spanish", "de": "German", "fi": "Finnish", "vi": "Vietnamese", "ru": "Russian", "el": "Greek", "ar": "Arabic", "zh": "Chinese",
-             "ja": "Japanese", "ko": "Korean", "hi": "Hindi", "th": "Thai", "ka": "Georgian", "am": "Amharic"}
+languages = {
+    "en": "English",
+    "es": "Spanish",
+    "de": "German",
+    "fi": "Finnish",
+    "vi": "Vietnamese",
+    "ru": "Russian",
+    "el": "Greek",
+    "ar": "Arabic",
+    "zh": "Chinese",
+    "ja": "Japanese",
+    "ko": "Korean",
+    "hi": "Hindi",
+    "th": "Thai",
+    "ka": "Georgian",
+    "am": "Amharic",
+}
 names = {code: Locale.parse(code) for code in languages}
 shared = sorted(set.intersection(*(set(locale.territories) for locale in names.values())))
-same_content = {code: "\n".join(locale.territories[key] for key in shared) for code, locale in names.items()}
-other = {code: "\n".join([*locale.languages.values(), *locale.scripts.values(), *locale.currencies.values()]) for code, locale in names.items()}
+same_content = {
+    code: "\n".join(locale.territories[key] for key in shared) for code, locale in names.items()
+}
+other = {
+    code: "\n".join(
+        [*locale.languages.values(), *locale.scripts.values(), *locale.currencies.values()]
+    )
+    for code, locale in names.items()
+}
 least = min(len(text.encode()) for text in other.values())
 balanced_text = "\n".join(text.encode()[:least].decode(errors="ignore") for text in other.values())
 balanced = Tokenizer(train_bpe(balanced_text, 256 + 4096, []))
 measures = {
     "bytes": {code: len(text.encode()) for code, text in same_content.items()},
-    "trained on English": {code: len(encode(text, english_only)) for code, text in same_content.items()},
-    "trained on all alike": {code: len(encode(text, balanced)) for code, text in same_content.items()},
+    "trained on English": {
+        code: len(encode(text, english_only)) for code, text in same_content.items()
+    },
+    "trained on all alike": {
+        code: len(encode(text, balanced)) for code, text in same_content.items()
+    },
 }
-premium = {name: {code: count / counts["en"] for code, count in counts.items()} for name, counts in measures.items()}
-per_character = {code: measures["trained on English"][code] / len(text) for code, text in same_content.items()}
+premium = {
+    name: {code: count / counts["en"] for code, count in counts.items()}
+    for name, counts in measures.items()
+}
+per_character = {
+    code: measures["trained on English"][code] / len(text) for code, text in same_content.items()
+}
 
 order = sorted(languages, key=premium["trained on English"].get)
 fig, ax = plot.plt.subplots(figsize=(8.6, 4.8))
-for marker, color, (name, values) in zip("s^o", ("#999999", plot.COLORS[1], plot.COLORS[0]), premium.items(), strict=True):
-    ax.plot([values[code] for code in order], range(len(order)), linestyle="", marker=marker, color=color, label=name, markersize=7)
+for marker, color, (name, values) in zip(
+    "s^o", ("#999999", plot.COLORS[1], plot.COLORS[0]), premium.items(), strict=True
+):
+    ax.plot(
+        [values[code] for code in order],
+        range(len(order)),
+        linestyle="",
+        marker=marker,
+        color=color,
+        label=name,
+        markersize=7,
+    )
 for y, code in enumerate(order):
     low, high = sorted([premium["trained on English"][code], premium["trained on all alike"][code]])
     ax.plot([low, high], [y, y], color="#bbbbbb", linewidth=1, linestyle="-", zorder=0)
@@ -1573,14 +1798,20 @@ ax.set_yticks(range(len(order)), [languages[code] for code in order])
 ax.set(xlabel="length of the same list of names, English = 1", title="The premium of a language")
 ax.legend(loc="lower right")
 worst, best_of = order[-1], order[1]
-spread = max(premium["trained on all alike"].values()) / min(premium["trained on all alike"].values())
-plot.caption(fig, f"{len(shared)} names of countries and regions. With the tokenizer trained on English, {languages[worst]} needs {premium['trained on English'][worst]:.1f} times the tokens of English "
-                  f"({per_character[worst]:.1f} tokens a character; English {per_character['en']:.2f}) and {languages[best_of]}, the nearest, {premium['trained on English'][best_of]:.1f} times. "
-                  f"Trained on all alike, the largest premium is {max(premium['trained on all alike'].values()):.1f} and the ratio of the dearest to the cheapest language {spread:.1f}: smaller, not gone.")
+plot.caption(
+    fig,
+    f"{len(shared)} names of countries and regions. With the tokenizer trained on English, "
+    f"{languages[worst]} needs {premium['trained on English'][worst]:.1f} times the tokens of "
+    "English "
+    f"({per_character[worst]:.1f} tokens a character; English {per_character['en']:.2f}) and "
+    f"{languages[best_of]}, the nearest, {premium['trained on English'][best_of]:.1f} times. "
+    "Trained on all alike, the largest premium is "
+    f"{max(premium['trained on all alike'].values()):.1f}: smaller, not gone.",
+)
 plot.plt.show()
 
 # %% [markdown]
-# The premium of the English tokenizer is larger than the premium in bytes, and the reason is arithmetic: a language that the vocabulary does not know pays one token per byte, while English pays one token for a word's half. The premium is then the ratio of the bytes, times English's bytes per token. Chinese and Korean are
+# The premium of the English tokenizer is larger than the premium in bytes, and the reason is arithmetic: a language that the vocabulary does not know pays one token per byte, while English has tokens of several bytes. The premium is then the ratio of the bytes, times English's bytes per token. Chinese and Korean are
 # saved by saying much with few characters. A balanced vocabulary brings the others down, at the price of fewer entries for each; what remains depends on the script's bytes, on how much the grammar inflects, and on how alike the training text and this list are.
 
 # %% [markdown]
@@ -1698,6 +1929,7 @@ checks.close(answer, 50_000, what="the number of merges", mistakes={"forgetting 
 # - **Radford et al. 2019**, *Language Models are Unsupervised Multitask Learners*. Section 2.2: why bytes, and why merges must not cross kinds of characters.
 # - **Wu et al. 2016**, *Google's Neural Machine Translation System*, [arXiv:1609.08144](https://arxiv.org/abs/1609.08144). Section 4.1: WordPiece.
 # - **Kudo 2018**, *Subword Regularization*, [arXiv:1804.10959](https://arxiv.org/abs/1804.10959). Section 3.2 is the Unigram model with its training; section 3.1 draws a different segmentation each time, as a regularizer.
+# - **Whittington, Bachmann, Pimentel 2024**, *Tokenisation is NP-Complete*, [arXiv:2412.15210](https://arxiv.org/abs/2412.15210). Why everyone is greedy.
 # - **Petrov et al. 2023**, *Language Model Tokenizers Introduce Unfairness Between Languages*, [arXiv:2305.15425](https://arxiv.org/abs/2305.15425). The measurement of the last experiment, over many languages and tokenizers.
 # - **Singh and Strouse 2024**, *Tokenization counts: the impact of tokenization on arithmetic in frontier LLMs*, [arXiv:2402.14903](https://arxiv.org/abs/2402.14903). Digits from the left or from the right.
 #

@@ -1158,7 +1158,7 @@ for heads, k_heads, head_dim, rotary, pieces in [(2, 2, 8, 8, (1, 1, 1, 1)), (4,
 # %% tags=["experiment"]
 from llm40 import data, models
 
-model, tokenizer = models.load("tiny")
+model, tokenizer = models.load("tiny", device="cpu")
 ids = torch.tensor([tokenizer.encode(data.documentation()["for"])[:200]])
 place = torch.arange(200)
 with torch.no_grad():
@@ -1189,11 +1189,6 @@ for name, loss in losses.items():
 # The launcher, and the function that autograd sees, are given:
 
 # %%
-def next_power(n: int) -> int:
-    """The smallest power of two that is at least n, and 0 for 0."""
-    return 1 << (n - 1).bit_length() if n else 0
-
-
 def features_together(x: Tensor) -> Tensor:
     """x itself where the features of a head lie side by side, else a copy."""
     return x if x.stride(-1) == 1 else x.contiguous()
@@ -1209,12 +1204,13 @@ def fused_rope(q, k, cos, sin, start=0, backward=False, out=None):
     (batch, seq, q_heads, head_dim), k_heads, half = q.shape, k.shape[2], cos.shape[1]
     if start + seq > len(cos):
         raise ValueError(f"positions up to {start + seq - 1} are asked for, but the table ends at {len(cos) - 1}")
+    block = triton.next_power_of_2                                   # of 0 it is 0
     q_out, k_out = (torch.empty(t.shape, dtype=t.dtype, device=t.device) for t in (q, k)) if out is None else out
     rope_kernel[seq, batch](
         q, k, q_out, k_out, cos, sin, start, half, head_dim, q_heads, k_heads,
         *q.stride()[:3], *k.stride()[:3], *q_out.stride()[:3], *k_out.stride()[:3],
-        BACKWARD=backward, BLOCK_Q=next_power(q_heads), BLOCK_K=next_power(k_heads), BLOCK_HALF=next_power(half),
-        BLOCK_REST=next_power(head_dim - 2 * half), num_warps=4)  # 128 threads a token
+        BACKWARD=backward, BLOCK_Q=block(q_heads), BLOCK_K=block(k_heads), BLOCK_HALF=block(half),
+        BLOCK_REST=block(head_dim - 2 * half), num_warps=4)  # 128 threads a token
     return q_out, k_out
 
 
