@@ -25,7 +25,7 @@
 # %% [markdown]
 # ## The problem
 #
-# Two thirds of a Transformer's parameters are not attention. They sit in the **feed-forward network** (FFN) of each layer, and they are where most of what the
+# About two thirds of a Transformer's parameters, embeddings aside, are not attention. They sit in the **feed-forward network** (FFN) of each layer, and they are where most of what the
 # model *knows* is kept. A model that is to know more needs more of them. But each token passes through every one of them: twice the memory costs twice the
 # arithmetic, at every token, in training and ever after, although a line of Python has no use for what the model knows about treaties.
 #
@@ -102,7 +102,7 @@ else:
 # $$m_i(x) = \mathrm{SiLU}(g_i\cdot x)\;(k_i\cdot x), \qquad W_{gate}: (h, d).$$
 #
 # **Counting.** The plain layer has $2dh$ parameters, with the customary $h = 4d$ that is $8d^2$. The gated one has $3dh$. They are equal for $h = \tfrac83 d$: the odd factor in every LLaMA-like
-# configuration. Attention with full heads has four matrices $(d, d)$, $4d^2$. So the FFN is $8d^2$ of $12d^2$: the two thirds of the first sentence.
+# configuration. Attention with full heads has four matrices $(d, d)$, $4d^2$. So the FFN is $8d^2$ of $12d^2$: the two thirds at the top of this page.
 #
 # And now the observation on which everything rests: **for any one token most cells stay silent.** You will see it in the figure below. We compute $h$ coefficients to use a few. If
 # we knew beforehand which *block* of cells a token needs, we could leave out the rest.
@@ -462,8 +462,8 @@ checks.close(slope[0], torch.where(torch.zeros_like(logits).scatter(1, order, 1.
 # %% [markdown]
 # ## 3 · Dispatch: tokens to experts and back
 #
-# Written down token by token, an MoE layer is a double loop: for each token, for each of its $k$ experts, run the expert on one vector. That is $Tk$ products of a matrix with a *vector*, the slowest thing a processor
-# can be asked for: each reads an expert's whole weights to use them once. The opposite extreme, every expert on every token and multiply by zero, has rectangles and does $N/k$ times the work.
+# Written down token by token, an MoE layer is a double loop: for each token, for each of its $k$ experts, run the expert on one vector. That is $Tk$ products of a matrix with a *vector*,
+# and each of them reads an expert's whole weights to use them once. The opposite extreme, every expert on every token and multiply by zero, has rectangles and does $N/k$ times the work.
 #
 # The way between turns the loop round: **per expert, all of its tokens at once.** A token and one of its choices is an **assignment**; there are $Tk$ of them, numbered $a = t\,k + j$ for token $t$, choice $j$. So assignment $a$
 # belongs to token $a \,//\, k$, and that division is the whole of the bookkeeping:
@@ -1120,10 +1120,10 @@ for dim, hidden, experts, k, shared in [(4, 3, 6, 2, 1), (5, 2, 3, 3, 0), (8, 1,
     # Active is what a single token touches: the parameters that its result sends a gradient to.
     moe = randomized(DeepSeekMoE(dim, hidden, experts, k, shared), g)
     moe(checks.randn(1, dim, generator=g, dtype=torch.float64))[0].sum().backward()
-    touched = sum(p.numel() for p in moe.parameters() if p.grad is not None)
+    reached = sum(p.numel() for p in moe.parameters() if p.grad is not None)
     what = f"dim {dim}, hidden {hidden}, {experts} experts, k = {k}, {shared} shared"
-    checks.close(torch.tensor(moe.parameter_counts()), torch.tensor([experts * dim + 3 * dim * hidden * (experts + shared), touched]), what=f"(total, active) for {what}")
-    assert touched == experts * dim + 3 * dim * hidden * (k + shared), f"one token should use {k} routed and {shared} shared experts, and the router; {what}"
+    checks.close(torch.tensor(moe.parameter_counts()), torch.tensor([experts * dim + 3 * dim * hidden * (experts + shared), reached]), what=f"(total, active) for {what}")
+    assert reached == experts * dim + 3 * dim * hidden * (k + shared), f"one token should use {k} routed and {shared} shared experts, and the router; {what}"
     assert (moe.shared is None) == (shared == 0), "shared should be None where there are no shared experts"
 ### END HIDDEN TESTS
 
@@ -1501,9 +1501,9 @@ print(
 
 # %% tags=["experiment"]
 fig, axes = plot.plt.subplots(2, 3, figsize=(13, 6.2), sharex=True)
-columns = STEPS // 5
+columns = STEPS // 4
 for column, how in enumerate(METHODS):
-    load = runs[how][2][: columns * 5].unflatten(0, (columns, 5)).mean(1)  # (moments, blocks, experts)
+    load = runs[how][2][: columns * 4].unflatten(0, (columns, 4)).mean(1)  # (moments, blocks, experts)
     for row in range(2):
         ax, experts = axes[row, column], load[-8:, row].mean(0).argsort(descending=True)
         plot.heatmap(
@@ -1514,7 +1514,7 @@ for column, how in enumerate(METHODS):
             vmin=0,
             vmax=4,
             unit="load / mean",
-            xticks=[5 * i if i % 8 == 0 else "" for i in range(columns)],
+            xticks=[4 * i if i % 10 == 0 else "" for i in range(columns)],
             yticks=[""] * EXPERTS,
             colorbar=column == 2,
             ax=ax,
@@ -1524,7 +1524,7 @@ for column, how in enumerate(METHODS):
 end = {how: runs[how][2][-30:].mean(0) for how in METHODS}  # (blocks, experts)
 plot.caption(
     fig,
-    "Load of each expert, mean of 5 steps; the scale ends at 4 times the mean. At the end, in "
+    "Load of each expert, mean of 4 steps; the scale ends at 4 times the mean. At the end, in "
     "layer 2: "
     + "; ".join(
         f"{how}: busiest expert {float(end[how][1].max()):.1f} times the mean, "
@@ -1538,7 +1538,7 @@ plot.plt.show()
 # %% [markdown]
 # **What came out.** Without help the router of the second layer settles within some twenty steps on a few experts, one of which takes more than half of all tokens, and leaves ten of sixteen nearly without work for the rest of the training: the feedback of section 4. The auxiliary loss keeps all
 # experts alive and leaves a visible unevenness (how much depends on $\alpha$). The run with the bias collapses at first just the same: a step of 0.003 is small beside the scores, and the controller needs some fifty steps to lift the starved experts
-# over the threshold. Then the load is even, and stays so.
+# over the threshold. Then the load is nearly even, and stays so.
 #
 # And the loss? Three seeds of this run gave, held out, 4.17, 4.13, 4.18 for dense, 4.14, 4.08, 4.12 with nothing, 4.09, 4.06, 4.11 with the auxiliary loss and 4.10, 4.06, 4.11 with the bias. Every MoE beats the dense model of the same active size on every seed, by 0.03 to 0.08 nats. Balance is
 # worth 0.03 to 0.05 on two of the seeds and next to nothing (0.006 and 0.001) on the third. So a collapsed MoE is not a broken one; it is little more than a dense model with unused memory. What *cannot* be seen at this size is the claim of Wang et al. that
@@ -1667,6 +1667,7 @@ PUBLISHED = {
     "gpt-oss-120b": (36, 2880, 2880, 128, 4, 0),
 }
 DENSE = {"Llama-2-7B": (32, 4096, 11008), "Llama-3-70B": (80, 8192, 28672)}
+LABELS = {"Mixtral 8x7B": (6, -11), "Phi-3.5-MoE": (-42, 7), "Qwen3-30B-A3B": (-30, 7)}  # points
 fig, ax = plot.plt.subplots(figsize=(7.6, 4.8))
 for name, (layers, *sizes) in PUBLISHED.items():
     with torch.device("meta"):
@@ -1676,7 +1677,7 @@ for name, (layers, *sizes) in PUBLISHED.items():
         f"{name}: {sizes[3]} of {sizes[2]}{f' + {sizes[4]}' if sizes[4] else ''}",
         (active, total),
         textcoords="offset points",
-        xytext=(6, -11 if name == "Mixtral 8x7B" else 4),
+        xytext=LABELS.get(name, (6, 4)),
         fontsize=8,
     )
 for name, (layers, dim, hidden) in DENSE.items():
@@ -2123,7 +2124,7 @@ else:
 plot.plt.show()
 
 # %% [markdown]
-# `benchmarks/grouped_gemm.py` repeats this with the versions and errors on record. For a sense of the launches: a loop makes 128 products and a concatenation here, and at 64 tokens each of those products would last about as long as its launch.
+# `benchmarks/grouped_gemm.py` repeats this with the versions and errors on record. For a sense of scale: reading one expert's 6.3 MB takes 1.3 µs at full bandwidth, less than launching a kernel for it.
 #
 # ## Key questions
 #
@@ -2246,7 +2247,7 @@ assert str(answer) == "c", (
 # - **Zoph et al. 2022**, *ST-MoE*, [arXiv:2202.08906](https://arxiv.org/abs/2202.08906). Section 3: the router z-loss; section 7: what experts specialize in.
 # - **Jiang et al. 2024**, *Mixtral of Experts*, [arXiv:2401.04088](https://arxiv.org/abs/2401.04088). Section 5: specialists for syntax, not for subjects.
 # - **Dai et al. 2024**, *DeepSeekMoE*, [arXiv:2401.06066](https://arxiv.org/abs/2401.06066). Section 3: fine-grained and shared experts, with the counting of combinations.
-# - **Wang et al. 2024**, *Auxiliary-Loss-Free Load Balancing*, [arXiv:2408.15664](https://arxiv.org/abs/2408.15664). Algorithm 1 is `update_bias`; section 3 also says why routing by expert's choice leaks the future. **DeepSeek-AI 2024**, *DeepSeek-V3*, [arXiv:2412.19437](https://arxiv.org/abs/2412.19437), section 2.1.2, uses it at full size with groups.
+# - **Wang et al. 2024**, *Auxiliary-Loss-Free Load Balancing*, [arXiv:2408.15664](https://arxiv.org/abs/2408.15664). Algorithm 1 is `update_bias`; the paper also explains how routing in which experts choose their tokens leaks the future. **DeepSeek-AI 2024**, *DeepSeek-V3*, [arXiv:2412.19437](https://arxiv.org/abs/2412.19437), section 2.1.2, uses it at full size with groups.
 # - **Geva et al. 2021**, *Transformer Feed-Forward Layers Are Key-Value Memories*, [arXiv:2012.14913](https://arxiv.org/abs/2012.14913). Sections 2 and 3: keys as patterns. **Shazeer 2020**, *GLU Variants Improve Transformer*, [arXiv:2002.05202](https://arxiv.org/abs/2002.05202), is lesson 03's.
 # - **Gale et al. 2022**, *MegaBlocks*, [arXiv:2211.15841](https://arxiv.org/abs/2211.15841). Section 4: dropless MoE as products of uneven blocks.
 #
