@@ -55,7 +55,7 @@ _LESSONS = (
     (1, "05_losses_and_distributions", "Losses and probability distributions", "损失函数与概率分布", (2,)),
     (1, "06_optimizers", "Optimizers", "优化算法的深层逻辑", (2,)),
     (2, "07_tokenization", "Tokenization", "Tokenization 深度解析", (5,)),
-    (2, "08_embeddings_and_positions", "Embeddings and positional encoding", "Embedding 与位置编码", (1, 7)),
+    (2, "08_embeddings_and_positions", "Embeddings and positional encoding", "Embedding 与位置编码", (1, 3, 7)),
     (2, "09_attention_mha_mqa_gqa", "Attention I: MHA, MQA, GQA", "Attention 家族 上", (1, 8)),
     (2, "10_attention_mla_sparse", "Attention II: MLA, sliding window, sparse attention", "Attention 家族 下", (9,)),
     (2, "11_ffn_and_moe", "FFN and mixture of experts", "FFN 与 MoE", (3, 5)),

@@ -13,7 +13,7 @@
 #     title_zh: "Embedding 与位置编码"
 #     builds: "Five ways to tell a model where a token stands, rotary positions with a cache, one GPU kernel that turns queries and keys, and a race between the five beyond the length they were trained on."
 #     minutes: 240
-#     requires: [1, 7]
+#     requires: [1, 3, 7]
 #     gpu: "The rotary kernel runs in Triton's interpreter on a CPU; on a GPU its bandwidth is measured against eager PyTorch and torch.compile."
 #     papers:
 #       - "Vaswani et al. 2017, Attention Is All You Need, arXiv:1706.03762"

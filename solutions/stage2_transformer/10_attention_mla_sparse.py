@@ -2061,7 +2061,7 @@ panels = {
     "BigBird: blocks of 4, 2 random": bigbird_mask(LENGTH, block=4, window=3, random_blocks=2, global_blocks=1, seed=1),
     "top 6, by the indexer": chosen,
 }
-fig, axes = plot.plt.subplots(2, 3, figsize=(10, 7), sharex=True, sharey=True)
+fig, axes = plot.plt.subplots(2, 3, figsize=(10, 7.9), sharex=True, sharey=True)
 for ax, (name, mask) in zip(axes.flat, panels.items(), strict=True):
     ax.imshow(plot.array(mask), cmap="Greys", vmin=0, vmax=1.4, interpolation="nearest")
     ax.set_title(f"{name} ({float(mask.float().mean()):.0%})", fontsize=9)
