@@ -914,7 +914,8 @@ fig, ax = plot.plt.subplots(figsize=(8.5, 3.6))
 left = [0.0] * len(labels)
 for (kind, values), color, hatch in zip(shares.items(), plot.COLORS[:3], ("", "//", ""), strict=True):
     bars = ax.barh(labels, values, left=left, color=color, hatch=hatch, edgecolor="white", label=kind)
-    ax.bar_label(bars, [f"{v:.0f}" if v > 3 else "" for v in values], label_type="center", fontsize=8, color="white" if hatch == "" else "black")
+    ax.bar_label(bars, [f"{v:.0f}" if v > 3 else "" for v in values], label_type="center", fontsize=8,
+                 color="black" if hatch else "white")
     left = [a + b for a, b in zip(left, values, strict=True)]
 ax.invert_yaxis()
 ax.set(xlabel="share of the parameters (%)", xlim=(0, 100))
@@ -1094,8 +1095,8 @@ with torch.no_grad():
 print(f"{tokens.shape[1]} tokens, logits up to {float(reference.abs().max()):.1f}; "
       f"largest difference {float((mine - reference).abs().max()):.1e}")
 best = mine[0, -1].softmax(-1).topk(5)
-print("after “…such as a string”: " + ", ".join(
-    f"{tokenizer.decode([i])!r} {100 * p:.0f} %" for p, i in zip(best.values.tolist(), best.indices.tolist(), strict=True)))
+likely = zip(best.indices.tolist(), best.values.tolist(), strict=True)
+print("after “…such as a string”: " + ", ".join(f"{tokenizer.decode([i])!r} {100 * p:.0f} %" for i, p in likely))
 
 # %% [markdown]
 # ## 9 · From logits to a token
@@ -1313,12 +1314,13 @@ for ax, (title, text) in zip(axes, openings.items(), strict=True):
         ax.plot(kept, p[kept - 1], marker="osD^"[i], color=plot.COLORS[i], linestyle="none", markersize=8,
                 label=f"{name}: {kept} left, {100 * float(p[:kept].sum()):.0f} % of the probability")
     ax.set(xscale="log", yscale="log", xlabel="rank of the token", ylim=(1e-8, 100))
+    ax.set_yticks([10.0**-n for n in range(0, 9, 2)])
     ax.set_title(f"{title}: “{text.splitlines()[-1].strip()}”")
     ax.legend(fontsize=8, loc="upper right")
 axes[0].set_ylabel("probability")
-plot.caption(fig, "Next-token probabilities of the trained model by rank, before any filter, and the last token that each "
-                  "filter keeps. Top-k keeps 20 tokens at both places; top-p and min-p keep what the model's own certainty "
-                  "leaves. Sharpening first makes the same top-p keep fewer.")
+plot.caption(fig, "Next-token probabilities of the trained model by rank, before any filter, and the last token that "
+                  "each filter keeps. Top-k keeps 20 tokens at both places; top-p and min-p keep what the model's own "
+                  "certainty leaves. Sharpening first makes the same top-p keep fewer, or as few.")
 plot.plt.show()
 
 # %% [markdown]
@@ -1922,7 +1924,7 @@ assert abs(score - sum(losses[-10:]) / 10) < 0.5, f"the losses that train report
 # The oldest test of a training loop, and still the best minute you can spend: a model with more parameters than a batch has tokens must drive that batch's loss to 0. Before the first update the loss must be $\ln V$, since a fresh model knows nothing and should claim nothing. If the first number is wrong, the head or the
 # initialization is; if the curve stalls, gradients do not reach something; and if it falls to 0 *at once*, the model sees the answer.
 #
-# Below, your `Llama` meets a single window. The dashed curve is the same model with the causal mask left out: every token sees its successor, which is the answer. Which of the two do you expect to fall faster? Will this test tell you that the second is broken?
+# Below, your `Llama` meets a single window. The dashed curve is the same model with the causal mask left out: every token sees its successor, which is the answer. Which of the two do you expect to fall faster, and by how much? Will this test tell you that the second is broken?
 
 # %% tags=["experiment"]
 class Peeking(nn.Module):
@@ -1935,28 +1937,31 @@ class Peeking(nn.Module):
     def forward(self, tokens: Tensor) -> Tensor:
         m = self.model
         cos, sin = rotary_angles(torch.arange(tokens.shape[1], device=tokens.device), m.config.head_dim)
-        x, mask = m.embed(tokens), torch.ones(tokens.shape[1], tokens.shape[1], dtype=torch.bool, device=tokens.device)
+        x, everything = m.embed(tokens), torch.ones(1, tokens.shape[1], dtype=torch.bool, device=tokens.device)
         for block in m.blocks:
-            x = block(x, cos, sin, mask)
+            x = block(x, cos, sin, everything)
         return m.norm(x) @ m.embed.weight.T
 
 
 training, apart = data.split(data.deduplicate(data.documentation()), held_out=0.1)
 corpus, unseen = (torch.tensor([i for text in part.values() for i in [*tokenizer.encode(text), tokenizer.eos]])
                   for part in (data.scrub(training, apart), apart))
-tiny = LlamaConfig(vocab_size=tokenizer.vocab_size, hidden_size=96, mlp_size=256, layers=2, heads=6, kv_heads=2, tied=True)
-memorize = TrainOptions(steps=70, batch=1, context=64, warmup=5, learning_rate=1e-2, min_learning_rate=1e-3, weight_decay=0.0)
+tiny = LlamaConfig(tokenizer.vocab_size, hidden_size=96, mlp_size=256, layers=2, heads=6, kv_heads=2, tied=True)
+memorize = TrainOptions(steps=70, batch=1, context=64, warmup=5, learning_rate=4e-3, min_learning_rate=4e-4,
+                        weight_decay=0.0)
 memory = {}
 for name, wrap in (("causal", lambda m: m), ("no causal mask", Peeking)):
     torch.manual_seed(0)
     losses, _ = train(wrap(Llama(tiny)).to(profile.device), corpus[1000:1065], memorize)
     memory[name] = losses
 
-ax = plot.curves(range(1, 71), memory, xlabel="step", ylabel="loss (nats per token)", logy=True, title="one window of 64 tokens, again and again")
-ax.axhline(math.log(tokenizer.vocab_size), color="#888888", linewidth=1, linestyle=":")
-ax.annotate("ln V: no knowledge", (45, math.log(tokenizer.vocab_size)), textcoords="offset points", xytext=(0, 5), fontsize=8)
-plot.caption(ax.figure, "Both begin at ln V, as a model must that knows nothing, and both go "
-                        "towards 0. The broken model, which could copy its answers, does not even get there faster.")
+ax = plot.curves(range(1, 71), memory, xlabel="step", ylabel="loss (nats per token)", logy=True,
+                 title="one window of 64 tokens, again and again")
+blank = math.log(tokenizer.vocab_size)
+ax.axhline(blank, color="#888888", linewidth=1, linestyle=":")
+ax.annotate("ln V: no knowledge", (45, blank), textcoords="offset points", xytext=(0, 5), fontsize=8)
+plot.caption(ax.figure, "Both begin at ln V, as a model must that knows nothing, and go towards 0 "
+                        "side by side. The broken model, which could copy its answers, gains nothing from it here.")
 plot.plt.show()
 
 # %% [markdown]
@@ -2017,7 +2022,7 @@ checks.close(mfu(5.0, config, 3, 1e4), 5 * 1104 / 1e4, what="MFU of 5 tokens per
 # %% [markdown]
 # ### Then, train on text
 #
-# The documentation of Python in the tokens of the course's tokenizer; a tenth of its documents are held out, and what else repeats them. `train` stops three times to let the model write, and goes on from its checkpoint. Write down your guesses: how far does the loss fall in 150 steps, hardly more than one pass? What does the model learn first, spelling, grammar or
+# The documentation of Python in the tokens of the course's tokenizer; a tenth of its documents are held out, and what else repeats them. `train` stops three times to let the model write, and goes on from its checkpoint. Write down your guesses: how far does the loss fall in 300 steps, hardly more than one pass? What does the model learn first, spelling, grammar or
 # sense? And what share of this machine's arithmetic does the loop reach?
 #
 # The peak that MFU needs is measured in the same cell, by the fastest of several products of two large matrices.
@@ -2036,8 +2041,8 @@ def measured_peak(dtype: torch.dtype = torch.float32, size: int = profile.pick(1
     return 2 * size**3 / best
 
 
-mini = LlamaConfig(vocab_size=tokenizer.vocab_size, hidden_size=128, mlp_size=352, layers=2, heads=4, kv_heads=2)
-options = TrainOptions(steps=150, batch=16, context=64, warmup=15, learning_rate=4e-3, min_learning_rate=2e-4)
+mini = LlamaConfig(vocab_size=tokenizer.vocab_size, hidden_size=96, mlp_size=264, layers=2, heads=4, kv_heads=2)
+options = TrainOptions(steps=300, batch=6, context=64, warmup=15, learning_rate=2e-3, min_learning_rate=2e-4)
 places = torch.linspace(0, len(unseen) - 66, 48).long()[:, None] + torch.arange(65)
 held_out = unseen[places].to(profile.device)                           # (48, 65)
 
@@ -2052,7 +2057,7 @@ model = Llama(mini).to(profile.device)
 prompts = ["The for statement", "If the object", "A class definition"]
 encoded = [[tokenizer.eos, *tokenizer.encode(text)] for text in prompts]
 losses, judged, written, checkpoint, seconds = [], [], [], None, 0.0
-for until in (0, 15, 50, 150):
+for until in (0, 20, 90, 300):
     began = time.perf_counter()
     some, checkpoint = train(model, corpus, options, checkpoint, until)
     profile.synchronize()
@@ -2068,8 +2073,9 @@ for until in (0, 15, 50, 150):
 
 speed, peak = len(losses) * options.batch * options.context / seconds, measured_peak()
 used = mfu(speed, mini, options.context, peak)
-print(f"{speed:,.0f} tokens/s × {flops_per_token(mini, options.context) / 1e6:.1f} MFLOP = {speed * flops_per_token(mini, options.context) / 1e9:.0f} "
-      f"of {peak / 1e9:.0f} GFLOP/s: MFU {100 * used:.0f} %")
+need = flops_per_token(mini, options.context)
+print(f"{speed:,.0f} tokens/s × {need / 1e6:.1f} MFLOP = {speed * need / 1e9:.0f} of {peak / 1e9:.0f} GFLOP/s: "
+      f"MFU {100 * used:.0f} %")
 
 # %% tags=["experiment"]
 counts = corpus.bincount(minlength=tokenizer.vocab_size).double()
@@ -2087,11 +2093,15 @@ axes[0].legend(loc="upper center")
 axes[1].plot([learning_rate(step, options) for step in range(options.steps)], color=plot.COLORS[2], linestyle="-")
 axes[1].set(xlabel="step", ylabel="learning rate")
 axes[1].set_title("schedule")
-plot.caption(fig, "Left: within some 15 steps the model knows how frequent each token is, the lower dotted line, and stays "
-                  "there a while before it begins to use what comes before. The documents held out stay above the training loss.")
+plot.caption(fig, "Left: within some 30 steps the model knows how frequent each token is, the lower dotted line, "
+                  "and stays there a while before it uses what comes before. Held-out documents stay above the "
+                  "training loss.")
 plot.plt.show()
 
 # %% [markdown]
+# **What came out.** Frequencies first: after a few steps the model writes the words it has seen most often, in no order. Then the surface: line ends, quotes, rows of dashes, the indentation of a code block. Then pieces of two or three words that go together. Sense does not come; a hundred thousand tokens are a page for every thousand that a real run reads.
+# The printed MFU is that of a small model in a Python loop: products of a few hundred rows, and between them norms, softmax, the optimizer and Python itself, which count as time and not as FLOPs. If something else keeps the cores busy, it falls further; the peak was measured for one long product.
+#
 # ## 12 · On the hardware: LLaMA-160M
 #
 # On a GPU the next cell trains `LLAMA_160M` with your `train`: bfloat16 autocast, `torch.compile`, PyTorch's fused attention, sequences of 1,024 tokens, and reports tokens per second and MFU against a large bfloat16 product measured in the same cell. The text is the documentation again, a few passes over it in a few minutes: enough to watch the speed and to see the loss fall, not to make a good model. `python -m benchmarks.llama_160m` does the same for longer and writes its figures to a file.
@@ -2125,27 +2135,30 @@ if profile.device.type == "cuda":
     seconds = time.perf_counter() - began
     speed = len(more) * run.batch * run.context / seconds
     peak = measured_peak(torch.bfloat16)
-    print(f"{torch.cuda.get_device_name()}, PyTorch {torch.__version__}: {speed:,.0f} tokens/s for {seconds:.0f} s; {peak / 1e12:.0f} TFLOP/s in a large product; "
-          f"MFU {100 * mfu(speed, LLAMA_160M, run.context, peak):.0f} % of it, {100 * mfu(speed, LLAMA_160M, run.context, 989e12):.0f} % of an H100's 989 TFLOP/s")
-    ax = plot.curves(range(1, 401), {"loss": losses + more}, xlabel="step of 32,768 tokens", ylabel="loss (nats per token)", title="LLaMA-160M on the documentation")
+    used = [100 * mfu(speed, LLAMA_160M, run.context, top) for top in (peak, 989e12)]
+    print(f"{torch.cuda.get_device_name()}, PyTorch {torch.__version__}: {speed:,.0f} tokens/s for {seconds:.0f} s\n"
+          f"MFU {used[0]:.0f} % of {peak / 1e12:.0f} TFLOP/s in a large product, {used[1]:.0f} % of an H100's 989")
+    ax = plot.curves(range(1, 401), {"loss": losses + more}, xlabel="step of 32,768 tokens",
+                     ylabel="loss (nats per token)", title="LLaMA-160M on the documentation")
     plot.caption(ax.figure, "Passes over a small text: the fall at the end is memory, not understanding.")
     plot.plt.show()
 else:
     need, parameters = flops_per_token(LLAMA_160M, 1024), 162_417_408
     attention = 12 * LLAMA_160M.layers * 1024 * LLAMA_160M.hidden_size
-    print(f"LLaMA-160M, sequences of 1,024: {need / 1e6:.0f} MFLOP per token, of which attention's own products are {100 * attention / need:.0f} %; "
-          f"weights, gradients and AdamW: {16 * parameters / 2**30:.1f} GiB")
+    print(f"LLaMA-160M, sequences of 1,024: {need / 1e6:.0f} MFLOP per token, {100 * attention / need:.0f} % of it "
+          f"attention's own products; weights, gradients and AdamW: {16 * parameters / 2**30:.1f} GiB")
     machines = {"this CPU, float32": peak, "A100, bfloat16": 312e12, "H100, bfloat16": 989e12}
     shares = [0.05 * i for i in range(1, 15)]
-    hours = {name: [20 * parameters * need / (top * share) / 3600 for share in shares] for name, top in machines.items()}
+    total = 20 * parameters * need
+    hours = {name: [total / (top * share) / 3600 for share in shares] for name, top in machines.items()}
     ax = plot.curves([100 * share for share in shares], hours, logy=True, xlabel="MFU (%)", ylabel="hours")
-    for value, name in ((24, "a day"), (24 * 30, "a month"), (24 * 365, "a year")):
+    for value, name in ((24, "a day"), (24 * 30, "a month")):
         ax.axhline(value, color="#888888", linewidth=1, linestyle=":")
         ax.annotate(name, (70, value), ha="right", textcoords="offset points", xytext=(0, 3), fontsize=8)
     ax.set_title("LLaMA-160M on 3.2 billion tokens", pad=22)
     ax.legend(ncols=3, loc="lower left", bbox_to_anchor=(0, 0.99), fontsize=8)
-    plot.caption(ax.figure, "Arithmetic, not a measurement: 20 tokens for each parameter, the peak of this CPU as measured "
-                            "above, those of the GPUs from their data sheets.")
+    plot.caption(ax.figure, "Arithmetic, not a measurement: 20 tokens for each parameter, the peak of this CPU as "
+                            "measured above, those of the GPUs from their data sheets.")
     plot.plt.show()
 
 # %% [markdown]
