@@ -368,7 +368,7 @@ for name, text in sample:
 #
 # Start with every piece of the text as a list of bytes. Count each pair of neighbors over the whole text, join the most frequent pair everywhere into a new token, and repeat until the
 # vocabulary is full. Why is that a good idea? A pair that stands $c$ times without overlaps shortens the text by $c$ tokens when it is joined. **BPE is greedy compression**: each new entry of the vocabulary is the one
-# that saves most at that moment. (Greedy is not optimal. Finding the best list of merges is NP-complete, Whittington et al. 2024.)
+# that saves most at that moment, overlaps aside. (Greedy is not optimal. Finding the best list of merges is NP-complete, Whittington et al. 2024.)
 #
 # ### The mathematics: what one merge changes
 #
