@@ -78,7 +78,7 @@ class Warm:
         except TimeoutExpired:  # still importing
             self.process.kill()
             self.process.wait()
-            shutil.rmtree(os.path.dirname(self.address), ignore_errors=True)
+        shutil.rmtree(os.path.dirname(self.address), ignore_errors=True)  # where it could not do so itself
 
 
 @contextmanager
@@ -104,7 +104,9 @@ def own_warm(env: dict[str, str], libraries: Sequence[str]) -> str:
     """The address of this process's own warm process for such an environment; started when it is not there."""
     key = (*sorted(early(env).items()), *libraries)
     with _starting:
-        if key not in _warm or _warm[key].process.poll() is not None:
+        if key in _warm and _warm[key].process.poll() is not None:
+            _warm.pop(key).close()
+        if key not in _warm:
             _warm[key] = Warm(env, libraries)
         return _warm[key].address
 

@@ -122,6 +122,18 @@ def test_without_it_kernels_start_all_the_same(monkeypatch, sandbox):
         monkeypatch.undo()
         address = Kernels(sandbox, address=dead.address, libraries=())
         assert printed(execute(steps, LIMITS, managers=address)[0]) == "here\n"
+    assert not Path(dead.address).parent.exists()
+
+
+def test_a_new_one_takes_the_place_of_one_that_was_killed():
+    env = {**os.environ, "PYTHONPATH": str(ROOT), "PYTHONHASHSEED": "77"}
+    address = provisioner.own_warm(env, ())
+    assert provisioner.own_warm(env, ()) == address
+    (killed,) = [warm for warm in provisioner._warm.values() if warm.address == address]
+    killed.process.kill()
+    killed.process.wait()
+    assert provisioner.own_warm(env, ()) != address
+    assert not Path(address).parent.exists()
 
 
 def test_a_kernel_can_be_restarted():
