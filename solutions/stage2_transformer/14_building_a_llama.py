@@ -12,7 +12,7 @@
 #     title: "Building a model, line by line"
 #     title_zh: "代码级模型构建"
 #     builds: "A whole LLaMA: the model, its weights from anyone's file, a sampler, batched generation with a cache, and a training run that can be interrupted without a trace."
-#     minutes: 240
+#     minutes: 330
 #     requires: [9, 11, 13]
 #     gpu: "LLaMA-160M trained in bfloat16 with torch.compile, with tokens per second and MFU. On a CPU the same section does the arithmetic."
 #     papers:
@@ -41,7 +41,7 @@
 # ## Core ideas
 #
 # **The architecture is small.** LLaMA (Touvron et al. 2023) is the decoder of 2017 with four replacements, each of which you know: **RMSNorm** before each branch in place of LayerNorm after
-# it, **rotary positions** inside attention in place of vectors added to the embedding, **SwiGLU** in place of ReLU, and from the second generation on **grouped-query attention**. No biases anywhere.
+# it, **rotary positions** inside attention in place of vectors added to the embedding, **SwiGLU** in place of ReLU, and, from the larger models of the second generation on, **grouped-query attention**. No biases anywhere.
 # The model fits on a page. Most of what was released since, Mistral, Qwen, Gemma, differs from it in a few lines.
 #
 # **A cache is an equation.** A forward pass over $n$ tokens, and one over the first $m$ followed by one over the other $n - m$ with the keys and values of the first kept, must give the same logits. Position, mask and
@@ -1499,8 +1499,8 @@ assert again[0] == again[1] != again[2], "the generator decides what is drawn: o
 #
 # The loop is lesson 06's: AdamW, warm-up and cosine, clipping. Two decisions remain, and a property.
 #
-# **What decays.** Weight decay pulls a parameter towards 0. For a matrix inside the blocks that is a mild and useful prior. For a norm's weight 0 is a bad place: it is a scale that wants to stay near 1, and decay switches features off. For an embedding it is worse. A row of $E$ gets a gradient only when its token occurs,
-# and decays at *every* step: a token that comes once in 10,000 steps loses $1 - (1 - \eta\lambda)^{10000}$ of its row in between, 26 % at $\eta\lambda = 3\cdot10^{-5}$. So norms and embeddings form a group without decay. An untied head is an ordinary matrix and decays; a tied one is the embedding and does not.
+# **What decays.** Weight decay pulls a parameter towards 0. For a matrix inside the blocks that is a mild and useful prior. For a norm's weight 0 is a bad place: it is a scale that wants to stay near 1, and decay switches features off. For an embedding it is worse. A row of the input embedding gets a gradient only when its token occurs,
+# and would decay at *every* step: a token that comes once in 10,000 steps loses $1 - (1 - \eta\lambda)^{10000}$ of its row in between, 26 % at $\eta\lambda = 3\cdot10^{-5}$. So norms and embeddings form a group without decay. An untied head is an ordinary matrix and decays; a tied one is the embedding and does not.
 #
 # **When the rate is highest.** Steps count from 0. With $w$ steps of warm-up of $S$ in all,
 #
@@ -2014,9 +2014,17 @@ for hidden, inner, layers, heads, kv_heads, vocab, seq in [(16, 24, 2, 4, 2, 30,
     for tied in (True, False):
         found = flops_per_token(LlamaConfig(vocab, hidden, inner, layers, heads, kv_heads, tied=tied), seq)
         checks.close(found * 2 * seq, counter.get_total_flops(), what=f"FLOPs of 2 × {seq} tokens through {layers} layers, {'tied' if tied else 'untied'}, counted by PyTorch", rtol=1e-12)
+### END HIDDEN TESTS
+
+# %% check="flops" points=1
+config = LlamaConfig(vocab_size=10, hidden_size=4, mlp_size=6, layers=1, heads=2, kv_heads=1)    # 1,104 FLOPs per token of 3
+found = mfu(5.0, config, 3, 11_040.0)
+checks.close(found, 0.5, what="MFU of 5 tokens per second on 11,040 FLOP/s", mistakes={"a percentage": 50.0, "the upside-down ratio": 2.0, "the forward pass alone": 1 / 6})
+### BEGIN HIDDEN TESTS
 published = LlamaConfig(32_000, 768, 3072, 12, 12, 12)
-checks.close(mfu(1e6, published, 1024, 989e12), 1e6 * (6 * (162_417_408 - 32_000 * 768 - 25 * 768) + 12 * 12 * 1024 * 768) / 989e12, what="MFU of LLaMA-160M at a million tokens per second on 989 TFLOP/s", rtol=1e-9)
-checks.close(mfu(5.0, config, 3, 1e4), 5 * 1104 / 1e4, what="MFU of 5 tokens per second of 1104 FLOPs on 10⁴ FLOP/s")
+for speed, seq, peak in [(1e6, 1024, 989e12), (3.5e4, 2048, 312e12)]:
+    need = 6 * (162_417_408 - 32_000 * 768 - 25 * 768) + 12 * 12 * seq * 768             # all but the embedding and 25 norms
+    checks.close(mfu(speed, published, seq, peak), speed * need / peak, what=f"MFU of LLaMA-160M at {speed:,.0f} tokens per second, sequences of {seq}, on {peak / 1e12:.0f} TFLOP/s", rtol=1e-9)
 ### END HIDDEN TESTS
 
 # %% [markdown]
@@ -2099,7 +2107,7 @@ plot.caption(fig, "Left: within some 30 steps the model knows how frequent each 
 plot.plt.show()
 
 # %% [markdown]
-# **What came out.** Frequencies first: after a few steps the model writes the words it has seen most often, in no order. Then the surface: line ends, quotes, rows of dashes, the indentation of a code block. Then pieces of two or three words that go together. Sense does not come; a hundred thousand tokens are a page for every thousand that a real run reads.
+# **What came out.** Frequencies first: after a few steps the model writes the words it has seen most often, in no order. Then the surface: line ends, quotes, rows of dashes, the indentation of a code block. Then pieces of two or three words that go together. Sense does not come: this run read a hundred thousand tokens, LLaMA-7B a trillion.
 # The printed MFU is that of a small model in a Python loop: products of a few hundred rows, and between them norms, softmax, the optimizer and Python itself, which count as time and not as FLOPs. If something else keeps the cores busy, it falls further; the peak was measured for one long product.
 #
 # ## 12 · On the hardware: LLaMA-160M
