@@ -1502,9 +1502,9 @@ print(
 
 # %% tags=["experiment"]
 fig, axes = plot.plt.subplots(2, 3, figsize=(13, 6.2), sharex=True)
-columns = STEPS // 4
+columns = STEPS // 3  # narrow enough to be drawn without white lines
 for column, how in enumerate(METHODS):
-    load = runs[how][2][: columns * 4].unflatten(0, (columns, 4)).mean(1)  # (moments, blocks, experts)
+    load = runs[how][2][: columns * 3].unflatten(0, (columns, 3)).mean(1)  # (moments, blocks, experts)
     for row in range(2):
         ax, experts = axes[row, column], load[-8:, row].mean(0).argsort(descending=True)
         plot.heatmap(
@@ -1515,7 +1515,7 @@ for column, how in enumerate(METHODS):
             vmin=0,
             vmax=4,
             unit="load / mean",
-            xticks=[4 * i if i % 10 == 0 else "" for i in range(columns)],
+            xticks=[3 * i if i % 10 == 0 else "" for i in range(columns)],
             yticks=[""] * EXPERTS,
             colorbar=column == 2,
             ax=ax,
@@ -1525,7 +1525,7 @@ for column, how in enumerate(METHODS):
 end = {how: runs[how][2][-30:].mean(0) for how in METHODS}  # (blocks, experts)
 plot.caption(
     fig,
-    "Load of each expert, mean of 4 steps; the scale ends at 4 times the mean. At the end, in "
+    "Load of each expert, mean of 3 steps; the scale ends at 4 times the mean. At the end, in "
     "layer 2: "
     + "; ".join(
         f"{how}: busiest expert {float(end[how][1].max()):.1f} times the mean, "
