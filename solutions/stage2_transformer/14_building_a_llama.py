@@ -2127,7 +2127,7 @@ class Autocast(nn.Module):
 
     def forward(self, tokens: Tensor) -> Tensor:
         with torch.autocast(tokens.device.type, torch.bfloat16):
-            return self.compiled(tokens)
+            return self.compiled(tokens).float()                        # the loss in float32
 
 
 if profile.device.type == "cuda":
