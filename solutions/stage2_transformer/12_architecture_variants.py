@@ -870,7 +870,7 @@ checks.close(spy.w.detach()[0], torch.tensor(place).double(), what="a parameter 
 ### END HIDDEN TESTS
 
 # %% [markdown]
-# The second check lets your loop train PyTorch's Transformer, one layer each, on English dates and their Chinese, and then lets it write. The hidden part asks for half of the held-out dates exact to the character. (A correct loop
+# The second check lets your loop train PyTorch's Transformer, one layer each, on English dates and their Chinese, and then lets it write. The hidden part asks for 40 % of the held-out dates exact to the character. (A correct loop
 # gets about 90 %, one that leaks the answer 0 %.)
 
 # %% check="train" points=3
@@ -879,13 +879,13 @@ vocabulary = Vocabulary(pairs + held_out)
 source, target = vocabulary.batch(pairs)
 torch.manual_seed(checks.seed())
 model = xavier(PyTorchTransformer(len(vocabulary), layers=1, d_ff=128)).to(profile.device)
-losses = train(model, source, target, steps=240, batch=48, generator=checks.generator(12), rate_fn=lambda k: 0.005 * min(k / 40, (241 - k) / 200),
+losses = train(model, source, target, steps=220, batch=48, generator=checks.generator(12), rate_fn=lambda k: 0.005 * min(k / 40, (221 - k) / 180),
                loss_fn=lambda logits, labels: F.cross_entropy(logits.flatten(0, 1), labels.flatten(), ignore_index=PAD))
 assert sum(losses[-20:]) < 0.5 * sum(losses[:20]), f"the loss should fall by half; yours goes from {losses[0]:.2f} to {losses[-1]:.2f}"
 ### BEGIN HIDDEN TESTS
 share = exact_match(model, *vocabulary.batch(held_out))
 print(f"exact match on {len(held_out)} held-out dates: {share:.1%}")
-assert share >= 0.5, (f"{share:.0%} of the held-out dates are translated without an error, at least 50 % should be"
+assert share >= 0.4, (f"{share:.0%} of the held-out dates are translated without an error, at least 40 % should be"
                       + (". The loss is low and the translations are wrong: does the model see the labels among its inputs?" if losses[-1] < 0.1 else ""))
 ### END HIDDEN TESTS
 

@@ -1335,7 +1335,7 @@ def beam_search(step_fn, beam, length_penalty=0.6, *, bos=1, eos=2, max_len=32):
             break
     return finished
 
-# %% wrong="beam_search" because="the living are ranked by their normalized score and the penalty of the best"
+# %% wrong="beam_search" because="ends one token before max_len"
 def beam_search(step_fn, beam, length_penalty=0.6, *, bos=1, eos=2, max_len=32):
     def penalty(length):
         return ((5 + length) / 6) ** length_penalty
