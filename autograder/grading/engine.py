@@ -16,6 +16,7 @@ from tempfile import TemporaryDirectory
 
 import dask
 from distributed import Client, Future, KilledWorker, LocalCluster, as_completed
+from tornado.ioloop import PeriodicCallback
 
 from autograder.grading.fingerprint import versions
 from autograder.grading.task import Result, Task, grade
@@ -26,6 +27,7 @@ ALLOWED_LOSSES = 1  # Dask gives a task up when it has lost more workers than th
 SETTINGS = {
     "distributed.scheduler.allowed-failures": ALLOWED_LOSSES,
     "distributed.worker.daemon": False,  # workers have children: kernels
+    "distributed.deploy.lost-worker-timeout": "1s",
 }
 
 
@@ -132,5 +134,11 @@ def _client(jobs: int, scheduler: str | None, patience: float):
             preload="autograder.grading.task",
             silence_logs=logging.CRITICAL,
         )
+        # A worker that is lost while it starts is not replaced until somebody asks for the number there should be.
+        keeper = PeriodicCallback(lambda: cluster.scale(jobs), 1000)
         with cluster, Client(cluster, set_as_default=False) as client:
-            yield client
+            cluster.loop.add_callback(keeper.start)
+            try:
+                yield client
+            finally:
+                cluster.loop.add_callback(keeper.stop)

@@ -26,7 +26,8 @@ from autograder.kernels.limits import Limits
 from autograder.kernels.sandbox import CONNECTION, HOME, PRIVATE, Sandbox, gpus
 
 # What lessons import; and what ipykernel and IPython import when a kernel starts, beyond their own modules.
-LIBRARIES = ("numpy", "torch", "matplotlib.pyplot", "seaborn")
+# torch._dynamo is what the first optimizer of a process imports, for a second.
+LIBRARIES = ("numpy", "torch", "torch._dynamo", "matplotlib.pyplot", "seaborn")
 IPYTHON = ("ipykernel.kernelapp", "ipykernel.zmqshell", "IPython.core.magics", "IPython.extensions.storemagic")
 # What Python and the libraries read when they start or are imported: a warm process with other values is another one.
 EARLY = ("LANG", "LC_", "LD_LIBRARY_PATH", "OMP_", "OPENBLAS_", "MKL_", "LLM40_PROFILE", "TRITON_INTERPRET", "CUDA_",
