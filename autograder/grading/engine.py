@@ -27,7 +27,6 @@ ALLOWED_LOSSES = 1  # Dask gives a task up when it has lost more workers than th
 SETTINGS = {
     "distributed.scheduler.allowed-failures": ALLOWED_LOSSES,
     "distributed.worker.daemon": False,  # workers have children: kernels
-    "distributed.deploy.lost-worker-timeout": "1s",
 }
 
 

@@ -11,7 +11,7 @@ import nbformat
 import psutil
 import pytest
 import tiny
-from conftest import new_class, recorded, wait_until
+from classroom import new_class, recorded, wait_until
 from distributed import LocalCluster
 
 from autograder.grading import engine, fingerprint

@@ -5,7 +5,7 @@ import time
 
 import pytest
 import sqlalchemy
-from conftest import new_class, recorded
+from classroom import new_class, recorded
 
 from autograder.grading import gradebook
 from autograder.grading.gradebook import Gradebook, NoDatabase

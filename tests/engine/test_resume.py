@@ -14,7 +14,7 @@ from pathlib import Path
 import nbformat
 import pytest
 import tiny
-from conftest import LIMITS, ROOT, WRONG, new_class, recorded, wait_until
+from classroom import LIMITS, ROOT, WRONG, new_class, recorded, wait_until
 
 from autograder.grading import fingerprint as module
 from autograder.grading.gradebook import Gradebook
