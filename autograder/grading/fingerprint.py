@@ -39,11 +39,11 @@ def versions() -> dict[str, str]:
 
 
 def fingerprint(task: Task) -> str:
-    """The hash of a task: submission, master, limits, seed and versions."""
+    """The hash of a task: submission, master, limits, seed, whether there is a sandbox, and versions."""
     given = b"missing" if task.submission is None else b"given" + task.submission
     limits = asdict(task.limits)
     del limits["gpu"]  # a share: it follows from how many are graded at once
-    settings = {"limits": limits, "seed": task.seed, "versions": versions()}
+    settings = {"limits": limits, "seed": task.seed, "sandbox": task.kernels.sandbox, "versions": versions()}
     return _digest(given, task.master, json.dumps(settings, sort_keys=True).encode())
 
 

@@ -82,6 +82,13 @@ def test_other_limits_or_another_seed(graded, changed):
     assert len(again(graded, **changed)) == 3
 
 
+@pytest.mark.skipif(tiny.UNSAFE, reason="there is no sandbox here")
+def test_a_score_from_outside_the_sandbox_is_not_kept(graded):
+    """Else a report would be silent about scores that came about without one."""
+    assert len(again(graded, kernels=replace(tiny.KERNELS, sandbox=False))) == 3
+    assert len(again(graded)) == 3
+
+
 def test_other_versions(graded, monkeypatch):
     found = module.versions()
     monkeypatch.setattr(module, "versions", lambda: found | {"torch": "3.0"})
