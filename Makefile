@@ -21,13 +21,17 @@ LATE    ?=
 COMPARE ?=
 UNSAFE  ?=
 LIMITS  ?=
+STUDENTS ?=
+LESSONS ?=
+STOCK   ?=
+KEEP    ?=
 option = $(if $($(1)),--$(2) "$($(1))")
 
 .DEFAULT_GOAL := help
-.PHONY: help setup lab course run grade test lint lock release clean
+.PHONY: help setup lab course run grade bench-grading test lint lock release clean
 
 help: ## this list
-	@sed -n 's/^\([a-z]*\):.*## /\1	/p' Makefile | while IFS="$$(printf '\t')" read -r t d; do printf '  make %-9s %s\n' "$$t" "$$d"; done
+	@sed -n 's/^\([a-z-]*\):.*## /\1	/p' Makefile | while IFS="$$(printf '\t')" read -r t d; do printf '  make %-13s %s\n' "$$t" "$$d"; done
 
 setup: $(SETUP) ## only the environment (.venv, from requirements.lock)
 
@@ -52,6 +56,10 @@ grade: $(SETUP) ## grade a class; without a folder, the sample class [SUBMITTED=
 	$(RUN) grade $(if $(UNSAFE),--unsafe) $(if $(AGAIN),--again) $(if $(COMPARE),--compare) $(LIMITS) \
 	  $(call option,SUBMITTED,submitted) $(call option,OUT,out) $(call option,LESSON,lesson) $(call option,STUDENT,student) \
 	  $(call option,JOBS,jobs) $(call option,LATE,late) $(call option,DB,db) $(call option,SCHEDULER,scheduler)
+
+bench-grading: $(SETUP) ## grading a generated class, beside nbgrader's own: hours [STUDENTS=100 LESSONS="1 9" STOCK=2 JOBS=2 KEEP=1]
+	.venv/bin/python -m benchmarks.grading $(if $(KEEP),--keep) $(call option,STUDENTS,students) \
+	  $(call option,LESSONS,lessons) $(call option,STOCK,stock) $(call option,JOBS,jobs)
 
 test: $(SETUP) lint ## every test of the library, the autograder and the answers
 	.venv/bin/python -m pytest -n auto --dist loadgroup
