@@ -160,7 +160,8 @@ def _canaries(modules: frozenset[str]) -> tuple[tuple[str, bytes], ...]:
 # --- arming a check -------------------------------------------------------------------------------------------
 
 # Builtins whose result says nothing of a value but what is looked at afterwards.
-TAKING = ("enumerate", "id", "iter", "len", "list", "next", "print", "range", "reversed", "super", "tuple", "type", "zip")
+TAKING = ("enumerate", "id", "iter", "len", "list", "next", "print", "range", "reversed", "super", "tuple", "type",
+          "zip")  # fmt: skip
 
 
 class Arming(ast.NodeTransformer):
