@@ -20,6 +20,8 @@ from subprocess import DEVNULL
 import zmq.asyncio
 from jupyter_client.manager import AsyncKernelManager
 
+from autograder.kernels import guardian
+from autograder.kernels.guardian import Guardian, GuardLost, Lesson
 from autograder.kernels.limits import Limits
 from autograder.kernels.manager import Kernels
 
@@ -32,10 +34,15 @@ ANSI = re.compile(r"\x1b\[[0-9;]*[A-Za-z]")
 
 @dataclass(frozen=True)
 class Step:
-    """A cell to run. A check is not run again in a new kernel: no cell needs it."""
+    """A cell to run. A check is not run again in a new kernel: no cell needs it.
+
+    A cell of ours has a name, and is run by the guard where there is one; a check then comes armed (grading.integrity).
+    """
 
     source: str
     check: bool = False
+    name: str = ""
+    armed: bytes = b""
 
 
 @dataclass
@@ -48,6 +55,7 @@ class Outcome:
     outputs: list[dict] = field(default_factory=list)
     seconds: float = 0.0
     count: int | None = None  # the kernel's number for it
+    reports: list[tuple[str, str]] = field(default_factory=list)  # what the guard found: kind and what
 
 
 class KernelFailed(RuntimeError):
@@ -150,6 +158,7 @@ class Kernel:
         self.manager = manager
         self.limits = limits
         self.client = None
+        self.guardian = None
 
     async def start(self, folder: Path, env: dict[str, str]) -> None:
         try:
@@ -197,7 +206,21 @@ class Kernel:
         if not await self.alive():
             raise RuntimeError("its process ended at once")
 
+    async def guard(self, lesson: Lesson, seed: int) -> None:
+        """Puts a guard into the kernel, which nothing of a learner's has reached yet."""
+        path = guardian.place(self.manager)
+        try:
+            outcome = await self.run(guardian.door(path), self.limits.start, self.limits.output)
+            if outcome.status != "ok":
+                raise KernelFailed(f"the guard did not start: {outcome.ename}: {outcome.evalue}")
+            self.guardian = Guardian(lesson, seed, self.limits.grace)
+            await self.guardian.begin(path, {"LLM40_SEED": str(seed)})
+        except (GuardLost, KernelLost, OSError) as error:
+            raise KernelFailed(f"the guard did not start: {error}") from error
+
     async def stop(self) -> None:
+        if self.guardian:
+            self.guardian.close()
         if self.client:
             self.client.stop_channels()
         with suppress(RuntimeError):
@@ -206,11 +229,34 @@ class Kernel:
     async def alive(self) -> bool:
         return await self.manager.is_alive()
 
+    async def step(self, step: Step, limit: float, budget: int) -> Outcome:
+        """Runs a step: a learner's cell as Jupyter does, one of ours through the guard. KernelLost as `run`."""
+        if not (self.guardian and step.name):
+            return await self.run(step.source, limit, budget)
+        began = time.monotonic()
+        try:
+            if step.check:
+                answer = await self.guardian.run_check(step.armed, limit)
+            else:
+                answer = await self.guardian.run_plain(step.name, step.source, limit)
+        except GuardLost:
+            raise KernelLost(Outcome("died", seconds=time.monotonic() - began)) from None
+        outcome = Outcome(answer.status, answer.ename, answer.evalue, seconds=time.monotonic() - began)
+        outcome.reports = list(answer.reports)
+        if answer.status == "error":
+            lines = guardian.traceback(answer.places, {guardian.file_of(step.name): step.source})
+            said = {"ename": answer.ename, "evalue": answer.evalue}
+            outcome.outputs = [{"output_type": "error", **said, "traceback": lines}]
+        elif answer.status == "stuck":
+            outcome.status = "timeout"
+            raise KernelLost(outcome)
+        return outcome
+
     async def run(self, source: str, limit: float, budget: int) -> Outcome:
         """Runs one cell for at most `limit` seconds. KernelLost, with the outcome, if the kernel cannot go on."""
         began = time.monotonic()
         output = Output(budget)
-        request = self.client.execute(source, store_history=True, allow_stdin=False, stop_on_error=False)
+        request = self.client.execute(source, allow_stdin=False, stop_on_error=False)
         waiting = asyncio.ensure_future(self._reply(request, output))
         try:
             done, _ = await asyncio.wait({waiting}, timeout=limit)
@@ -265,7 +311,9 @@ class Kernel:
 
 
 @asynccontextmanager
-async def started(managers: Managers, limits: Limits, seed: int) -> AsyncIterator[Kernel]:
+async def started(
+    managers: Managers, limits: Limits, seed: int, lesson: Lesson | None = None
+) -> AsyncIterator[Kernel]:
     """A running kernel in an empty folder of its own; both are gone at the end."""
     with (
         tempfile.TemporaryDirectory(prefix="llm40-", ignore_cleanup_errors=True) as folder,
@@ -274,6 +322,8 @@ async def started(managers: Managers, limits: Limits, seed: int) -> AsyncIterato
         kernel = Kernel(manager, limits)
         try:
             await kernel.start(Path(folder), environment(Path(folder), seed))
+            if lesson:
+                await kernel.guard(lesson, seed)
             yield kernel
         finally:
             await kernel.stop()
@@ -284,6 +334,7 @@ async def execute_async(
     limits: Limits,
     seed: int,
     managers: Managers,
+    lesson: Lesson | None,
 ) -> list[Outcome]:
     ends = time.monotonic() + limits.notebook
     space = limits.outputs
@@ -297,7 +348,7 @@ async def execute_async(
             nonlocal kernel, losses
             seconds = min(limits.cell, ends - time.monotonic())
             try:
-                outcome = await kernel.run(steps[index].source, seconds, min(limits.output, space))
+                outcome = await kernel.step(steps[index], seconds, min(limits.output, space))
             except KernelLost as lost:
                 outcome = lost.outcome
                 kernel = None
@@ -322,7 +373,7 @@ async def execute_async(
                 culprits.add(index - 1)
                 await stack.aclose()
             while kernel is None and not spent():
-                kernel = await stack.enter_async_context(started(managers, limits, seed))
+                kernel = await stack.enter_async_context(started(managers, limits, seed, lesson))
                 for earlier in range(index):
                     if kernel and not spent() and earlier not in culprits and not steps[earlier].check:
                         await run(earlier)
@@ -338,9 +389,11 @@ def execute(
     limits: Limits | None = None,
     seed: int = 0,
     managers: Managers = SANDBOXED,
+    lesson: Lesson | None = None,
 ) -> list[Outcome]:
     """Runs the steps in order in one kernel, or in as many as their accidents take; one outcome for each.
 
-    `managers` says how a kernel is made: another function, another kind of kernel.
+    `managers` says how a kernel is made: another function, another kind of kernel. With a `lesson` there is a guard in
+    it, which runs what is ours.
     """
-    return asyncio.run(execute_async(steps, limits or Limits(), seed, managers))
+    return asyncio.run(execute_async(steps, limits or Limits(), seed, managers, lesson))

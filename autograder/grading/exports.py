@@ -54,7 +54,7 @@ def _by_student(results: list[Result]) -> tuple[dict[str, float], dict[str, dict
     possible = {r.lesson: r.max_score for r in sorted(results, key=lambda r: (r.stage, r.lesson)) if r.max_score}
     scores: dict[str, dict[str, str]] = {}
     for r in sorted(results, key=lambda r: r.student):
-        scores.setdefault(r.student, {})[r.lesson] = "" if r.status == "fault" else f"{r.score:g}"
+        scores.setdefault(r.student, {})[r.lesson] = "" if r.status == "fault" or r.waits else f"{r.score:g}"
     return possible, scores
 
 

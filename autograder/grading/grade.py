@@ -22,12 +22,12 @@ from autograder import catalog
 from autograder.build import build_sources
 from autograder.catalog import Entry
 from autograder.execute import Limits
-from autograder.grading import exports, pages, similarity
+from autograder.grading import exports, integrity, pages, similarity
 from autograder.grading.engine import Engine, NoScheduler, cores, run_tasks
 from autograder.grading.fingerprint import answer_digests, fingerprint
 from autograder.grading.gradebook import COURSE, Gradebook, NoDatabase
 from autograder.grading.late import BadConfig, no_penalty, penalty_of
-from autograder.grading.rebuild import blank, name
+from autograder.grading.rebuild import blank, name, role
 from autograder.grading.task import Result, Task, by_hand, parse
 from autograder.kernels.manager import Kernels
 from autograder.kernels.sandbox import trouble
@@ -78,6 +78,7 @@ def read_masters(source: Path) -> list[Lesson]:
     for path in sorted(source.glob("*/*.ipynb")):
         master = nbformat.read(path, as_version=4)
         title = master.metadata.get("llm40", {}).get("title", path.stem)
+        master.metadata.setdefault("llm40", {})["methods"] = integrity.asked_methods(master)  # told by the answers
         lessons.append(Lesson(path.parent.name, path.stem, title, blank(master)))
     return lessons
 
@@ -165,6 +166,13 @@ def find_class(
 # --- grading --------------------------------------------------------------------------------------------------
 
 
+def judged_by_person(result: Result, notebook: NotebookNode) -> dict[str, str]:
+    """What a person's score is a score of: a written answer, or all of the learner's code where points are withheld."""
+    written = {name(cell): cell.source for cell in notebook.cells if by_hand(cell)}
+    code = "\n".join(cell.source for cell in notebook.cells if role(cell) in ("exercise", "added"))
+    return written | {check.check: code for check in result.checks if check.status == "withheld"}
+
+
 class Writer:
     """Makes the tasks, and writes each result as it comes: to the gradebook, and as files under `out`."""
 
@@ -225,10 +233,8 @@ class Writer:
         where = (result.student, result.stage, result.lesson)
         if result.status != "fault":
             notebook = parse(result.notebook) if result.notebook else None
-            written = {name(cell): cell.source for cell in notebook.cells if by_hand(cell)} if notebook else {}
-            self.book.commit(
-                result, self.fingerprints[where], answer_digests(written), self._timestamp(result), self._write_files
-            )
+            judged = answer_digests(judged_by_person(result, notebook)) if notebook else {}
+            self.book.commit(result, self.fingerprints[where], judged, self._timestamp(result), self._write_files)
         result.flags[:0] = self.handed[where].flags
         result.notebook = None
         self.results.append(result)
@@ -334,7 +340,7 @@ def _pairs(out: Path, lessons: list[Lesson], results: list[Result]) -> Iterator[
         paths = {
             r.student: out / "autograded" / r.student / k.stage / f"{k.name}.ipynb"
             for r in results
-            if r.lesson == k.name and r.status in ("graded", "incomplete")
+            if r.lesson == k.name and r.status in ("graded", "incomplete", "withheld")
         }
         answers = {who: similarity.code(parse(path.read_bytes())) for who, path in paths.items() if path.is_file()}
         yield from similarity.alike(k.name, answers, similarity.code(k.master))

@@ -34,7 +34,7 @@ from sqlalchemy import Column, MetaData, String, Table, Text, delete, insert, se
 from sqlalchemy.exc import ArgumentError, OperationalError
 
 from autograder.grading.late import Penalty, no_penalty
-from autograder.grading.task import Check, Result
+from autograder.grading.task import WAITING, Check, Result
 
 COURSE = "llm40"  # as in nbgrader_config.py
 PATIENCE = 120.0  # seconds for which a database server may be away
@@ -199,6 +199,8 @@ class Gradebook:
             return None
         for check in result.checks:
             _count(check, grades[check.check])
+        if result.status == "withheld" and not result.waits:  # a person has decided
+            result.status = "graded"
         with self._together():
             self._penalize(result, notebook)
         return row.fingerprint, result
@@ -234,7 +236,7 @@ class Gradebook:
                 for grade in theirs.grades:
                     check = checks[grade.name]
                     check.score, check.status = scores[grade.name], statuses[grade.name]
-                    self._enter(grade, None if check.status == "to grade" else check.score, grade.name in changed)
+                    self._enter(grade, None if check.status in WAITING else check.score, grade.name in changed)
                     db.flush()
                     db.refresh(grade)
                     _count(check, grade)

@@ -19,7 +19,7 @@ from pygments.lexers import PythonLexer
 from autograder.execute import ANSI
 from autograder.grading.rebuild import name, role
 from autograder.grading.similarity import Pair
-from autograder.grading.task import Check, Result
+from autograder.grading.task import WAITING, Check, Result
 
 UNSAFE = "Graded without a sandbox (--unsafe): the code ran with all the rights of whoever graded it."
 OUTPUT_CHARS = 20_000  # of one output on the learner's page
@@ -31,6 +31,7 @@ STATUS = {
     "crashed": "crashed",
     "not run": "not run",
     "to grade": "to be graded by a person",
+    "withheld": "withheld until a person has decided",
     "by hand": "graded by a person",
 }
 
@@ -145,10 +146,10 @@ def exercises(results: list[Result]) -> dict[tuple[str, str], list[dict]]:
     """
     counted: dict[tuple[str, str], dict[str, dict]] = defaultdict(dict)
     for result in results:
-        if result.status not in ("graded", "incomplete"):
+        if result.status not in ("graded", "incomplete", "withheld"):
             continue
         for check in result.checks:
-            if check.status in ("to grade", "by hand"):
+            if check.status in (*WAITING, "by hand"):
                 continue
             row = counted[result.stage, result.lesson].setdefault(
                 check.exercise, {"exercise": check.exercise, "passed": 0, "stub": 0, "count": 0, "messages": Counter()}
@@ -182,6 +183,7 @@ def class_report(
         students=len({r.student for r in results}),
         handed_in=sum(r.status != "missing" for r in results),
         flagged=sum(bool(r.flags) for r in results),
+        withheld=sum(r.status == "withheld" for r in results),
         faults=sum(r.status == "fault" for r in results),
         created=datetime.now(UTC).strftime("%Y-%m-%d %H:%M UTC"),
     )

@@ -11,10 +11,13 @@ import nbformat
 from nbformat import NotebookNode
 
 from autograder.execute import Limits, Managers, Outcome, Step, execute
+from autograder.grading import integrity
 from autograder.grading.rebuild import Unreadable, exercise_of, name, read_submission, rebuild, role
 from autograder.kernels.manager import Kernels
+from autograder.lesson import python_of
 
 MESSAGE_LINES, MESSAGE_CHARS = 4, 500
+WAITING = ("to grade", "withheld")  # checks whose score a person gives
 
 
 @dataclass(frozen=True, eq=False)
@@ -33,7 +36,8 @@ class Task:
 
 @dataclass
 class Check:
-    """One check's verdict: `passed`, `failed`, `stub`, `timeout`, `crashed` or `not run`.
+    """One check's verdict: `passed`, `failed`, `stub`, `timeout`, `crashed`, `not run`, or `withheld`: passed in a
+    submission that bent what judges it, so that a person decides.
 
     A written answer that a person grades is here too: `to grade`, or `stub` where nothing was written. The gradebook
     makes it `by hand` once a person has given a score.
@@ -52,7 +56,8 @@ class Result:
     """What came out.
 
     `status` is `graded`; `unreadable` or `missing`, with zero points; `incomplete` where a limit of the notebook left
-    checks unrun; or `fault`, when the grader itself failed: then there is no score, and the flags say why.
+    checks unrun; `withheld` where points wait for a person, as the submission bent what judges it; or `fault`, when the
+    grader itself failed: then there is no score. The flags say why.
     """
 
     student: str
@@ -69,6 +74,11 @@ class Result:
     @property
     def score(self) -> float:
         return max(0.0, sum(check.score for check in self.checks) - self.late_penalty)
+
+    @property
+    def waits(self) -> bool:
+        """Whether a person has still to decide on points."""
+        return any(check.status in WAITING for check in self.checks)
 
     @property
     def max_score(self) -> float:
@@ -109,12 +119,13 @@ def _grade(task: Task, result: Result) -> None:
         result.notebook = nbformat.writes(master).encode()
         return
     released = {name(cell): cell.source for cell in master.cells}
+    lesson = integrity.lesson_of(master)
     notebook, more = rebuild(master, cells)
     result.flags += flags + more
+    caught = integrity.suspicious(notebook)
 
     to_run = [c for c in notebook.cells if c.cell_type == "code" and role(c) != "experiment" and c.source.strip()]
-    steps = [Step(cell.source, check=role(cell) == "check") for cell in to_run]
-    outcomes = execute(steps, task.limits, task.seed, task.kernels)
+    outcomes = execute([_step(cell) for cell in to_run], task.limits, task.seed, task.kernels, lesson)
     for cell, outcome in zip(to_run, outcomes, strict=True):
         cell.outputs = nbformat.from_dict(outcome.outputs)
         cell.execution_count = outcome.count
@@ -129,6 +140,8 @@ def _grade(task: Task, result: Result) -> None:
             exercises[name(cell)] = outcome
         elif role(cell) == "check":
             result.checks.append(_judge(cell, outcome, exercises, task.limits))
+    caught += integrity.flags_of(report for outcome in outcomes for report in outcome.reports)
+    _withhold(result, caught)
     for cell in notebook.cells:
         if by_hand(cell):
             written = cell.source.strip() != released[name(cell)].strip()
@@ -139,6 +152,28 @@ def _grade(task: Task, result: Result) -> None:
         result.status = "incomplete"
         result.flags.append(f"{len(unrun)} cells were not run: {unrun[0].evalue}")
     result.notebook = nbformat.writes(notebook).encode()
+
+
+def _step(cell: NotebookNode) -> Step:
+    """A learner's cell runs as it stands; ours have a name, and a check is armed."""
+    kind, source = role(cell), cell.source
+    if kind not in ("plain", "check"):
+        return Step(source)
+    armed = integrity.armed(source, name(cell)) if kind == "check" else b""
+    return Step(python_of(source), kind == "check", name(cell), armed)
+
+
+def _withhold(result: Result, caught: list[str]) -> None:
+    """Of a submission that was caught all points wait for a person; of others those of values that judge themselves."""
+    for check in result.checks:
+        if caught and check.status == "passed":
+            check.score, check.status, check.message = 0.0, "withheld", f"passed, but {caught[0]}"
+    waiting = [check for check in result.checks if check.status == "withheld"]
+    caught += [f"{check.check}: {check.message}" for check in waiting if not caught]
+    if waiting:
+        result.status = "withheld"
+        caught.insert(0, f"withheld: {sum(check.points for check in waiting):g} points wait for a person's decision")
+    result.flags[:0] = caught
 
 
 def by_hand(cell: NotebookNode) -> bool:
@@ -168,6 +203,8 @@ def _judge(cell: NotebookNode, outcome: Outcome, exercises: dict[str, Outcome], 
         check.status, check.message = "not run", outcome.evalue
     elif outcome.ename == "NotImplementedError":
         check.status, check.message = "stub", "not written yet"
+    elif outcome.ename == "Bent":
+        check.status, check.message = "withheld", _said(outcome).removeprefix("Bent: ")
     else:
         check.message = _said(outcome)
     exercise = exercises.get(check.exercise)

@@ -114,7 +114,7 @@ CLASS = {
     "stubborn": tiny.dumps(tiny.answered(double=STUBBORN, half=tiny.HALF)),
     "exit": tiny.dumps(tiny.answered(double="import os\ndef double(x):\n    os._exit(0)\n")),
     "exit at once": tiny.dumps(tiny.answered(double="import os\nos._exit(0)\n")),
-    "segfault": tiny.dumps(tiny.answered(double="import ctypes\ndef double(x):\n    ctypes.string_at(0)\n")),
+    "segfault": tiny.dumps(tiny.answered(double="import faulthandler\ndef double(x):\n    faulthandler._sigsegv()\n")),
     "sigkill": tiny.dumps(
         tiny.answered(double="import os, signal\ndef double(x):\n    os.kill(os.getpid(), signal.SIGKILL)\n")
     ),

@@ -1,0 +1,102 @@
+"""What a check does with each value before it compares it or hands it on: it asks whose the value's class is.
+
+A class can say itself what it is equal to, how large it is, whether it is true; the answer to an exercise must not. In
+a check every operand `a` of an operator is run as `__operand__(a)`, every argument of a call as `__argument__(a)`, and
+what stands behind `in` as `__collection__(a)` (grading.integrity rewrites the check). They give the value back, or
+raise Bent where its class, or that of something in a list, was written by the learner and speaks for itself.
+
+The file is sent to the kernel as text and made anew for each check, so that nothing can be reached from its functions.
+"""
+
+from itertools import repeat
+from operator import is_
+
+COMPARING = frozenset(f"__{name}__" for name in ("eq", "ne", "lt", "le", "gt", "ge", "contains"))
+CALCULATING = frozenset(
+    f"__{prefix}{name}__"
+    for name in ("add", "sub", "mul", "truediv", "floordiv", "mod", "pow", "matmul", "and", "or", "xor")
+    for prefix in ("", "r", "i")
+) | frozenset(("__neg__", "__pos__", "__invert__"))
+PRETENDING = frozenset(
+    f"__{name}__"
+    for name in ("bool", "float", "int", "index", "complex", "abs", "round", "class", "getattribute", "instancecheck",
+                 "subclasscheck", "torch_function", "torch_dispatch", "array", "array_ufunc", "array_function",
+                 "array_interface")
+)  # fmt: skip
+DEEPEST = 8  # lists within lists
+LONG = 1000  # items; of a longer list that is an argument, the lists inside are not looked into
+
+# As they are, whatever a learner's class or metaclass says of itself.
+lineage = type.__dict__["__mro__"].__get__
+attributes = type.__dict__["__dict__"].__get__
+called = type.__dict__["__name__"].__get__
+
+
+class Bent(BaseException):
+    """A value whose class decides what the check would have decided."""
+
+
+def arms(known: frozenset, fine: frozenset, holding: frozenset, honest: dict) -> tuple:
+    """The three functions.
+
+    `fine` are the ids of the classes that are not the learner's, `known` those of them whose own class is `type`,
+    `holding` the containers among these. `honest` gives for classes that the lesson itself names (by their name) the
+    special methods that they are asked to have.
+    """
+
+    def speaks(kind: type, of: frozenset) -> str:
+        """The special method by which a class speaks for itself, if there is one."""
+        for one in lineage(kind):
+            if id(one) in fine:
+                continue
+            name = called(one)
+            allowed = frozenset(honest.get(name, ())) | (CALCULATING if name in honest else frozenset())
+            for method in of - allowed:
+                if method in attributes(one):
+                    return f"{name}.{method}"
+        return "" if id(type(kind)) in fine else speaks(type(kind), of)
+
+    def look(value, of: frozenset, depth: int, longest: float) -> None:
+        kind = type(value)
+        ordinary = type(kind) is type and kind in known
+        if not ordinary and id(kind) not in fine:
+            method = speaks(kind, of)
+            if method:
+                raise Bent(f"{method} is the learner's own: the value would judge itself")
+        if depth and not (ordinary and kind not in holding):
+            for item in telling(inside(value, lineage(kind)), longest):
+                look(item, of, depth - 1, longest)
+
+    def telling(items: tuple, longest: float):
+        """The items that have to be looked at: none where all are numbers, say; of each other class one, or all."""
+        kinds = tuple(map(type, items))
+        if all(map(is_, map(type, kinds), repeat(type))):  # a class of another kind could say that it is `int`
+            different = set(kinds)
+            if different <= known and (different.isdisjoint(holding) or len(items) > longest):
+                return ()
+        return items if len(items) <= longest else dict(zip(map(id, kinds), items, strict=True)).values()
+
+    def inside(value, classes: tuple) -> tuple:
+        """What a container holds, whatever its class says."""
+        if dict in classes:
+            return (*dict.keys(value), *dict.values(value))
+        for container in (list, tuple, set, frozenset):
+            if container in classes:
+                return tuple(container.__iter__(value))
+        return ()
+
+    def operand(value):
+        look(value, COMPARING | CALCULATING | PRETENDING, DEEPEST, float("inf"))
+        return value
+
+    def argument(value):
+        look(value, PRETENDING, DEEPEST, LONG)
+        return value
+
+    def collection(value):
+        """What is asked whether it contains something: a dict or a set answers at once, however large."""
+        large = issubclass(type(value), (dict, set, frozenset))
+        look(value, COMPARING | PRETENDING, 0 if large else DEEPEST, float("inf"))
+        return value
+
+    return operand, argument, collection
