@@ -20,6 +20,7 @@ import shutil
 import statistics
 import subprocess
 import sys
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
@@ -98,6 +99,7 @@ def throughput(run: Run, jobs: int) -> dict:
         "writing_seconds": statistics.mean(record["writing"] for record in graded),
         # Of a job's time: the start, waiting for a notebook or for the end; also for its writing, where that is slower.
         "job_seconds_outside_tasks": run.seconds * jobs / count - statistics.mean(r["seconds"] for r in graded),
+        "states": dict(Counter(record["status"] for record in graded)),
         "by_lesson": {
             lesson: statistics.median(r["seconds"] for r in graded if r["lesson"] == lesson)
             for lesson in sorted({record["lesson"] for record in graded})
@@ -194,6 +196,7 @@ def rows(result: dict) -> list[tuple[str, str, str]]:
     """(what, how much, the goal)"""
     speed, memory, single = result["throughput"], result["memory"], result["alone"]
     found = [
+        ("what became of the notebooks", ", ".join(f"{n} {state}" for state, n in speed["states"].items()), ""),
         ("notebooks per second", f"{speed['notebooks_per_second']:.2f}", ""),
         ("seconds per notebook", f"{speed['seconds_per_notebook']:.2f}", ""),
         ("a notebook's own seconds in its process, mean", f"{speed['task_seconds']:.2f}", ""),

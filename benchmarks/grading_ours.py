@@ -147,8 +147,8 @@ def _grade_alone(submitted: Path, source: Path, student: str, lesson: str) -> tu
     task = Task(student, handed.lesson.stage, lesson, handed.path.read_bytes(), master, seed=SEED, kernels=Kernels())
     ran: list[Outcome] = []
 
-    def remembered(*arguments) -> list[Outcome]:
-        ran.extend(execute(*arguments))
+    def remembered(*arguments, **options) -> list[Outcome]:
+        ran.extend(execute(*arguments, **options))
         return ran
 
     execute([Step("import torch")], task.limits, SEED, task.kernels)  # the warm process is there for the whole class
