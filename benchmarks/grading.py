@@ -185,7 +185,7 @@ def machine(options: Options) -> dict:
         "memory_gib": round(psutil.virtual_memory().total / 2**30, 1), "system": platform.platform(),
         "load_before": [round(load, 2) for load in os.getloadavg()], "python": platform.python_version(),
         **{name: version(name) for name in ("torch", "ipykernel", "nbgrader", "distributed")},
-        "commit": commit.stdout.strip(),
+        "commit": commit.stdout.strip() or "unknown",
     }  # fmt: skip
 
 
@@ -245,7 +245,7 @@ def markdown(result: dict) -> str:
         f"Python {where['python']}, PyTorch {where['torch']}, nbgrader {where['nbgrader']}; commit {where['commit']}. "
         f"{where['jobs']} processes. Load before: {', '.join(map(str, where['load_before']))}.",
         "",
-        f"{made['notebooks']} notebooks over {len(made['lessons'])} lessons; exercises: {shares}; seed {made['seed']}.",
+        f"{made['notebooks']} notebooks of lessons {', '.join(name[:2] for name in made['lessons'])}; exercises: {shares}; seed {made['seed']}.",
         "",
         "| | | goal |",
         "|---|--:|---|",
