@@ -245,7 +245,8 @@ def markdown(result: dict) -> str:
         f"Python {where['python']}, PyTorch {where['torch']}, nbgrader {where['nbgrader']}; commit {where['commit']}. "
         f"{where['jobs']} processes. Load before: {', '.join(map(str, where['load_before']))}.",
         "",
-        f"{made['notebooks']} notebooks of lessons {', '.join(name[:2] for name in made['lessons'])}; exercises: {shares}; seed {made['seed']}.",
+        f"{made['notebooks']} notebooks of lessons {', '.join(name[:2] for name in made['lessons'])}; "
+        f"exercises: {shares}; seed {made['seed']}.",
         "",
         "| | | goal |",
         "|---|--:|---|",
