@@ -439,7 +439,7 @@ def nothing_gained(result: Result, wrong: Iterable[str], word: str = "") -> None
 def full_marks(result: Result) -> None:
     """Everything passed, and nobody is suspected of anything."""
     lost = [(check.check, check.status, check.message) for check in result.checks if check.status != "passed"]
-    assert (result.status, lost, result.flags) == ("graded", [], []), result.traceback
+    assert (result.status, lost, result.flags) == ("graded", [], []), f"{lost} {result.flags} {result.traceback}"
     assert result.score == result.max_score
 
 

@@ -504,7 +504,8 @@ FORBIDDEN = {
     "checks.forbidden replaced": "from contextlib import nullcontext\nchecks.forbidden = lambda *names: nullcontext()",
     "modes that never begin": "for mode in (torch.overrides.TorchFunctionMode, below.TorchDispatchMode):\n"
     "    mode.__enter__, mode.__exit__ = lambda self: self, lambda *args: None",
-    "checks._Watch blind": "watches = {checks._Watch: '__torch_function__', checks._WatchOperations: '__torch_dispatch__'}\n"
+    "checks._Watch blind": "watches = {checks._Watch: '__torch_function__'}\n"
+    "watches[checks._WatchOperations] = '__torch_dispatch__'\n"
     "for watch, name in watches.items():\n"
     "    setattr(watch, name, lambda self, func, types, args=(), kwargs=None: func(*args, **(kwargs or {})))",
 }
