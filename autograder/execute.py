@@ -29,6 +29,7 @@ OUTPUTS = ("stream", "display_data", "update_display_data", "execute_result", "e
 ROOT = Path(__file__).resolve().parents[1]
 Managers = Callable[[Limits], AbstractContextManager[AsyncKernelManager]]  # how a kernel is made
 SANDBOXED = Kernels()
+SAID = 20_000  # characters of an exception that are kept
 ANSI = re.compile(r"\x1b\[[0-9;]*[A-Za-z]")
 
 
@@ -43,6 +44,7 @@ class Step:
     check: bool = False
     name: str = ""
     armed: bytes = b""
+    alone: bool = False  # no other thread of the learner's may be there
 
 
 @dataclass
@@ -236,7 +238,7 @@ class Kernel:
         began = time.monotonic()
         try:
             if step.check:
-                answer = await self.guardian.run_check(step.armed, limit)
+                answer = await self.guardian.run_check(step.armed, limit, step.alone)
             else:
                 answer = await self.guardian.run_plain(step.name, step.source, limit)
         except GuardLost:
@@ -273,8 +275,8 @@ class Kernel:
         outcome.count = reply.get("execution_count")
         if reply.get("status") == "error":
             outcome.status = "error"
-            outcome.ename = printable(str(reply.get("ename", "")))
-            outcome.evalue = printable(ANSI.sub("", str(reply.get("evalue", ""))))
+            outcome.ename = printable(str(reply.get("ename", ""))[:SAID])
+            outcome.evalue = printable(ANSI.sub("", str(reply.get("evalue", ""))[:SAID]))
         left = not reply or any(part.get("source") == "ask_exit" for part in reply.get("payload", []))
         if late:
             outcome.status = "timeout"

@@ -5,8 +5,10 @@ it — which mistake gives exactly this. A helper never believes the value it is
 expected values are computed by the check, inputs are compared with copies taken before.
 """
 
+import _thread
 import math
 import os
+import threading
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
@@ -308,6 +310,27 @@ class _WatchOperations(_LightMode):
 
 
 @contextmanager
+def _everywhere(mode: Callable[[], Any]) -> Iterator[None]:
+    """A mode in this thread, and in every thread that is started inside the block: PyTorch's are a thread's own."""
+    def watched(start: Callable[..., Any]) -> Callable[..., Any]:
+        def start_watched(function, *args, **kwargs):
+            def run(*values, **named):
+                with mode():
+                    return function(*values, **named)
+            return start(run, *args, **kwargs)
+        return start_watched
+
+    starts = [(module, name) for module in (_thread, threading)
+              for name in ("start_new_thread", "_start_new_thread", "start_joinable_thread", "_start_joinable_thread")
+              if hasattr(module, name)]
+    with ExitStack() as patches:
+        for module, name in starts:
+            patches.enter_context(mock.patch.object(module, name, watched(getattr(module, name))))
+        with mode():
+            yield
+
+
+@contextmanager
 def calls(*names: str) -> Iterator[Counter]:
     """Counts calls of PyTorch's functions and methods by their name, e.g. `calls("matmul", "softmax")`."""
     counted: Counter = Counter()
@@ -315,7 +338,7 @@ def calls(*names: str) -> Iterator[Counter]:
     def seen(name: str) -> None:
         counted[name] += 1
 
-    with _Watch(names, seen):
+    with _everywhere(lambda: _Watch(names, seen)):
         yield counted
 
 
@@ -323,7 +346,7 @@ def calls(*names: str) -> Iterator[Counter]:
 def forbidden(*names: str, because: str = "this exercise builds it") -> Iterator[None]:
     """Inside the block nothing may call PyTorch's functions of these names, e.g. "scaled_dot_product_attention"."""
     used: list[str] = []
-    with _Watch(names, used.append), _WatchOperations(names, used.append):
+    with _everywhere(lambda: _Watch(names, used.append)), _everywhere(lambda: _WatchOperations(names, used.append)):
         yield
     if used:  # raised at the end, where no `except` of the learner's can swallow it
         raise AssertionError(f"{used[0]} of PyTorch is called, but {because}.")

@@ -27,6 +27,7 @@ ALLOWED_LOSSES = 1  # Dask gives a task up when it has lost more workers than th
 SETTINGS = {
     "distributed.scheduler.allowed-failures": ALLOWED_LOSSES,
     "distributed.worker.daemon": False,  # workers have children: kernels
+    "distributed.admin.low-level-log-length": 10,  # messages kept for debugging: here each is a notebook and its master
 }
 
 

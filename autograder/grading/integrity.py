@@ -33,6 +33,7 @@ SUSPICIOUS = {
         "DisableTorchFunction", "DisableTorchFunctionSubclass", "_disable_current_modes", "_DisableTorchDispatch",
         "DisableTorchDispatch", "_get_current_function_mode_stack", "_get_current_dispatch_mode_stack",
         "_pop_torch_function_stack", "_pop_mode", "_push_mode", "_pop_mode_temporarily", "_BypassTorchFunctionMode",
+        "start_new_thread", "_start_new_thread", "_start_joinable_thread", "start_joinable_thread",
         "_dispatch_tls_set_dispatch_key_excluded", "_ExcludeDispatchKeyGuard", "_IncludeDispatchKeyGuard",
     ),
     "replaces PyTorch's own operations": ("_dispatch_library", "Library"),
@@ -157,6 +158,8 @@ def _canaries(modules: frozenset[str]) -> tuple[tuple[str, bytes], ...]:
     )
 
 
+WATCHING = {"forbidden", "calls", "allocations", "TorchFunctionMode", "TorchDispatchMode", "FlopCounterMode"}
+
 # --- arming a check -------------------------------------------------------------------------------------------
 
 # Builtins whose result says nothing of a value but what is looked at afterwards.
@@ -165,7 +168,7 @@ TAKING = ("enumerate", "id", "iter", "len", "list", "next", "print", "range", "r
 
 
 class Arming(ast.NodeTransformer):
-    """Every operand and every argument of a check goes through kernels/arms.py first."""
+    """Every operand, argument and owner of an attribute in a check goes through kernels/arms.py first."""
 
     def visit_Compare(self, node: ast.Compare) -> ast.AST:
         self.generic_visit(node)
@@ -194,6 +197,16 @@ class Arming(ast.NodeTransformer):
         node.test = _asked("operand", node.test)
         return node
 
+    def visit_Attribute(self, node: ast.Attribute) -> ast.AST:
+        self.generic_visit(node)
+        if isinstance(node.ctx, ast.Load):
+            node.value = _asked("argument", node.value)
+        return node
+
+    def visit_match_case(self, node: ast.match_case) -> ast.AST:
+        node.body = [self.visit(statement) for statement in node.body]  # a pattern is no expression
+        return node
+
     def visit_Call(self, node: ast.Call) -> ast.AST:
         self.generic_visit(node)
         if isinstance(node.func, ast.Name) and node.func.id in TAKING:
@@ -212,6 +225,12 @@ def _asked(function: str, value: ast.expr) -> ast.expr:
         return value
     call = ast.Call(ast.Name(f"__{function}__", ast.Load()), [value], [])
     return ast.fix_missing_locations(ast.copy_location(call, value))
+
+
+@cache
+def counts_calls(source: str) -> bool:
+    """Whether a check sees calls by PyTorch's modes (checks.forbidden and checks.calls), which are a thread's own."""
+    return not WATCHING.isdisjoint(_words(source))
 
 
 @cache
@@ -257,6 +276,7 @@ def _words(source: str) -> set[str]:
 REPORTED = {
     "patched": "replaced by the submission: {}",
     "asked": "asked for {}, which no answer needs",
+    "beside": "{} ran beside a check that counts calls",
     "canary": "an assertion that must fail did not: {}",
 }
 

@@ -6,6 +6,7 @@ So it can run in any process, on any machine; what it needs is in it, and what i
 import time
 import traceback
 from dataclasses import dataclass, field
+from functools import lru_cache
 
 import nbformat
 from nbformat import NotebookNode
@@ -13,6 +14,7 @@ from nbformat import NotebookNode
 from autograder.execute import Limits, Managers, Outcome, Step, execute
 from autograder.grading import integrity
 from autograder.grading.rebuild import Unreadable, exercise_of, name, read_submission, rebuild, role
+from autograder.kernels.guardian import Lesson
 from autograder.kernels.manager import Kernels
 from autograder.lesson import python_of
 
@@ -65,6 +67,7 @@ class Result:
     lesson: str
     status: str
     seconds: float = 0.0
+    cell_seconds: float = 0.0  # of them those in which cells ran
     flags: list[str] = field(default_factory=list)
     checks: list[Check] = field(default_factory=list)
     notebook: bytes | None = None  # as it was run, with its outputs
@@ -83,6 +86,11 @@ class Result:
     @property
     def max_score(self) -> float:
         return sum(check.points for check in self.checks)
+
+
+@lru_cache(64)
+def _lesson(master: bytes) -> Lesson:
+    return integrity.lesson_of(parse(master))
 
 
 def parse(notebook: bytes) -> NotebookNode:
@@ -119,13 +127,14 @@ def _grade(task: Task, result: Result) -> None:
         result.notebook = nbformat.writes(master).encode()
         return
     released = {name(cell): cell.source for cell in master.cells}
-    lesson = integrity.lesson_of(master)
+    lesson = _lesson(task.master)
     notebook, more = rebuild(master, cells)
     result.flags += flags + more
     caught = integrity.suspicious(notebook)
 
     to_run = [c for c in notebook.cells if c.cell_type == "code" and role(c) != "experiment" and c.source.strip()]
     outcomes = execute([_step(cell) for cell in to_run], task.limits, task.seed, task.kernels, lesson)
+    result.cell_seconds = sum(outcome.seconds for outcome in outcomes)
     for cell, outcome in zip(to_run, outcomes, strict=True):
         cell.outputs = nbformat.from_dict(outcome.outputs)
         cell.execution_count = outcome.count
@@ -160,19 +169,21 @@ def _step(cell: NotebookNode) -> Step:
     if kind not in ("plain", "check"):
         return Step(source)
     armed = integrity.armed(source, name(cell)) if kind == "check" else b""
-    return Step(python_of(source), kind == "check", name(cell), armed)
+    return Step(python_of(source), kind == "check", name(cell), armed, integrity.counts_calls(source))
 
 
 def _withhold(result: Result, caught: list[str]) -> None:
-    """Of a submission that was caught all points wait for a person; of others those of values that judge themselves."""
+    """A submission that was caught keeps no points by itself: they wait for a person."""
+    caught += [f"{check.check}: {check.message}" for check in result.checks if check.status == "withheld"]
+    if not caught:
+        return
     for check in result.checks:
-        if caught and check.status == "passed":
+        if check.status == "passed":
             check.score, check.status, check.message = 0.0, "withheld", f"passed, but {caught[0]}"
-    waiting = [check for check in result.checks if check.status == "withheld"]
-    caught += [f"{check.check}: {check.message}" for check in waiting if not caught]
-    if waiting:
+    points = sum(check.points for check in result.checks if check.status == "withheld")
+    if points:
         result.status = "withheld"
-        caught.insert(0, f"withheld: {sum(check.points for check in waiting):g} points wait for a person's decision")
+        caught.insert(0, f"withheld: {points:g} points wait for a person's decision")
     result.flags[:0] = caught
 
 
@@ -226,4 +237,4 @@ def _said(outcome: Outcome) -> str:
     text = "\n".join(lines)[:MESSAGE_CHARS]
     if outcome.ename == "AssertionError" and text:
         return text
-    return f"{outcome.ename}: {text}" if text else outcome.ename
+    return (f"{outcome.ename}: {text}" if text else outcome.ename)[:MESSAGE_CHARS]

@@ -3,7 +3,8 @@
 A class can say itself what it is equal to, how large it is, whether it is true; the answer to an exercise must not. In
 a check every operand `a` of an operator is run as `__operand__(a)`, every argument of a call as `__argument__(a)`, and
 what stands behind `in` as `__collection__(a)` (grading.integrity rewrites the check). They give the value back, or
-raise Bent where its class, or that of something in a list, was written by the learner and speaks for itself.
+raise Bent where its class, or that of something in a list, was written by the learner and speaks for itself, and where
+a tensor has a method of its own. So is `a` of `a.method` looked at.
 
 The file is sent to the kernel as text and made anew for each check, so that nothing can be reached from its functions.
 """
@@ -36,12 +37,12 @@ class Bent(BaseException):
     """A value whose class decides what the check would have decided."""
 
 
-def arms(known: frozenset, fine: frozenset, holding: frozenset, honest: dict) -> tuple:
+def arms(known: frozenset, fine: frozenset, holding: frozenset, tensors: frozenset, honest: dict) -> tuple:
     """The three functions.
 
     `fine` are the ids of the classes that are not the learner's, `known` those of them whose own class is `type`,
-    `holding` the containers among these. `honest` gives for classes that the lesson itself names (by their name) the
-    special methods that they are asked to have.
+    `holding` the containers among these; `tensors` are PyTorch's own. `honest` gives for classes that the lesson itself
+    names (by their name) the special methods that they are asked to have.
     """
 
     def speaks(kind: type, of: frozenset) -> str:
@@ -63,6 +64,8 @@ def arms(known: frozenset, fine: frozenset, holding: frozenset, honest: dict) ->
             method = speaks(kind, of)
             if method:
                 raise Bent(f"{method} is the learner's own: the value would judge itself")
+        if kind in tensors and any(hasattr(kind, name) for name in vars(value)):
+            raise Bent(f"a tensor's {', '.join(vars(value))} is the learner's own: the value would judge itself")
         if depth and not (ordinary and kind not in holding):
             for item in telling(inside(value, lineage(kind)), longest):
                 look(item, of, depth - 1, longest)

@@ -170,6 +170,9 @@ class Desk:
         self.kinds, self.fine = kinds, frozenset(map(id, kinds))
         self.known = frozenset(kind for kind in kinds if type(kind) is type)
         self.holding = frozenset(kind for kind in self.known if issubclass(kind, (list, tuple, set, frozenset, dict)))
+        torch = sys.modules.get("torch")
+        self.threads = set(sys._current_frames())
+        self.tensors = frozenset((torch.Tensor, torch.nn.Parameter)) if torch else frozenset()
         self.watch = Watch()
         self.sentry = Sentry(self.found)
         self._remember()
@@ -189,14 +192,17 @@ class Desk:
         self._remember()
         return ("ok", "", "", ())
 
-    def run_check(self, code: bytes, seed: int, honest: dict) -> tuple:
-        """A check, in names of its own; then the canaries, where it passed."""
+    def run_check(self, code: bytes, seed: int, honest: dict, alone: bool) -> tuple:
+        """A check, in names of its own; then the canaries, where it passed.
+
+        With `alone` it watches what is called, by modes of PyTorch that another thread does not have.
+        """
         self._restore()
         reseed(seed)
         names = self._names()
         made = {"__builtins__": dict(self.builtins), "__name__": "llm40 check"}
         exec(self.arms, made)
-        arms = made["arms"](self.known, self.fine, self.holding, honest)
+        arms = made["arms"](self.known, self.fine, self.holding, self.tensors, honest)
         names["__operand__"], names["__argument__"], names["__collection__"] = arms
         try:
             exec(marshal.loads(code), names)
@@ -204,12 +210,21 @@ class Desk:
         except BaseException as error:
             outcome = told(error)
         self._report(*self.watch.replaced())
+        if alone and self._others():
+            self._report(("beside", "another thread"))
         if outcome[0] == "ok":
             self._report(*self._silent_canaries())
         return outcome
 
+    def _others(self) -> list:
+        """The threads that learners' code has left running; a progress bar's own is none."""
+        known = {*self.threads, _thread.get_ident()}
+        return [frame for thread, frame in sys._current_frames().items() if thread not in known and not of_tqdm(frame)]
+
     def _names(self) -> dict:
-        return {**self.names, **self.ours, "__builtins__": dict(self.builtins)}
+        """The notebook's names, but ours as we made them, and nothing in the place of a builtin."""
+        theirs = {name: value for name, value in list(self.names.items()) if name not in BUILTIN_NAMES}
+        return {**theirs, **self.ours, "__builtins__": dict(self.builtins)}
 
     def _silent_canaries(self):
         """The canaries that should have cried out and did not."""
@@ -242,6 +257,12 @@ class Desk:
 
 
 MISSING = object()
+
+
+def of_tqdm(frame) -> bool:
+    while frame is not None and not frame.f_code.co_filename.endswith("/tqdm/_monitor.py"):
+        frame = frame.f_back
+    return frame is not None
 
 
 def reseed(seed: int) -> None:
@@ -290,7 +311,7 @@ WATCHED = ("torch", "torch.nn", "torch.testing", "torch.autograd", "torch.linalg
 SHALLOW = ("torch.utils", "torch.optim", "torch.nn.attention", "numpy.", "sklearn.")
 UNWATCHED = ("sys", "threading", "signal", "warnings", "logging", "linecache", "tokenize", "site", "atexit", "asyncio",
              "selectors", "concurrent", "multiprocessing", "readline", "rlcompleter", "pdb", "getpass", "socket", "ssl",
-             "webbrowser")  # fmt: skip
+             "webbrowser", "pydoc")  # fmt: skip
 # A change here is noticed even if it has been taken back.
 HEART = ("builtins", "math", "torch", "torch.nn.functional", "torch.testing", "torch.testing._comparison", "torch._C",
          "torch.linalg", "torch.Tensor", "llm40.checks")  # fmt: skip
@@ -514,7 +535,7 @@ class Sentry:
         places += [os.path.dirname(sys.modules["llm40"].__file__)] if "llm40" in sys.modules else []
         self.libraries = ("<frozen ", *(place + "/" for place in dict.fromkeys(places)))
         self.inspecting = tuple(f"{place}/{name}" for place in places
-                                for name in ("inspect.py", "traceback.py", "types.py", "functools.py"))  # fmt: skip
+                                for name in ("inspect.py", "types.py", "functools.py"))  # fmt: skip
 
     def hear(self, event: str, arguments: tuple) -> None:
         """Python calls this at every event. RuntimeError, and a report, where a learner's code must not have it."""
@@ -574,6 +595,8 @@ class Sentry:
         """Whether the asker is a learner's code: itself, through `inspect`, as a callback, or by a library's function
         that would give it what that function was given."""
         kind = self._kind(frame)
+        if word == "_getframe" and frame.f_code.co_filename.endswith("/traceback.py"):
+            return self._learner_in(frame, 4)  # print_stack; but print_exc looks at an exception, and may
         if kind == "library" and word and word not in frame.f_code.co_names:
             return self._learner_in(frame)  # a library's function was told to call it
         while kind == "through":
@@ -590,5 +613,6 @@ class Sentry:
 
 
 HEARD = frozenset(FRAMES) | {
-    "open", "os.symlink", "os.link", "object.__getattr__", "object.__setattr__", "object.__delattr__",
+    "open", "os.symlink", "os.link",
+    "object.__getattr__", "object.__setattr__", "object.__delattr__",
 }  # fmt: skip

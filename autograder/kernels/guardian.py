@@ -96,9 +96,9 @@ class Guardian:
             "run_plain", seconds, code=program(source, file), file=file, source=source, theirs=list(self.lesson.theirs)
         )
 
-    async def run_check(self, check: bytes, seconds: float) -> Answer:
-        """Runs a check, made by `program`."""
-        return await self._ask("run_check", seconds, code=check, seed=self.seed, honest=self.lesson.honest)
+    async def run_check(self, check: bytes, seconds: float, alone: bool) -> Answer:
+        """Runs a check, made by `program`; with `alone`, a learner's other threads are reported."""
+        return await self._ask("run_check", seconds, code=check, seed=self.seed, honest=self.lesson.honest, alone=alone)
 
     async def _ask(self, what: str, seconds: float, **arguments) -> Answer:
         request = {"do": what, "with": arguments, "seconds": max(0.0, seconds), "grace": self.grace}

@@ -4,6 +4,8 @@ import contextlib
 import math
 import subprocess
 import sys
+import threading
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
@@ -268,3 +270,21 @@ class TestKernels:
             guard.intact()
             guard.buffer[0] = 0
             message(guard.intact)
+
+
+@pytest.mark.parametrize("start", ["Thread", "pool"])
+def test_forbidden_sees_other_threads(start):
+    def in_thread(x):
+        if start == "pool":
+            with ThreadPoolExecutor() as pool:
+                pool.submit(torch.softmax, x, -1).result()
+        else:
+            thread = threading.Thread(target=torch.softmax, args=(x, -1))
+            thread.start()
+            thread.join()
+
+    with pytest.raises(AssertionError, match="softmax of PyTorch is called"), checks.forbidden("softmax"):
+        in_thread(torch.ones(3))
+    with checks.calls("softmax") as counted:
+        in_thread(torch.ones(3))
+    assert counted["softmax"] == 1
