@@ -97,6 +97,7 @@ def throughput(run: Run, jobs: int) -> dict:
         "seconds_per_notebook": run.seconds / count,
         "task_seconds": statistics.mean(record["seconds"] for record in graded),
         "writing_seconds": statistics.mean(record["writing"] for record in graded),
+        "overhead_seconds": _spread([record["seconds"] - record["cells"] for record in graded]),
         # Of a job's time: the start, waiting for a notebook or for the end; also for its writing, where that is slower.
         "job_seconds_outside_tasks": run.seconds * jobs / count - statistics.mean(r["seconds"] for r in graded),
         "states": dict(Counter(record["status"] for record in graded)),
@@ -108,15 +109,14 @@ def throughput(run: Run, jobs: int) -> dict:
 
 
 def alone(run: Run, submitted: Path, options: Options) -> dict:
-    """Some notebooks each graded alone: what differs from the class, and what a notebook costs beyond its cells."""
+    """Some notebooks each graded alone: what differs from the class."""
     graded = [record for record in run.records if record["status"] != "missing"]
     chosen = random.Random(options.seed).sample(graded, min(options.alone, len(graded)))
-    differences, overheads = [], []
+    differences = []
     for record in tqdm(chosen, unit="notebook", desc="each alone", dynamic_ncols=True):
-        found, seconds, cells = grade_alone(submitted, options.source, record["student"], record["lesson"])
+        found = grade_alone(submitted, options.source, record["student"], record["lesson"])
         differences += [f"{record['student']} {record['lesson']}: {line}" for line in differing(record, found)]
-        overheads.append(seconds - cells)
-    return {"notebooks": len(chosen), "differences": differences, "overhead_seconds": _spread(overheads)}
+    return {"notebooks": len(chosen), "differences": differences}
 
 
 def differing(one: dict, other: dict) -> list[str]:
@@ -202,12 +202,14 @@ def rows(result: dict) -> list[tuple[str, str, str]]:
         ("a notebook's own seconds in its process, mean", f"{speed['task_seconds']:.2f}", ""),
         ("seconds to write its result down, mean", f"{speed['writing_seconds']:.3f}", ""),
     ]
+    over = speed["overhead_seconds"]
+    total = over["median"] + speed["writing_seconds"]
+    found += [
+        ("overhead beyond its cells, median (mean)", f"{over['median']:.2f} ({over['mean']:.2f}) s", ""),
+        ("overhead and writing", f"{total:.2f} s", _goal(total <= OVERHEAD, f"{OVERHEAD:g} s")),
+    ]
     if single:
-        over = single["overhead_seconds"]
-        total = over["median"] + speed["writing_seconds"]
         found += [
-            ("overhead beyond its cells, alone, median (max)", f"{over['median']:.2f} ({over['max']:.2f}) s", ""),
-            ("overhead and writing", f"{total:.2f} s", _goal(total <= OVERHEAD, f"{OVERHEAD:g} s")),
             ("verdicts that differ, each alone", f"{len(single['differences'])} of {single['notebooks']} notebooks",
              _goal(not single["differences"], "none")),
         ]  # fmt: skip

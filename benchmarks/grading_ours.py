@@ -9,16 +9,13 @@ from concurrent.futures import ProcessPoolExecutor
 from contextlib import contextmanager, nullcontext
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from unittest import mock
 
 import nbformat
 import psutil
 
-from autograder.execute import Outcome, Step, execute
-from autograder.grading import task as tasks
 from autograder.grading.engine import run_tasks
 from autograder.grading.grade import SEED, find_class, grade_folder, read_masters
-from autograder.grading.task import Result, Task
+from autograder.grading.task import Result, Task, grade
 from autograder.kernels.manager import Kernels
 
 SPAWN = multiprocessing.get_context("spawn")  # a fresh Python, as from the command line
@@ -66,7 +63,8 @@ def _grade_class(submitted: Path, out: Path, source: Path, jobs: int, log: Path)
         def logged(tasks: Iterable[Task], jobs: int) -> Iterator[Result]:
             """run_tasks, with a line in the log for each result and for how long it took to write it down."""
             for result in run_tasks(tasks, jobs):
-                record = {"student": result.student, "lesson": result.lesson, "seconds": result.seconds}
+                record = {"student": result.student, "lesson": result.lesson}
+                record |= {"seconds": result.seconds, "cells": result.cell_seconds}
                 record |= verdict(result)
                 began = time.monotonic()
                 yield result
@@ -135,23 +133,14 @@ def _bytes(process: psutil.Process) -> int:
 # --- one notebook ---------------------------------------------------------------------------------------------
 
 
-def grade_alone(submitted: Path, source: Path, student: str, lesson: str) -> tuple[dict, float, float]:
-    """(verdict, seconds of the task, seconds of its cells as they ran), in a process that grades nothing else."""
+def grade_alone(submitted: Path, source: Path, student: str, lesson: str) -> dict:
+    """The verdict, in a process that grades nothing else."""
     with ProcessPoolExecutor(1, mp_context=SPAWN) as pool:
         return pool.submit(_grade_alone, submitted, source, student, lesson).result()
 
 
-def _grade_alone(submitted: Path, source: Path, student: str, lesson: str) -> tuple[dict, float, float]:
+def _grade_alone(submitted: Path, source: Path, student: str, lesson: str) -> dict:
     [handed], _ = find_class(submitted, read_masters(source), lesson, student)
     master = nbformat.writes(handed.lesson.master).encode()
     task = Task(student, handed.lesson.stage, lesson, handed.path.read_bytes(), master, seed=SEED, kernels=Kernels())
-    ran: list[Outcome] = []
-
-    def remembered(*arguments, **options) -> list[Outcome]:
-        ran.extend(execute(*arguments, **options))
-        return ran
-
-    execute([Step("import torch")], task.limits, SEED, task.kernels)  # the warm process is there for the whole class
-    with mock.patch.object(tasks, "execute", remembered):
-        result = tasks.grade(task)
-    return verdict(result), result.seconds, sum(outcome.seconds for outcome in ran)
+    return verdict(grade(task))
