@@ -133,7 +133,7 @@ def _grade(task: Task, result: Result) -> None:
     caught = integrity.suspicious(notebook)
 
     to_run = [c for c in notebook.cells if c.cell_type == "code" and role(c) != "experiment" and c.source.strip()]
-    outcomes = execute([_step(cell) for cell in to_run], task.limits, task.seed, task.kernels, lesson)
+    outcomes = execute([_step(cell, lesson) for cell in to_run], task.limits, task.seed, task.kernels, lesson)
     result.cell_seconds = sum(outcome.seconds for outcome in outcomes)
     for cell, outcome in zip(to_run, outcomes, strict=True):
         cell.outputs = nbformat.from_dict(outcome.outputs)
@@ -163,12 +163,12 @@ def _grade(task: Task, result: Result) -> None:
     result.notebook = nbformat.writes(notebook).encode()
 
 
-def _step(cell: NotebookNode) -> Step:
+def _step(cell: NotebookNode, lesson: Lesson) -> Step:
     """A learner's cell runs as it stands; ours have a name, and a check is armed."""
     kind, source = role(cell), cell.source
     if kind not in ("plain", "check"):
         return Step(source)
-    armed = integrity.armed(source, name(cell)) if kind == "check" else b""
+    armed = integrity.armed(source, name(cell), lesson.theirs) if kind == "check" else b""
     return Step(python_of(source), kind == "check", name(cell), armed, integrity.counts_calls(source))
 
 

@@ -35,11 +35,13 @@ import socket
 import sys
 import sysconfig
 import types
+from collections import deque
 from contextlib import suppress
 
 SEAL = 32  # bytes
 OURS = "<llm40 "  # how the names of our cells' files begin
 MOST = 50  # reports of a kind
+LARGE = 1_000_000  # numbers of a tensor; larger ones are not watched
 TEXT = 20_000  # characters of what an exception says
 
 
@@ -134,8 +136,11 @@ class Desk:
         self.watch = None
         self.sentry = None
         self.canaries = ()
+        self.helpers = set()
         self.environ, self.environment = os.environ, {}
         self.dtype = None
+        self.data = {}  # name → a tensor that our cells made, and a copy
+        self.mark = f"check {os.urandom(16).hex()}"  # the module of the classes that a check makes
         self.found = []
 
     def reports(self) -> tuple:
@@ -166,12 +171,14 @@ class Desk:
         self.environment = environment
         self.arms = marshal.loads(arms)
         self.builtins = dict(vars(builtins))
+        self.helpers = library_threads()
         kinds = known_types()  # kept alive, so that their ids remain theirs
         self.kinds, self.fine = kinds, frozenset(map(id, kinds))
         self.known = frozenset(kind for kind in kinds if type(kind) is type)
-        self.holding = frozenset(kind for kind in self.known if issubclass(kind, (list, tuple, set, frozenset, dict)))
+        holding = (list, tuple, set, frozenset, dict, deque)
+        self.holding = frozenset(kind for kind in self.known if issubclass(kind, holding))
         torch = sys.modules.get("torch")
-        self.threads = set(sys._current_frames())
+        self.threads = set(sys._current_frames()) - {_thread.get_ident()}  # this one ends, and its number is free again
         self.tensors = frozenset((torch.Tensor, torch.nn.Parameter)) if torch else frozenset()
         self.watch = Watch()
         self.sentry = Sentry(self.found)
@@ -189,6 +196,11 @@ class Desk:
             if name not in theirs and before.get(name, MISSING) is not value:
                 self.ours[name] = value
         self.fine |= {id(value) for value in self.ours.values() if isinstance(value, type)}
+        for name, value in self.ours.items():
+            if type(value) in self.tensors and not value.isnan().any() and value.numel() < LARGE:
+                self.data.setdefault(name, (value, value.detach().clone()))
+            if isinstance(value, type) and value.__module__ == "__main__":
+                self.watch.remember(f"the notebook's {name}", value, names_of(value))
         self._remember()
         return ("ok", "", "", ())
 
@@ -202,29 +214,53 @@ class Desk:
         names = self._names()
         made = {"__builtins__": dict(self.builtins), "__name__": "llm40 check"}
         exec(self.arms, made)
-        arms = made["arms"](self.known, self.fine, self.holding, self.tensors, honest)
+        asked = {id(self.names.get(name)): methods for name, methods in honest.items()}
+        arms = made["arms"](self.known, self.fine, self.holding, self.tensors, asked, self.mark)
         names["__operand__"], names["__argument__"], names["__collection__"] = arms
+        made["opaque"](names)
+        names["__call__"] = calling(dict(self.builtins))
         try:
             exec(marshal.loads(code), names)
             outcome = ("ok", "", "", ())
         except BaseException as error:
             outcome = told(error)
         self._report(*self.watch.replaced())
+        self._report(*(("patched", f"the notebook's {name}") for name in self._rebound() + self._changed_data()))
         if alone and self._others():
             self._report(("beside", "another thread"))
         if outcome[0] == "ok":
             self._report(*self._silent_canaries())
         return outcome
 
+    def _rebound(self) -> list:
+        """Names that our cells made, and a learner's function has given to something else while a check ran."""
+        return [name for name, value in self.ours.items() if self.names.get(name, MISSING) is not value]
+
+    def _changed_data(self) -> list:
+        """Tensors that our cells made and that have other values now, which are put back."""
+        torch, found = sys.modules.get("torch"), []
+        for name, (tensor, kept) in self.data.items():
+            if not torch.equal(tensor, kept):
+                with torch.no_grad():
+                    tensor.copy_(kept) if tensor.shape == kept.shape else tensor.set_(kept.clone())
+                found.append(name)
+        return found
+
     def _others(self) -> list:
-        """The threads that learners' code has left running; a progress bar's own is none."""
+        """The threads that learners' code has left running; what a progress bar or ZeroMQ starts is none."""
         known = {*self.threads, _thread.get_ident()}
-        return [frame for thread, frame in sys._current_frames().items() if thread not in known and not of_tqdm(frame)]
+        frames = [frame for thread, frame in sys._current_frames().items() if thread not in known]
+        return [frame for frame in frames if not self._of_library(frame)]
+
+    def _of_library(self, frame) -> bool:
+        while frame is not None and frame.f_code not in self.helpers:
+            frame = frame.f_back
+        return frame is not None
 
     def _names(self) -> dict:
         """The notebook's names, but ours as we made them, and nothing in the place of a builtin."""
         theirs = {name: value for name, value in list(self.names.items()) if name not in BUILTIN_NAMES}
-        return {**theirs, **self.ours, "__builtins__": dict(self.builtins)}
+        return {**theirs, **self.ours, "__builtins__": dict(self.builtins), "__name__": self.mark}
 
     def _silent_canaries(self):
         """The canaries that should have cried out and did not."""
@@ -247,9 +283,15 @@ class Desk:
 
     def _restore(self) -> None:
         self._report(*self.watch.restore())
+        if any(type(name) is not str for name in self.names):  # it could say that it is the name of something else
+            plain = {name: value for name, value in list(self.names.items()) if type(name) is str}
+            self.names.clear()
+            self.names.update(plain)
+            self._report(("patched", "a name of the notebook"))
         for name, value in self.ours.items():
             self.names[name] = value
         self.names["__builtins__"] = builtins
+        self._changed_data()
         os.environ = self.environ  # noqa: B003 - the very one that Python made
         os.environ.update(self.environment)
         if self.dtype:
@@ -259,10 +301,27 @@ class Desk:
 MISSING = object()
 
 
-def of_tqdm(frame) -> bool:
-    while frame is not None and not frame.f_code.co_filename.endswith("/tqdm/_monitor.py"):
-        frame = frame.f_back
-    return frame is not None
+
+
+def library_threads() -> set:
+    """The code of threads that libraries start on their own."""
+    found = set()
+    with suppress(ImportError):
+        from tqdm import TMonitor
+
+        found.add(TMonitor.run.__code__)
+    with suppress(ImportError):
+        from zmq.utils.garbage import GarbageCollectorThread
+
+        found.add(GarbageCollectorThread.run.__code__)
+    return found
+
+
+def calling(own: dict):
+    """A function that calls another: `eval`, given as an answer, then runs among its names and not among a check's."""
+    names = {"__builtins__": own}
+    exec(compile("def call(function, /, *a, **k): return function(*a, **k)", f"{OURS}call>", "exec"), names)
+    return names.pop("call")
 
 
 def reseed(seed: int) -> None:
@@ -314,11 +373,20 @@ UNWATCHED = ("sys", "threading", "signal", "warnings", "logging", "linecache", "
              "webbrowser", "pydoc")  # fmt: skip
 # A change here is noticed even if it has been taken back.
 HEART = ("builtins", "math", "torch", "torch.nn.functional", "torch.testing", "torch.testing._comparison", "torch._C",
-         "torch.linalg", "torch.Tensor", "llm40.checks")  # fmt: skip
+         "torch.linalg", "torch.Tensor", "llm40.checks", "random", "random.Random", "operator", "itertools",
+         "collections", "fractions.Fraction", "numpy")  # fmt: skip
 CALLABLE = (types.FunctionType, types.BuiltinFunctionType, types.MethodDescriptorType, types.WrapperDescriptorType,
-            types.GetSetDescriptorType, types.ClassMethodDescriptorType, types.ModuleType, type, property, classmethod,
-            staticmethod)  # fmt: skip
-CONTENTS = {"torch.testing._comparison": ("_DTYPE_PRECISIONS",), "llm40.checks": ("RTOL",)}
+            types.GetSetDescriptorType, types.ClassMethodDescriptorType, types.MemberDescriptorType, types.MethodType,
+            types.ModuleType, type, property, classmethod, staticmethod)  # fmt: skip
+CONSTANTS = ("torch", "math")  # of these also what is no function: torch.bool, math.pi
+SHOWN = ("__repr__", "__str__", "__format__")  # how a tensor looks is a matter of taste
+CONTENTS = {
+    "torch.testing._comparison": ("_DTYPE_PRECISIONS",),
+    "llm40.checks": ("RTOL",),
+    "torch.nn.modules.module": (
+        "_global_forward_hooks", "_global_forward_pre_hooks", "_global_backward_hooks", "_global_backward_pre_hooks",
+    ),
+}  # fmt: skip
 # Operations that can also be replaced below Python (torch.library).
 OPERATIONS = ("abs", "allclose", "isclose", "equal", "eq.Tensor", "eq.Scalar", "ne.Tensor", "ne.Scalar", "lt.Tensor",
               "lt.Scalar", "le.Tensor", "le.Scalar", "gt.Tensor", "gt.Scalar", "ge.Tensor", "ge.Scalar", "sub.Tensor",
@@ -326,6 +394,7 @@ OPERATIONS = ("abs", "allclose", "isclose", "equal", "eq.Tensor", "eq.Scalar", "
               "bitwise_and.Tensor", "bitwise_or.Tensor", "bitwise_not", "_local_scalar_dense", "_to_copy", "detach",
               "clone")  # fmt: skip
 LAYERS = ("CPU", "CUDA", "Autograd", "Composite", "BackendSelect", "ADInplaceOrView", "Python:")
+REAL = ("/CPU", "/CUDA", "/AutogradCPU", "/AutogradCUDA", "/Autograd", "/CompositeImplicitAutograd")
 HEAP_TYPE = 1 << 9  # Py_TPFLAGS_HEAPTYPE: the others cannot be changed from Python
 VERSION = 24  # bytes into a dict, where CPython keeps a number that is another one after every change (PEP 509)
 
@@ -344,6 +413,9 @@ def counted() -> bool:
 
 
 COUNTED = counted()
+
+
+BASES = type.__dict__["__bases__"].__get__
 
 
 class Entry:
@@ -381,10 +453,22 @@ class Entry:
             return any(name in vars(base) for base in self.owner.__mro__[1:])
         return name in BUILTIN_NAMES
 
+    def matters(self, name: str, kept) -> bool:
+        return isinstance(kept, CALLABLE) or callable(kept) or (self.label in CONSTANTS and not name.startswith("_"))
+
+    def strange_names(self) -> bool:
+        """Takes away names that are no plain strings, which could pass for another; whether there were any."""
+        if set(map(type, self.names)) <= {str}:
+            return False
+        plain = {name: value for name, value in list(self.names.items()) if type(name) is str}
+        self.names.clear()
+        self.names.update(plain)
+        return True
+
     def differences(self):
         """(name, its kept value or MISSING) for all that was replaced, removed, or put before something else."""
         for name, kept in self.kept.items():
-            if self.names.get(name, MISSING) is not kept and isinstance(kept, CALLABLE):
+            if self.names.get(name, MISSING) is not kept and name not in SHOWN and self.matters(name, kept):
                 yield name, kept
         if len(self.names) > len(self.kept):
             for name in [name for name in self.names if name not in self.kept]:
@@ -404,7 +488,10 @@ class Watch:
         self.entries = {}  # id of what is watched → Entry
         self.modules = {}
         self.operations = {}
-        self.contents = []
+        self.contents = [("os.environ", vars(os.environ), dict(vars(os.environ)))]
+        self.cells = []  # what functions of the heart have enclosed
+        self.kinds = []  # module and its class
+        self.bases = []  # class and its bases
         self.look()
 
     def look(self) -> None:
@@ -413,18 +500,35 @@ class Watch:
             if name in self.modules or not isinstance(module, types.ModuleType) or not watched(name):
                 continue
             self.modules[name] = module
-            self._remember(name, module, vars(module))
+            self.kinds.append((module, type(module)))
+            self.remember(name, module, vars(module))
             for value in () if name.startswith(SHALLOW) else list(vars(module).values()):
                 if isinstance(value, type) and value.__flags__ & HEAP_TYPE and watched(value.__module__):
-                    self._remember(f"{value.__module__}.{value.__qualname__}", value, names_of(value))
+                    self.remember(f"{value.__module__}.{value.__qualname__}", value, names_of(value))
             for content in CONTENTS.get(name, ()):
                 self.contents.append((f"{name}.{content}", vars(module)[content], dict(vars(module)[content])))
         if "torch" in self.modules and not self.operations:
             self.operations = {name: registered(name) for name in OPERATIONS}
+        if "torch" in self.modules:
+            self.implemented = implemented()
 
-    def _remember(self, label: str, owner, names: dict) -> None:
-        if id(names) not in self.entries:
-            self.entries[id(names)] = Entry(label, owner, names)
+    def remember(self, label: str, owner, names: dict) -> None:
+        if id(names) in self.entries:
+            return
+        entry = self.entries[id(names)] = Entry(label, owner, names)
+        if isinstance(owner, type):
+            self.bases.append((owner, BASES(owner)))
+        for name, value in names.items() if entry.heart else ():
+            if isinstance(value, types.FunctionType):
+                self._enclosed(f"{label}.{name}", value)
+
+    def _enclosed(self, label: str, function) -> None:
+        """What a function of the heart does not show among its module's names: defaults, and what it has enclosed."""
+        if function.__kwdefaults__:
+            self.contents.append((label, function.__kwdefaults__, dict(function.__kwdefaults__)))
+        for cell in function.__closure__ or ():
+            with suppress(ValueError):  # an empty one
+                self.cells.append((label, cell, cell.cell_contents))
 
     def restore(self) -> list:
         """Puts back what was replaced, and says what that was."""
@@ -439,6 +543,8 @@ class Watch:
         for entry in list(self.entries.values()):
             if not entry.touched():
                 continue
+            if isinstance(entry.owner, types.ModuleType) and entry.strange_names():
+                found.append(f"a name of {entry.label}")
             before = len(entry.kept)
             differences = list(entry.differences())
             for name, kept in differences:
@@ -451,11 +557,26 @@ class Watch:
             if sys.modules.get(name) is not module:
                 sys.modules[name] = module
                 found.append(f"sys.modules[{name!r}]")
+        for owner, kind in self.kinds:
+            if type(owner) is not kind:
+                owner.__class__ = kind
+                found.append(f"the class of {owner.__name__}")
+        for owner, bases in self.bases:
+            if BASES(owner) is not bases:
+                owner.__bases__ = bases
+                found.append(f"the bases of {owner.__name__}")
         for label, content, kept in self.contents:
-            if list(content.items()) != list(kept.items()):
+            if len(content) != len(kept) or any(content.get(name, MISSING) is not kept[name] for name in kept):
                 content.clear()
                 content.update(kept)
                 found.append(label)
+        for label, cell, kept in self.cells:
+            if cell.cell_contents is not kept:
+                cell.cell_contents = kept
+                found.append(label)
+        if "torch" in self.modules:
+            found += [f"torch.ops.{name}" for name in sorted(implemented() - self.implemented)]
+            self.implemented = implemented()
         for name, kept in self.operations.items():
             if registered(name) != kept:
                 found.append(f"torch.ops.aten.{name}")
@@ -480,6 +601,12 @@ def registered(operation: str) -> str:
     """Which functions PyTorch calls for an operation; not those of layers that are filled as they are first needed."""
     lines = sys.modules["torch"]._C._dispatch_dump(f"aten::{operation}").split("\n")
     return "\n".join(line for line in lines if line.startswith(LAYERS))
+
+
+def implemented() -> frozenset:
+    """The operations of PyTorch's own that somebody has implemented again from Python, for real tensors."""
+    known = sys.modules["torch"].library._impls
+    return frozenset(name for name in known if name.startswith("aten/") and name.endswith(REAL))
 
 
 def known_types() -> list:
@@ -522,7 +649,17 @@ FRAMES = {
 }
 ATTRIBUTES = ("tb_frame", "gi_frame", "cr_frame", "ag_frame", "__code__", "__defaults__", "__kwdefaults__")
 FORGEABLE = ("code.__new__", "compile")  # of these only what pretends to be a library's or ours
+PROFILERS = ("/cProfile.py", "/profile.py", "/torch/profiler/profiler.py", "/torch/autograd/profiler.py")
 MESSAGE = "this is not to be had in a notebook that is graded: "
+
+
+def exact(text) -> str | None:
+    """A path's text without a call of its methods: None where its class is another. Where there is none it is empty."""
+    if type(text) is bytes:
+        return bytes.decode(text, "utf-8", "surrogateescape")
+    if type(text) is str:
+        return text
+    return "" if text is None else None
 
 
 class Sentry:
@@ -530,6 +667,7 @@ class Sentry:
 
     def __init__(self, found: list):
         self.found = found
+        self.proc = os.stat("/proc/self").st_dev if os.path.exists("/proc/self") else -1
         self.busy = set()  # threads that are being heard: to look at a frame is such an event too
         places = [sysconfig.get_paths()[key] for key in ("stdlib", "platstdlib", "purelib", "platlib")]
         places += [os.path.dirname(sys.modules["llm40"].__file__)] if "llm40" in sys.modules else []
@@ -541,41 +679,57 @@ class Sentry:
         """Python calls this at every event. RuntimeError, and a report, where a learner's code must not have it."""
         if event not in HEARD:
             return
-        thread = _thread.get_ident()
-        if thread in self.busy:
+        if _thread.get_ident() in self.busy:
             return
-        self.busy.add(thread)
-        try:
-            what = self._forbidden(event, arguments)
-        finally:
-            self.busy.discard(thread)
+        what = self._forbidden(event, arguments)
         if what:
             if len(self.found) < MOST and ("asked", what) not in self.found:
                 self.found.append(("asked", what))
             raise RuntimeError(MESSAGE + what)
 
     def _forbidden(self, event: str, arguments: tuple) -> str:
-        """What was asked for, if a learner's code asked for what it must not have."""
-        frame = sys._getframe(2)
-        if event in ("open", "os.symlink", "os.link"):
-            path = arguments[0]
-            path = os.fsdecode(path) if isinstance(path, (str, bytes)) else ""
-            memory = path.endswith("/mem") or path == "mem" or (event != "open" and path.startswith("/proc"))
-            return f"the process's own memory ({path})" if memory and self._learner_in(frame) else ""
+        """What was asked for, if a learner's code asked for what it must not have.
+
+        No method of an argument is called: it may be a learner's.
+        """
         if event.startswith("object."):
             word = arguments[1]
             if word not in ATTRIBUTES or (event == "object.__getattr__" and word.startswith("__")):
                 return ""
-            return word if self._asks(frame, word) else ""
+            return word if self._asks(self._frame(), word) else ""
+        if event == "open":
+            path, mode, *_ = arguments  # without a mode it is os.open, which may start at another folder
+            memory = type(path) is not int and self._memory(path, elsewhere=mode is None)
+            return "the process's own memory" if memory and self._learner_in(self._frame()) else ""
         if event in FORGEABLE:
-            file = arguments[1]
-            file = os.fsdecode(file) if isinstance(file, (str, bytes)) else ""
-            false = file.startswith((OURS, *self.libraries)) and self._learner_in(frame, 2)
-            return f"code in the name of {file}" if false else ""
-        return event if self._asks(frame, FRAMES[event]) else ""
+            file = exact(arguments[1])
+            false = (file is None or file.startswith((OURS, *self.libraries))) and self._learner_in(self._frame(), 4)
+            return "code in another's name" if false else ""
+        return event if self._asks(self._frame(), FRAMES[event]) else ""
+
+    def _frame(self):
+        """The frame in which an event happened. To ask for it is such an event too: it is not heard."""
+        thread = _thread.get_ident()
+        self.busy.add(thread)
+        frame = sys._getframe(3)
+        self.busy.discard(thread)
+        return frame
+
+    def _memory(self, path, elsewhere: bool) -> bool:
+        """Whether a path may lead to a process's memory: a file of /proc that only its owner reads and writes."""
+        text = exact(path)
+        if text is None:  # a path of a learner's class, which may say another thing the next time
+            return True
+        try:
+            found = os.stat(text)
+        except (OSError, ValueError):
+            return elsewhere and text == "mem"
+        return found.st_dev == self.proc and found.st_mode & 0o777 == 0o600
 
     def _kind(self, frame) -> str:
         file = frame.f_code.co_filename
+        if type(file) is not str:
+            return "learner"
         if file.startswith(self.inspecting):
             return "through"
         if file.startswith(self.libraries):
@@ -591,12 +745,27 @@ class Sentry:
             frame, depth = frame.f_back, depth - 1
         return False
 
+    def _captures(self, frame) -> bool:
+        """Whether a traceback is asked for with the values of variables, or frame by frame."""
+        while frame is not None and self._kind(frame) == "library":
+            if frame.f_locals.get("capture_locals"):
+                return True
+            walking, frame = frame.f_code.co_name == "walk_tb", frame.f_back
+            if walking and frame is not None and self._kind(frame) == "learner":
+                return True
+        return False
+
     def _asks(self, frame, word: str) -> bool:
         """Whether the asker is a learner's code: itself, through `inspect`, as a callback, or by a library's function
         that would give it what that function was given."""
         kind = self._kind(frame)
-        if word == "_getframe" and frame.f_code.co_filename.endswith("/traceback.py"):
+        file = frame.f_code.co_filename
+        if word == "_getframe" and kind == "library" and file.endswith("/traceback.py"):
             return self._learner_in(frame, 4)  # print_stack; but print_exc looks at an exception, and may
+        if word == "tb_frame" and kind == "library" and file.endswith("/traceback.py"):
+            return self._captures(frame) and self._learner_in(frame)
+        if word == "setprofile" and kind == "library" and file.endswith(PROFILERS):
+            return False
         if kind == "library" and word and word not in frame.f_code.co_names:
             return self._learner_in(frame)  # a library's function was told to call it
         while kind == "through":
@@ -613,6 +782,5 @@ class Sentry:
 
 
 HEARD = frozenset(FRAMES) | {
-    "open", "os.symlink", "os.link",
-    "object.__getattr__", "object.__setattr__", "object.__delattr__",
+    "open", "object.__getattr__", "object.__setattr__", "object.__delattr__",
 }  # fmt: skip
