@@ -7,6 +7,7 @@ every submission got an answer (zero points included), USAGE when there was noth
 ours failed.
 """
 
+import socket
 import sys
 import time
 from collections.abc import Callable, Iterator
@@ -292,6 +293,8 @@ def grade_folder(
     unsafe = not kernels.sandbox
     lessons = read_masters(source)
     handed, notes = find_class(submitted, lessons, lesson, student)
+    if not hasattr(socket, "AF_UNIX"):
+        raise UsageError("grading needs UNIX sockets, which Python has on Linux and macOS: on Windows use WSL")
     if kernels.sandbox and trouble():
         raise UsageError(f"{trouble()}. Or grade people whom you trust with all that you may do yourself: --unsafe")
     out.mkdir(parents=True, exist_ok=True)

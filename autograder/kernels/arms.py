@@ -93,7 +93,7 @@ def arms(known: frozenset, fine: frozenset, holding: frozenset, tensors: frozens
         if kind in masks or attributes(kind).get("__module__") == "unittest.mock":
             raise Bent(f"{called(kind)} says that it equals what is wanted")
         if kind is ndarray and value.dtype.hasobject:
-            raise Bent("an array of objects, which could judge themselves")
+            raise TypeError("an array of objects: they could judge themselves, and are no numbers")
         if kind in tensors and any(hasattr(kind, name) for name in vars(value)):
             raise Bent(f"a tensor's {', '.join(vars(value))} is the learner's own: the value would judge itself")
         if depth and not (ordinary and kind not in holding):

@@ -301,8 +301,6 @@ class Desk:
 MISSING = object()
 
 
-
-
 def library_threads() -> set:
     """The code of threads that libraries start on their own."""
     found = set()
@@ -705,7 +703,12 @@ class Sentry:
             file = exact(arguments[1])
             false = (file is None or file.startswith((OURS, *self.libraries))) and self._learner_in(self._frame(), 4)
             return "code in another's name" if false else ""
+        if event == "sys.settrace" and self._ours(sys.gettrace()):
+            return ""  # Python itself takes a tracer away that has raised: a lesson's own, which counts steps
         return event if self._asks(self._frame(), FRAMES[event]) else ""
+
+    def _ours(self, function) -> bool:
+        return type(function) is types.FunctionType and function.__code__.co_filename.startswith(OURS)
 
     def _frame(self):
         """The frame in which an event happened. To ask for it is such an event too: it is not heard."""
