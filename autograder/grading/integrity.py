@@ -36,7 +36,7 @@ SUSPICIOUS = {
         "start_new_thread", "_start_new_thread", "_start_joinable_thread", "start_joinable_thread",
         "_dispatch_tls_set_dispatch_key_excluded", "_ExcludeDispatchKeyGuard", "_IncludeDispatchKeyGuard",
     ),
-    "replaces PyTorch's own operations": ("_dispatch_library", "Library"),
+    "replaces PyTorch's own operations": ("_dispatch_library",),
 }  # fmt: skip
 
 CANARIES = {

@@ -43,15 +43,16 @@ attributes = type.__dict__["__dict__"].__get__
 called = type.__dict__["__name__"].__get__
 
 
-check: dict = {}  # the check's names
+check: dict = {}
 
 
-def opaque(names: dict) -> None:
-    """Functions that the check defines are handed on as something that can be called, and not looked into."""
+def of_check(names: dict) -> None:
+    """Says which names are the check's own."""
     check["names"] = names
 
 
 def closed(value):
+    """A function that the check defined, as something that can be called and not looked into; others as they are."""
     if type(value) is not types.FunctionType or value.__globals__ is not check["names"]:
         return value
     shut = lru_cache(maxsize=0)(value)  # C code that calls; without a size it remembers nothing

@@ -217,7 +217,7 @@ class Desk:
         asked = {id(self.names.get(name)): methods for name, methods in honest.items()}
         arms = made["arms"](self.known, self.fine, self.holding, self.tensors, asked, self.mark)
         names["__operand__"], names["__argument__"], names["__collection__"] = arms
-        made["opaque"](names)
+        made["of_check"](names)
         names["__call__"] = calling(dict(self.builtins))
         try:
             exec(marshal.loads(code), names)
@@ -283,10 +283,7 @@ class Desk:
 
     def _restore(self) -> None:
         self._report(*self.watch.restore())
-        if any(type(name) is not str for name in self.names):  # it could say that it is the name of something else
-            plain = {name: value for name, value in list(self.names.items()) if type(name) is str}
-            self.names.clear()
-            self.names.update(plain)
+        if strange_names(self.names):
             self._report(("patched", "a name of the notebook"))
         for name, value in self.ours.items():
             self.names[name] = value
@@ -411,8 +408,6 @@ def counted() -> bool:
 
 
 COUNTED = counted()
-
-
 BASES = type.__dict__["__bases__"].__get__
 
 
@@ -434,10 +429,10 @@ class Entry:
         return self.seen != before
 
     def set(self, name: str, value) -> None:
-        if self.owner is None or isinstance(self.owner, types.ModuleType):
-            self.names[name] = value
-        else:
+        if isinstance(self.owner, type):
             type.__setattr__(self.owner, name, value)
+        else:
+            self.names[name] = value
 
     def drop(self, name: str) -> None:
         if isinstance(self.owner, type):
@@ -454,15 +449,6 @@ class Entry:
     def matters(self, name: str, kept) -> bool:
         return isinstance(kept, CALLABLE) or callable(kept) or (self.label in CONSTANTS and not name.startswith("_"))
 
-    def strange_names(self) -> bool:
-        """Takes away names that are no plain strings, which could pass for another; whether there were any."""
-        if set(map(type, self.names)) <= {str}:
-            return False
-        plain = {name: value for name, value in list(self.names.items()) if type(name) is str}
-        self.names.clear()
-        self.names.update(plain)
-        return True
-
     def differences(self):
         """(name, its kept value or MISSING) for all that was replaced, removed, or put before something else."""
         for name, kept in self.kept.items():
@@ -474,6 +460,16 @@ class Entry:
                     yield name, MISSING
                 else:
                     self.kept[name] = self.names[name]
+
+
+def strange_names(names: dict) -> bool:
+    """Takes away names that are no plain strings, which could pass for another; whether there were any."""
+    if all(type(name) is str for name in names):
+        return False
+    plain = {name: value for name, value in list(names.items()) if type(name) is str}
+    names.clear()
+    names.update(plain)
+    return True
 
 
 BUILTIN_NAMES = frozenset(vars(builtins))
@@ -541,7 +537,7 @@ class Watch:
         for entry in list(self.entries.values()):
             if not entry.touched():
                 continue
-            if isinstance(entry.owner, types.ModuleType) and entry.strange_names():
+            if isinstance(entry.owner, types.ModuleType) and strange_names(entry.names):
                 found.append(f"a name of {entry.label}")
             before = len(entry.kept)
             differences = list(entry.differences())
