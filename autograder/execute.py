@@ -20,7 +20,7 @@ from subprocess import DEVNULL
 import zmq.asyncio
 from jupyter_client.manager import AsyncKernelManager
 
-from autograder.kernels import guardian
+from autograder.kernels import guardian, inside
 from autograder.kernels.guardian import Guardian, GuardLost, Lesson
 from autograder.kernels.limits import Limits
 from autograder.kernels.manager import Kernels
@@ -212,7 +212,7 @@ class Kernel:
         """Puts a guard into the kernel, which nothing of a learner's has reached yet."""
         path = guardian.place(self.manager)
         try:
-            outcome = await self.run(guardian.door(path), self.limits.start, self.limits.output)
+            outcome = await self.run(inside.door(path), self.limits.start, self.limits.output)
             if outcome.status != "ok":
                 raise KernelFailed(f"the guard did not start: {outcome.ename}: {outcome.evalue}")
             self.guardian = Guardian(lesson, seed, self.limits.grace)

@@ -1,6 +1,6 @@
 """Whether a submission's code bent what judges it: what is asked of the guard in the kernel, and what its answers mean.
 
-The guard (kernels/guard.py) does the watching. Here is what of a lesson it must know, how a check is armed against
+The guard (kernels/inside) does the watching. Here is what of a lesson it must know, how a check is armed against
 values that judge themselves, the canaries, and a reading of the learner's code for names that no answer needs. A
 submission that was caught keeps no points by itself: a person decides.
 """
@@ -13,8 +13,8 @@ from functools import cache
 from nbformat import NotebookNode
 
 from autograder.grading.rebuild import name, role
-from autograder.kernels.arms import CALCULATING, COMPARING, PRETENDING
 from autograder.kernels.guardian import Lesson, file_of, program
+from autograder.kernels.inside.arms import CALCULATING, COMPARING, PRETENDING
 from autograder.lesson import python_of
 
 SPECIAL = COMPARING | CALCULATING | PRETENDING
@@ -166,9 +166,11 @@ WATCHING = {"forbidden", "calls", "allocations", "TorchFunctionMode", "TorchDisp
 TAKING = ("enumerate", "id", "iter", "len", "list", "next", "print", "range", "reversed", "super", "tuple", "type",
           "zip")  # fmt: skip
 
+SEARCHING = ("index", "count", "remove", "sort")  # methods that compare what is in a list
+
 
 class Arming(ast.NodeTransformer):
-    """Every operand, argument and owner of an attribute in a check goes through kernels/arms.py first.
+    """Every operand, argument and owner of an attribute in a check goes through kernels/inside/arms.py first.
 
     `theirs` are names that the exercises define: what they name is called from a frame with no names in it.
     """
@@ -206,7 +208,7 @@ class Arming(ast.NodeTransformer):
     def visit_Attribute(self, node: ast.Attribute) -> ast.AST:
         self.generic_visit(node)
         if isinstance(node.ctx, ast.Load):
-            node.value = _asked("argument", node.value)
+            node.value = _asked("collection" if node.attr in SEARCHING else "owner", node.value)
         return node
 
     def visit_match_case(self, node: ast.match_case) -> ast.AST:
@@ -239,7 +241,7 @@ def _asked(function: str, value: ast.expr) -> ast.expr:
 @cache
 def counts_calls(source: str) -> bool:
     """Whether a check sees calls by PyTorch's modes (checks.forbidden and checks.calls), which are a thread's own."""
-    return not WATCHING.isdisjoint(_words(source))
+    return not WATCHING.isdisjoint(_own_words(source))
 
 
 @cache
@@ -253,13 +255,19 @@ def armed(source: str, label: str, theirs: tuple[str, ...]) -> bytes:
 
 def suspicious(notebook: NotebookNode) -> list[str]:
     """A flag for each name in the learner's code that no answer needs and the lesson's own cells do not use."""
-    ours = {word for cell in _code(notebook, "plain", "check", "experiment") for word in _words(cell.source)}
+    ours = {word for cell in _code(notebook, "plain", "check", "experiment") for word in _own_words(cell.source)}
     flags = []
     for cell in _code(notebook, "exercise", "added"):
         words = _words(cell.source) - ours
         for why, names in SUSPICIOUS.items():
             flags += [f"{name(cell)}: {word}: {why}" for word in names if word in words]
     return flags
+
+
+@cache
+def _own_words(source: str) -> frozenset[str]:
+    """_words of a cell of ours, which the whole class has."""
+    return frozenset(_words(source))
 
 
 def _words(source: str) -> set[str]:

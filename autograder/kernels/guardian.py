@@ -7,19 +7,13 @@ import os
 import secrets
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from functools import cache
-from pathlib import Path
 
-from autograder.kernels import arms, guard
-from autograder.kernels.guard import OURS, SEAL, framed, opened, sealed
+from autograder.kernels.inside.load import OURS
+from autograder.kernels.inside.seal import SEAL, framed, opened, sealed
 
 PATIENCE = 20.0  # seconds for what takes none
 SOCKET = "g"  # its name, beside the kernel's own sockets
 MOST = 50_000_000  # bytes of an answer
-DOOR = """exec(compile({source!r}, "<llm40 guard>", "exec"),
-     made := {{"__name__": "guard", "__builtins__": dict(vars(__import__("builtins")))}})
-made["open_door"]({path!r}, globals())
-del made"""
 
 
 @dataclass(frozen=True)
@@ -58,16 +52,6 @@ def file_of(name: str) -> str:
     return f"{OURS}{name}>"
 
 
-@cache
-def _text(module) -> str:
-    return Path(module.__file__).read_text(encoding="utf-8")
-
-
-def door(path: str) -> str:
-    """The cell that starts a guard, at a socket of this path: the kernel's very first."""
-    return DOOR.format(source=_text(guard), path=path)
-
-
 class Guardian:
     """A connection to a kernel's guard."""
 
@@ -78,13 +62,12 @@ class Guardian:
         self.reader = self.writer = None
 
     async def begin(self, path: str, environment: dict[str, str]) -> None:
-        """Connects to a guard that `door` started, before anything of the learner's has run."""
+        """Connects to a guard that the door cell started, before anything of the learner's has run."""
         self.reader, self.writer = await asyncio.open_unix_connection(path)
         self.writer.write(self.key)
         canaries = [list(canary) for canary in self.lesson.canaries]
         answer = await self._ask(
             "begin", 10 * PATIENCE, modules=list(self.lesson.modules), canaries=canaries, environment=environment,
-            arms=program(_text(arms), file_of("arms")),
         )  # fmt: skip
         if answer.status != "ok":
             raise GuardLost(f"the guard did not begin: {answer.ename}: {answer.evalue}")

@@ -28,7 +28,9 @@ from autograder.kernels.sandbox import CONNECTION, HOME, PRIVATE, Sandbox, gpus
 # What lessons import; and what ipykernel and IPython import when a kernel starts, beyond their own modules.
 # torch._dynamo is what the first optimizer of a process imports, for a second.
 LIBRARIES = ("numpy", "torch", "torch._dynamo", "matplotlib.pyplot", "seaborn")
-IPYTHON = ("ipykernel.kernelapp", "ipykernel.zmqshell", "IPython.core.magics", "IPython.extensions.storemagic")
+OURS = ("llm40.checks", "llm40.data", "llm40.plot", "triton", "tokenizers")  # llm40 asks first whether there is a GPU
+IPYTHON = ("ipykernel.kernelapp", "ipykernel.zmqshell", "ipykernel.debugger", "IPython.core.magics",
+           "IPython.extensions.storemagic")  # fmt: skip
 # What Python and the libraries read when they start or are imported: a warm process with other values is another one.
 EARLY = ("LANG", "LC_", "LD_LIBRARY_PATH", "OMP_", "OPENBLAS_", "MKL_", "LLM40_PROFILE", "TRITON_INTERPRET", "CUDA_",
          "NVIDIA_", "PYTORCH_", "PYTHON", "MPL", "XDG_", "PATH", "HOME")  # fmt: skip
@@ -60,7 +62,9 @@ class Warm:
         if not gpu:
             env["TRITON_INTERPRET"] = "1"  # as llm40 does; Triton reads it when it is imported
         env.setdefault("MPLBACKEND", INLINE)  # as a kernel does; Matplotlib reads it when it is imported
-        if libraries and not (gpu and env.get("LLM40_PROFILE", "auto") == "auto"):  # there llm40 has to decide first
+        if libraries and not gpu:
+            libraries += OURS
+        elif libraries and env.get("LLM40_PROFILE", "auto") != "auto":  # else llm40 has to decide first
             libraries.append("triton")
         self.address = os.path.join(tempfile.mkdtemp(prefix="llm40-", dir=PRIVATE), "warm")
         with socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET) as listener:

@@ -5,9 +5,10 @@ outside of every sandbox and no learner's code ever runs in it: a kernel walks i
 bubblewrap has built around an idle process (setns(2)), and gives up all rights, before it reads its first message. So
 a kernel can reach neither this process nor another kernel, and the walls are the same for a kernel that is not forked.
 
-Before the fork: imports, and nothing else. No CUDA query, no tensor operation, no thread, no zmq context: their state
-does not survive a fork. After it a kernel has its own random numbers, environment, directory, files and limits. One
-thing is the warm process's for good: PYTHONHASHSEED, which Python reads when it starts.
+Before the fork: imports, a guard that knows how they are (kernels/inside), and nothing else. No CUDA query, no tensor
+operation, no thread, no zmq context: their state does not survive a fork. After it a kernel has its own random numbers,
+environment, directory, files and limits. One thing is the warm process's for good: PYTHONHASHSEED, which Python reads
+when it starts.
 
 For each kernel a process stays behind as its doorkeeper: it passes signals on, reports how the kernel ended, and kills
 it when the connection that asked for it is closed.
@@ -33,6 +34,9 @@ import socket
 import sys
 from contextlib import suppress
 
+from autograder.kernels import inside
+from autograder.kernels.inside import load
+
 MESSAGE = 2**17  # bytes at most
 # Linux's numbers, from its headers sched.h, prctl.h and capability.h.
 NEW_NS, NEW_UTS, NEW_IPC, NEW_USER, NEW_PID, NEW_NET = 0x20000, 0x4000000, 0x8000000, 0x10000000, 0x20000000, 0x40000000
@@ -54,6 +58,7 @@ def main() -> None:
     for name in sys.argv[2:]:
         with suppress(ImportError):  # seaborn is not everywhere
             importlib.import_module(name)
+    sys.modules[inside.READY] = load.ready(inside.texts(), inside.text("arms"))
     gc.collect()
     gc.freeze()  # so that the collector does not copy every page into every kernel
     signal.signal(signal.SIGCHLD, signal.SIG_IGN)  # doorkeepers need no one to wait for them

@@ -1,18 +1,17 @@
 """What a check does with each value before it compares it or hands it on: it asks whose the value's class is.
 
 A class can say itself what it is equal to, how large it is, whether it is true; the answer to an exercise must not. In
-a check every operand `a` of an operator is run as `__operand__(a)`, every argument of a call as `__argument__(a)`, and
-what stands behind `in` as `__collection__(a)` (grading.integrity rewrites the check). They give the value back, or
-raise Bent where its class, or that of something in a list, was written by the learner and speaks for itself, and where
-a tensor has a method of its own. So is `a` of `a.method` looked at.
+a check every operand `a` of an operator is run as `__operand__(a)`, every argument of a call as `__argument__(a)`, what
+is searched (`in a`, `a.index`) as `__collection__(a)`, and `a` of any other `a.method` as `__owner__(a)`
+(grading.integrity rewrites the check). They give the value back, or raise Bent where its class, or that of something in
+a list, was written by the learner and speaks for itself, and where a tensor has a method of its own.
 
-The file is sent to the kernel as text and made anew for each check, so that nothing can be reached from its functions.
+All this is made anew for each check, so that nothing can be reached from these functions.
 """
 
 import sys
 import types
-import weakref
-from collections import UserDict, UserList, UserString, deque
+from collections import deque
 from functools import lru_cache
 from itertools import repeat
 from operator import is_
@@ -32,10 +31,7 @@ PRETENDING = frozenset(
 DEEPEST = 8  # lists within lists
 LONG = 1000  # items; of a longer list that is an argument, the lists inside are not looked into
 
-# The library's, but they speak for what they hold.
-masks = frozenset(
-    (weakref.ProxyType, weakref.CallableProxyType, types.MappingProxyType, UserDict, UserList, UserString)
-)
+ndarray = sys.modules["numpy"].ndarray if "numpy" in sys.modules else None
 
 # As they are, whatever a learner's class or metaclass says of itself.
 lineage = type.__dict__["__mro__"].__get__
@@ -64,13 +60,14 @@ class Bent(BaseException):
     """A value whose class decides what the check would have decided."""
 
 
-def arms(known: frozenset, fine: frozenset, holding: frozenset, tensors: frozenset, honest: dict, mark: str) -> tuple:
-    """The three functions.
+def arms(kinds, tensors: frozenset, honest: dict, mark: str) -> dict:
+    """The functions, by the names that a check has for them.
 
-    `fine` are the ids of the classes that are not the learner's, `known` those of them whose own class is `type`,
-    `holding` the containers among these; `tensors` are PyTorch's own. `honest` gives for classes that the lesson itself
-    names (by id) the special methods that they are asked to have; `mark` is the module of the check's own classes.
+    `kinds` are the classes that are not the learner's (Kinds); `tensors` are PyTorch's own. `honest` gives for classes
+    that the lesson itself names (by id) the special methods that they are asked to have; `mark` is the module of the
+    check's own classes.
     """
+    fine, known, holding, silent, masks = kinds.fine, kinds.known, kinds.holding, kinds.silent, kinds.masks
 
     def speaks(kind: type, of: frozenset) -> str:
         """The special method by which a class speaks for itself, if there is one."""
@@ -87,6 +84,8 @@ def arms(known: frozenset, fine: frozenset, holding: frozenset, tensors: frozens
     def look(value, of: frozenset, depth: int, longest: float) -> None:
         kind = type(value)
         ordinary = type(kind) is type and kind in known
+        if ordinary and kind in silent:
+            return
         if not ordinary and id(kind) not in fine:
             method = speaks(kind, of)
             if method:
@@ -106,7 +105,7 @@ def arms(known: frozenset, fine: frozenset, holding: frozenset, tensors: frozens
         kinds = tuple(map(type, items))
         if all(map(is_, map(type, kinds), repeat(type))):  # a class of another kind could say that it is `int`
             different = set(kinds)
-            if different <= known and (different.isdisjoint(holding) or len(items) > longest):
+            if different <= silent or (different <= known and len(items) > longest):
                 return ()
         return items if len(items) <= longest else dict(zip(map(id, kinds), items, strict=True)).values()
 
@@ -119,20 +118,30 @@ def arms(known: frozenset, fine: frozenset, holding: frozenset, tensors: frozens
                 return tuple(container.__iter__(value))
         return ()
 
-    ndarray = sys.modules["numpy"].ndarray if "numpy" in sys.modules else None
-
     def operand(value):
-        look(value, COMPARING | CALCULATING | PRETENDING, DEEPEST, float("inf"))
+        kind = type(value)
+        if type(kind) is type and kind in silent:  # as `look`, for the many numbers of a loop
+            return value
+        look(value, everything, DEEPEST, float("inf"))
         return value
 
     def argument(value):
+        kind = type(value)
+        if type(kind) is type and kind in silent:
+            return closed(value) if kind is types.FunctionType else value
         look(value, PRETENDING, DEEPEST, LONG)
         return closed(value)
 
     def collection(value):
         """What is asked whether it contains something: a dict or a set answers at once, however large."""
         large = issubclass(type(value), (dict, set, frozenset))
-        look(value, COMPARING | PRETENDING, 0 if large else DEEPEST, float("inf"))
+        look(value, comparing, 0 if large else DEEPEST, float("inf"))
         return value
 
-    return operand, argument, collection
+    def owner(value):
+        """Of an attribute: what is in it is looked at when it is taken out."""
+        look(value, PRETENDING, 0, LONG)
+        return value
+
+    comparing, everything = COMPARING | PRETENDING, COMPARING | CALCULATING | PRETENDING
+    return {"__operand__": operand, "__argument__": argument, "__collection__": collection, "__owner__": owner}
