@@ -11,15 +11,19 @@ import os
 import sys
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from itertools import count, islice
+from pathlib import Path
 from tempfile import TemporaryDirectory
 
 import dask
 from distributed import Client, Future, KilledWorker, LocalCluster, as_completed
 from tornado.ioloop import PeriodicCallback
 
+from autograder.execute import environment
 from autograder.grading.fingerprint import versions
 from autograder.grading.task import Result, Task, grade
+from autograder.kernels.manager import Kernels
 
 Engine = Callable[[Iterable[Task], int], Iterator[Result]]
 ALLOWED_LOSSES = 1  # Dask gives a task up when it has lost more workers than this
@@ -49,7 +53,7 @@ def run_tasks(
     as workers become free, so a class need not fit in memory. NoScheduler if within `patience` seconds the scheduler
     does not answer or has no worker.
     """
-    tasks, number = iter(tasks), count()
+    tasks, number = iter(tasks if scheduler else map(_of_one_machine, tasks)), count()
     with _client(jobs, scheduler, patience) as client:
         running, suspects = {}, []
         done = as_completed(loop=client.loop)
@@ -77,6 +81,13 @@ def run_tasks(
         # Dask blames whatever waited at a worker that was lost: each of them again, with nothing beside it.
         for task in suspects:
             yield _answer(task, submit(task))
+
+
+def _of_one_machine(task: Task) -> Task:
+    """The task, its kernels forked from this process's own warm one, whichever worker grades it."""
+    if not isinstance(task.kernels, Kernels):
+        return task
+    return replace(task, kernels=task.kernels.shared(environment(Path(), task.seed), task.limits))
 
 
 def _work(task: Task, expected: dict[str, str]) -> Result:

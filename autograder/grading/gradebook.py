@@ -237,9 +237,10 @@ class Gradebook:
                     check = checks[grade.name]
                     check.score, check.status = scores[grade.name], statuses[grade.name]
                     self._enter(grade, None if check.status in WAITING else check.score, grade.name in changed)
-                    db.flush()
-                    db.refresh(grade)
-                    _count(check, grade)
+                db.flush()
+                # The score that counts is the database's to say: asked for all at once.
+                for grade in db.query(Grade).filter_by(notebook_id=theirs.id).populate_existing():
+                    _count(checks[grade.name], grade)
                 self._penalize(result, theirs)
                 db.execute(delete(RESULTS).where(where))
                 db.execute(

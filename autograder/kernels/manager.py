@@ -9,7 +9,7 @@ import sys
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from importlib.metadata import EntryPoint
 from pathlib import Path
 
@@ -18,8 +18,8 @@ from jupyter_client.manager import AsyncKernelManager
 from jupyter_client.provisioning import KernelProvisionerFactory
 
 from autograder.kernels.limits import Limits
-from autograder.kernels.provisioner import LIBRARIES
-from autograder.kernels.sandbox import CONNECTION, SOCKETS
+from autograder.kernels.provisioner import CAN_FORK, LIBRARIES, own_warm
+from autograder.kernels.sandbox import CONNECTION, SOCKETS, environment
 
 # A UNIX socket's path is at most 108 bytes, so the folder is short, wherever the project lies.
 TEMPORARY = "/tmp" if Path("/tmp").is_dir() else None
@@ -38,6 +38,12 @@ class Kernels:
     warm: bool = True
     address: str = ""
     libraries: tuple[str, ...] = LIBRARIES
+
+    def shared(self, env: dict[str, str], limits: Limits) -> "Kernels":
+        """The same kernels, all forked from one warm process, this process's own, whoever asks for them."""
+        if self.address or not (self.warm and CAN_FORK):
+            return self
+        return replace(self, address=own_warm(environment(env, limits) if self.sandbox else env, self.libraries))
 
     @contextmanager
     def __call__(self, limits: Limits | None = None) -> Iterator[AsyncKernelManager]:

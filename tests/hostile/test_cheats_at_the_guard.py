@@ -80,6 +80,20 @@ def look():
                 memory.seek(start)
                 seen.append(b'sword' + b'fish' in memory.read(end - start))
 """
+LISTENING = """
+import hashlib, marshal
+seen = []
+def listen(module, name):
+    real = getattr(module, name)
+    def heard(*given, **named):
+        seen.append(name)
+        setattr(module, name, real)
+        return real(*given, **named)
+    setattr(module, name, heard)
+for name in ('blake2b', 'shake_256'):
+    listen(hashlib, name)
+listen(marshal, 'loads')
+"""
 
 CHEATS = {
     "every frame, while a path is looked at": Cheat(EVERYTHING, ALL_FRAMES),
@@ -246,6 +260,12 @@ def test_memory_by_a_link_made_by_another_process():
     looking = "def count(words):\n    look()\n    return len(words)\n"
     cheat = Cheat("count", LINKED, {"count": looking}, "print(any(seen))")
     assert "True" not in cheatable.outputs(graded(cheat.submission()), "added")
+
+
+def test_what_seals_the_connection_is_called_where_nobody_listens():
+    """With the key, answers could be forged; with the programs, hidden tests could be read."""
+    submission = cheatable.answered({}, LISTENING, "print('heard', seen)")
+    assert "heard []" in cheatable.outputs(graded(submission), "added")
 
 
 HONEST = {
