@@ -212,8 +212,11 @@ class Kernel:
         """Puts a guard into the kernel, which nothing of a learner's has reached yet."""
         path = guardian.place(self.manager)
         try:
-            outcome = await self.run(inside.door(path), self.limits.start, self.limits.output)
-            if outcome.status != "ok":
+            for door in inside.doors(path):
+                outcome = await self.run(door, self.limits.start, self.limits.output)
+                if outcome.status == "ok":
+                    break
+            else:
                 raise KernelFailed(f"the guard did not start: {outcome.ename}: {outcome.evalue}")
             self.guardian = Guardian(lesson, seed, self.limits.grace)
             await self.guardian.begin(path, {"LLM40_SEED": str(seed)})

@@ -30,7 +30,7 @@ from autograder.kernels.sandbox import CONNECTION, HOME, PRIVATE, Sandbox, gpus
 LIBRARIES = ("numpy", "torch", "torch._dynamo", "matplotlib.pyplot", "seaborn")
 OURS = ("llm40.checks", "llm40.data", "llm40.plot", "triton", "tokenizers")  # llm40 asks first whether there is a GPU
 IPYTHON = ("ipykernel.kernelapp", "ipykernel.zmqshell", "ipykernel.debugger", "IPython.core.magics",
-           "IPython.extensions.storemagic")  # fmt: skip
+           "IPython.extensions.storemagic", "sqlite3", "faulthandler")  # fmt: skip
 # What Python and the libraries read when they start or are imported: a warm process with other values is another one.
 EARLY = ("LANG", "LC_", "LD_LIBRARY_PATH", "OMP_", "OPENBLAS_", "MKL_", "LLM40_PROFILE", "TRITON_INTERPRET", "CUDA_",
          "NVIDIA_", "PYTORCH_", "PYTHON", "MPL", "XDG_", "PATH", "HOME")  # fmt: skip

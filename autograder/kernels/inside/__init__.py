@@ -29,11 +29,7 @@ from pathlib import Path
 
 PARTS = ("load", "seal", "kinds", "watch", "sentry", "desk", "door")  # each imports those before it
 READY = "llm40 guard"  # in a kernel forked from the warm process, where the guard is to be found once
-DOOR = """_made = __import__("sys").modules.pop({ready!r}, None)
-if _made is None:
-    _made = {{"__name__": "load", "__builtins__": dict(vars(__import__("builtins")))}}
-    exec(compile({load!r}, "<llm40 load>", "exec"), _made)
-    _made = _made["ready"]({texts!r}, {arms!r})
+OPEN = """_made = {made}
 _made[0].open_door({path!r}, globals(), _made[1])
 del _made"""
 
@@ -48,6 +44,13 @@ def texts() -> dict[str, str]:
     return {f"{__name__}.{part}": text(part) for part in PARTS}
 
 
-def door(path: str) -> str:
-    """The cell that starts a guard, at a socket of this path: the kernel's very first."""
-    return DOOR.format(ready=READY, load=text("load"), texts=texts(), arms=text("arms"), path=path)
+def doors(path: str) -> list[str]:
+    """Cells that start a guard at a socket of this path, the kernel's very first: the second where the first raises.
+
+    The first takes the guard that came with the warm process, the second brings one.
+    """
+    names = {"__name__": "load"}
+    bring = f"exec(compile({text('load')!r}, '<llm40 load>', 'exec'), _made := {names}) or _made['ready']"
+    found = f"__import__('sys').modules.pop({READY!r})"
+    brought = f"{bring}({texts()!r}, {text('arms')!r})"
+    return [OPEN.format(made=made, path=path) for made in (found, brought)]

@@ -49,9 +49,10 @@ def speaks_for_others(kind: type) -> bool:
 
 
 def _of_python(module: str) -> bool:
-    """Whether a module is a file of Python: others may have classes that the collector does not know."""
-    spec = getattr(sys.modules[module], "__spec__", None)
-    return (getattr(spec, "origin", "") or "").endswith(".py")
+    """Whether a module is no more than a file of Python: others may have classes that the collector does not know."""
+    found = sys.modules[module]
+    spec = getattr(found, "__spec__", None)
+    return not isinstance(found, types.ModuleType) or (getattr(spec, "origin", "") or "").endswith(".py")
 
 
 def every_type() -> list[type]:
