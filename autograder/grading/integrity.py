@@ -94,6 +94,9 @@ CANARIES = {
     },
 }
 
+# What a library imports of its own later (the first optimizer, say), and which then replaces something of the library.
+LATER = {"torch": "torch._dynamo", "tokenizers": "tokenizers.trainers"}
+
 
 def lesson_of(master: NotebookNode) -> Lesson:
     """What the guard knows of a lesson."""
@@ -102,6 +105,9 @@ def lesson_of(master: NotebookNode) -> Lesson:
     modules = dict.fromkeys(module for tree in ours for module in _imported(tree))
     if "llm40" in modules or any(module.startswith("llm40.") for module in modules):
         modules = dict.fromkeys(["llm40", "llm40.checks", *modules])  # first: it prepares Triton
+        modules["torch"] = None
+    tops = {module.partition(".")[0] for module in modules}
+    modules |= {later: None for library, later in LATER.items() if library in tops}
     honest = master.metadata.get("llm40", {}).get("methods", {})
     return Lesson(
         modules=tuple(modules),

@@ -28,7 +28,8 @@ from autograder.kernels.sandbox import CONNECTION, HOME, PRIVATE, Sandbox, gpus
 # What lessons import; and what ipykernel and IPython import when a kernel starts, beyond their own modules.
 # torch._dynamo is what the first optimizer of a process imports, for a second.
 LIBRARIES = ("numpy", "torch", "torch._dynamo", "matplotlib.pyplot", "seaborn")
-OURS = ("llm40.checks", "llm40.data", "llm40.plot", "triton", "tokenizers")  # llm40 asks first whether there is a GPU
+# llm40 asks for a GPU when it is imported: where there may be one it is not for the warm process.
+COURSE = ("llm40.checks", "llm40.data", "llm40.plot", "triton", "tokenizers.trainers")
 IPYTHON = ("ipykernel.kernelapp", "ipykernel.zmqshell", "ipykernel.debugger", "IPython.core.magics",
            "IPython.extensions.storemagic", "sqlite3", "faulthandler")  # fmt: skip
 # What Python and the libraries read when they start or are imported: a warm process with other values is another one.
@@ -63,7 +64,7 @@ class Warm:
             env["TRITON_INTERPRET"] = "1"  # as llm40 does; Triton reads it when it is imported
         env.setdefault("MPLBACKEND", INLINE)  # as a kernel does; Matplotlib reads it when it is imported
         if libraries and not gpu:
-            libraries += OURS
+            libraries += COURSE
         elif libraries and env.get("LLM40_PROFILE", "auto") != "auto":  # else llm40 has to decide first
             libraries.append("triton")
         self.address = os.path.join(tempfile.mkdtemp(prefix="llm40-", dir=PRIVATE), "warm")

@@ -1094,6 +1094,14 @@ def test_a_flood_leaves_the_notebook_small(label):
 
 HONEST = {
     "reference": ("", {}),
+    "another default format": ("torch.set_default_dtype(torch.float64)", {}),
+    "something compiled": (
+        "net = torch.compile(torch.nn.Linear(2, 2), backend='eager')\nprint(net(torch.ones(1, 2)))", {}
+    ),
+    "the first optimizer": ("torch.optim.AdamW([torch.ones(2, requires_grad=True)]).step()", {}),
+    "libraries that import more of themselves": (
+        "import tokenizers.trainers, transformers, torch.distributed.tensor, torch.onnx, torch.profiler", {}
+    ),
     "heapq and __lt__": (
         "",
         {

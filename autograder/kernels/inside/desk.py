@@ -186,8 +186,9 @@ class Desk:
         self._changed_data()
         os.environ = self.environ  # noqa: B003 - the very one that Python made
         os.environ.update(self.environment)
-        if self.dtype:
+        if self.dtype and sys.modules["torch"].get_default_dtype() != self.dtype:
             sys.modules["torch"].set_default_dtype(self.dtype)
+            self.watch.restore()  # to set it gives torch.Storage to another class, which is nobody's trick
 
 
 def library_threads() -> set:

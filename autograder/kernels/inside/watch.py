@@ -26,6 +26,7 @@ CALLABLE = (types.FunctionType, types.BuiltinFunctionType, types.MethodDescripto
             types.GetSetDescriptorType, types.ClassMethodDescriptorType, types.MemberDescriptorType, types.MethodType,
             types.ModuleType, type, property, classmethod, staticmethod)  # fmt: skip
 CONSTANTS = ("torch", "math")  # of these also what is no function: torch.bool, math.pi
+MOVING = ("torch.Storage",)  # names that PyTorch itself gives to something else: set_default_dtype does
 SHOWN = ("__repr__", "__str__", "__format__")  # how a tensor looks is a matter of taste
 CONTENTS = {
     "torch.testing._comparison": ("_DTYPE_PRECISIONS",),
@@ -99,6 +100,8 @@ class Entry:
         return name in BUILTIN_NAMES
 
     def matters(self, name: str, kept) -> bool:
+        if f"{self.label}.{name}" in MOVING:
+            return False
         return isinstance(kept, CALLABLE) or callable(kept) or (self.label in CONSTANTS and not name.startswith("_"))
 
     def differences(self):
@@ -128,10 +131,21 @@ BUILTIN_NAMES = frozenset(vars(builtins))
 MISSING = object()
 
 
+def settle() -> None:
+    """Lets PyTorch replace now what it replaces of its own when it is first asked to compile something."""
+    if "torch._dynamo" in sys.modules:
+        with suppress(ImportError, AttributeError):  # not PyTorch's public interface
+            from torch._dynamo import eval_frame, mutation_guard
+
+            mutation_guard.install_generation_tagging_init()
+            eval_frame.TorchPatcher.patch()
+
+
 class Watch:
     """How the libraries were; what of them was replaced."""
 
     def __init__(self):
+        settle()
         self.entries = {}  # id of what is watched → Entry
         self.modules = {}
         self.operations = {}
@@ -161,6 +175,7 @@ class Watch:
 
     def accept(self) -> None:
         """Takes what was replaced for right: before a learner's first line, when the kernel has started."""
+        settle()
         for entry in self.entries.values():
             if entry.touched():
                 entry.kept = dict(entry.names)
