@@ -4,10 +4,10 @@
     make bench-grading STUDENTS=4 LESSONS="1 9" STOCK=1
 
 A class is generated (grading_class.py) and graded with the grader's defaults while its memory is watched; some of its
-notebooks are graded again each alone, and every verdict must be the same. Then some students' notebooks are graded by
+notebooks are graded again each alone, and every score must be the same. Then some students' notebooks are graded by
 us and by nbgrader's own command, one after the other: as they are, and without the experiments, which our grader skips.
 Every time is that of a whole command, its start included, which is a good part of a small sample's; so the speed beside
-stock is also given by the share that these notebooks had of the class's time. Exit code 1: a verdict differs, or the
+stock is also given by the share that these notebooks had of the class's time. Exit code 1: a score differs, or the
 grader failed.
 """
 
@@ -109,14 +109,25 @@ def throughput(run: Run, jobs: int) -> dict:
 
 
 def alone(run: Run, submitted: Path, options: Options) -> dict:
-    """Some notebooks each graded alone: what differs from the class."""
+    """Some notebooks each graded alone: what differs from the class, and whose scores do.
+
+    What a check says can differ where the score does not: a wrong kernel that reads beyond its array finds anything.
+    """
     graded = [record for record in run.records if record["status"] != "missing"]
     chosen = random.Random(options.seed).sample(graded, min(options.alone, len(graded)))
-    differences = []
+    differences, other_scores = [], []
     for record in tqdm(chosen, unit="notebook", desc="each alone", dynamic_ncols=True):
         found = grade_alone(submitted, options.source, record["student"], record["lesson"])
-        differences += [f"{record['student']} {record['lesson']}: {line}" for line in differing(record, found)]
-    return {"notebooks": len(chosen), "differences": differences}
+        who = f"{record['student']} {record['lesson']}"
+        differences += [f"{who}: {line}" for line in differing(record, found)]
+        if scores_of(record) != scores_of(found):
+            other_scores.append(who)
+    return {"notebooks": len(chosen), "other_scores": other_scores, "differences": differences}
+
+
+def scores_of(verdict: dict) -> tuple:
+    """The state of a notebook and what each check gave."""
+    return verdict["status"], {check["check"]: check["score"] for check in verdict["checks"]}
 
 
 def differing(one: dict, other: dict) -> list[str]:
@@ -210,8 +221,9 @@ def rows(result: dict) -> list[tuple[str, str, str]]:
     ]
     if single:
         found += [
-            ("verdicts that differ, each alone", f"{len(single['differences'])} of {single['notebooks']} notebooks",
-             _goal(not single["differences"], "none")),
+            ("notebooks with another score, each alone", f"{len(single['other_scores'])} of {single['notebooks']}",
+             _goal(not single["other_scores"], "none")),
+            ("other differences, in what a check says", f"{len(single['differences'])}", ""),
         ]  # fmt: skip
     if memory:
         first, last = memory["first"], memory["last"]
@@ -341,7 +353,7 @@ def main() -> None:
         path.write_text(text, encoding="utf-8")
     (OUT / "grading.md").write_text(markdown(result), encoding="utf-8")
     print(f"\n{markdown(result)}\nIn {OUT}: grading.json, grading.md, and what was graded.")
-    sys.exit(1 if faults or (result["alone"] or {}).get("differences") else 0)
+    sys.exit(1 if faults or (result["alone"] or {}).get("other_scores") else 0)
 
 
 if __name__ == "__main__":

@@ -84,6 +84,12 @@ def test_a_verdict_that_differs_is_told():
     assert len(grading.differing(record(), record() | {"checks": [], "score": 0})) == 2
 
 
+def test_another_message_is_no_other_score():
+    assert grading.scores_of(record(message="by 0.1")) == grading.scores_of(record(message="by 0.2"))
+    assert grading.scores_of(record()) != grading.scores_of(record() | {"checks": []})
+    assert grading.scores_of(record()) != grading.scores_of(record() | {"status": "withheld"})
+
+
 @pytest.mark.parametrize("step", [0, 10])
 def test_memory_that_grows_is_seen(step):
     records = [{"at": float(at)} for at in range(100)]
