@@ -17,6 +17,7 @@ from pathlib import Path
 
 import nbformat
 from nbformat import NotebookNode
+from nbgrader.utils import parse_utc
 from tqdm import tqdm
 
 from autograder import catalog
@@ -184,6 +185,7 @@ class Writer:
         self.submitted = submitted
         self.handed = {(h.student, h.lesson.stage, h.lesson.name): h for h in handed}
         self.fingerprints: dict[tuple[str, str, str], str] = {}
+        self.times: dict[tuple[str, str, str], str | None] = {}  # when it was handed in
         self.results: list[Result] = []
         self.unchanged = 0
 
@@ -196,6 +198,7 @@ class Writer:
         `again`), and a file that the system does not let us read.
         """
         for (student, stage, lesson), h in self.handed.items():
+            self.times[student, stage, lesson] = self._timestamp(h)
             try:
                 data = h.path.read_bytes() if h.path else None
             except OSError as error:
@@ -216,14 +219,15 @@ class Writer:
 
     def _kept(self, *where: str) -> Result | None:
         """The result of an earlier call, if everything it depends on is the same and its files are there."""
-        stored = self.book.stored(*where)
+        stored = self.book.stored(*where, self.times[where])
         if stored is None or stored[0] != self.fingerprints[where]:
             return None
-        result = stored[1]
+        _, result, other_penalty = stored
         autograded, page = self._files(result)
         if result.status != "missing" and not (autograded.is_file() and page.is_file()):
             return None
-        if any(check.status == "by hand" for check in result.checks):  # a person's scores may have changed since
+        # A person's scores may have changed since, or what lateness costs.
+        if result.status != "missing" and (other_penalty or any(check.status == "by hand" for check in result.checks)):
             result.notebook = autograded.read_bytes()
             self._write_page(result, page)
         result.flags[:0] = self.handed[where].flags
@@ -235,7 +239,7 @@ class Writer:
         if result.status != "fault":
             notebook = parse(result.notebook) if result.notebook else None
             judged = answer_digests(judged_by_person(result, notebook)) if notebook else {}
-            self.book.commit(result, self.fingerprints[where], judged, self._timestamp(result), self._write_files)
+            self.book.commit(result, self.fingerprints[where], judged, self.times[where], self._write_files)
         result.flags[:0] = self.handed[where].flags
         result.notebook = None
         self.results.append(result)
@@ -259,10 +263,18 @@ class Writer:
         handed = self.handed[result.student, result.stage, result.lesson]
         pages.write(page, pages.feedback(result, handed.lesson.title, self.unsafe))
 
-    def _timestamp(self, result: Result) -> str | None:
-        """nbgrader's own file, where the submissions were collected by nbgrader."""
-        path = self.submitted / result.student / result.stage / "timestamp.txt"
-        return path.read_text(encoding="utf-8").strip() if path.is_file() else None
+    def _timestamp(self, handed: Handed) -> str | None:
+        """What nbgrader's own file says, where the submissions were collected by nbgrader."""
+        path = self.submitted / handed.student / handed.lesson.stage / "timestamp.txt"
+        if not path.is_file():
+            return None
+        text = path.read_text(encoding="utf-8", errors="replace").strip()
+        try:
+            parse_utc(text)
+        except (ValueError, OverflowError):
+            handed.flags.append(f"timestamp.txt: {text[:40]!r} is no time: taken as handed in on time")
+            return None
+        return text
 
 
 def grade_folder(

@@ -13,6 +13,7 @@ import time
 from collections.abc import Callable
 from contextlib import contextmanager
 from dataclasses import asdict
+from datetime import datetime
 from pathlib import Path
 
 from nbformat import NotebookNode
@@ -184,8 +185,14 @@ class Gradebook:
 
     # --- what was earned --------------------------------------------------------------------------------------
 
-    def stored(self, student: str, stage: str, lesson: str) -> tuple[str, Result] | None:
-        """The fingerprint and the result written last, with the scores that count now; None if there are none."""
+    def stored(
+        self, student: str, stage: str, lesson: str, timestamp: str | None = None
+    ) -> tuple[str, Result, bool] | None:
+        """The fingerprint and the result written last, with the scores that count now; None if there are none.
+
+        The third says whether lateness costs something else than before: with the `timestamp`, when it was handed in,
+        or by another due date.
+        """
         row = self.database.db.execute(select(RESULTS).where(_key(student, stage, lesson))).one_or_none()
         if row is None:
             return None
@@ -201,9 +208,11 @@ class Gradebook:
             _count(check, grades[check.check])
         if result.status == "withheld" and not result.waits:  # a person has decided
             result.status = "graded"
+        before = notebook.late_submission_penalty
         with self._together():
+            notebook.assignment.timestamp = _utc(timestamp)
             self._penalize(result, notebook)
-        return row.fingerprint, result
+        return row.fingerprint, result, notebook.late_submission_penalty != before
 
     def commit(
         self,
@@ -279,7 +288,7 @@ class Gradebook:
             db.flush()
             for notebook in assignment.notebooks:
                 self._complete(submission, notebook)
-        submission.timestamp = parse_utc(timestamp) if timestamp else None
+        submission.timestamp = _utc(timestamp)
         return submission
 
     @staticmethod
@@ -289,6 +298,10 @@ class Gradebook:
         elif changed or grade.auto_score != score:
             grade.needs_manual_grade = True
         grade.auto_score = score
+
+
+def _utc(timestamp: str | None) -> datetime | None:
+    return parse_utc(timestamp) if timestamp else None
 
 
 def _count(check: Check, grade: Grade) -> None:

@@ -112,7 +112,28 @@ def test_a_late_class(tmp_path):
         assert book.find_submission(tiny.STAGE, "kim").late_submission_penalty == 3
     rows = {row["student"]: row for row in csv.DictReader((tmp_path / "out" / "grades.csv").open(encoding="utf-8"))}
     assert (rows["kim"]["score"], rows["kim"]["late_penalty"]) == ("5", "3")
+    page = tmp_path / "out" / "feedback" / "kim" / tiny.STAGE / f"{tiny.LESSON}.html"
+    handed = tmp_path / "in" / "kim" / tiny.STAGE / "timestamp.txt"
+    handed.write_text("2026-11-03 11:59:00 UTC", encoding="utf-8")  # collected again, or mended by hand
+    assert graded(late=late) == {"mei": 8, "kim": 8}
+    handed.write_text("2026-11-05 12:00:00 UTC", encoding="utf-8")
+    assert graded(late=late) == {"mei": 8, "kim": 2}
+    assert "6 points less for lateness" in page.read_text(encoding="utf-8")
     assert graded() == {"mei": 8, "kim": 8}
+    assert "lateness" not in page.read_text(encoding="utf-8")
+
+
+def test_a_time_that_is_none(tmp_path):
+    """It costs nobody anything, and is told."""
+    source = tiny.build(tmp_path)
+    path = tiny.hand_in(tmp_path / "in", "mei", tiny.dumps(tiny.answered()))
+    (path.parent / "timestamp.txt").write_bytes(b"yester\xffday")
+    [result] = grade_folder(
+        tmp_path / "in", tmp_path / "out", source, limits=Limits(cell=5, notebook=30),
+        engine=lambda tasks, jobs: map(grade, tasks), show=lambda line: None, kernels=tiny.KERNELS,
+    )  # fmt: skip
+    assert result.score == 8
+    assert "timestamp.txt" in result.flags[0]
 
 
 # --- answers that are alike -----------------------------------------------------------------------------------
