@@ -24,6 +24,7 @@ from torch.utils._pytree import tree_leaves
 
 from llm40 import profile
 
+HALF = (torch.float16, torch.bfloat16)
 # Relative tolerance by the coarser of the two formats compared.
 RTOL = {torch.float64: 1e-9, torch.float32: 1e-5, torch.float16: 1e-3, torch.bfloat16: 1.6e-2}
 
@@ -53,13 +54,17 @@ def close(actual: Any, expected: Any, *, what: str = "the result", hint: str = "
 
     rtol follows the coarser format of the two; atol is rtol times the largest finite |expected|, so that the tolerance
     is always far below what it judges. Integers and booleans must be equal. With `dtype`, `actual` must have that
-    dtype. `mistakes` maps the name of a usual mistake to what it would give: a wrong answer that equals one of them is
-    told so.
+    dtype; without it, and without an rtol, a half-precision `actual` is refused where `expected` is none: its tolerance
+    would let wrong answers through. `mistakes` maps the name of a usual mistake to what it would give: a wrong answer
+    that equals one of them is told so.
     """
     expected = _tensor(expected)
     actual = _result(actual, expected, what, hint)
     if dtype is not None and actual.dtype != dtype:
         raise AssertionError(_sentence(f"{what} has dtype {_name(actual.dtype)}, it should have {_name(dtype)}", hint))
+    if dtype is None and rtol is None and actual.dtype in HALF and expected.dtype not in HALF:
+        raise AssertionError(_sentence(f"{what} has dtype {_name(actual.dtype)}, too coarse to be compared with "
+                                       f"{_name(expected.dtype)}: keep more digits", hint))
     if actual.shape != expected.shape:
         raise AssertionError(_sentence(f"{what} has shape {tuple(actual.shape)}, not {tuple(expected.shape)}", hint))
     problem = _difference(actual, expected, rtol, atol)

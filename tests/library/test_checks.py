@@ -43,6 +43,14 @@ class TestClose:
         checks.close((expected.double() * (1 + within)).to(dtype), expected)
         message(checks.close, (expected.double() * (1 + beyond)).to(dtype), expected)
 
+    @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+    def test_rounding_an_answer_does_not_widen_what_is_allowed(self, x, dtype):
+        rounded = (x * 1.001).to(dtype)
+        assert "too coarse" in message(checks.close, rounded, x)
+        assert "too coarse" in message(checks.close, rounded, x.double())
+        checks.close(x.to(dtype), x, dtype=dtype)  # where it is asked for
+        checks.close(x.to(dtype), x, rtol=0.05)
+
     @pytest.mark.parametrize("amplitude", [1e-12, 1.0, 1e12])
     def test_tolerance_is_below_the_quantity_judged(self, x, amplitude):
         message(checks.close, torch.zeros_like(x), x * amplitude)
