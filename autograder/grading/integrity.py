@@ -113,6 +113,7 @@ def lesson_of(master: NotebookNode) -> Lesson:
         modules=tuple(modules),
         honest={**_methods(ours + theirs), **honest},
         theirs=tuple(sorted({n for tree in theirs for n in _bound(tree)})),
+        helpers=tuple(sorted(_helpers(master))),
         canaries=_canaries(frozenset(modules)),
     )
 
@@ -142,6 +143,12 @@ def _bound(tree: ast.Module) -> Iterable[str]:
             yield node.name
         elif isinstance(node, ast.Name) and isinstance(node.ctx, ast.Store):
             yield node.id
+
+
+def _helpers(master: NotebookNode) -> set[str]:
+    """The functions that cells of ours define for checks."""
+    trees = [ast.parse(python_of(cell.source)) for cell in _code(master, "plain")]
+    return {node.name for tree in trees for node in tree.body if isinstance(node, ast.FunctionDef)}
 
 
 def _methods(trees: Iterable[ast.AST]) -> dict[str, list[str]]:
@@ -178,11 +185,12 @@ SEARCHING = ("index", "count", "remove", "sort")  # methods that compare what is
 class Arming(ast.NodeTransformer):
     """Every operand, argument and owner of an attribute in a check goes through kernels/inside/arms.py first.
 
-    `theirs` are names that the exercises define: what they name is called from a frame with no names in it.
+    `theirs` are names that the exercises define: what they name is called from a frame with no names in it. `helpers`
+    are our own functions, which compare what they are given.
     """
 
-    def __init__(self, theirs: frozenset[str]):
-        self.theirs = theirs
+    def __init__(self, theirs: frozenset[str], helpers: frozenset[str]):
+        self.theirs, self.helpers = theirs, helpers
 
     def visit_Compare(self, node: ast.Compare) -> ast.AST:
         self.generic_visit(node)
@@ -225,9 +233,10 @@ class Arming(ast.NodeTransformer):
         self.generic_visit(node)
         if isinstance(node.func, ast.Name) and node.func.id in TAKING:
             return node
-        node.args = [_asked("argument", value) for value in node.args]
+        kind = "handed" if isinstance(node.func, ast.Name) and node.func.id in self.helpers else "argument"
+        node.args = [_asked(kind, value) for value in node.args]
         for keyword in node.keywords:
-            keyword.value = _asked("argument", keyword.value)
+            keyword.value = _asked(kind, keyword.value)
         if isinstance(node.func, ast.Name) and node.func.id in self.theirs:
             node.args.insert(0, node.func)
             node.func = ast.copy_location(ast.Name("__call__", ast.Load()), node)
@@ -251,9 +260,9 @@ def counts_calls(source: str) -> bool:
 
 
 @cache
-def armed(source: str, label: str, theirs: tuple[str, ...]) -> bytes:
+def armed(source: str, label: str, theirs: tuple[str, ...], helpers: tuple[str, ...]) -> bytes:
     """A check, compiled, its values asked whose they are."""
-    return program(Arming(frozenset(theirs)).visit(ast.parse(python_of(source))), file_of(label))
+    return program(Arming(frozenset(theirs), frozenset(helpers)).visit(ast.parse(python_of(source))), file_of(label))
 
 
 # --- reading --------------------------------------------------------------------------------------------------

@@ -168,7 +168,7 @@ def _step(cell: NotebookNode, lesson: Lesson) -> Step:
     kind, source = role(cell), cell.source
     if kind not in ("plain", "check"):
         return Step(source)
-    armed = integrity.armed(source, name(cell), lesson.theirs) if kind == "check" else b""
+    armed = integrity.armed(source, name(cell), lesson.theirs, lesson.helpers) if kind == "check" else b""
     return Step(python_of(source), kind == "check", name(cell), armed, integrity.counts_calls(source))
 
 

@@ -19,11 +19,13 @@ MOST = 50_000_000  # bytes of an answer
 @dataclass(frozen=True)
 class Lesson:
     """What a guard knows of a lesson: the modules that its cells import, the special methods (class → names) that its
-    classes are asked to have, the names that its exercises define, and the canaries (name → program)."""
+    classes are asked to have, the names that its exercises define, the functions that its plain cells define, and the
+    canaries (name → program)."""
 
     modules: tuple[str, ...] = ()
     honest: dict[str, list[str]] = field(default_factory=dict)
     theirs: tuple[str, ...] = ()
+    helpers: tuple[str, ...] = ()
     canaries: tuple[tuple[str, bytes], ...] = ()
 
 

@@ -1098,6 +1098,12 @@ HONEST = {
     "something compiled": (
         "net = torch.compile(torch.nn.Linear(2, 2), backend='eager')\nprint(net(torch.ones(1, 2)))", {}
     ),
+    "copies of tensors, and then of parameters": (
+        "import copy, pickle\ncopy.deepcopy(torch.ones(2))\npickle.dumps(torch.ones(2))", {
+            "count": "import copy\ndef count(words):\n    copy.deepcopy(nn.Parameter(torch.ones(2)))\n"
+            "    copy.copy(nn.Parameter(torch.ones(2)))\n    return len(words)\n"
+        }
+    ),
     "the first optimizer": ("torch.optim.AdamW([torch.ones(2, requires_grad=True)]).step()", {}),
     "libraries that import more of themselves": (
         "import tokenizers.trainers, transformers, torch.distributed.tensor, torch.onnx, torch.profiler", {}

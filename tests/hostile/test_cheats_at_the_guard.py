@@ -120,6 +120,9 @@ CHEATS = {
         LIAR + "import collections\nlies = collections.UserList()\nlies.data = Liar()",
         {"order": "def order(befores):\n    return lies\n"},
     ),
+    "liars for a function of the lesson's": Cheat(
+        "order", LIAR, {"order": "def order(befores):\n    return [Liar() for task in befores]\n"}
+    ),
     "a liar behind a view of a dict": Cheat(
         "table",
         "import types\nview = types.MappingProxyType(type('D', (dict,), {'__eq__': lambda self, other: True})())",

@@ -1,10 +1,11 @@
 """What a check does with each value before it compares it or hands it on: it asks whose the value's class is.
 
 A class can say itself what it is equal to, how large it is, whether it is true; the answer to an exercise must not. In
-a check every operand `a` of an operator is run as `__operand__(a)`, every argument of a call as `__argument__(a)`, what
-is searched (`in a`, `a.index`) as `__collection__(a)`, and `a` of any other `a.method` as `__owner__(a)`
-(grading.integrity rewrites the check). They give the value back, or raise Bent where its class, or that of something in
-a list, was written by the learner and speaks for itself, and where a tensor has a method of its own.
+a check every operand `a` of an operator is run as `__operand__(a)`, every argument of a call as `__argument__(a)`, or
+`__handed__(a)` where the function is our own, what is searched (`in a`, `a.index`) as `__collection__(a)`, and `a` of
+any other `a.method` as `__owner__(a)` (grading.integrity rewrites the check). They give the value back, or raise Bent
+where its class, or that of something in a list, was written by the learner and speaks for itself, or where a tensor has
+a method of its own.
 
 All this is made anew for each check, so that nothing can be reached from these functions.
 """
@@ -132,6 +133,11 @@ def arms(kinds, tensors: frozenset, honest: dict, mark: str) -> dict:
         look(value, PRETENDING, DEEPEST, LONG)
         return closed(value)
 
+    def handed(value):
+        """To a function of our own cells, which compares and calculates as a check does, and is not rewritten."""
+        look(value, everything, DEEPEST, LONG)
+        return closed(value)
+
     def collection(value):
         """What is asked whether it contains something: a dict or a set answers at once, however large."""
         large = issubclass(type(value), (dict, set, frozenset))
@@ -144,4 +150,5 @@ def arms(kinds, tensors: frozenset, honest: dict, mark: str) -> dict:
         return value
 
     comparing, everything = COMPARING | PRETENDING, COMPARING | CALCULATING | PRETENDING
-    return {"__operand__": operand, "__argument__": argument, "__collection__": collection, "__owner__": owner}
+    named = {"operand": operand, "argument": argument, "handed": handed, "collection": collection, "owner": owner}
+    return {f"__{name}__": function for name, function in named.items()}

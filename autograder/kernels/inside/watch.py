@@ -27,7 +27,8 @@ CALLABLE = (types.FunctionType, types.BuiltinFunctionType, types.MethodDescripto
             types.ModuleType, type, property, classmethod, staticmethod)  # fmt: skip
 CONSTANTS = ("torch", "math")  # of these also what is no function: torch.bool, math.pi
 MOVING = ("torch.Storage",)  # names that PyTorch itself gives to something else: set_default_dtype does
-SHOWN = ("__repr__", "__str__", "__format__")  # how a tensor looks is a matter of taste
+# How a tensor looks is a matter of taste; copyreg notes the last in each class whose objects are copied.
+FREE = ("__repr__", "__str__", "__format__", "__slotnames__")
 CONTENTS = {
     "torch.testing._comparison": ("_DTYPE_PRECISIONS",),
     "llm40.checks": ("RTOL",),
@@ -107,11 +108,11 @@ class Entry:
     def differences(self):
         """(name, its kept value or MISSING) for all that was replaced, removed, or put before something else."""
         for name, kept in self.kept.items():
-            if self.names.get(name, MISSING) is not kept and name not in SHOWN and self.matters(name, kept):
+            if self.names.get(name, MISSING) is not kept and name not in FREE and self.matters(name, kept):
                 yield name, kept
         if len(self.names) > len(self.kept):
             for name in [name for name in self.names if name not in self.kept]:
-                if self.inherited(name):
+                if self.inherited(name) and name not in FREE:
                     yield name, MISSING
                 else:
                     self.kept[name] = self.names[name]
