@@ -135,7 +135,7 @@ def _solution_findings(cells: list, failure: dict | None) -> dict:
     papermill calls a notebook a success when a cell called `sys.exit(0)` and the rest never ran; here every cell must
     have run, and without an error.
     """
-    broken = _first_broken(cells, failure)
+    broken = _first_broken(cells, failure) or _first_worthless(cells)
     lost = _last_started(cells) if failure else None  # it began, so it has an execution count, but never ended
     checks = [cell for cell in cells if is_check(cell)]
     passed = [cell for cell in checks if cell.execution_count is not None and not _error(cell) and cell is not lost]
@@ -171,6 +171,20 @@ def _first_broken(cells: list, failure: dict | None) -> dict | None:
     missed = [cell for cell in cells if cell.execution_count is None]
     if missed:
         return _broken(missed[0], cells, "not run", f"first of {len(missed)} that never ran", "")
+    return None
+
+
+def _first_worthless(cells: list) -> dict | None:
+    """The first check that passes and would lose points by nbgrader's own rule, which its Validate button tells too.
+
+    To nbgrader a word on standard error, a warning say, is a failure, and a value that a cell shows is a score.
+    """
+    for cell in filter(is_check, cells):
+        for output in cell.outputs:
+            if output.get("name") == "stderr" or output.output_type == "execute_result":
+                said = output.get("text") or output.get("data", {}).get("text/plain", "")
+                message = f"nbgrader takes what this check writes for a failure or a score: {said.strip()}"
+                return _broken(cell, cells, "not silent", message, "")
     return None
 
 

@@ -552,7 +552,7 @@ def compare(what, f, *shapes, positive=False):
     checks.close(torch.from_numpy(np.asarray(mine.data)), expected, what=f"the value of {what}")
     for i, (t, e) in enumerate(zip(ours, torch.autograd.grad(expected, theirs), strict=True)):
         assert isinstance(t.grad, np.ndarray | np.floating), f"{what}: .grad of input {i} is {type(t.grad).__name__}, not an array."
-        checks.close(torch.from_numpy(np.asarray(t.grad)), e, what=f"the gradient of {what} in input {i}")
+        checks.close(torch.from_numpy(np.array(t.grad)), e, what=f"the gradient of {what} in input {i}")
         assert np.array_equal(t.data, values[i].numpy()), f"{what} changed the data of input {i}."
 
 
@@ -589,7 +589,7 @@ def compare(what, f, *shapes):
     mine.backward()
     checks.close(torch.from_numpy(np.asarray(mine.data)), expected, what=f"the value of {what}")
     for i, (t, e) in enumerate(zip(ours, torch.autograd.grad(expected, theirs), strict=True)):
-        checks.close(torch.from_numpy(np.asarray(t.grad)), e, what=f"the gradient of {what} in input {i}")
+        checks.close(torch.from_numpy(np.array(t.grad)), e, what=f"the gradient of {what} in input {i}")
 
 
 compare("(3, 5) @ (5, 2)", lambda a, b: a @ b, (3, 5), (5, 2))

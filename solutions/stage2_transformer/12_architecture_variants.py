@@ -532,7 +532,7 @@ for vocab_size, d_model, heads, layers, d_ff, batch, k_len, q_len in [(7, 12, 3,
     checks.close(logits, expected, what=f"the logits with {layers} layers, d_model {d_model}, source {k_len}, target {q_len}")
     checks.close(mine.decode(target, mine.encode(source), source), expected, what="decode(target, encode(source), source)")
 fresh = Transformer(3000, d_model=64, layers=1)
-deviation = float(fresh.embedding.weight.std()) * 8
+deviation = float(fresh.embedding.weight.detach().std()) * 8
 assert abs(deviation - 1) < 0.02, f"the embedding's standard deviation should be 64^−½ = 0.125; yours is {deviation / 8:.4f}"
 ### END HIDDEN TESTS
 

@@ -208,6 +208,17 @@ def test_a_missing_stub_is_a_failure(course, tmp_path):
     assert "make course" in output
 
 
+@pytest.mark.parametrize("word", ["import warnings; warnings.warn('watch out')", "0.5"])
+def test_a_check_that_passes_and_is_not_silent(course, tmp_path, word):
+    """nbgrader's own autograde and its Validate button would give it nothing, or half a point."""
+    built = course()
+    built.add("stage1_a/01_loud", [code(SOLUTION, exercise="double"), code(f"{CHECK}\n{word}", check="double_1")])
+    exit_code, output = run_quietly(notebooks=built.root, out=tmp_path)
+    assert exit_code == 1
+    assert "nbgrader takes what this check writes" in output
+    assert ("watch out" in output) or ("0.5" in output)
+
+
 def test_nothing_of_the_class_is_needed_to_run_built_notebooks(course, tmp_path):
     """A GPU machine may have no nbgrader, Jupytext or JupyterLab: here importing one is an error."""
     blocked = tmp_path / "blocked"
