@@ -1582,7 +1582,7 @@ for group, wanted, decay in zip(groups, expected, (0.3, 0.0), strict=True):
     assert group["weight_decay"] == decay, f"the groups' decay should be 0.3 and 0.0, yours is {[group['weight_decay'] for group in groups]}"
     assert len(found) == len(set(found)), f"a parameter is in the group twice: {sorted(found)}"
     assert set(found) == wanted, f"the group with decay {decay} should hold {sorted(wanted)}; yours holds {sorted(found)}"
-torch.optim.AdamW(groups, lr=1e-3)
+optimizer = torch.optim.AdamW(groups, lr=1e-3)  # which refuses a parameter that two groups hold
 ### END HIDDEN TESTS
 
 # %% check="optimizer" points=1
