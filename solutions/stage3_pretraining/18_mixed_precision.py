@@ -79,7 +79,7 @@ from llm40 import checks, data, models, plot, profile
 # | `special` | exponent all ones means | who |
 # |---|---|---|
 # | `"ieee"` | $m=0$: ±infinity; else NaN | FP32, TF32, BF16, FP16, and FP8's **E5M2** |
-# | `"nan"` | ordinary numbers, except for the mantissa of all ones, which is NaN. No infinity | FP8's **E4M3** (PyTorch's `float8_e4m3fn`: *f*inite, one *n*an) |
+# | `"nan"` | ordinary numbers, except for the mantissa of all ones, which is NaN. No infinity | FP8's **E4M3** (PyTorch's `float8_e4m3fn`: *f*inite, and its *n*an is not IEEE's) |
 # | `"none"` | ordinary numbers, all of them | the 4- and 6-bit formats of MX |
 #
 # E4M3 has 256 patterns; with IEEE's rules 14 of them would be NaN and 2 infinities, and the largest number 240. Giving up the infinity and all but one NaN (of each sign) buys almost an octave: the largest is 448. With four bits one has no pattern to spare at all.
@@ -696,9 +696,8 @@ def adam_beside_torch(make, dtype, shapes, steps, g, lr=1e-3, betas=(0.9, 0.999)
             untouched = p.grad is None if t is None else p.grad is not None and torch.equal(p.grad, t)
             assert untouched, "p.grad must be left as it is: divide a copy, in float32"
     for p, q, m, address in zip(mine, theirs, ours.master, addresses, strict=True):
-        expect_tensor(m, "a master", torch.float32, p.shape)
         assert m.data_ptr() != address, "a master needs storage of its own"
-        checks.close(m, q.detach(), what=f"the master after {steps} steps ({dtype}, scales {scales}, gradients of about {sizes})", rtol=2e-6)
+        checks.close(m, q.detach(), what=f"the master after {steps} steps ({dtype}, scales {scales}, gradients of about {sizes})", rtol=2e-6, dtype=torch.float32)
         assert p.data_ptr() == address, "the parameter must be changed in place: the model holds it"
         assert p.dtype == dtype, f"the parameter's dtype was {dtype}, and is {p.dtype}"
         assert torch.equal(p.detach(), m.to(dtype)), "a parameter must be its master, rounded to its dtype"
@@ -848,7 +847,6 @@ for _ in range(3):
     linear(torch.ones(2, 4, dtype=torch.bfloat16)).square().sum().backward()
     optimizer.step()
 assert all(p.requires_grad and p.is_leaf for p in linear.parameters()), "the parameters must stay leaves that require a gradient"
-assert all(not m.requires_grad for m in optimizer.master), "a master needs no gradient"
 ### END HIDDEN TESTS
 
 # %% [markdown]
@@ -883,7 +881,7 @@ class BF16Adam:
             p.copy_(p - update if self.generator is None else stochastic_round_bf16(p.float() - update, self.generator))
 
 
-def train_digits(kind: str, steps: int = 400, lr: float = 1e-3) -> tuple[list[float], list[float]]:
+def train_digits(kind: str, steps: int = 320, lr: float = 1e-3) -> tuple[list[float], list[float]]:
     """(loss on the 600 digits every 10 steps, share of weights changed by the step)."""
     images, labels = (t[:600] for t in data.digits())
     images = images.flatten(1)
@@ -921,7 +919,7 @@ plot.curves(ticks, {name: losses for name, (losses, _) in results.items()}, logy
 plot.curves(ticks, {name: [100 * c for c in changed] for name, (_, changed) in results.items()}, xlabel="step", ylabel="% of the weights changed", title="what an update reaches", ax=axes[1])
 axes[1].get_legend().remove()
 axes[1].set_ylim(0, 103)
-end = ", ".join(f"{name} {losses[-1]:.4f}" for name, (losses, _) in results.items())
+end = "; ".join(f"{name} {losses[-1]:.4f}" for name, (losses, _) in results.items())
 plot.caption(fig, f"Loss at the end: {end}. Right: in the naive run fewer and fewer weights move, first the large ones stop and, as the learning rate falls, all but those near zero. With a master the "
                   "half-precision copy also changes seldom; the difference is that nothing is forgotten in between.")
 plot.plt.show()
@@ -1130,7 +1128,7 @@ nn.utils.clip_grad_norm_([weight], 1.0)
 assert scaler.step(optimizer) is True, "the gradients are finite: step calls the optimizer and returns True"
 checks.close(weight.detach(), torch.tensor([0.4, 1.2]), what="the weight after unscale_, clipping to norm 1, and step",
              mistakes={"dividing by the scale twice": torch.tensor([1 - 0.6 / 1024, 2 - 0.8 / 1024])})
-checks.raises(RuntimeError, scaler.unscale_, optimizer, because="the gradients would be divided a second time")
+checks.raises(RuntimeError, scaler.unscale_, optimizer, because="The gradients would be divided a second time")
 ### BEGIN HIDDEN TESTS
 g = checks.generator(11)
 with warnings.catch_warnings():
@@ -1140,14 +1138,14 @@ with warnings.catch_warnings():
 with checks.forbidden("_amp_update_scale_", "_amp_foreach_non_finite_check_and_unscale_", because="the scaler is what you build here"):
     weight = nn.Parameter(torch.ones(3))
     optimizer, scaler = torch.optim.SGD([weight], lr=1.0), DynamicLossScaler(init_scale=4.0)
-    checks.raises(RuntimeError, scaler.update, because="nothing was unscaled or stepped since the last update")
+    checks.raises(RuntimeError, scaler.update, because="Nothing was unscaled or stepped since the last update")
     scaler.scale(weight.sum()).backward()
     scaler.unscale_(optimizer)
-    checks.raises(RuntimeError, scaler.unscale_, optimizer, because="the gradients would be divided a second time")
+    checks.raises(RuntimeError, scaler.unscale_, optimizer, because="The gradients would be divided a second time")
     checks.close(weight.grad, torch.ones(3), what="the gradient after the refused second unscale_")
     scaler.step(optimizer)
     scaler.update()
-    checks.raises(RuntimeError, scaler.update, because="nothing was unscaled or stepped since the last update")
+    checks.raises(RuntimeError, scaler.update, because="Nothing was unscaled or stepped since the last update")
     scaler.unscale_(optimizer)                                             # a new iteration: allowed again
     checks.close(weight.grad, torch.full((3,), 0.25), what="the gradient after a new iteration's unscale_")
 default = DynamicLossScaler()
@@ -1182,7 +1180,7 @@ class HalfProduct(torch.autograd.Function):
         return (grad.float() @ weight.float()).half(), (grad.float().T @ x.float()).half().float()
 
 
-def train_fp16(scaler: DynamicLossScaler | None, half: bool = True, steps: int = 320, parts: int = 1024) -> dict[str, list[float]]:
+def train_fp16(scaler: DynamicLossScaler | None, half: bool = True, steps: int = 250, parts: int = 1024) -> dict[str, list[float]]:
     images, labels = (t[:600] for t in data.digits())
     images = images.flatten(1)
     torch.manual_seed(0)
@@ -1226,7 +1224,7 @@ axes[2].set_yscale("log", base=2)
 axes[2].set(xlabel="step", ylabel="scale")
 axes[2].set_title("the scale")
 axes[2].legend(loc="lower right")
-end = ", ".join(f"{name} {log['loss'][-1]:.1e}" for name, log in runs.items())
+end = "; ".join(f"{name} {log['loss'][-1]:.1e}" for name, log in runs.items())
 plot.caption(fig, f"Loss at the end: {end}. {len(scaled['skipped'])} of {len(scaled['scale'])} updates were skipped. Without scaling the gradients become exactly zero, the hard examples' among the last, and then training stands still. "
                   "The scale falls from its start until nothing overflows; then the gradients shrink, and it climbs after them.")
 plot.plt.show()

@@ -1816,6 +1816,29 @@ class MasterWeightAdam:
                     p.copy_(w)
         return True
 
+# %% right="master_weight_adam" because="masters that are parameters of PyTorch's Adam"
+class MasterWeightAdam:
+    def __init__(self, params, lr=1e-3, betas=(0.9, 0.999), eps=1e-8):
+        self.params = list(params)
+        self.master = [nn.Parameter(p.detach().float().clone()) for p in self.params]
+        self.adam = torch.optim.Adam(self.master, lr=lr, betas=betas, eps=eps)
+
+    def zero_grad(self):
+        for p in self.params:
+            p.grad = None
+
+    def step(self, scale=1.0):
+        for p, m in zip(self.params, self.master):
+            m.grad = None
+            if p.grad is not None:
+                m.grad = p.grad.float() / scale
+                if not m.grad.isfinite().all():
+                    return False
+        self.adam.step()
+        for p, m in zip(self.params, self.master):
+            p.data.copy_(m.data)
+        return True
+
 # %% right="master_weight_adam" because="the step size corrected instead of the moments"
 class MasterWeightAdam:
     def __init__(self, params, lr=1e-3, betas=(0.9, 0.999), eps=1e-8):
