@@ -83,7 +83,10 @@ def ran(course, tmp_path_factory):
     )
     built.add("stage2_b/08_dead_stub", [code("x = 1")], [code("import os\nos._exit(4)"), code(CHECK, check="double_1")])
     out = tmp_path_factory.mktemp("输出 out")
-    exit_code, output = run_quietly(notebooks=built.root, jobs=4, timeout=4, out=out)
+    with pytest.MonkeyPatch.context() as patch:
+        for name in run.BUDGETS:  # what is asked here is another matter, whatever else the machine does
+            patch.setitem(run.BUDGETS, name, float("inf"))
+        exit_code, output = run_quietly(notebooks=built.root, jobs=4, timeout=4, out=out)
     result = json.loads((out / "report.json").read_text(encoding="utf-8"))
     lessons = {lesson["name"]: lesson for lesson in result["lessons"]}
     return SimpleNamespace(exit_code=exit_code, output=output, result=result, lessons=lessons, out=out)
