@@ -271,6 +271,13 @@ def test_what_seals_the_connection_is_called_where_nobody_listens():
     assert "heard []" in cheatable.outputs(graded(submission), "added")
 
 
+def test_a_failure_names_no_place_of_the_guard():
+    """What a learner reads begins in the check."""
+    result = graded(cheatable.answered({"count": "def count(words):\n    return -1\n"}))
+    assert "count-check-1, line" in cheatable.outputs(result, "check")
+    assert "inside" not in cheatable.outputs(result, "check")
+
+
 HONEST = {
     "a tensor shown in another way": "torch.Tensor.__repr__ = lambda self: f'{tuple(self.shape)}'",
     "a profile": "import cProfile\ncProfile.run('sum(range(10))')",

@@ -17,7 +17,7 @@ def loaded(sources: dict[str, str]) -> types.ModuleType:
         for name, source in sources.items():
             module = sys.modules[name] = types.ModuleType(name)
             module.__builtins__ = dict(vars(builtins))
-            exec(compile(source, f"{OURS}{name}>", "exec"), vars(module))
+            exec(compile(source, f"{OURS}guard {name}>", "exec"), vars(module))
     finally:
         for name, was in before.items():
             del sys.modules[name]
