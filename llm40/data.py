@@ -4,6 +4,7 @@
 |-----------------------------|-----------------------------------------|---------------------|------------------------|
 | `documentation()`           | Python's language reference, English    | PSF 2.0 (code 0BSD) | 79 documents, 0.5 MB   |
 | `source_code()`             | Python's standard library without tests | PSF 2.0             | 606 files, 9.9 MB      |
+| `word_vectors()`            | vectors of the documentation's words    | PSF 2.0             | 1,200 × 48             |
 | `dates()`, `translations()` | dates and names in two languages (CLDR) | Unicode 3.0         | as many pairs as asked |
 | `chinese_text()`            | names and dated sentences (CLDR)        | Unicode 3.0         | 5 documents, 0.1 MB    |
 | `digits()`                  | handwritten digits, 8×8 grey (UCI)      | CC BY 4.0           | 1,797 images           |
@@ -16,21 +17,31 @@ but not in how `split` assigns a document. The functions say where each set come
 
 import datetime
 import hashlib
+import math
 import os
 import random
+import re
 import sysconfig
 import tokenize
-import urllib.request
 import warnings
+from collections import Counter
 from functools import cache
 from pathlib import Path
 
 # Not prose or programs written by people, or not the library proper: tests, bundled wheels, tables that were generated,
 # files that hold paths of this machine, and pydoc_data, which is `documentation()` once more.
 _SKIPPED_FOLDERS = {
-    "test", "tests", "idle_test", "site-packages", "dist-packages", "__pycache__", "_bundled",
-    "encodings", "pydoc_data", "__phello__",
-}  # fmt: skip
+    "test",
+    "tests",
+    "idle_test",
+    "site-packages",
+    "dist-packages",
+    "__pycache__",
+    "_bundled",
+    "encodings",
+    "pydoc_data",
+    "__phello__",
+}
 _SKIPPED_PREFIXES = ("config-", "_sysconfigdata", "_sysconfig_vars")
 
 
@@ -159,6 +170,61 @@ def scrub(training: dict[str, str], held_out: dict[str, str]) -> dict[str, str]:
         )
 
     return {name: clean(text) for name, text in training.items()}
+
+
+# --- words ----------------------------------------------------------------------------------------------------------
+
+
+def word_counts(texts: dict[str, str]):
+    """The names of the texts, and log(1 + count) of every word in each of them, float32 (texts, words).
+
+    Words are runs of letters and underscores in lower case; columns stand in alphabetical order. A text that stands
+    under two names counts once, under the second.
+    """
+    import torch
+
+    names = {text: name for name, text in texts.items()}
+    counts = [Counter(re.findall(r"[a-z_]+", text.lower())) for text in names]
+    column = {word: i for i, word in enumerate(sorted(set().union(*counts)))}
+    vectors = torch.zeros(len(names), len(column))
+    for row, count in enumerate(counts):
+        for word, times in count.items():
+            vectors[row, column[word]] = math.log1p(times)
+    return list(names.values()), vectors
+
+
+@cache
+def _word_vectors(vocabulary: int, width: int, window: int):
+    import torch
+
+    words = re.findall(r"[a-z_]+|[.,;:()]", "\n".join(_documentation().values()).lower())
+    index = {word: i for i, (word, _) in enumerate(Counter(words).most_common(vocabulary))}
+    ids = torch.tensor([index.get(word, -1) for word in words])
+    counts = torch.zeros(vocabulary * vocabulary)
+    for distance in range(1, window + 1):
+        left, right = ids[:-distance], ids[distance:]
+        known = (left >= 0) & (right >= 0)
+        counts += torch.bincount(left[known] * vocabulary + right[known], minlength=vocabulary**2)
+    counts = counts.view(vocabulary, vocabulary)
+    together = (counts + counts.T) / (2 * counts.sum())
+    alone = together.sum(1)
+    information = torch.log(together / (alone[:, None] * alone)).clamp(min=0).nan_to_num(0)
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        u, s, _ = torch.svd_lowrank(information, q=width)
+    vectors = u * s.sqrt()
+    return index, vectors / vectors.pow(2).mean(1, keepdim=True).sqrt()
+
+
+def word_vectors(vocabulary: int = 1200, width: int = 48, window: int = 4):
+    """The documentation's most frequent words, {word: row}, and a vector for each: float32 (vocabulary, width).
+
+    Two words are close where they keep the same company: positive pointwise mutual information of words up to `window`
+    apart, reduced to `width` dimensions by an SVD (Levy & Goldberg 2014, arXiv:1402.3722, without its shift). Each
+    vector has mean square 1. Needs no training.
+    """
+    index, vectors = _word_vectors(vocabulary, width, window)
+    return dict(index), vectors.clone()
 
 
 # --- languages ------------------------------------------------------------------------------------------------------
@@ -303,24 +369,20 @@ def fetch(name: str) -> Path:
     """
     if name not in PUBLIC:
         raise ValueError(f"no public set is called {name!r}; known: {', '.join(sorted(PUBLIC))}")
+    import pooch
+
     address, expected, _ = PUBLIC[name]
     path = cache_folder() / f"{name}-{expected[:8]}.txt"
-    if path.exists():
-        if hashlib.sha256(path.read_bytes()).hexdigest() == expected:
-            return path
+    if path.exists() and pooch.file_hash(str(path)) != expected:
         warnings.warn(f"{path} is damaged and is downloaded again", stacklevel=2)
+    pooch.get_logger().setLevel("WARNING")  # it tells of every download
+    download = pooch.HTTPDownloader(timeout=30)
     try:
-        with urllib.request.urlopen(address, timeout=30) as response:
-            content = response.read()
-    except OSError as error:
+        pooch.retrieve(address, f"sha256:{expected}", path.name, path.parent, downloader=download)
+    except OSError as error:  # of the network, too
         raise ConnectionError(
             f"cannot download {name!r} from {address}: {error}. With the file from elsewhere, save it as {path}."
         ) from error
-    found = hashlib.sha256(content).hexdigest()
-    if found != expected:
-        raise ValueError(f"{address} gave another file than expected: SHA-256 {found}, not {expected}; nothing saved")
-    path.parent.mkdir(parents=True, exist_ok=True)
-    part = path.with_name(f"{path.name}.{os.getpid()}.part")
-    part.write_bytes(content)
-    part.replace(path)  # whole or not at all, also when two notebooks fetch at once
+    except ValueError as error:  # its checksum
+        raise ValueError(f"{address} gave another file than expected: {error}. Nothing was saved.") from error
     return path

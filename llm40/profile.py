@@ -33,13 +33,16 @@ def _chosen() -> str:
 
 
 def _interpret_triton() -> bool:
-    """Whether kernels run in Triton's interpreter: always on a CPU, and on a GPU if TRITON_INTERPRET=1 asks for it."""
+    """Whether kernels run in Triton's interpreter: always on a CPU, and on a GPU if TRITON_INTERPRET asks for it."""
+    asked = os.environ.get("TRITON_INTERPRET", "").lower() in ("1", "true", "on")  # as Triton reads it
     if name == "gpu":
-        return os.environ.get("TRITON_INTERPRET") == "1"
-    late = "triton" in sys.modules and os.environ.get("TRITON_INTERPRET") != "1"
+        return asked
+    late = "triton" in sys.modules and not asked
     if late:
-        raise ImportError("triton was imported before llm40, so its kernels would look for a GPU: "
-                          "restart the kernel and import llm40 first")
+        raise ImportError(
+            "triton was imported before llm40, so its kernels would look for a GPU: "
+            "restart the kernel and import llm40 first"
+        )
     os.environ["TRITON_INTERPRET"] = "1"
     # The interpreter computes with NumPy, one small operation after another: threads only get in each other's way.
     # NumPy is loaded by now (torch needs it), so an environment variable would come too late.

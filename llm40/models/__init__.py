@@ -5,7 +5,22 @@
 
 from llm40.models.generation import generate
 from llm40.models.llama import CONFIGS, Cache, Config, Llama
+from llm40.models.mtp import MTP
 from llm40.models.tokenizer import Tokenizer
-from llm40.models.weights import WeightsError, load, load_tokenizer
+from llm40.models.weights import CHECKPOINTS, WeightsError, load, load_mtp, load_tokenizer, scaling_runs
 
-__all__ = ["CONFIGS", "Cache", "Config", "Llama", "Tokenizer", "WeightsError", "generate", "load", "load_tokenizer"]
+__all__ = [
+    "CHECKPOINTS",
+    "CONFIGS",
+    "MTP",
+    "Cache",
+    "Config",
+    "Llama",
+    "Tokenizer",
+    "WeightsError",
+    "generate",
+    "load",
+    "load_mtp",
+    "load_tokenizer",
+    "scaling_runs",
+]

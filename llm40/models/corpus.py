@@ -54,3 +54,8 @@ class Windows:
             self.epoch, self.stream, self.starts = epoch, stream, starts
         starts = self.starts[index * self.batch : (index + 1) * self.batch]
         return np.stack([self.stream[start : start + self.context + 1] for start in starts])
+
+    def batch_of(self, step: int) -> tuple[np.ndarray, np.ndarray]:
+        """The batch of a step, and which of its tokens count in the loss: all. Both (batch, context + 1)."""
+        windows = self[step]
+        return windows, np.ones(windows.shape, dtype=bool)

@@ -153,23 +153,36 @@ class Llama(nn.Module):
         positions: Tensor | None = None,
     ) -> Tensor:
         """What the head sees: (batch, seq, hidden_size), after the last norm. Arguments as in `forward`."""
-        past, seq = len(cache) if cache is not None else 0, tokens.shape[1]
-        order = torch.arange(past + seq, device=tokens.device)
-        cos, sin = self._angles(order[past:] if positions is None else positions)
-        mask = None
-        if attention_mask is not None or (past and seq > 1):
-            own = order[past:, None] == order  # (seq, past + seq): each token sees itself, so that no row is empty
-            mask = order[past:, None] >= order
-            if attention_mask is not None:
-                mask = mask & attention_mask[:, None, None, :].bool() | own  # (batch, 1, seq, past + seq)
         x = self.embed_tokens(tokens)
-        for block in self.layers:
-            x = block(x, cos, sin, mask, cache)
-        return self.norm(x)
+        return self.norm(through(self.layers, x, self.config, cache, attention_mask, positions))
 
-    def _angles(self, positions: Tensor) -> tuple[Tensor, Tensor]:
-        """cos and sin of position · theta^(-2i/head_dim), float32, each (1 or batch, 1, seq, head_dim/2)."""
-        exponent = torch.arange(0, self.config.head_dim, 2, device=positions.device) / self.config.head_dim
-        angles = positions.float()[..., None] * self.config.rope_theta**-exponent
-        angles = angles.reshape(-1, 1, *angles.shape[-2:])
-        return angles.cos(), angles.sin()
+
+def through(
+    blocks: nn.ModuleList,
+    x: Tensor,
+    config: Config,
+    cache: Cache | None = None,
+    attention_mask: Tensor | None = None,
+    positions: Tensor | None = None,
+) -> Tensor:
+    """The residual stream (batch, seq, hidden_size) after these blocks. Arguments as in `Llama.forward`."""
+    past, seq = len(cache) if cache is not None else 0, x.shape[1]
+    order = torch.arange(past + seq, device=x.device)
+    cos, sin = angles(order[past:] if positions is None else positions, config)
+    mask = None
+    if attention_mask is not None or (past and seq > 1):
+        own = order[past:, None] == order  # (seq, past + seq): each token sees itself, so that no row is empty
+        mask = order[past:, None] >= order
+        if attention_mask is not None:
+            mask = mask & attention_mask[:, None, None, :].bool() | own  # (batch, 1, seq, past + seq)
+    for block in blocks:
+        x = block(x, cos, sin, mask, cache)
+    return x
+
+
+def angles(positions: Tensor, config: Config) -> tuple[Tensor, Tensor]:
+    """cos and sin of position · theta^(-2i/head_dim), float32, each (1 or batch, 1, seq, head_dim/2)."""
+    exponent = torch.arange(0, config.head_dim, 2, device=positions.device) / config.head_dim
+    turned = positions.float()[..., None] * config.rope_theta**-exponent
+    turned = turned.reshape(-1, 1, *turned.shape[-2:])
+    return turned.cos(), turned.sin()

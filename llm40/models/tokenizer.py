@@ -11,12 +11,23 @@ from tokenizers import Tokenizer as BPE
 
 # In this order, so that <|endoftext|> is token 0. Only it is seen in pretraining; the rest are there for finetuning.
 SPECIAL = [
-    "<|endoftext|>", "<|pad|>",
-    "<|system|>", "<|user|>", "<|assistant|>", "<|tool|>", "<|end|>",  # a chat's roles, and the end of a message
-    "<|tools|>", "<|call|>", "<|/call|>",  # the tools on offer; a call to one of them
-    "<|think|>", "<|/think|>", "<|mask|>",
-    "<|reserved_0|>", "<|reserved_1|>", "<|reserved_2|>",
-]  # fmt: skip
+    "<|endoftext|>",
+    "<|pad|>",
+    "<|system|>",
+    "<|user|>",
+    "<|assistant|>",
+    "<|tool|>",
+    "<|end|>",  # a chat's roles, and the end of a message
+    "<|tools|>",
+    "<|call|>",
+    "<|/call|>",  # the tools on offer; a call to one of them
+    "<|think|>",
+    "<|/think|>",
+    "<|mask|>",
+    "<|reserved_0|>",
+    "<|reserved_1|>",
+    "<|reserved_2|>",
+]
 # Merges stay inside: an English contraction, a word with its space, one digit, a run of signs, a run of white space.
 PATTERN = r"'(?:[sdmt]|ll|ve|re)| ?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"
 

@@ -10,9 +10,11 @@ from torch import Tensor
 
 from llm40 import profile
 from llm40.models.llama import CONFIGS, Llama
+from llm40.models.mtp import MTP
 from llm40.models.tokenizer import Tokenizer
 
 SHIPPED = Path(__file__).parent / "weights"
+CHECKPOINTS = ("tiny-step460", "tiny-step510", "tiny-step560")  # at the full learning rate; the last fifth decays it
 
 
 class WeightsError(RuntimeError):
@@ -61,20 +63,40 @@ def load(
     device: torch.device | str = profile.device,
     dtype: torch.dtype = torch.float32,
 ) -> tuple[Llama, Tokenizer]:
-    """A trained model, in evaluation mode, and its tokenizer. `size` is "small" (6.0 M parameters) or "tiny" (0.7 M).
+    """A trained model, in evaluation mode, and its tokenizer. `size` is "small" (6.0 M parameters), "tiny" (0.7 M), or
+    one of CHECKPOINTS, which are states of `tiny` before its training's end.
 
     Raises WeightsError, which names the file, where one is missing or damaged.
     """
-    if size not in CONFIGS:
-        raise ValueError(f"no model of size {size!r}: use {' or '.join(CONFIGS)}")
-    stored = safetensors.torch.load(_read(Path(folder), f"{size}.safetensors"))
+    if size not in (*CONFIGS, *CHECKPOINTS):
+        raise ValueError(f"no model of size {size!r}: use {' or '.join(CONFIGS)}, or {', '.join(CHECKPOINTS)}")
+    model = _filled(lambda: Llama(CONFIGS[size.partition("-")[0]]), size, folder, device, dtype)
+    return model, load_tokenizer(folder)
+
+
+def load_mtp(
+    folder: Path = SHIPPED, device: torch.device | str = profile.device, dtype: torch.dtype = torch.float32
+) -> MTP:
+    """The multi-token-prediction block of `small` (0.84 M parameters), in evaluation mode. Errors as `load`."""
+    return _filled(lambda: MTP(CONFIGS["small"]), "small-mtp", folder, device, dtype)
+
+
+def scaling_runs(folder: Path = SHIPPED) -> list[dict]:
+    """Finished training runs of small models on bytes: [{"parameters": without the embedding, "tokens": bytes read,
+    "flops": 6 · parameters · tokens, "loss": held out, nats a byte, "seed": …, …}, …]. Errors as `load`."""
+    return json.loads(_read(Path(folder), "scaling_runs.json"))
+
+
+def _filled(make, name: str, folder: Path, device, dtype):
+    """The module that `make` makes, with the weights of a file."""
+    stored = safetensors.torch.load(_read(Path(folder), f"{name}.safetensors"))
     with torch.random.fork_rng(devices=[]):  # loading draws nothing from the caller's random numbers
-        model = Llama(CONFIGS[size])  # on the "meta" device this would be free, but import much of PyTorch
-    model.load_state_dict({name: tensor.to(device, dtype) for name, tensor in stored.items()}, assign=True)
-    return model.eval(), load_tokenizer(folder)
+        module = make()  # on the "meta" device this would be free, but import much of PyTorch
+    module.load_state_dict({name: tensor.to(device, dtype) for name, tensor in stored.items()}, assign=True)
+    return module.eval()
 
 
-def save(size: str, state: dict[str, Tensor], folder: Path) -> None:
-    """Writes `{size}.safetensors`, in float16, and its checksum."""
+def save(name: str, state: dict[str, Tensor], folder: Path) -> None:
+    """Writes `{name}.safetensors`, in float16, and its checksum."""
     half = {name: tensor.detach().to("cpu", torch.float16).contiguous() for name, tensor in state.items()}
-    write(Path(folder), f"{size}.safetensors", safetensors.torch.save(half, metadata={"format": "pt"}))
+    write(Path(folder), f"{name}.safetensors", safetensors.torch.save(half, metadata={"format": "pt"}))
