@@ -3,6 +3,8 @@
 `requires` names what a lesson uses directly. It never points forward, so the picture of dependencies has no cycle.
 """
 
+import re
+from collections.abc import Iterable
 from dataclasses import dataclass
 
 
@@ -99,23 +101,34 @@ BY_NUMBER = {entry.number: entry for entry in LESSONS}
 BY_KEY = {entry.key: entry for entry in LESSONS}
 
 
-class NoSuchLesson(ValueError):
-    """The lesson or stage asked for is not in the catalog."""
+class UsageError(Exception):
+    """What was asked for makes no sense; the message says what would."""
+
+
+class NoSuchLesson(UsageError):
+    """The lesson or stage asked for is not there."""
 
 
 def select(lesson: str | None = None, stage: str | None = None) -> list[Entry]:
-    """The lessons meant by what someone typed: `9`, `09`, `09_attention_mha_mqa_gqa`; a stage as `2` or its folder."""
-    chosen = list(LESSONS)
+    """The catalog's lessons meant by what someone typed; see `select_keys`."""
+    return [BY_KEY[key] for key in select_keys(BY_KEY, lesson, stage)]
+
+
+def select_keys(keys: Iterable[str], lesson: str | None = None, stage: str | None = None) -> list[str]:
+    """Those of the keys, `<stage>/<lesson>`, that someone means who typed this.
+
+    A lesson is named by its number (`9`, `09`), its name, or the path of a file of it; a stage by its number (`2`) or
+    its folder. Raises NoSuchLesson, which names the lessons that there are, where nothing is left.
+    """
+    keys = list(keys)
+    chosen = keys
     if stage:
-        chosen = [e for e in chosen if stage in (str(e.stage.number), e.stage.folder)]
-        if not chosen:
-            names = ", ".join(s.folder for s in STAGES)
-            raise NoSuchLesson(f'there is no stage "{stage}": use a number from 1 to 6, or one of {names}')
+        chosen = [key for key in chosen if stage in (key.split("/")[0], re.sub(r"^stage(\d+).*", r"\1", key))]
     if lesson:
         name = lesson.removesuffix(".py").removesuffix(".ipynb").replace("\\", "/").rsplit("/", 1)[-1]
-        found = [e for e in chosen if name == e.name or (name.isdecimal() and int(name) == e.number)]
-        if not found:
-            where = f' in stage "{stage}"' if stage else ""
-            raise NoSuchLesson(f'there is no lesson "{lesson}"{where}: use a number from 1 to 40, or a lesson\'s name')
-        chosen = found
+        number = name.zfill(2) if name.isdecimal() else None
+        chosen = [key for key in chosen if key.split("/")[1] == name or key.split("/")[1].split("_")[0] == number]
+    if not chosen:
+        asked = " in ".join(f'{what} "{typed}"' for what, typed in (("lesson", lesson), ("stage", stage)) if typed)
+        raise NoSuchLesson(f"there is no {asked}. There are:\n  " + "\n  ".join(keys))
     return chosen

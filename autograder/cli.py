@@ -1,14 +1,7 @@
-"""The commands. Each one parses, calls its room and prints; heavy imports happen inside it, so --help is quick.
+"""The commands: each parses its options and calls one function, which returns the exit code.
 
-What the rooms provide (all paths are `Path`s, all options may be left out):
-
-    build.build_course(lesson, stage, check) -> int
-    run.run_course(lesson, stage, profile, jobs, notebooks, timeout, strict_budgets) -> int
-    grading.grade.grade_class(submitted, out, lesson, student, jobs, …) -> int
-    release.make_release(out) -> int
-
-Each returns the exit code: 0 all well, 1 the course is at fault, 2 wrong usage, 3 (grade only) something of
-ours failed.
+0: all well; 1: the course is at fault; 2: wrong usage; 3 (grade only): the grader or its machine failed. Heavy imports
+happen inside a command, so that --help is quick.
 """
 
 from pathlib import Path
@@ -17,6 +10,9 @@ from typing import Annotated
 import typer
 
 from autograder.kernels.limits import MB, Limits
+from autograder.learner import cli as learner
+from autograder.logs import show_logs
+from autograder.text import print_anything
 
 app = typer.Typer(
     help="Builds, runs and grades the course.",
@@ -28,7 +24,19 @@ app = typer.Typer(
 
 Lesson = Annotated[str | None, typer.Option(help="Only this lesson: its number (09) or its name.")]
 Stage = Annotated[str | None, typer.Option(help="Only this stage: its number (2) or its folder.")]
+Verbose = Annotated[bool, typer.Option("--verbose", help="Log every step on standard error.")]
 Jobs = Annotated[int | None, typer.Option(min=1, help="Processes at once; by default one per core.")]
+
+
+def expanded(path: Path | None) -> Path | None:
+    """`~/class` as the shell would have it, which quotes in a Makefile keep it from seeing."""
+    return path.expanduser() if path else None
+
+
+@app.callback()
+def prepare() -> None:
+    """Builds, runs and grades the course."""
+    print_anything()
 
 
 def in_mb(name: str) -> int:
@@ -41,10 +49,12 @@ def course(
     lesson: Lesson = None,
     stage: Stage = None,
     check: Annotated[bool, typer.Option("--check", help="Change nothing; fail if course/ is stale.")] = False,
+    verbose: Verbose = False,
 ) -> None:
     """Rebuild course/ from solutions/."""
     from autograder.build import build_course
 
+    show_logs(verbose)
     raise typer.Exit(build_course(lesson=lesson, stage=stage, check=check))
 
 
@@ -62,17 +72,19 @@ def run(
     strict_budgets: Annotated[
         bool, typer.Option("--strict-budgets", help="A lesson over its budget of time or memory is a failure.")
     ] = False,
+    verbose: Verbose = False,
 ) -> None:
     """Execute every lesson, and prove that the stubs fail."""
     from autograder.run import run_course
 
+    show_logs(verbose)
     raise typer.Exit(
         run_course(
             lesson=lesson,
             stage=stage,
             profile=profile,
             jobs=jobs,
-            notebooks=notebooks,
+            notebooks=expanded(notebooks),
             timeout=timeout,
             strict_budgets=strict_budgets,
         )
@@ -107,6 +119,9 @@ def grade(
     compare: Annotated[
         bool, typer.Option("--compare", help="List the answers that resemble each other in the report.")
     ] = False,
+    verbose: Annotated[
+        bool, typer.Option("--verbose", help="A line for every step of every notebook, on standard error.")
+    ] = False,
     unsafe: Annotated[
         bool, typer.Option("--unsafe", help="Without a sandbox: learners' code can do whatever you can.")
     ] = False,
@@ -118,16 +133,35 @@ def grade(
     folder_size: Annotated[int, typer.Option(min=1, help="MB that all files of a kernel may have.")] = in_mb("folder"),
 ) -> None:
     """Grade a class."""
+    limits = Limits(
+        cell=cell_seconds,
+        notebook=notebook_seconds,
+        memory=memory * MB,
+        processes=processes,
+        file=file_size * MB,
+        folder=folder_size * MB,
+    )
+    if not scheduler:
+        from autograder.kernels.forking import start_early
+
+        start_early(limits, sandbox=not unsafe)  # what it imports takes as long as what we do
     from autograder.grading.grade import grade_class
 
-    limits = Limits(
-        cell=cell_seconds, notebook=notebook_seconds, memory=memory * MB, processes=processes, file=file_size * MB,
-        folder=folder_size * MB,
-    )  # fmt: skip
     raise typer.Exit(
         grade_class(
-            submitted=submitted, out=out, lesson=lesson, student=student, jobs=jobs, scheduler=scheduler, db=db,
-            again=again, late=late, compare=compare, limits=limits, unsafe=unsafe,
+            submitted=expanded(submitted),
+            out=expanded(out),
+            lesson=lesson,
+            student=student,
+            jobs=jobs,
+            scheduler=scheduler,
+            db=db,
+            again=again,
+            late=expanded(late),
+            compare=compare,
+            limits=limits,
+            unsafe=unsafe,
+            verbose=verbose,
         )
     )
 
@@ -139,4 +173,8 @@ def release(
     """Make the archives: one for learners, one for instructors."""
     from autograder.release import make_release
 
-    raise typer.Exit(make_release(out=out))
+    raise typer.Exit(make_release(out=out.expanduser()))
+
+
+for command in (learner.lab, learner.check, learner.submit):
+    app.command()(command)

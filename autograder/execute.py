@@ -1,17 +1,19 @@
 """One notebook in one kernel, cell by cell: a cell that fails, hangs or kills the kernel costs nothing but itself.
 
-When a kernel is lost a new one is started, the cells before are run again (checks excepted, and the culprit), and the
-rest goes on. nbclient stops at the first dead kernel and keeps whatever a cell prints, so the loop here is our own, on
-jupyter_client.
+Where checks are judged (autograder/judge), a second process goes with the kernel: given cells run in both, checks in
+the judge's, everything else in the learner's. When one of the two is lost both are started anew, the cells before are
+run again (checks excepted, and the culprit), and the rest goes on. nbclient stops at the first dead kernel and keeps
+whatever a cell prints, so the loop here is written on jupyter_client.
 """
 
 import asyncio
+import base64
 import json
 import os
 import re
 import tempfile
 import time
-from collections.abc import AsyncIterator, Callable, Sequence
+from collections.abc import AsyncIterator, Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, AsyncExitStack, asynccontextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -20,31 +22,57 @@ from subprocess import DEVNULL
 import zmq.asyncio
 from jupyter_client.manager import AsyncKernelManager
 
-from autograder.kernels import guardian, inside
-from autograder.kernels.guardian import Guardian, GuardLost, Lesson
-from autograder.kernels.limits import Limits
+from autograder.judge import client
+from autograder.judge.client import Judge, JudgeLost, Verdict
+from autograder.kernels.forking import GIVEN_SEED, environment
+from autograder.kernels.limits import MB, Limits
 from autograder.kernels.manager import Kernels
+from autograder.kernels.provisioner import COURT
+from autograder.text import printable
 
 OUTPUTS = ("stream", "display_data", "update_display_data", "execute_result", "error", "clear_output")
-ROOT = Path(__file__).resolve().parents[1]
+HEADER, REPLY = 10_000, 10 * MB  # bytes that are read of a message's header, and of a reply
 Managers = Callable[[Limits], AbstractContextManager[AsyncKernelManager]]  # how a kernel is made
 SANDBOXED = Kernels()
 SAID = 20_000  # characters of an exception that are kept
+LOOK = 0.2  # seconds between two looks at the CPU time
+IDLE = 0.02  # of a core: who uses less than this is waiting for something
+LAST_RESORT = 5  # times a limit, in wall time
 ANSI = re.compile(r"\x1b\[[0-9;]*[A-Za-z]")
+# The learner's kernel before its first cell: as in JupyterLab, modules beside the notebook can be imported; and the
+# files that lie beside it are there.
+PREPARE = """
+def prepare(files):
+    import base64, os, sys
+    sys.path.insert(0, "")
+    os.environ.pop("PYTHONSAFEPATH", None)
+    for name, packed in files.items():
+        os.makedirs(os.path.dirname(name) or ".", exist_ok=True)
+        with open(name, "wb") as file:
+            file.write(base64.b64decode(packed))
+prepare({files!r})
+del prepare
+"""
 
 
 @dataclass(frozen=True)
 class Step:
-    """A cell to run. A check is not run again in a new kernel: no cell needs it.
+    """A cell to run: `kind` is "given", "check" or "learner". A check is not run again in a new kernel: no cell needs
+    it.
 
-    A cell of ours has a name, and is run by the guard where there is one; a check then comes armed (grading.integrity).
+    `judged` is the text as plain Python, for the judge; `asked` are the names that the exercises above a check define,
+    `hidden` is the line at which its hidden tests begin, and `written` is the learner's text: the exercise's cell, then
+    the cells that they added. `comparisons` are those that classes of the exercises define: class → methods.
     """
 
     source: str
-    check: bool = False
+    kind: str = "learner"
     name: str = ""
-    armed: bytes = b""
-    alone: bool = False  # no other thread of the learner's may be there
+    judged: str = ""
+    asked: tuple[str, ...] = ()
+    hidden: int = 0
+    written: tuple[str, ...] = ()
+    comparisons: dict[str, list[str]] = field(default_factory=dict)
 
 
 @dataclass
@@ -57,7 +85,7 @@ class Outcome:
     outputs: list[dict] = field(default_factory=list)
     seconds: float = 0.0
     count: int | None = None  # the kernel's number for it
-    reports: list[tuple[str, str]] = field(default_factory=list)  # what the guard found: kind and what
+    counted: bool = False  # whether a check counted something in the learner's process
 
 
 class KernelFailed(RuntimeError):
@@ -72,33 +100,36 @@ class KernelLost(Exception):
         self.outcome = outcome
 
 
-def printable(value):
-    """The same value, its strings fit for UTF-8: lone surrogates become question marks."""
-    if isinstance(value, str):
-        return value.encode("utf-8", "replace").decode("utf-8")
-    if isinstance(value, dict):
-        return {printable(key): printable(item) for key, item in value.items()}
-    if isinstance(value, list):
-        return [printable(item) for item in value]
-    return value
+def unpacked(packed: bytes, most: int) -> dict:
+    """What a kernel has packed: a dictionary, empty where it is none. Learners' code can write to the sockets too."""
+    try:
+        content = json.loads(packed) if len(packed) <= most else None
+    except (ValueError, RecursionError):
+        content = None
+    return content if isinstance(content, dict) else {}
 
 
-def environment(folder: Path, seed: int) -> dict[str, str]:
-    """A kernel's environment: repeatable, and blind to files in its folder and to the user's own IPython set-up."""
-    return {
-        # One thread per kernel: a class is graded over many kernels, and the sums do not depend on the machine.
-        "OMP_NUM_THREADS": "1",
-        "OPENBLAS_NUM_THREADS": "1",
-        **os.environ,
-        "LLM40_SEED": str(seed),
-        "PYTHONHASHSEED": str(seed % 2**32),
-        "PYTHONPATH": os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")])),  # llm40, uninstalled
-        "PYTHONSAFEPATH": "1",
-        "PYTHONNOUSERSITE": "1",
-        "IPYTHONDIR": str(folder / ".ipython"),
-        "TRITON_CACHE_DIR": str(folder / ".triton"),
-        "NBGRADER_EXECUTION": "autograde",
-    }
+def as_text(value) -> str:
+    return value if isinstance(value, str) else ""
+
+
+def whole(value) -> int | None:
+    return value if type(value) is int else None
+
+
+def displayed(kind: str, content: dict) -> dict:
+    """An output in nbformat's form, whatever a kernel has sent."""
+    if kind == "stream":
+        name = "stderr" if content.get("name") == "stderr" else "stdout"
+        return {"output_type": kind, "name": name, "text": as_text(content.get("text"))}
+    if kind == "error":
+        lines = content.get("traceback")
+        lines = [line for line in lines if isinstance(line, str)] if isinstance(lines, list) else []
+        said = {"ename": as_text(content.get("ename")), "evalue": as_text(content.get("evalue"))}
+        return {"output_type": kind, **said, "traceback": lines}
+    shown = {name: content[name] if isinstance(content.get(name), dict) else {} for name in ("data", "metadata")}
+    numbered = {"execution_count": whole(content.get("execution_count"))} if kind == "execute_result" else {}
+    return {"output_type": kind, **shown, **numbered}
 
 
 class Output:
@@ -119,23 +150,25 @@ class Output:
         if self.cut:
             return
         self.used += len(body)
-        content = printable(json.loads(body))
+        content = printable(unpacked(body, self.budget))
         if self.clear or (kind == "clear_output" and not content.get("wait")):
             self.items.clear()
         self.clear = kind == "clear_output" and bool(content.get("wait"))
         if kind == "clear_output":
             return
-        display = (content.pop("transient", None) or {}).get("display_id")
+        transient = content.get("transient")
+        display = transient.get("display_id") if isinstance(transient, dict) else None
+        shown = displayed(kind, content)
         if kind == "update_display_data":
             for item in self.items:
-                if display and item.get("display") == display:
-                    item.update(data=content["data"], metadata=content["metadata"])
+                if display and item["display"] == display:
+                    item.update(data=shown["data"], metadata=shown["metadata"])
             return
         last = self.items[-1] if self.items else {}
-        if kind == "stream" and last.get("name") == content["name"]:
-            last["text"] += content["text"]
+        if kind == "stream" and last.get("name") == shown["name"]:
+            last["text"] += shown["text"]
         else:
-            self.items.append({"output_type": kind, **content, "display": display})
+            self.items.append({**shown, "display": display})
 
     def close(self) -> list[dict]:
         """The outputs in nbformat's form."""
@@ -148,9 +181,12 @@ class Output:
 
 
 async def receive(socket: zmq.asyncio.Socket, client) -> tuple[str, str, bytes]:
-    """The next message's type, the id of the request it answers, and its content still packed."""
-    _, (_, header, parent, _, body, *_) = client.session.feed_identities(await socket.recv_multipart())
-    return json.loads(header)["msg_type"], json.loads(parent).get("msg_id", ""), body
+    """The next message's type, the id of the request it answers, and its content still packed; empty if it is none."""
+    try:
+        _, (_, header, parent, _, body, *_) = client.session.feed_identities(await socket.recv_multipart())
+    except ValueError:
+        return "", "", b""
+    return as_text(unpacked(header, HEADER).get("msg_type")), as_text(unpacked(parent, HEADER).get("msg_id")), body
 
 
 class Kernel:
@@ -160,17 +196,10 @@ class Kernel:
         self.manager = manager
         self.limits = limits
         self.client = None
-        self.guardian = None
 
     async def start(self, folder: Path, env: dict[str, str]) -> None:
         try:
-            await self.manager.start_kernel(
-                cwd=str(folder),
-                env=env,
-                extra_arguments=["--HistoryManager.hist_file=:memory:"],
-                stdout=DEVNULL,  # what goes past IPython, such as a crash's last words, is not for our terminal
-                stderr=DEVNULL,
-            )
+            await start_process(self.manager, folder, env, "--HistoryManager.hist_file=:memory:")
             await asyncio.wait_for(self._connect(), self.limits.start)
         except TimeoutError:
             raise KernelFailed(f"the kernel gave no answer for {self.limits.start:g} s") from None
@@ -188,7 +217,7 @@ class Kernel:
         while manager.transport == "ipc" and not all(map(os.path.exists, sockets)):
             await self._still_alive()
             await asyncio.sleep(0.005)
-        self.client = manager.client()
+        self.client = manager.client(context=manager.context)  # with its bounds
         self.client.start_channels(hb=False, stdin=False)
         channels = {self.client.shell_channel.socket, self.client.iopub_channel.socket}
         poller = zmq.asyncio.Poller()
@@ -208,24 +237,14 @@ class Kernel:
         if not await self.alive():
             raise RuntimeError("its process ended at once")
 
-    async def guard(self, lesson: Lesson, seed: int) -> None:
-        """Puts a guard into the kernel, which nothing of a learner's has reached yet."""
-        path = guardian.place(self.manager)
+    async def prepare(self, source: str) -> None:
+        """Runs code of ours, of which nothing is shown. A folder too small for the files costs those who use them."""
         try:
-            for door in inside.doors(path):
-                outcome = await self.run(door, self.limits.start, self.limits.output)
-                if outcome.status == "ok":
-                    break
-            else:
-                raise KernelFailed(f"the guard did not start: {outcome.ename}: {outcome.evalue}")
-            self.guardian = Guardian(lesson, seed, self.limits.grace)
-            await self.guardian.begin(path, {"LLM40_SEED": str(seed)})
-        except (GuardLost, KernelLost, OSError) as error:
-            raise KernelFailed(f"the guard did not start: {error}") from error
+            await self.run(source, self.limits.start, 0, silent=True)
+        except KernelLost:
+            raise KernelFailed("the kernel ended before its first cell") from None
 
     async def stop(self) -> None:
-        if self.guardian:
-            self.guardian.close()
         if self.client:
             self.client.stop_channels()
         with suppress(RuntimeError):
@@ -234,60 +253,54 @@ class Kernel:
     async def alive(self) -> bool:
         return await self.manager.is_alive()
 
-    async def step(self, step: Step, limit: float, budget: int) -> Outcome:
-        """Runs a step: a learner's cell as Jupyter does, one of ours through the guard. KernelLost as `run`."""
-        if not (self.guardian and step.name):
-            return await self.run(step.source, limit, budget)
-        began = time.monotonic()
-        try:
-            if step.check:
-                answer = await self.guardian.run_check(step.armed, limit, step.alone)
-            else:
-                answer = await self.guardian.run_plain(step.name, step.source, limit)
-        except GuardLost:
-            raise KernelLost(Outcome("died", seconds=time.monotonic() - began)) from None
-        outcome = Outcome(answer.status, answer.ename, answer.evalue, seconds=time.monotonic() - began)
-        outcome.reports = list(answer.reports)
-        if answer.status == "error":
-            lines = guardian.traceback(answer.places, {guardian.file_of(step.name): step.source})
-            said = {"ename": answer.ename, "evalue": answer.evalue}
-            outcome.outputs = [{"output_type": "error", **said, "traceback": lines}]
-        elif answer.status == "stuck":
-            outcome.status = "timeout"
-            raise KernelLost(outcome)
-        return outcome
-
-    async def run(self, source: str, limit: float, budget: int) -> Outcome:
+    async def run(self, source: str, limit: float, budget: int, silent: bool = False) -> Outcome:
         """Runs one cell for at most `limit` seconds. KernelLost, with the outcome, if the kernel cannot go on."""
         began = time.monotonic()
         output = Output(budget)
-        request = self.client.execute(source, allow_stdin=False, stop_on_error=False)
-        waiting = asyncio.ensure_future(self._reply(request, output))
+        waiting = self.begin(source, output, silent)
         try:
-            done, _ = await asyncio.wait({waiting}, timeout=limit)
-            late = not done
+            late = not await within(limit, {waiting}, self.cpu_seconds)
             if late:
-                with suppress(RuntimeError):
-                    await self.manager.interrupt_kernel()
-                done, _ = await asyncio.wait({waiting}, timeout=self.limits.grace)
-            reply = waiting.result() if done else None
+                await self.interrupt({waiting})
+            reply = waiting.result() if waiting.done() else None
         finally:
             waiting.cancel()
         reply = reply or {}
         outcome = Outcome("ok", outputs=output.close(), seconds=time.monotonic() - began)
-        outcome.count = reply.get("execution_count")
+        outcome.count = whole(reply.get("execution_count"))
         if reply.get("status") == "error":
             outcome.status = "error"
             outcome.ename = printable(str(reply.get("ename", ""))[:SAID])
             outcome.evalue = printable(ANSI.sub("", str(reply.get("evalue", ""))[:SAID]))
-        left = not reply or any(part.get("source") == "ask_exit" for part in reply.get("payload", []))
+        payload = reply.get("payload") if isinstance(reply.get("payload"), list) else []
+        left = not reply or any(isinstance(part, dict) and part.get("source") == "ask_exit" for part in payload)
         if late:
             outcome.status = "timeout"
         elif left:
             outcome.status = "died"
+            outcome.evalue = self.over
         if left:
             raise KernelLost(outcome)
         return outcome
+
+    def begin(self, source: str, output: Output, silent: bool = False) -> asyncio.Future:
+        """Sends a cell; what comes back is its reply, or None if the process ended without one."""
+        request = self.client.execute(source, silent=silent, allow_stdin=False, stop_on_error=False)
+        return asyncio.ensure_future(self._reply(request, output))
+
+    async def interrupt(self, waiting: set[asyncio.Future]) -> None:
+        """Asks a cell to end, and gives it a moment."""
+        with suppress(RuntimeError):
+            await self.manager.interrupt_kernel()
+        await asyncio.wait(waiting, timeout=self.limits.grace)
+
+    def cpu_seconds(self) -> float:
+        return used_by(self.manager)
+
+    @property
+    def over(self) -> str:
+        """The limit that all its processes together were over, if they were stopped for one."""
+        return getattr(self.manager.provisioner, "over", "")
 
     async def _reply(self, request: str, output: Output) -> dict | None:
         """The reply to a request, its output gathered meanwhile; None if the process ended without one."""
@@ -301,37 +314,189 @@ class Kernel:
             if iopub in ready:
                 kind, parent, body = await receive(iopub, self.client)
                 if parent == request and kind == "status":
-                    idle = idle or json.loads(body)["execution_state"] == "idle"
+                    idle = idle or unpacked(body, HEADER).get("execution_state") == "idle"
                 elif parent == request:
                     output.add(kind, body)
             if shell in ready:
                 _, parent, body = await receive(shell, self.client)
                 if parent == request:
-                    reply = json.loads(body)
+                    reply = unpacked(body, REPLY)
                     # The last output is still on its way; a flood may have swallowed the message that ends it.
                     last_call = time.monotonic() + 2.0
             if not ready and reply is None and not await self.alive():
                 return None
+        if not idle:  # something is lost; after a message that is too large, the connection too
+            output.cut = True
+            with suppress(zmq.ZMQError):
+                iopub.disconnect(iopub.last_endpoint)
+            iopub.connect(iopub.last_endpoint)
         return reply
+
+
+async def start_process(manager: AsyncKernelManager, folder: Path, env: dict[str, str], *arguments: str) -> None:
+    await manager.start_kernel(
+        cwd=str(folder),
+        env=env,
+        extra_arguments=list(arguments),
+        stdout=DEVNULL,  # what goes past IPython, such as a crash's last words, is not for our terminal
+        stderr=DEVNULL,
+    )
+
+
+def used_by(manager: AsyncKernelManager) -> float:
+    """CPU seconds that a process and all that it started have used; 0 where nobody counts them."""
+    count = getattr(manager.provisioner, "cpu_seconds", None)
+    return count() if count else 0.0
+
+
+async def within(limit: float, waiting: set[asyncio.Future], used: Callable[[], float]) -> bool:
+    """Waits for the first of these until they have used `limit` seconds of CPU time; whether it came.
+
+    On a busy machine the same work takes longer, which is nobody's fault: wall time decides only where next to nothing
+    is computed (a process that sleeps), and as the last resort.
+    """
+    began, before = time.monotonic(), used()
+    while True:
+        done, _ = await asyncio.wait(waiting, timeout=min(LOOK, max(limit, 0.0)), return_when=asyncio.FIRST_COMPLETED)
+        if done:
+            return True
+        wall, cpu = time.monotonic() - began, used() - before
+        if cpu >= limit or wall >= LAST_RESORT * limit or (wall >= limit and cpu < IDLE * wall):
+            return False
+
+
+class Pair:
+    """The learner's kernel, and the judge's process beside it if there is one."""
+
+    def __init__(self, kernel: Kernel, judge: Judge | None = None, manager: AsyncKernelManager | None = None):
+        self.kernel, self.judge, self.judge_manager = kernel, judge, manager
+        self.attached = False
+
+    def cpu_seconds(self) -> float:
+        judged = used_by(self.judge_manager) if self.judge_manager else 0.0
+        return self.kernel.cpu_seconds() + judged
+
+    async def step(self, step: Step, limit: float, budget: int, seed: int) -> Outcome:
+        """Runs a step. KernelLost as `Kernel.run`."""
+        if not self.judge or step.kind == "learner":
+            return await self.kernel.run(step.source, limit, budget)
+        if step.kind == "given":
+            return await self.run_given(step, limit, budget)
+        return await self.run_check(step, limit, seed)
+
+    async def run_given(self, step: Step, limit: float, budget: int) -> Outcome:
+        """In both processes; what it shows is the learner's."""
+        judged = asyncio.ensure_future(self.judge.run_given(step.name, step.judged))
+        try:
+            outcome = await self.kernel.run(step.source, limit, budget)
+            if not await within(limit, {judged}, self.cpu_seconds):
+                raise KernelLost(Outcome("timeout", seconds=outcome.seconds))
+            verdict = judged.result()
+        except JudgeLost as error:
+            raise KernelLost(Outcome("died", evalue=f"the judge: {error}")) from None
+        finally:
+            judged.cancel()
+        if outcome.status == "ok" and verdict.status != "ok":
+            outcome.status, outcome.ename, outcome.evalue = "error", verdict.ename, verdict.evalue
+        return outcome
+
+    async def run_check(self, step: Step, limit: float, seed: int) -> Outcome:
+        """In the judge's process, while the learner's answers."""
+        began = time.monotonic()
+        serving = self.kernel.begin(client.SERVE, Output(0), silent=True)
+        judged = asyncio.ensure_future(self.judged(step, seed))
+        try:
+            await within(limit, {serving, judged}, self.cpu_seconds)
+            late = not judged.done() and not serving.done()
+            if late:
+                await self.kernel.interrupt({judged})
+            elif not judged.done():  # the learner's process stopped serving: the judge notices
+                await within(limit, {judged}, self.cpu_seconds)
+            verdict = judged.result() if judged.done() else Verdict("lost")
+            if not late and verdict.status != "lost":
+                await asyncio.wait({serving}, timeout=self.kernel.limits.grace)
+            ended = serving.done() and serving.result() is not None
+        except JudgeLost as error:
+            verdict, late, ended = Verdict("lost", evalue=str(error)), False, False
+        finally:
+            judged.cancel()
+            serving.cancel()
+        outcome = Outcome(verdict.status, verdict.ename, verdict.evalue, seconds=time.monotonic() - began)
+        outcome.counted = verdict.counted
+        if verdict.status == "error":
+            said = {"ename": verdict.ename, "evalue": verdict.evalue}
+            outcome.outputs = [{"output_type": "error", **said, "traceback": list(verdict.places)}]
+        if late:
+            outcome.status = "timeout"
+        elif verdict.status == "lost":
+            outcome.status, outcome.evalue = "died", self.kernel.over
+        if verdict.status == "lost" or not ended:
+            raise KernelLost(outcome)
+        return outcome
+
+    async def judged(self, step: Step, seed: int) -> Verdict:
+        if not self.attached:
+            await self.judge.attach(beside(self.kernel.manager, client.AGENT), self.kernel.limits.start)
+            self.attached = True
+        asked, written = list(step.asked), list(step.written)
+        return await self.judge.run_check(step.name, step.judged, asked, seed, step.hidden, written, step.comparisons)
+
+
+def beside(manager: AsyncKernelManager, name: str) -> str:
+    """The path of a socket beside a kernel's own."""
+    return os.path.join(os.path.dirname(manager.ip), name)
 
 
 @asynccontextmanager
 async def started(
-    managers: Managers, limits: Limits, seed: int, lesson: Lesson | None = None
-) -> AsyncIterator[Kernel]:
-    """A running kernel in an empty folder of its own; both are gone at the end."""
-    with (
-        tempfile.TemporaryDirectory(prefix="llm40-", ignore_cleanup_errors=True) as folder,
-        managers(limits) as manager,
-    ):
-        kernel = Kernel(manager, limits)
+    managers: Managers, limits: Limits, seed: int, judging: bool, files: Mapping[str, bytes]
+) -> AsyncIterator[Pair]:
+    """A running kernel in a folder of its own with these files, with a judge if wanted; all is gone at the end."""
+    prepare = PREPARE.format(files={name: base64.b64encode(data).decode() for name, data in files.items()})
+    async with AsyncExitStack() as stack:
+        folder = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="llm40-", ignore_cleanup_errors=True)))
+        kernel = Kernel(stack.enter_context(managers(limits)), limits)
+        stack.push_async_callback(kernel.stop)
+        if not judging:
+            await kernel.start(folder, environment(folder, seed))
+            await kernel.prepare(prepare)
+            yield Pair(kernel)
+            return
+        # What given cells draw is the same in both processes, and another thing than what checks draw.
+        env = environment(folder, GIVEN_SEED)
+        judge, manager = await start_judge(stack, managers, limits, folder, env)
+        await kernel.start(folder, env)
         try:
-            await kernel.start(Path(folder), environment(Path(folder), seed))
-            if lesson:
-                await kernel.guard(lesson, seed)
-            yield kernel
-        finally:
-            await kernel.stop()
+            await judge.connect(limits.start)
+            listen = client.LISTEN.format(path=beside(kernel.manager, client.AGENT))
+            listening = await kernel.run(listen, limits.start, 0, silent=True)
+            await kernel.prepare(prepare)
+        except (KernelLost, TimeoutError, OSError) as error:
+            raise KernelFailed(f"the judge did not start: {error}") from error
+        if listening.status != "ok":
+            raise KernelFailed(f"the judge's agent did not start: {listening.ename}: {listening.evalue}")
+        yield Pair(kernel, judge, manager)
+
+
+async def start_judge(
+    stack: AsyncExitStack, managers: Managers, limits: Limits, folder: Path, env: dict[str, str]
+) -> tuple[Judge, AsyncKernelManager]:
+    """The judge's process: started as a kernel is, so that it has the same walls and limits."""
+    manager = stack.enter_context(managers(limits))
+
+    async def stop() -> None:
+        with suppress(RuntimeError):
+            await manager.shutdown_kernel(now=True)
+
+    stack.push_async_callback(stop)
+    path = beside(manager, client.SOCKET)
+    try:
+        await start_process(manager, folder, env, COURT, path)
+    except (RuntimeError, OSError) as error:
+        raise KernelFailed(f"the judge did not start: {error}") from error
+    judge = Judge(path)
+    stack.callback(judge.close)
+    return judge, manager
 
 
 async def execute_async(
@@ -339,48 +504,58 @@ async def execute_async(
     limits: Limits,
     seed: int,
     managers: Managers,
-    lesson: Lesson | None,
+    judging: bool,
+    files: Mapping[str, bytes],
 ) -> list[Outcome]:
-    ends = time.monotonic() + limits.notebook
+    begun = time.monotonic()
+    spent_before = 0.0  # CPU seconds of kernels that are gone
     space = limits.outputs
     outcomes: list[Outcome] = []
     culprits: set[int] = set()  # cells that are not run again
     losses = 0
     async with AsyncExitStack() as stack:
-        kernel = None
+        pair = None
+
+        def left() -> float:
+            """Seconds of the notebook's limit that are left: of CPU time where that is counted."""
+            wall = time.monotonic() - begun
+            used = spent_before + (pair.cpu_seconds() if pair else 0.0)
+            return limits.notebook - max(used, wall / LAST_RESORT if used else wall)
+
+        async def lose() -> None:
+            nonlocal pair, losses, spent_before
+            spent_before += pair.cpu_seconds()
+            pair = None
+            losses += 1
+            await stack.aclose()
 
         async def run(index: int) -> Outcome:
-            nonlocal kernel, losses
-            seconds = min(limits.cell, ends - time.monotonic())
             try:
-                outcome = await kernel.step(steps[index], seconds, min(limits.output, space))
+                seconds = min(limits.cell, left())
+                outcome = await pair.step(steps[index], seconds, min(limits.output, space), seed)
             except KernelLost as lost:
                 outcome = lost.outcome
-                kernel = None
-                losses += 1
-                await stack.aclose()
-            if kernel is None or outcome.status == "timeout":
+                await lose()
+            if pair is None or outcome.status == "timeout":
                 culprits.add(index)
             return outcome
 
         def spent() -> str:
             """Why nothing more is run, if so."""
-            if time.monotonic() >= ends:
+            if left() <= 0:
                 return f"the notebook's {limits.notebook:g} s were used up before"
             if losses > limits.restarts:
                 return f"the kernel had died {losses} times before"
             return ""
 
         for index in range(len(steps)):
-            if kernel is not None and not await kernel.alive():  # it died after its last answer
-                kernel = None
-                losses += 1
+            if pair is not None and not await pair.kernel.alive():  # it died after its last answer
                 culprits.add(index - 1)
-                await stack.aclose()
-            while kernel is None and not spent():
-                kernel = await stack.enter_async_context(started(managers, limits, seed, lesson))
+                await lose()
+            while pair is None and not spent():
+                pair = await stack.enter_async_context(started(managers, limits, seed, judging, files))
                 for earlier in range(index):
-                    if kernel and not spent() and earlier not in culprits and not steps[earlier].check:
+                    if pair and not spent() and earlier not in culprits and steps[earlier].kind != "check":
                         await run(earlier)
             reason = spent()
             outcome = Outcome("not run", evalue=reason) if reason else await run(index)
@@ -394,11 +569,31 @@ def execute(
     limits: Limits | None = None,
     seed: int = 0,
     managers: Managers = SANDBOXED,
-    lesson: Lesson | None = None,
+    judging: bool = False,
+    files: Mapping[str, bytes] | None = None,
 ) -> list[Outcome]:
     """Runs the steps in order in one kernel, or in as many as their accidents take; one outcome for each.
 
-    `managers` says how a kernel is made: another function, another kind of kernel. With a `lesson` there is a guard in
-    it, which runs what is ours.
+    `managers` says how a kernel is made: another function, another kind of kernel. With `judging`, checks run in a
+    process of their own beside it. `files` (place → content) lie in the kernel's folder.
     """
-    return asyncio.run(execute_async(steps, limits or Limits(), seed, managers, lesson))
+
+    async def run() -> list[Outcome]:
+        task = asyncio.current_task()
+        _running[task] = asyncio.get_running_loop()
+        try:
+            return await execute_async(steps, limits or Limits(), seed, managers, judging, files or {})
+        finally:
+            del _running[task]
+
+    return asyncio.run(run())
+
+
+_running: dict[asyncio.Task, asyncio.AbstractEventLoop] = {}  # of all threads
+
+
+def stop_all() -> None:
+    """Ends what `execute` is doing in other threads: there it raises CancelledError, when its kernels are gone."""
+    for task, loop in list(_running.items()):
+        with suppress(RuntimeError):  # it has just ended
+            loop.call_soon_threadsafe(task.cancel)

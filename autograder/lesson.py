@@ -1,15 +1,15 @@
-"""One lesson: its source file, the cells in it, and the rules they keep.
+"""One lesson, read: its source file, the cells and sections in it, and what it takes in time.
 
-`read_lesson(path)` returns a `Lesson` or raises `LessonError`, which carries every broken rule as one line:
+`read_lesson(path)` returns a `Lesson` or raises `LessonError`, which carries every mistake as one line:
 
-    solutions/stage2_transformer/09_x.py:123: cell check "sdpa": reads `loss`, which only the experiment …
+    solutions/stage2_transformer/09_x.py:123: cell check "sdpa": `points` is 0, but must be a positive number
 
-The format is described in CONTRIBUTING.md.
+The format is described in CONTRIBUTING.md; autograder/rules.py has the rules that a lesson keeps.
 """
 
-import ast
-import builtins
 import hashlib
+import json
+import math
 import re
 import symtable
 import textwrap
@@ -24,23 +24,18 @@ STUB = 'raise NotImplementedError("your turn: replace this line")'
 BEGIN_SOLUTION, END_SOLUTION = "### BEGIN SOLUTION", "### END SOLUTION"
 BEGIN_HIDDEN, END_HIDDEN = "### BEGIN HIDDEN TESTS", "### END HIDDEN TESTS"
 
-# A cell's marks, by role; every other key is a slip of the pen.
+# A cell's marks, by role; any other key is an error.
 MARKS = {
-    "exercise": {"exercise", "minutes", "difficulty"},
+    "exercise": {"exercise", "minutes", "difficulty", "path", "kind"},
     "check": {"check", "points"},
     "experiment": {"tags"},
     "answer": {"answer"},
-    "plain": set(),
+    "plain": {"tags"},
 }
-HEADER_FIELDS = {
-    "title": str,
-    "title_zh": str,
-    "builds": str,
-    "minutes": int,
-    "requires": list,
-    "gpu": str,
-    "papers": list,
-}
+TAGS = (["experiment"], ["experiment", "figure"], ["support"])
+HEADER_FIELDS = ("builds", "gpu")
+WORDS_PER_MINUTE = 200
+LINK = re.compile(r"\[\]\(#([\w-]+)\)")  # `[](#tiling)`: the builder fills in "section 3", or "exercise 4"
 
 
 class LessonError(Exception):
@@ -53,13 +48,8 @@ class LessonError(Exception):
 
 @dataclass
 class Header:
-    title: str
-    title_zh: str
     builds: str
-    minutes: int
-    requires: tuple[int, ...]
     gpu: str
-    papers: tuple[str, ...]
 
 
 @dataclass
@@ -72,11 +62,34 @@ class Cell:
     points: float = 0
     minutes: int = 0
     difficulty: int = 0
+    path: str = "core"  # or "more": whether an exercise is on the lesson's core path
+    questions: bool = False  # an exercise of short answers, which needs no hint
+    support: bool = False  # a plain cell that only checks use, shown folded
+    figure: bool = False  # an experiment that draws, shown folded
     id: str = ""  # the notebook cell's id, and for exercises and checks its grade_id
+    number: str = ""  # `3` of the third exercise, `3b` of its second check
 
     @property
     def label(self) -> str:
-        return f'cell {self.role} "{self.name}"' if self.name else f"{self.role} cell"
+        if self.name:
+            return f'cell {self.role} "{self.name}"'
+        return f"{'support' if self.support else 'figure' if self.figure else self.role} cell"
+
+
+@dataclass
+class Section:
+    """A part of the lesson that a `## ` heading begins; the part above the first heading has no title."""
+
+    title: str
+    label: str  # the anchor that links name: `{#label}` behind the title, or `section-3`
+    line: int = 0
+    words: int = 0
+    exercises: list[Cell] = field(default_factory=list)
+
+    @property
+    def more(self) -> bool:
+        """Whether it is off the core path: it has exercises, and all of them are `more`."""
+        return bool(self.exercises) and all(cell.path == "more" for cell in self.exercises)
 
 
 @dataclass
@@ -84,6 +97,7 @@ class Lesson:
     path: Path
     entry: Entry
     header: Header
+    text: str
     cells: list[Cell] = field(default_factory=list)
 
     @property
@@ -92,6 +106,34 @@ class Lesson:
 
     def checks_of(self, name: str) -> list[Cell]:
         return [c for c in self.cells if c.role == "check" and c.name == name]
+
+    @property
+    def sections(self) -> list[Section]:
+        """The sections in order; the first is what stands above the first heading, which may be nothing."""
+        found = [Section("", "")]
+        for cell in self.cells:
+            if cell.role == "exercise":
+                found[-1].exercises.append(cell)
+            elif cell.kind == "markdown" and cell.role != "answer":
+                begins = dict(headings(cell.source, 2))
+                for index, line in enumerate(cell.source.split("\n")):
+                    if index in begins:
+                        title, label = split_label(begins[index])
+                        found.append(Section(title, label or f"section-{len(found)}", cell.line + 1 + index))
+                    found[-1].words += len(line.split())
+        return found
+
+    @property
+    def minutes(self) -> tuple[int, int]:
+        """(core, whole): the exercises' minutes and reading, in steps of five minutes, rounded up."""
+
+        def spend(sections: list[Section], paths: tuple[str, ...]) -> int:
+            reading = sum(section.words for section in sections) / WORDS_PER_MINUTE
+            working = sum(c.minutes for section in sections for c in section.exercises if c.path in paths)
+            return 5 * math.ceil((reading + working) / 5)
+
+        core = [section for section in self.sections if not section.more]
+        return spend(core, ("core",)), spend(self.sections, ("core", "more"))
 
 
 def read_text(path: Path) -> str:
@@ -105,9 +147,9 @@ def shown_path(path: Path) -> str:
 
 
 def read_lesson(path: Path) -> Lesson:
-    """Read and judge one source file.
+    """Read one source file; its rules are judged by `rules.judge`.
 
-    Raises LessonError with one line for every broken rule.
+    Raises LessonError with one line for every mistake that keeps it from being read.
     """
     where = shown_path(path)
     try:
@@ -116,12 +158,11 @@ def read_lesson(path: Path) -> Lesson:
         raise LessonError([f"{where}:1: header: the file is not UTF-8 ({error}): save it as UTF-8"]) from error
     header, entry = read_header(path, text)
     cells, problems = _read_cells(text)
-    if not problems:
-        _derive_ids(cells)
-        problems = [p for rule in RULES for p in rule(cells)]
     if problems:
         raise LessonError([f"{where}:{line}: {message}" for line, message in sorted(set(problems))])
-    return Lesson(path, entry, header, cells)
+    _derive_ids(cells)
+    _number_cells(cells)
+    return Lesson(path, entry, header, text, cells)
 
 
 # --- the header -----------------------------------------------------------------------------------------------
@@ -154,24 +195,15 @@ def read_header(path: Path, text: str | None = None) -> tuple[Header, Entry]:
 
     at = next((i for i, line in enumerate(lines[:end], 1) if re.match(r"#\s+llm40:", line)), 1)
     problems = []
-    for name, kind in HEADER_FIELDS.items():
+    for name in HEADER_FIELDS:
         if name not in given:
             problems.append(f"the field `{name}` is missing")
-        elif not isinstance(given[name], kind) or isinstance(given[name], bool) or given[name] == "":
-            problems.append(f"`{name}` must be {'a text' if kind is str else f'of type {kind.__name__}'}")
+        elif not isinstance(given[name], str) or not given[name].strip():
+            problems.append(f"`{name}` must be a text")
     problems += [f"unknown field `{name}`: one of {', '.join(HEADER_FIELDS)}" for name in given.keys() - HEADER_FIELDS]
-    if not problems:
-        if given["minutes"] <= 0:
-            problems.append("`minutes` must be positive")
-        for name, known in (("title", entry.title), ("title_zh", entry.title_zh), ("requires", list(entry.requires))):
-            if given[name] != known:
-                problems.append(f"`{name}` is {given[name]!r}, but autograder/catalog.py says {known!r}")
-        if not all(isinstance(paper, str) for paper in given["papers"]):
-            problems.append("every entry of `papers` must be a text: quote it")
     if problems:
         raise LessonError([f"{where}:{at}: header: {problem}" for problem in problems])
-    given["requires"], given["papers"] = tuple(given["requires"]), tuple(given["papers"])
-    return Header(**given), entry
+    return Header(**{name: text.strip() for name, text in given.items()}), entry
 
 
 def prerequisites(entry: Entry) -> list[Entry]:
@@ -206,12 +238,28 @@ def _read_cells(text: str) -> tuple[list[Cell], list[tuple[int, str]]]:
     cells, problems = [], []
     for kind, marks, source, line in raw:
         role = next((r for r in ("exercise", "check", "answer") if r in marks), None)
-        role = role or ("experiment" if marks.get("tags") == ["experiment"] else "plain")
+        tags = marks.get("tags", [])
+        role = role or ("experiment" if "experiment" in str(tags) else "plain")
         cell = Cell(kind, role, source, line, name=str(marks.get(role, "")))
+        cell.support, cell.figure = tags == ["support"], tags == ["experiment", "figure"]
         unknown = marks.keys() - MARKS[role]
         if unknown:
-            problems.append((line, f"{cell.label}: does not know {', '.join(f'`{u}`' for u in sorted(unknown))}: "
-                                   f"{_known_marks(role)}"))
+            problems.append(
+                (
+                    line,
+                    f"{cell.label}: does not know {', '.join(f'`{u}`' for u in sorted(unknown))}: {_known_marks(role)}",
+                )
+            )
+        if tags and tags not in TAGS:
+            problems.append(
+                (line, f"{cell.label}: `tags` is {tags!r}, but must be one of {', '.join(map(json.dumps, TAGS))}")
+            )
+        for name, values in (("path", ("core", "more")), ("kind", ("questions",))):
+            if name in marks and name in MARKS[role] and marks[name] not in values:
+                said = " or ".join(f'"{value}"' for value in values)
+                problems.append((line, f"{cell.label}: `{name}` is {marks[name]!r}, but must be {said}"))
+        if role == "exercise":
+            cell.path, cell.questions = marks.get("path", "core"), "kind" in marks
         for name in ("points", "minutes", "difficulty"):
             if name in MARKS[role]:
                 value = marks.get(name)
@@ -225,7 +273,7 @@ def _read_cells(text: str) -> tuple[list[Cell], list[tuple[int, str]]]:
                     setattr(cell, name, value)
         if role == "answer" and kind != "markdown":
             problems.append((line, f"{cell.label}: a model answer is prose: write `# %% [markdown] answer=…`"))
-        if role in ("exercise", "check", "experiment") and kind != "code":
+        if (role in ("exercise", "check", "experiment") or cell.support) and kind != "code":
             problems.append((line, f"{cell.label}: is a markdown cell, but must be code"))
         pattern, says = (
             (r"[a-z0-9][a-z0-9_-]*", "lower-case letters, digits, `_` and `-`")
@@ -240,7 +288,7 @@ def _read_cells(text: str) -> tuple[list[Cell], list[tuple[int, str]]]:
 
 def _known_marks(role: str) -> str:
     if role == "plain":
-        return 'a cell is marked exercise="…", check="…", answer="…" or tags=["experiment"], or not at all'
+        return 'a cell is marked exercise="…", check="…", answer="…" or tags=[…], or not at all'
     return f"this cell takes only {', '.join(f'`{mark}`' for mark in sorted(MARKS[role]))}"
 
 
@@ -257,10 +305,43 @@ def _derive_ids(cells: list[Cell]) -> None:
         if cell.role == "check":
             stem = f"{cell.name}-check"
         else:
-            kind = "text" if cell.kind == "markdown" else "code" if cell.role == "plain" else "experiment"
+            kind = "support" if cell.support else "code" if cell.role == "plain" else "experiment"
+            kind = "text" if cell.kind == "markdown" else kind
             stem = f"{kind}-{hashlib.sha256(cell.source.encode()).hexdigest()[:10]}"
         seen[stem] = seen.get(stem, 0) + 1
         cell.id = f"{stem}-{seen[stem]}" if cell.role == "check" or seen[stem] > 1 else stem
+
+
+def _number_cells(cells: list[Cell]) -> None:
+    """Number the exercises from 1; their checks are 3a, 3b, … or, where there is only one, 3."""
+    numbers = {}
+    for cell in cells:
+        if cell.role == "exercise":
+            cell.number = numbers[cell.name] = str(len(numbers) + 1)
+    for name, number in numbers.items():
+        checks = [cell for cell in cells if cell.role == "check" and cell.name == name]
+        for index, check in enumerate(checks):
+            check.number = number + (chr(ord("a") + index) if len(checks) > 1 else "")
+
+
+# --- prose ----------------------------------------------------------------------------------------------------
+
+
+def headings(source: str, level: int) -> list[tuple[int, str]]:
+    """(index of the line, text) of each heading of this level in a Markdown cell, fenced code left out."""
+    found, fenced = [], False
+    for index, line in enumerate(source.split("\n")):
+        if line.lstrip().startswith("```"):
+            fenced = not fenced
+        elif not fenced and line.startswith("#" * level + " "):
+            found.append((index, line[level:].strip()))
+    return found
+
+
+def split_label(heading: str) -> tuple[str, str]:
+    """`Tiling {#tiling}` → ("Tiling", "tiling"); the label is empty where there is none."""
+    found = re.fullmatch(r"(.*?)\s*\{#([\w-]+)\}", heading)
+    return (found.group(1), found.group(2)) if found else (heading, "")
 
 
 # --- regions --------------------------------------------------------------------------------------------------
@@ -326,162 +407,6 @@ def python_of(source: str) -> str:
     return re.sub(r"^(\s*)[%!].*$", r"\1pass", source, flags=re.MULTILINE)
 
 
-# --- rules: each takes the cells and returns (line, message) for every breach ----------------------------------
-
-
-def _parses(cells: list[Cell]) -> list[tuple[int, str]]:
-    problems = []
-    for cell in cells:
-        if cell.kind == "code":
-            try:
-                ast.parse(python_of(cell.source))
-            except SyntaxError as error:
-                problems.append((cell.line + (error.lineno or 0), f"{cell.label}: does not parse: {error.msg}"))
-    return problems
-
-
-def _names_are_unique(cells: list[Cell]) -> list[tuple[int, str]]:
-    problems, first = [], {}
-    for cell in cells:
-        if cell.role in ("exercise", "answer"):
-            if cell.id in first:
-                problems.append((cell.line, f"{cell.label}: the id is used twice (first in line {first[cell.id]}): "
-                                            "rename one of them"))
-            first.setdefault(cell.id, cell.line)
-    return problems
-
-
-def _exercises_are_checked(cells: list[Cell]) -> list[tuple[int, str]]:
-    problems = []
-    above, names = set(), {c.name for c in cells if c.role == "exercise"}
-    for cell in cells:
-        if cell.role == "exercise":
-            above.add(cell.name)
-            checks = [c for c in cells if c.role == "check" and c.name == cell.name]
-            if not checks:
-                problems.append((cell.line, f'{cell.label}: has no check: add a cell `# %% check="{cell.name}" '
-                                            "points=…` below it"))
-            elif not any(_has_hidden_tests(c) for c in checks):
-                problems.append((cell.line, f"{cell.label}: none of its checks has hidden tests: put the judge between "
-                                            f"`{BEGIN_HIDDEN}` and `{END_HIDDEN}`"))
-        elif cell.role == "check" and cell.name not in names:
-            problems.append((cell.line, f"{cell.label}: there is no exercise of this name in the lesson"))
-        elif cell.role == "check" and cell.name not in above:
-            problems.append((cell.line, f"{cell.label}: stands before its exercise: move it below"))
-    return problems
-
-
-def _has_hidden_tests(check: Cell) -> bool:
-    try:
-        return any(ast.parse(python_of(text)).body for text in secrets(check))
-    except (ValueError, SyntaxError):  # told by another rule
-        return True
-
-
-def _markers_pair(cells: list[Cell]) -> list[tuple[int, str]]:
-    problems = []
-    for cell in cells:
-        for begin, end, role in ((BEGIN_SOLUTION, END_SOLUTION, "exercise"), (BEGIN_HIDDEN, END_HIDDEN, "check")):
-            try:
-                found = regions(cell.source, begin, end)
-            except ValueError as error:
-                problems.append((cell.line, f"{cell.label}: {error}"))
-                continue
-            if found and cell.role != role:
-                problems.append((cell.line + found[0][0] + 1, f"{cell.label}: `{begin}` belongs in {role} cells only"))
-    return problems
-
-
-def _stubs_raise(cells: list[Cell]) -> list[tuple[int, str]]:
-    problems = []
-    for cell in cells:
-        if cell.role != "exercise":
-            continue
-        try:
-            count = len(regions(cell.source, BEGIN_SOLUTION, END_SOLUTION))
-            tree = ast.parse(python_of(stub(cell.source)))
-        except ValueError:
-            continue  # told by _markers_pair
-        except SyntaxError as error:
-            problems.append((cell.line, f"{cell.label}: without the solution it does not parse ({error.msg}): a marker "
-                                        "stands at the indent of the lines that it replaces"))
-            continue
-        raises = [n for n in ast.walk(tree) if isinstance(n, ast.Raise) and ast.unparse(n) == ast.unparse(_STUB_NODE)]
-        if count == 0:
-            problems.append((cell.line, f"{cell.label}: the whole answer is outside the markers: put it between "
-                                        f"`{BEGIN_SOLUTION}` and `{END_SOLUTION}`"))
-        elif len(raises) != count:
-            problems.append((cell.line, f"{cell.label}: the stub would not raise NotImplementedError: a marker stands "
-                                        "inside a string"))
-        elif any(isinstance(n, ast.Try) and _inside(n, raises) for n in ast.walk(tree)):
-            problems.append((cell.line, f"{cell.label}: the stub would not raise NotImplementedError: a `try` around "
-                                        "the markers may catch it"))
-    return problems
-
-
-_STUB_NODE = ast.parse(STUB).body[0]
-
-
-def _inside(node: ast.Try, raises: list[ast.Raise]) -> bool:
-    return bool(node.handlers) and any(r in ast.walk(part) for part in node.body for r in raises)
-
-
-def _no_solution_outside_markers(cells: list[Cell]) -> list[tuple[int, str]]:
-    """A line outside the markers that reads what only the solution makes is a piece of the solution left behind."""
-    problems = []
-    for cell in cells:
-        if cell.role != "exercise":
-            continue
-        try:
-            found = regions(cell.source, BEGIN_SOLUTION, END_SOLUTION)
-            tree = ast.parse(python_of(cell.source))
-        except (ValueError, SyntaxError):
-            continue
-
-        def hidden(node: ast.AST, found=found) -> bool:
-            return any(a < node.lineno - 1 < b for a, b in found)
-
-        for scope in ast.walk(tree):
-            if isinstance(scope, (ast.Module, ast.FunctionDef, ast.AsyncFunctionDef)):
-                makes, reads = _names_in(scope)
-                for name, node in reads:
-                    made = makes.get(name)
-                    if made and not hidden(node) and all(map(hidden, made)):
-                        line = cell.line + node.lineno
-                        problems.append((line, f"{cell.label}: reads `{name}` outside the markers, but only the "
-                                               "solution makes it: put this line inside them"))
-    return problems
-
-
-def _names_in(scope: ast.AST) -> tuple[dict[str, list[ast.AST]], list[tuple[str, ast.AST]]]:
-    """What one scope binds (name → nodes) and what it reads, nested functions and classes left out."""
-    makes: dict[str, list[ast.AST]] = {}
-    reads: list[tuple[str, ast.AST]] = []
-    arguments = getattr(scope, "args", None)
-    if arguments is not None:
-        for a in [*arguments.posonlyargs, *arguments.args, *arguments.kwonlyargs, arguments.vararg, arguments.kwarg]:
-            if a is not None:
-                makes.setdefault(a.arg, []).append(a)
-    queue = list(ast.iter_child_nodes(scope))
-    while queue:
-        node = queue.pop()
-        if isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef, ast.ClassDef)):
-            makes.setdefault(node.name, []).append(node)
-            continue
-        if isinstance(node, ast.Lambda):
-            continue
-        if isinstance(node, ast.Name):
-            if isinstance(node.ctx, ast.Store):
-                makes.setdefault(node.id, []).append(node)
-            else:
-                reads.append((node.id, node))
-        if isinstance(node, (ast.Import, ast.ImportFrom)):
-            for alias in node.names:
-                makes.setdefault((alias.asname or alias.name).split(".")[0], []).append(node)
-        queue.extend(ast.iter_child_nodes(node))
-    return makes, reads
-
-
 def cell_names(source: str) -> tuple[set[str], set[str], set[str]]:
     """(bound, read, read at once): the notebook names a cell binds, reads anywhere, and reads when it is run."""
     table = symtable.symtable(python_of(source), "<cell>", "exec")
@@ -503,52 +428,3 @@ def cell_names(source: str) -> tuple[set[str], set[str], set[str]]:
 def _runs_at_once(table: symtable.SymbolTable) -> bool:
     """Class bodies and comprehensions run with the cell; functions and lambdas when they are called."""
     return table.get_type() == "class" or table.get_name() in ("listcomp", "setcomp", "dictcomp", "genexpr")
-
-
-def _names_come_from_graded_cells(cells: list[Cell]) -> list[tuple[int, str]]:
-    """In grading, experiments are skipped and a check may fail: nothing else may read what they make."""
-    try:
-        names = [cell_names(c.source) if c.kind == "code" else (set(), set(), set()) for c in cells]
-    except SyntaxError:
-        return []  # told by _parses
-    makers: dict[str, list[int]] = {}
-    for i, (bound, _, _) in enumerate(names):
-        for name in bound:
-            makers.setdefault(name, []).append(i)
-
-    problems = []
-    for i, cell in enumerate(cells):
-        if cell.role not in ("plain", "check", "exercise") or cell.kind != "code":
-            continue
-        bound, read, at_once = names[i]
-        for name in sorted(read - bound - set(dir(builtins))):
-            elsewhere = [j for j in makers.get(name, []) if j != i]
-            lasting = [j for j in elsewhere if cells[j].role in ("plain", "exercise")]
-            if elsewhere and not lasting:
-                other = cells[elsewhere[0]]
-                maker = "experiment" if other.role == "experiment" else f'check "{other.name}"'
-                problems.append((cell.line, f"{cell.label}: reads `{name}`, which only the {maker} in line "
-                                            f"{other.line} makes: make it here or in a plain cell"))
-            elif lasting and name in at_once and min(lasting) > i:
-                problems.append((cell.line, f"{cell.label}: reads `{name}`, which is made below it, in line "
-                                            f"{cells[min(lasting)].line}: move it up"))
-            elif (
-                cell.role == "plain"
-                and name in at_once
-                and lasting
-                and all(cells[j].role == "exercise" for j in lasting)
-            ):
-                problems.append((cell.line, f"{cell.label}: uses `{name}`, which is the learner's, as soon as it "
-                                            'runs: mark it tags=["experiment"]'))
-    return problems
-
-
-RULES = (
-    _parses,
-    _names_are_unique,
-    _exercises_are_checked,
-    _markers_pair,
-    _stubs_raise,
-    _no_solution_outside_markers,
-    _names_come_from_graded_cells,
-)

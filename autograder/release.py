@@ -6,21 +6,53 @@ import tomllib
 import zipfile
 from pathlib import Path
 
-from autograder.build import ROOT, CourseError, Layout, build, stale_files
+from autograder.build import CourseError, build, find_stale_files
+from autograder.layout import ROOT, Layout
 
-# What learners get: the lessons, the library they import, and what sets up the environment.
+EDITION = "autograder/learner/edition/"  # what the learners' edition has of its own, for its root
+# What learners get: the lessons, the library they import, what sets up the environment, and of autograder what the
+# learner's commands import.
 LEARNERS = (
     "course/",
-    "docs/",
+    "docs/learners.md",
     "llm40/",
     "LICENSE",
-    "Makefile",
-    "README.md",
-    "environment.yml",
     "pyproject.toml",
     "requirements.lock",
+    *(
+        f"autograder/{name}"
+        for name in (
+            "__init__.py",
+            "catalog.py",
+            "execute.py",
+            "grading/__init__.py",
+            "grading/additions.py",
+            "grading/archives.py",
+            "grading/beside.py",
+            "grading/files.py",
+            "grading/late.py",
+            "grading/masters.py",
+            "grading/origins.py",
+            "grading/owners.py",
+            "grading/rebuild.py",
+            "grading/verdicts.py",
+            "judge/__init__.py",
+            "judge/client.py",
+            "judge/sources.py",
+            "kernels/",
+            "layout.py",
+            "learner/",
+            "lesson.py",
+            "notebooks.py",
+            "pool.py",
+            "roadmap.py",
+            "templates/work_index.md.j2",
+            "templating.py",
+            "text.py",
+        )
+    ),
 )
-NEVER = (".git", ".venv", "build", "dist", "grades", "__pycache__", ".ipynb_checkpoints")
+NEVER = (".git", ".venv", ".venv-site", "build", "dist", "grades", "work", "__pycache__", ".ipynb_checkpoints")
 MARKERS = ("BEGIN SOLUTION", "BEGIN HIDDEN TESTS")
 EPOCH = (1980, 1, 1, 0, 0, 0)  # one date for every file, so that the same course gives the same bytes
 
@@ -33,7 +65,7 @@ def make_release(out: Path, root: Path = ROOT) -> int:
         return 2
     try:
         build(layout.written(), layout)
-        stale = stale_files(layout, layout.written())
+        stale = find_stale_files(layout, layout.written())
     except CourseError as error:
         print(error, file=sys.stderr)
         return 1
@@ -43,26 +75,47 @@ def make_release(out: Path, root: Path = ROOT) -> int:
         return 1
 
     version = tomllib.loads((root / "pyproject.toml").read_text(encoding="utf-8"))["project"]["version"]
-    files = project_files(root)
-    for edition, chosen in (("learners", [f for f in files if f.startswith(LEARNERS)]), ("instructors", files)):
+    files = list_files(root)
+    learners = choose_for_learners(files, root)
+    for edition, chosen in (("learners", learners), ("instructors", {name: (root / name) for name in files})):
         if edition == "learners":
-            told = [f for f in chosen if f.startswith("course/") and gives_away(root / f)]
+            told = [name for name in chosen if name.startswith("course/") and gives_away(root / name)]
             if told:
                 print(f"{', '.join(told)}: holds a marker of an answer; no archive is written", file=sys.stderr)
                 return 1
         name = f"llm40-{edition}-{version}"
-        path = write_zip(out / f"{name}.zip", name, root, chosen)
+        path = write_zip(out / f"{name}.zip", name, chosen)
         print(f"{path}: {len(chosen)} files, {path.stat().st_size / 1e6:.1f} MB")
     return 0
 
 
-def project_files(root: Path) -> list[str]:
+def choose_for_learners(files: list[str], root: Path) -> dict[str, Path | bytes]:
+    """Name in the learners' edition → the file, or what it holds there instead."""
+    chosen: dict[str, Path | bytes] = {}
+    for name in files:
+        if name.startswith(EDITION):
+            chosen[name.removeprefix(EDITION)] = root / name
+        elif name.startswith(LEARNERS):
+            chosen[name] = root / name
+    # The instructors' commands are not here, so no script may start them.
+    project = (root / "pyproject.toml").read_text(encoding="utf-8")
+    chosen["pyproject.toml"] = project.replace('"autograder.cli:app"', '"autograder.learner.cli:app"').encode()
+    return dict(sorted(chosen.items()))
+
+
+def list_files(root: Path) -> list[str]:
     """Every file of the project, sorted: those that git knows or would add, or, without git, all but what is made."""
     if (root / ".git").exists():
-        listed = subprocess.run(
-            ["git", "ls-files", "-z", "--cached", "--others", "--exclude-standard"],
-            cwd=root, capture_output=True, check=True,
-        ).stdout.decode().split("\0")  # fmt: skip
+        listed = (
+            subprocess.run(
+                ["git", "ls-files", "-z", "--cached", "--others", "--exclude-standard"],
+                cwd=root,
+                capture_output=True,
+                check=True,
+            )
+            .stdout.decode()
+            .split("\0")
+        )
     else:
         listed = [
             p.relative_to(root).as_posix()
@@ -76,13 +129,13 @@ def gives_away(path: Path) -> bool:
     return any(marker in path.read_text(encoding="utf-8", errors="replace") for marker in MARKERS)
 
 
-def write_zip(path: Path, folder: str, root: Path, files: list[str]) -> Path:
+def write_zip(path: Path, folder: str, files: dict[str, Path | bytes]) -> Path:
     path.parent.mkdir(parents=True, exist_ok=True)
     with zipfile.ZipFile(path, "w", zipfile.ZIP_DEFLATED) as archive:
-        for name in files:
+        for name, content in files.items():
             info = zipfile.ZipInfo(f"{folder}/{name}", EPOCH)
             info.compress_type = zipfile.ZIP_DEFLATED
             info.create_system = 3  # Unix, on every system: it says how to read the next line
             info.external_attr = (0o755 if name == ".ci/run" else 0o644) << 16
-            archive.writestr(info, (root / name).read_bytes())
+            archive.writestr(info, content if isinstance(content, bytes) else content.read_bytes())
     return path

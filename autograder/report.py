@@ -1,44 +1,37 @@
 """Figures and pages from the results of a run: the terminal's table, Markdown for a CI summary, an HTML page."""
 
-import re
 import shutil
-from functools import cache
 
-from jinja2 import Environment, PackageLoader
+from autograder.tables import format_table
+from autograder.templating import environment, render
+from autograder.text import strip_colors
 
-_ANSI = re.compile(r"\x1b\[[0-9;?]*[A-Za-z]")
 
-
-def seconds(value: float) -> str:
+def format_seconds(value: float) -> str:
     return f"{value:.1f} s" if value < 120 else f"{value / 60:.1f} min"
 
 
-def size(value: float | None) -> str:
+def format_size(value: float | None) -> str:
     """Bytes in the binary units of the budgets."""
     if value is None:
         return "–"
     return f"{value / 2**30:.2f} GiB" if value >= 2**30 else f"{value / 2**20:.0f} MiB"
 
 
-def plain(text: str) -> str:
-    """Without the color codes of a terminal."""
-    return _ANSI.sub("", text)
-
-
 # Terminal -----------------------------------------------------------------------------------------------------------
 
 
-def progress_line(stub: bool, record: dict) -> str:
+def format_progress(stub: bool, record: dict) -> str:
     """One line per run, for logs without a progress bar."""
     name = record["key"].split("/")[1]
     state = "ok    " if record["status"] == "ok" else "FAILED"
     if stub:
         return f"{state} {name} (stub): {record.get('checks_failing', 0)} of {record.get('checks', 0)} checks fail"
     passed = f"{record.get('checks_passed', 0)} of {record.get('checks', 0)} checks"
-    return f"{state} {name}: {seconds(record['seconds'])}, {passed}"
+    return f"{state} {name}: {format_seconds(record['seconds'])}, {passed}"
 
 
-def failure_text(record: dict, failure: dict, color: bool) -> str:
+def format_failure(record: dict, failure: dict, color: bool) -> str:
     """The failing cell and its traceback, and nothing else of the notebook."""
     width = min(shutil.get_terminal_size().columns, 100)
     where = f"{record['name']}{' (stub)' if failure.get('stub') else ''}"
@@ -47,22 +40,22 @@ def failure_text(record: dict, failure: dict, color: bool) -> str:
     if failure["source"]:
         parts += ["─" * width, failure["source"].rstrip()]
     if failure["traceback"]:
-        parts += ["─" * width, failure["traceback"].rstrip() if color else plain(failure["traceback"]).rstrip()]
+        parts += ["─" * width, failure["traceback"].rstrip() if color else strip_colors(failure["traceback"]).rstrip()]
     return "\n".join([*parts, "─" * width])
 
 
-def rows(result: dict) -> list[dict]:
+def make_rows(result: dict) -> list[dict]:
     """One row of words per lesson, for every kind of table."""
     return [
         {
             "key": lesson["key"],
             "name": lesson["name"],
             "title": lesson["title"],
-            "state": state(lesson),
-            "time": seconds(lesson["seconds"]),
-            "grading": seconds(lesson["grading_seconds"]),
-            "memory": size(lesson["peak_bytes"]),
-            "gpu": size(lesson["gpu_bytes"]) if lesson["gpu_bytes"] else "–",
+            "state": find_state(lesson),
+            "time": format_seconds(lesson["seconds"]),
+            "grading": format_seconds(lesson["grading_seconds"]),
+            "memory": format_size(lesson["peak_bytes"]),
+            "gpu": format_size(lesson["gpu_bytes"]) if lesson["gpu_bytes"] else "–",
             "checks": f"{lesson['checks_passed']}/{lesson['checks']}",
             "points": f"{lesson['points']:g}/{lesson['max_points']:g}",
             "stub": f"{lesson['stub'].get('checks_failing', 0)}/{lesson['stub'].get('checks', 0)}",
@@ -73,17 +66,17 @@ def rows(result: dict) -> list[dict]:
     ]
 
 
-def state(lesson: dict) -> str:
+def find_state(lesson: dict) -> str:
     if lesson["failures"] or lesson["stub"]["failures"]:
         return "failed"
     return "over budget" if lesson["warnings"] else "ok"
 
 
-def summary(result: dict) -> dict:
+def count_results(result: dict) -> dict:
     lessons = result["lessons"]
     return {
         "lessons": len(lessons),
-        "failed": sum(state(lesson) == "failed" for lesson in lessons),
+        "failed": sum(find_state(lesson) == "failed" for lesson in lessons),
         "over": sum(bool(lesson["warnings"]) for lesson in lessons),
         "checks": sum(lesson["checks"] for lesson in lessons),
         "passed": sum(lesson["checks_passed"] for lesson in lessons),
@@ -93,34 +86,57 @@ def summary(result: dict) -> dict:
     }
 
 
-def table_text(result: dict) -> str:
-    head = ("lesson", "", "time", "no exp.", "memory", "GPU", "checks", "points", "stub fails", "figures",
-            "slowest cell")  # fmt: skip
-    table = [head]
-    for row in rows(result):
+def format_summary(result: dict) -> str:
+    head = (
+        "lesson",
+        "",
+        "time",
+        "no exp.",
+        "memory",
+        "GPU",
+        "checks",
+        "points",
+        "stub fails",
+        "figures",
+        "slowest cell",
+    )
+    table = []
+    for row in make_rows(result):
         slow = row["slowest"]
         slowest = f"{slow['seconds']:.1f} s  {slow['line'][:44]}" if slow else ""
-        table.append((row["name"], row["state"], row["time"], row["grading"], row["memory"], row["gpu"], row["checks"],
-                      row["points"], row["stub"], row["figures"], slowest))  # fmt: skip
-    widths = [max(len(line[column]) for line in table) for column in range(len(head))]
-    left = {0, 1, len(head) - 1}
-    lines = [""]
-    for line in table:
-        cells = (text.ljust(width) if column in left else text.rjust(width)
-                 for column, (text, width) in enumerate(zip(line, widths, strict=True)))  # fmt: skip
-        lines.append("  ".join(cells).rstrip())
+        table.append(
+            (
+                row["name"],
+                row["state"],
+                row["time"],
+                row["grading"],
+                row["memory"],
+                row["gpu"],
+                row["checks"],
+                row["points"],
+                row["stub"],
+                row["figures"],
+                slowest,
+            )
+        )
+    lines = ["", format_table(head, table, right=range(2, len(head) - 1))]
     lines += [f"warning: {lesson['name']}: {warning}" for lesson in result["lessons"] for warning in lesson["warnings"]]
-    return "\n".join([*lines, "", closing_line(result)])
+    lines += [
+        f"left out: {lesson['name']}: {len(lesson['left_out'])} cells need Triton, which is not here"
+        for lesson in result["lessons"]
+        if lesson.get("left_out")
+    ]
+    return "\n".join([*lines, "", format_closing(result)])
 
 
-def closing_line(result: dict) -> str:
+def format_closing(result: dict) -> str:
     """The run in one sentence."""
-    s = summary(result)
+    s = count_results(result)
     done = f"{s['lessons'] - s['failed']} of {s['lessons']} lessons ok"
     over = f", {s['over']} over budget" if s["over"] else ""
     return (
         f"{done}{over}; {s['passed']} of {s['checks']} checks pass on the answers, "
-        f"{s['stub_failing']} of {s['stub_checks']} fail on the stubs; {seconds(result['seconds'])} "
+        f"{s['stub_failing']} of {s['stub_checks']} fail on the stubs; {format_seconds(result['seconds'])} "
         f"({result['profile']}, {result['jobs']} at once)"
     )
 
@@ -128,59 +144,52 @@ def closing_line(result: dict) -> str:
 # Pages --------------------------------------------------------------------------------------------------------------
 
 
-@cache
-def _templates() -> Environment:
-    # Escaped by each template's own ending: .html.j2 is HTML, .md.j2 is not.
-    environment = Environment(
-        loader=PackageLoader("autograder", "templates"),
-        autoescape=lambda name: name is not None and name.endswith(".html.j2"),
-        trim_blocks=True,
-        lstrip_blocks=True,
-    )
-    environment.filters.update(seconds=seconds, size=size, plain=plain, cell=_markdown_cell)
-    return environment
-
-
-def _markdown_cell(text: str) -> str:
+def _escape_for_cell(text: str) -> str:
     """Text that cannot break out of a table's cell or of its code quotes."""
     return text.replace("|", "\\|").replace("`", "'").replace("\n", " ")
 
 
-def run_markdown(result: dict) -> str:
-    template = _templates().get_template("run_report.md.j2")
-    return template.render(result=result, rows=rows(result), closing=closing_line(result))
+environment().filters.update(seconds=format_seconds, size=format_size, plain=strip_colors, cell=_escape_for_cell)
 
 
-def run_html(result: dict) -> str:
+def render_markdown(result: dict) -> str:
+    return render("run_report.md.j2", result=result, rows=make_rows(result), closing=format_closing(result))
+
+
+def render_html(result: dict) -> str:
     budgets = result["budgets"] or {}
     lessons = result["lessons"]
     charts = [
         {
             "title": "Time",
             "about": "The whole notebook; the darker part is what grading runs too, without the experiments.",
-            **bars(
+            **place_bars(
                 [(lesson["name"], lesson["seconds"], lesson["grading_seconds"]) for lesson in lessons],
                 budgets.get("seconds"),
-                seconds,
+                format_seconds,
             ),
         },
         {
             "title": "Peak memory",
             "about": "Resident memory of the kernel's process at its highest.",
-            **bars(
+            **place_bars(
                 [(lesson["name"], lesson["peak_bytes"], lesson["peak_bytes"]) for lesson in lessons],
                 budgets.get("peak_bytes"),
-                size,
+                format_size,
             ),
         },
     ]
-    template = _templates().get_template("run_report.html.j2")
-    return template.render(
-        result=result, rows=rows(result), summary=summary(result), charts=charts, closing=closing_line(result)
+    return render(
+        "run_report.html.j2",
+        result=result,
+        rows=make_rows(result),
+        summary=count_results(result),
+        charts=charts,
+        closing=format_closing(result),
     )
 
 
-def bars(values: list[tuple[str, float, float]], budget: float | None, show) -> dict:
+def place_bars(values: list[tuple[str, float, float]], budget: float | None, show) -> dict:
     """A chart of horizontal bars as numbers for the template: one (name, value, part of it) per bar, and the budget.
 
     Widths are in units of an SVG 380 wide, of which the bars have 206 and the words beside them the rest.

@@ -9,8 +9,9 @@ from html import escape
 from pathlib import Path
 
 from autograder import catalog
-from autograder.catalog import Entry
-from autograder.lesson import Header
+from autograder.catalog import Entry, Stage
+from autograder.notebooks import format_minutes, make_page
+from autograder.templating import render
 
 # Where a lesson stands in the picture: (column, row, the title's lines). A lesson stands below all that it requires.
 PLACES: dict[int, tuple[float, int, str]] = {
@@ -56,11 +57,12 @@ PLACES: dict[int, tuple[float, int, str]] = {
     40: (1.45, 11, "Toward AGI"),
 }
 PITCH_X, PITCH_Y, WIDTH, HEIGHT, STRIPE, MARGIN = 138, 84, 130, 46, 14, 10
+ALT = "The forty lessons as boxes, with arrows to the lessons that build on them; the tables say the same."
 # Of the six stages: told apart by hue and, in grey, by the number in the stripe.
 COLORS = ("#4b4b4b", "#0b5a8f", "#00735c", "#a34d00", "#7b2d6b", "#8a1f1f")
 
 
-def drawn_requirements(entry: Entry) -> list[int]:
+def find_drawn_requirements(entry: Entry) -> list[int]:
     """The prerequisites that no other prerequisite implies: an arrow for each of the rest would say nothing new."""
 
     def implied(number: int) -> set[int]:
@@ -70,8 +72,13 @@ def drawn_requirements(entry: Entry) -> list[int]:
     return [n for n in entry.requires if not any(n in implied(other) for other in entry.requires if other != n)]
 
 
-def picture(written: set[int]) -> str:
-    """The SVG of the forty lessons; those in `written` are solid."""
+def draw_roadmap(
+    written: set[int], shares: dict[int, float] | None = None, links: dict[int, tuple[str, str]] | None = None
+) -> str:
+    """The SVG of the forty lessons; those in `written` are solid, and a line shows the share of one that is done.
+
+    `links` makes lessons' boxes links: (address, what the pointer is told).
+    """
     left = min(x for x, _, _ in PLACES.values())
     wide = int((max(x for x, _, _ in PLACES.values()) - left) * PITCH_X) + WIDTH + 2 * MARGIN
     high = max(y for _, y, _ in PLACES.values()) * PITCH_Y + HEIGHT + 2 * MARGIN
@@ -90,13 +97,15 @@ def picture(written: set[int]) -> str:
     for entry in catalog.LESSONS:
         x2, y2 = corner(entry.number)
         x2 += WIDTH / 2
-        for number in drawn_requirements(entry):
+        for number in find_drawn_requirements(entry):
             x1, y1 = corner(number)
             x1, y1 = x1 + WIDTH / 2, y1 + HEIGHT
             turn = y2 - PITCH_Y + HEIGHT  # straight down to the last gap between two rows, and across in that
             bend = (y2 - turn) * 0.7
-            parts.append(f'<path d="M{x1:g},{y1} V{turn} C{x1:g},{turn + bend:g} {x2:g},{y2 - bend:g} {x2:g},{y2 - 1}" '
-                         'fill="none" stroke="#555" stroke-width="1.3" marker-end="url(#tip)"/>')
+            parts.append(
+                f'<path d="M{x1:g},{y1} V{turn} C{x1:g},{turn + bend:g} {x2:g},{y2 - bend:g} {x2:g},{y2 - 1}" '
+                'fill="none" stroke="#555" stroke-width="1.3" marker-end="url(#tip)"/>'
+            )
     for entry in catalog.LESSONS:
         x, y = corner(entry.number)
         lines = PLACES[entry.number][2].split("|")
@@ -104,65 +113,73 @@ def picture(written: set[int]) -> str:
         color = COLORS[entry.stage.number - 1] if done else "#8a8a8a"
         ink = "#111" if done else "#5f5f5f"
         border = 'stroke-width="1.8"' if done else 'stroke-width="1.2" stroke-dasharray="4 3"'
-        parts.append(f'<rect x="{x}" y="{y}" width="{WIDTH}" height="{HEIGHT}" rx="4" fill="#fff" stroke="{color}" '
-                     f"{border}/>")
+        address, told = (links or {}).get(entry.number, ("", ""))
+        if address:
+            parts.append(f'<a href="{escape(address)}"><title>{escape(told)}</title>')
+        parts.append(
+            f'<rect x="{x}" y="{y}" width="{WIDTH}" height="{HEIGHT}" rx="4" fill="#fff" stroke="{color}" {border}/>'
+        )
         parts.append(f'<rect x="{x}" y="{y}" width="{STRIPE}" height="{HEIGHT}" rx="3" fill="{color}"/>')
-        parts.append(f'<text x="{x + STRIPE / 2}" y="{y + HEIGHT / 2 + 4}" font-size="11" font-weight="bold" '
-                     f'fill="#fff" text-anchor="middle">{entry.stage.number}</text>')
-        parts.append(f'<text x="{x + STRIPE + 5}" y="{y + HEIGHT / 2 + 5}" font-size="14" font-weight="bold" '
-                     f'fill="{ink}">{entry.number:02}</text>')
+        parts.append(
+            f'<text x="{x + STRIPE / 2}" y="{y + HEIGHT / 2 + 4}" font-size="11" font-weight="bold" '
+            f'fill="#fff" text-anchor="middle">{entry.stage.number}</text>'
+        )
+        parts.append(
+            f'<text x="{x + STRIPE + 5}" y="{y + HEIGHT / 2 + 5}" font-size="14" font-weight="bold" '
+            f'fill="{ink}">{entry.number:02}</text>'
+        )
+        share = (shares or {}).get(entry.number, 0)
+        if share:
+            long = share * (WIDTH - STRIPE)
+            parts.append(f'<rect x="{x + STRIPE}" y="{y + HEIGHT - 6}" width="{long:g}" height="6" fill="{color}"/>')
         for i, line in enumerate(lines):
             middle = y + HEIGHT / 2 + 4 + (i - (len(lines) - 1) / 2) * 14
-            parts.append(f'<text x="{x + STRIPE + 25}" y="{middle:g}" font-size="12" fill="{ink}">'
-                         f"{escape(line)}</text>")
+            parts.append(
+                f'<text x="{x + STRIPE + 25}" y="{middle:g}" font-size="12" fill="{ink}">{escape(line)}</text>'
+            )
+        if address:
+            parts.append("</a>")
     return "\n".join([*parts, "</svg>"])
 
 
-def index_notebook(headers: dict[Entry, Header]) -> dict:
-    """The roadmap as nbformat 4.5's JSON; `headers` has the lessons that are written."""
-    from autograder.build import hours, render
-
-    svg = picture({entry.number for entry in headers})
-    stages = []
-    for stage in catalog.STAGES:
-        entries = [entry for entry in catalog.LESSONS if entry.stage == stage]
-        minutes = sum(headers[e].minutes for e in entries if e in headers)
-        stages.append((stage, [_row(e, headers.get(e)) for e in entries], hours(minutes)))
+def make_index(minutes: dict[Entry, tuple[int, int]]) -> dict:
+    """The roadmap as nbformat 4.5's JSON; `minutes` has (core, whole) of the lessons that are written."""
+    svg = draw_roadmap({entry.number for entry in minutes})
     text = render(
         "index.md.j2",
         picture="data:image/svg+xml;base64," + base64.b64encode(svg.encode()).decode(),
-        alt="The forty lessons as boxes, with arrows to the lessons that build on them; the tables say the same.",
-        stages=stages,
+        alt=ALT,
+        stages=list_stages(minutes),
     )
-    return _prose_notebook("roadmap", text.split("\n---\n"))
+    return make_page("roadmap", text.split("\n---\n"))
 
 
-def notation_notebook() -> dict:
+def list_stages(minutes: dict[Entry, tuple[int, int]]) -> list[tuple[Stage, list[list[str]], str, str]]:
+    """(stage, a row of Markdown for each of its lessons, core time, whole time) of the stages."""
+    stages = []
+    for stage in catalog.STAGES:
+        entries = [entry for entry in catalog.LESSONS if entry.stage == stage]
+        written = [minutes[entry] for entry in entries if entry in minutes]
+        core, whole = (format_minutes(sum(times)) for times in zip(*written, strict=True)) if written else ("", "")
+        stages.append((stage, [_make_row(entry, minutes.get(entry)) for entry in entries], core, whole))
+    return stages
+
+
+def make_notation() -> dict:
     """What names, shapes and symbols mean in all lessons: templates/notation.md, a cell for each section."""
     text = Path(__file__).with_name("templates").joinpath("notation.md").read_text(encoding="utf-8")
-    return _prose_notebook("notation", re.split(r"\n(?=## )", text))
+    return make_page("notation", re.split(r"\n(?=## )", text))
 
 
-def _prose_notebook(name: str, parts: list[str]) -> dict:
-    from autograder.build import KERNELSPEC
-
-    cells = [
-        {"cell_type": "markdown", "id": f"{name}-{i}", "metadata": {}, "source": part.strip()}
-        for i, part in enumerate(parts, 1)
-    ]
-    metadata = {"kernelspec": KERNELSPEC, "language_info": {"name": "python"}}
-    return {"cells": cells, "metadata": metadata, "nbformat": 4, "nbformat_minor": 5}
-
-
-def _row(entry: Entry, header: Header | None) -> list[str]:
-    from autograder.build import hours
-
+def _make_row(entry: Entry, minutes: tuple[int, int] | None) -> list[str]:
     requires = ", ".join(f"{number:02}" for number in entry.requires)
-    if header is None:
-        return [_gray(t) for t in (f"{entry.number:02}", entry.title, entry.title_zh, "not written yet", requires)]
+    if minutes is None:
+        return [
+            show_gray(t) for t in (f"{entry.number:02}", entry.title, entry.title_zh, "not written yet", "", requires)
+        ]
     link = f"[{entry.title}]({entry.key}.ipynb)"
-    return [f"{entry.number:02}", link, entry.title_zh, hours(header.minutes), requires]
+    return [f"{entry.number:02}", link, entry.title_zh, *map(format_minutes, minutes), requires]
 
 
-def _gray(text: str) -> str:
+def show_gray(text: str) -> str:
     return f'<span style="color: #8a8a8a">{escape(text)}</span>' if text else ""

@@ -4,6 +4,7 @@ A process each, because papermill changes the whole process's directory and beca
 when it is told to (SIGTERM), or when the process that started it is gone, its kernel and its sockets go with it.
 """
 
+import importlib.util
 import logging
 import os
 import re
@@ -19,9 +20,14 @@ from multiprocessing import connection, parent_process
 from pathlib import Path
 from subprocess import Popen
 
+from autograder.kernels.manager import Kernels
+from autograder.logs import show_logs_as_parent
+from autograder.text import strip_colors
+
+log = logging.getLogger(__name__)
 EXPERIMENT = "experiment"  # the tag of cells that train and draw
+NO_TRITON = "Triton exists for Linux only"  # how llm40.kernels begins what a launch raises where there is no Triton
 _MARKER = "papermill-error-cell-tag"  # on cells that papermill inserts around a failure
-_ANSI = re.compile(r"\x1b\[[0-9;?]*[A-Za-z]")
 
 # What the kernel is asked after the run: only about torch that the lesson itself imported.
 _QUESTION = (
@@ -41,18 +47,20 @@ class Task:
     timeout: float  # seconds for one cell
     env: dict[str, str] = field(hash=False)
     warm: str = ""  # the address of the process from which kernels are forked
+    made_with: dict[str, str | None] = field(default_factory=dict, hash=False)  # goes into the executed notebook
 
 
 def work(task: Task, channel: connection.Connection) -> None:
-    """The process's main function: sends ("cell", count) after every code cell, and ("done", record) at the end."""
+    """The process's main function: sends ("progress", count) after every code cell, and at the end ("done", record)."""
     os.environ.update(task.env)
+    show_logs_as_parent()
     logging.getLogger("papermill").setLevel(logging.CRITICAL)  # it logs what the record says
     # Ctrl-C reaches every process of the terminal; this one waits for the SIGTERM that follows. A function, not
     # SIG_IGN: the kernel would inherit that.
     signal.signal(signal.SIGINT, lambda *_: None)
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
     threading.Thread(target=_end_with_parent, daemon=True).start()
-    channel.send(("done", execute(task, lambda count: channel.send(("cell", count)))))
+    channel.send(("done", execute(task, lambda count: channel.send(("progress", count)))))
 
 
 def _end_with_parent() -> None:
@@ -71,13 +79,16 @@ def execute(task: Task, on_cell: Callable[[int], None] = lambda count: None) -> 
     started = time.perf_counter()
     counted = 0
 
-    def executed(**_) -> None:
+    def executed(cell, **_) -> None:
         nonlocal counted
         counted += 1
+        log.debug("%s: cell %d, %s: %s", where, counted, _choose_label(cell), _describe_error(cell) or "ok")
         on_cell(counted)
 
+    where = f"{task.key}{' (stub)' if task.stub else ''}"
     failure = None  # what no cell's output says: a timeout, a dead kernel
-    with _kernel(task) as kernel:
+    with _start_kernel(task) as kernel:
+        log.debug("%s: kernel started after %.1f s", where, time.perf_counter() - started)
         try:
             execute_notebook(
                 task.notebook,
@@ -87,7 +98,7 @@ def execute(task: Task, on_cell: Callable[[int], None] = lambda count: None) -> 
                 progress_bar=False,
                 execution_timeout=task.timeout,
                 iopub_timeout=60,  # a cell's last figures may take a while on a busy machine
-                allow_errors=task.stub,
+                allow_errors=task.stub or not _has_triton(),
                 skip_cells_with_tag=EXPERIMENT if task.stub else "",
                 on_cell_executed=executed,
             )
@@ -97,10 +108,17 @@ def execute(task: Task, on_cell: Callable[[int], None] = lambda count: None) -> 
             failure = {"kind": "timeout", "message": f"ran longer than {task.timeout:g} s"}
         except RuntimeError as error:  # nbclient's for a kernel that died, or that never answered
             code = kernel.exit_code()
-            failure = {"kind": "dead kernel", "message": f"{error} ({_ending(code)})"}
+            failure = {"kind": "dead kernel", "message": f"{error} ({_describe_ending(code)})"}
         seconds = time.perf_counter() - started
         gpu_bytes = _ask_gpu_memory(kernel.manager) if failure is None else None
         peak = kernel.peak_memory()
+        log.debug(
+            "%s: %s after %.1f s, %d MiB at most",
+            where,
+            failure["message"] if failure else "ended",
+            seconds,
+            peak / 2**20,
+        )
         if failure:
             kernel.end()
             failure["traceback"] = kernel.log()
@@ -109,6 +127,7 @@ def execute(task: Task, on_cell: Callable[[int], None] = lambda count: None) -> 
 
     for path in ("input_path", "output_path"):
         notebook.metadata.papermill.pop(path, None)  # of this machine
+    notebook.metadata.setdefault("llm40", {})["run"] = task.made_with
     Path(task.output).parent.mkdir(parents=True, exist_ok=True)
     nbformat.write(notebook, task.output)
     notebook.cells = [cell for cell in notebook.cells if _MARKER not in cell.metadata.get("tags", [])]
@@ -118,10 +137,10 @@ def execute(task: Task, on_cell: Callable[[int], None] = lambda count: None) -> 
         "seconds": round(seconds, 2),
         "peak_bytes": peak,
         "gpu_bytes": gpu_bytes,
-        **(_stub_findings(cells, failure) if task.stub else _solution_findings(cells, failure)),
+        **(_judge_stub(cells, failure) if task.stub else _judge_solution(cells, failure)),
     }
     if not task.stub:
-        experiments = sum(_duration(cell) for cell in cells if EXPERIMENT in cell.metadata.get("tags", []))
+        experiments = sum(_get_duration(cell) for cell in cells if EXPERIMENT in cell.metadata.get("tags", []))
         record["grading_seconds"] = round(seconds - experiments, 2)
     return record
 
@@ -129,52 +148,73 @@ def execute(task: Task, on_cell: Callable[[int], None] = lambda count: None) -> 
 # Findings -----------------------------------------------------------------------------------------------------------
 
 
-def _solution_findings(cells: list, failure: dict | None) -> dict:
+def _judge_solution(cells: list, failure: dict | None) -> dict:
     """Status, checks, figures and the slowest cell of an executed solution.
 
     papermill calls a notebook a success when a cell called `sys.exit(0)` and the rest never ran; here every cell must
     have run, and without an error.
     """
-    broken = _first_broken(cells, failure) or _first_worthless(cells)
-    lost = _last_started(cells) if failure else None  # it began, so it has an execution count, but never ended
+    broken = _find_broken(cells, failure) or _find_noisy_check(cells)
+    lost = _find_last_started(cells) if failure else None  # it began, so it has an execution count, but never ended
     checks = [cell for cell in cells if is_check(cell)]
-    passed = [cell for cell in checks if cell.execution_count is not None and not _error(cell) and cell is not lost]
-    slowest = max(cells, key=_duration, default=None)
+    passed = [
+        cell for cell in checks if cell.execution_count is not None and not _find_error(cell) and cell is not lost
+    ]
+    slowest = max(cells, key=_get_duration, default=None)
     return {
         "status": "failed" if broken else "ok",
         "failures": [broken] if broken else [],
         "checks": len(checks),
         "checks_passed": len(passed),
-        "points": sum(_points(cell) for cell in passed),
-        "max_points": sum(_points(cell) for cell in checks),
-        "figures": sum(_figures(cell) for cell in cells),
-        "slowest": slowest and {
+        "left_out": [_name(cell, cells) for cell in _find_left_out(cells)],
+        "points": sum(_get_points(cell) for cell in passed),
+        "max_points": sum(_get_points(cell) for cell in checks),
+        "figures": sum(_count_figures(cell) for cell in cells),
+        "slowest": slowest
+        and {
             "cell": _name(slowest, cells),
-            "seconds": round(_duration(slowest), 2),
-            "line": _first_line(slowest.source),
+            "seconds": round(_get_duration(slowest), 2),
+            "line": _find_first_line(slowest.source),
         },
     }
 
 
-def _first_broken(cells: list, failure: dict | None) -> dict | None:
-    """The first cell with an error, or the one at which the kernel was lost, or the first one that never ran."""
+def _has_triton() -> bool:
+    return importlib.util.find_spec("triton") is not None
+
+
+def _find_left_out(cells: list) -> list:
+    """The cells that need Triton, where there is none, and those that need what these would have made."""
+    left_out = []
     for cell in cells:
-        error = _error(cell)
-        if error:
+        error = _find_error(cell)
+        if error and (NO_TRITON in error.evalue or (left_out and error.ename == "NameError")):
+            left_out.append(cell)
+    return left_out
+
+
+def _find_broken(cells: list, failure: dict | None) -> dict | None:
+    """The first cell with an error, or the one at which the kernel was lost, or the first one that never ran."""
+    left_out = set(map(id, _find_left_out(cells)))
+    for cell in cells:
+        error = _find_error(cell)
+        if error and id(cell) not in left_out:
             left = sum(other.execution_count is None for other in cells)
             message = f"{error.ename}: {error.evalue}"
             if error.ename == "SystemExit" and left:
                 message = f"sys.exit ended the run here; cells that never ran after it: {left}"
-            return _broken(cell, cells, "error", message, "\n".join(error.traceback))
+            return _describe_failure(cell, cells, "error", message, "\n".join(error.traceback))
     if failure:
-        return _broken(_last_started(cells), cells, failure["kind"], failure["message"], failure["traceback"])
+        return _describe_failure(
+            _find_last_started(cells), cells, failure["kind"], failure["message"], failure["traceback"]
+        )
     missed = [cell for cell in cells if cell.execution_count is None]
     if missed:
-        return _broken(missed[0], cells, "not run", f"first of {len(missed)} that never ran", "")
+        return _describe_failure(missed[0], cells, "not run", f"first of {len(missed)} that never ran", "")
     return None
 
 
-def _first_worthless(cells: list) -> dict | None:
+def _find_noisy_check(cells: list) -> dict | None:
     """The first check that passes and would lose points by nbgrader's own rule, which its Validate button tells too.
 
     To nbgrader a word on standard error, a warning say, is a failure, and a value that a cell shows is a score.
@@ -184,49 +224,49 @@ def _first_worthless(cells: list) -> dict | None:
             if output.get("name") == "stderr" or output.output_type == "execute_result":
                 said = output.get("text") or output.get("data", {}).get("text/plain", "")
                 message = f"nbgrader takes what this check writes for a failure or a score: {said.strip()}"
-                return _broken(cell, cells, "not silent", message, "")
+                return _describe_failure(cell, cells, "not silent", message, "")
     return None
 
 
-def _last_started(cells: list):
+def _find_last_started(cells: list):
     return next((cell for cell in reversed(cells) if cell.metadata.get("papermill", {}).get("start_time")), None)
 
 
-def _stub_findings(cells: list, failure: dict | None) -> dict:
+def _judge_stub(cells: list, failure: dict | None) -> dict:
     """A stub is sound when every check fails on it and nothing else does, except an exercise's NotImplementedError."""
     failures = []
-    lost = _last_started(cells) if failure else None
+    lost = _find_last_started(cells) if failure else None
     if failure:
-        failures.append(_broken(lost, cells, failure["kind"], failure["message"], failure["traceback"]))
+        failures.append(_describe_failure(lost, cells, failure["kind"], failure["message"], failure["traceback"]))
     cells_run = [cell for cell in cells if EXPERIMENT not in cell.metadata.get("tags", [])]
     for cell in cells_run:
-        error = _error(cell)
+        error = _find_error(cell)
         if cell is lost:
             continue
         if cell.execution_count is None:
             if not failure:
-                failures.append(_broken(cell, cells, "not run", "the cell never ran", ""))
+                failures.append(_describe_failure(cell, cells, "not run", "the cell never ran", ""))
         elif is_check(cell):
             if not error:
                 message = "the check passes on the stub: it cannot tell an answer from none"
-                failures.append(_broken(cell, cells, "check passes", message, ""))
+                failures.append(_describe_failure(cell, cells, "check passes", message, ""))
         elif error and not (is_exercise(cell) and error.ename == "NotImplementedError"):
             message = f"{error.ename}: {error.evalue}"
-            failures.append(_broken(cell, cells, "error", message, "\n".join(error.traceback)))
+            failures.append(_describe_failure(cell, cells, "error", message, "\n".join(error.traceback)))
     checks = [cell for cell in cells_run if is_check(cell)]
     return {
         "status": "failed" if failures else "ok",
         "failures": failures,
         "checks": len(checks),
-        "checks_failing": sum(bool(_error(cell)) for cell in checks),
+        "checks_failing": sum(bool(_find_error(cell)) for cell in checks),
     }
 
 
-def _broken(cell, cells: list, kind: str, message: str, traceback: str) -> dict:
+def _describe_failure(cell, cells: list, kind: str, message: str, traceback: str) -> dict:
     return {
         "kind": kind,
         "cell": _name(cell, cells) if cell else "before the first cell",
-        "message": _ANSI.sub("", message),
+        "message": strip_colors(message),
         "source": cell.source if cell else "",
         "traceback": traceback,
     }
@@ -242,7 +282,18 @@ def is_exercise(cell) -> bool:
     return bool(cell.metadata.get("nbgrader", {}).get("solution"))
 
 
-def _points(cell) -> float:
+def _choose_label(cell) -> str:
+    """The cell's name, or its first line."""
+    name = cell.metadata.get("nbgrader", {}).get("grade_id")
+    return name or (_find_first_line(cell.source) if cell.source.strip() else "")
+
+
+def _describe_error(cell) -> str:
+    error = _find_error(cell)
+    return f"{error.ename}: {error.evalue}" if error else ""
+
+
+def _get_points(cell) -> float:
     return cell.metadata.get("nbgrader", {}).get("points", 0)
 
 
@@ -253,25 +304,25 @@ def _name(cell, cells: list) -> str:
     return f"{name} (code cell {number} of {len(cells)})" if name else f"code cell {number} of {len(cells)}"
 
 
-def _error(cell):
+def _find_error(cell):
     return next((output for output in cell.outputs if output.output_type == "error"), None)
 
 
-def _duration(cell) -> float:
+def _get_duration(cell) -> float:
     return cell.metadata.get("papermill", {}).get("duration") or 0.0
 
 
-def _figures(cell) -> int:
+def _count_figures(cell) -> int:
     return sum(any(kind.startswith("image/") for kind in output.get("data", {})) for output in cell.outputs)
 
 
-def _first_line(source: str) -> str:
+def _find_first_line(source: str) -> str:
     """The first line that is neither blank nor a comment; the first line of all where there is no other."""
     lines = [line.strip() for line in source.splitlines() if line.strip()]
     return next((line for line in lines if not line.startswith(("#", "%"))), lines[0])
 
 
-def _ending(code: int | None) -> str:
+def _describe_ending(code: int | None) -> str:
     if code is None:
         return "still running, but silent"
     if code < 0:
@@ -302,7 +353,7 @@ class _Kernel:
     def peak_memory(self) -> int:
         """Bytes of resident memory at the kernel's peak; Linux keeps the peak itself, elsewhere it is sampled."""
         with suppress(Exception):  # the process may be gone at any moment
-            self._peak = max(self._peak, _peak_memory(self.manager.provisioner.pid))
+            self._peak = max(self._peak, _read_peak_memory(self.manager.provisioner.pid))
         return self._peak
 
     def log(self) -> str:
@@ -334,20 +385,18 @@ def _kill(manager) -> None:
 
 
 @contextmanager
-def _kernel(task: Task) -> Iterator[_Kernel]:
+def _start_kernel(task: Task) -> Iterator[_Kernel]:
     """A kernel in a private empty folder, with nothing of the user's IPython; dead when the block is left."""
     from jupyter_core.utils import run_sync
-
-    from autograder.kernels.manager import Kernels
 
     kernels = Kernels(sandbox=False, warm=bool(task.warm), address=task.warm)
     with tempfile.TemporaryDirectory(prefix="llm40-run-", ignore_cleanup_errors=True) as home, kernels() as km:
         folder = Path(home, "work")
         folder.mkdir()
         env = {
+            "TRITON_CACHE_DIR": os.path.join(home, "triton"),  # unless told another: kernels made before are used
             **os.environ,
             "IPYTHONDIR": os.path.join(home, "ipython"),
-            "TRITON_CACHE_DIR": os.path.join(home, "triton"),
         }
         kernel = None
         try:
@@ -365,7 +414,7 @@ def _kernel(task: Task) -> Iterator[_Kernel]:
             kernel.end() if kernel else _kill(km)
 
 
-def _peak_memory(pid: int) -> int:
+def _read_peak_memory(pid: int) -> int:
     status = Path(f"/proc/{pid}/status")
     if status.exists():
         found = re.search(r"^VmHWM:\s+(\d+) kB", status.read_text(), re.MULTILINE)
@@ -384,8 +433,12 @@ def _ask_gpu_memory(manager) -> int | None:
     try:
         run_sync(client.wait_for_ready)(timeout=10)
         reply = run_sync(client.execute_interactive)(
-            "", silent=True, store_history=False, user_expressions={"bytes": _QUESTION},
-            timeout=10, output_hook=lambda message: None,
+            "",
+            silent=True,
+            store_history=False,
+            user_expressions={"bytes": _QUESTION},
+            timeout=10,
+            output_hook=lambda message: None,
         )
         return int(reply["content"]["user_expressions"]["bytes"]["data"]["text/plain"])
     except (RuntimeError, TimeoutError, KeyError, ValueError):

@@ -1,38 +1,22 @@
-"""Tasks over processes and machines, by Dask. Results come back as they are ready, to the one who writes them down.
+"""Tasks graded: a few in threads of this process, many in processes or on machines of their own (grading/cluster).
 
-Without an address a cluster of this machine's own is started; with one (`tcp://host:8786`) the tasks go to the workers
-of that scheduler, whoever started them. A task and its result are bytes: the workers share nothing with us but the
-network. A worker that is lost is replaced by Dask, and its task runs again; a task that loses its worker twice is
-quarantined: it is given another chance with nothing beside it, and is then answered with a `fault`, with no score.
+A task needs none of them: in its own processes, kernels, the learner's code runs. So what starts for a class takes
+seconds, and nothing of it is started, or imported, for one notebook.
 """
 
-import logging
 import os
-import sys
-from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor, as_completed
 from dataclasses import replace
-from itertools import count, islice
+from itertools import chain, islice
 from pathlib import Path
-from tempfile import TemporaryDirectory
 
-import dask
-from distributed import Client, Future, KilledWorker, LocalCluster, as_completed
-from tornado.ioloop import PeriodicCallback
-
-from autograder.execute import environment
-from autograder.grading.fingerprint import versions
+from autograder.execute import stop_all
 from autograder.grading.task import Result, Task, grade
+from autograder.kernels.forking import environment
 from autograder.kernels.manager import Kernels
 
 Engine = Callable[[Iterable[Task], int], Iterator[Result]]
-ALLOWED_LOSSES = 1  # Dask gives a task up when it has lost more workers than this
-
-SETTINGS = {
-    "distributed.scheduler.allowed-failures": ALLOWED_LOSSES,
-    "distributed.worker.daemon": False,  # workers have children: kernels
-    "distributed.admin.low-level-log-length": 10,  # messages kept for debugging: here each is a notebook and its master
-}
 
 
 class NoScheduler(RuntimeError):
@@ -49,38 +33,34 @@ def run_tasks(
 ) -> Iterator[Result]:
     """A result for every task, in the order in which they end.
 
-    `jobs` processes of this machine work on them, or the workers of `scheduler`. Tasks are taken from the iterable only
-    as workers become free, so a class need not fit in memory. NoScheduler if within `patience` seconds the scheduler
-    does not answer or has no worker.
+    The workers of `scheduler` work on them, or `jobs` processes of this machine; where there are no more tasks than
+    that, this process alone. Tasks are taken from the iterable only as workers become free, so a class need not fit in
+    memory. NoScheduler if within `patience` seconds the scheduler does not answer or has no worker.
     """
-    tasks, number = iter(tasks if scheduler else map(_of_one_machine, tasks)), count()
-    with _client(jobs, scheduler, patience) as client:
-        running, suspects = {}, []
-        done = as_completed(loop=client.loop)
+    if not scheduler:
+        tasks = map(_of_one_machine, tasks)
+        first = list(islice(tasks, jobs + 1))
+        if len(first) <= jobs:
+            yield from _run_here(first)
+            return
+        tasks = chain(first, tasks)
+    from autograder.grading.cluster import run_in_cluster  # half a second's import
 
-        def submit(task: Task) -> Future:
-            name = f"{task.student}/{task.stage}/{task.lesson}"
-            return client.submit(_work, task, versions(), key=f"{name}-{next(number)}", pure=False)
+    yield from run_in_cluster(tasks, jobs, scheduler, patience)
 
-        def feed(room: int) -> None:
-            for task in islice(tasks, room):
-                future = submit(task)
-                running[future.key] = task
-                done.add(future)
 
-        # One task more than there are workers: there is always one at hand, whatever the network takes.
-        feed(sum(client.ncores().values()) + 1)
-        for future in done:
-            task = running.pop(future.key)
-            if isinstance(future.exception(), KilledWorker):
-                suspects.append(task)
-            else:
-                yield _answer(task, future)
-            future.release()
-            feed(1)
-        # Dask blames whatever waited at a worker that was lost: each of them again, with nothing beside it.
-        for task in suspects:
-            yield _answer(task, submit(task))
+def _run_here(tasks: Sequence[Task]) -> Iterator[Result]:
+    """All at once, each in a thread; one alone in this one, where Ctrl-C reaches it."""
+    if len(tasks) <= 1:
+        yield from map(grade, tasks)
+        return
+    with ThreadPoolExecutor(len(tasks)) as pool:
+        try:
+            for done in as_completed([pool.submit(grade, task) for task in tasks]):
+                yield done.result()
+        except BaseException:
+            stop_all()
+            raise
 
 
 def _of_one_machine(task: Task) -> Task:
@@ -88,68 +68,3 @@ def _of_one_machine(task: Task) -> Task:
     if not isinstance(task.kernels, Kernels):
         return task
     return replace(task, kernels=task.kernels.shared(environment(Path(), task.seed), task.limits))
-
-
-def _work(task: Task, expected: dict[str, str]) -> Result:
-    """Grades a task in a worker whose course and libraries are ours."""
-    here = versions()
-    other = [f"{name} {here.get(name)}, not {wanted}" for name, wanted in expected.items() if here.get(name) != wanted]
-    if other:
-        flag = "the worker differs from the grader: " + "; ".join(other)
-        return Result(task.student, task.stage, task.lesson, "fault", flags=[flag])
-    return grade(task)
-
-
-def _answer(task: Task, future: Future) -> Result:
-    """A task's result, waited for; a fault if there is none."""
-    error = future.exception()
-    if error is None:
-        return future.result()
-    if isinstance(error, KilledWorker):
-        reason = "quarantined: the process that graded it was lost again and again; was it killed for want of memory?"
-    else:
-        reason = f"the grader failed: {type(error).__name__}: {error}"
-    return Result(task.student, task.stage, task.lesson, "fault", flags=[reason])
-
-
-@contextmanager
-def _client(jobs: int, scheduler: str | None, patience: float):
-    """A client of the scheduler asked for, or of a cluster that lives as long as it is needed."""
-    # A lost worker and a closed connection are told in results; Dask would tell them in the middle of the progress bar.
-    for name in ("distributed", "distributed.worker", "distributed.nanny", "distributed.scheduler", "distributed.core"):
-        logging.getLogger(name).setLevel(logging.CRITICAL)
-    if scheduler:
-        try:
-            client = Client(scheduler, timeout=patience, set_as_default=False)
-        except (OSError, ValueError) as error:
-            raise NoScheduler(f"no Dask scheduler answers at {scheduler}: {error}") from error
-        with client:
-            if not client.ncores():
-                print(f"Waiting for a worker of {scheduler}: dask worker {scheduler} starts one.", file=sys.stderr)
-            try:
-                client.wait_for_workers(1, timeout=patience)
-            except TimeoutError as error:
-                raise NoScheduler(f"the scheduler at {scheduler} has no worker after {patience:.0f} s") from error
-            yield client
-        return
-    # Whatever ends a worker, what it and its kernels left in their folders goes with ours.
-    with dask.config.set(SETTINGS), TemporaryDirectory(prefix="llm40-", ignore_cleanup_errors=True) as folder:
-        cluster = LocalCluster(
-            n_workers=jobs,
-            threads_per_worker=1,
-            memory_limit=0,  # kernels are processes of their own, with limits of their own
-            host="127.0.0.1",
-            dashboard_address=None,
-            local_directory=folder,
-            env={"TMPDIR": folder},
-            preload="autograder.grading.task",
-            silence_logs=logging.CRITICAL,
-        )
-        # A worker that is lost while it starts is not replaced until somebody asks for the number there should be.
-        keeper = PeriodicCallback(lambda: cluster.scale(jobs), 1000)
-        with cluster, Client(cluster, set_as_default=False) as client:
-            cluster.loop.add_callback(keeper.start)
-            try:
-                yield client
-            finally:
-                cluster.loop.add_callback(keeper.stop)

@@ -1,14 +1,21 @@
-"""Grades as tables that learning management systems take in, beside our own and nbgrader's.
+"""Grades as tables that learning management systems take in, beside our own and nbgrader's; what became of every file.
 
-A student's folder name is their login there. A lesson is a column; a cell is empty where there is no score of ours to
-give (a fault, or a score that waits for a person), which both systems read as "leave it as it is".
+A student's folder name is their login there. A lesson is a column. A cell is empty where there is no score to give: a
+fault, a score that waits for a person, a file that cannot be read, and a notebook that is not there, since a file that
+was not recognized may be it. Both systems read an empty cell as "leave it as it is", and an import would write a zero
+over an earlier grade.
 """
 
 import csv
 import io
-from collections.abc import Iterable
+from collections import Counter
+from collections.abc import Iterable, Sequence
 
+from autograder.grading.files import BESIDE, IGNORED, OTHER, REFUSED, TAKEN, UNPLACED, WAITS, File
+from autograder.grading.submissions import ARCHIVES
 from autograder.grading.task import Result
+
+TOLD = 60  # lines about files on the terminal; intake.csv has them all
 
 
 def harmless(text: str) -> str:
@@ -30,19 +37,38 @@ def grades(results: list[Result]) -> str:
     return table(
         ["student", "stage", "lesson", "score", "max_score", "late_penalty", "status", "seconds", "flags"],
         (
-            [r.student, r.stage, r.lesson, f"{r.score:g}", f"{r.max_score:g}", f"{r.late_penalty:g}", r.status,
-             f"{r.seconds:.1f}", "; ".join(r.flags)]
+            [
+                r.student,
+                r.stage,
+                r.lesson,
+                f"{r.score:g}",
+                f"{r.max_score:g}",
+                f"{r.late_penalty:g}",
+                r.status,
+                f"{r.seconds:.1f}",
+                "; ".join(r.flags),
+            ]
             for r in results
         ),
-    )  # fmt: skip
+    )
 
 
 def checks(results: list[Result]) -> str:
     """A line per student and check."""
     return table(
-        ["student", "lesson", "exercise", "check", "points", "score", "status", "message"],
+        ["student", "lesson", "exercise", "check", "points", "score", "status", "counted", "message"],
         (
-            [r.student, r.lesson, c.exercise, c.check, f"{c.points:g}", f"{c.score:g}", c.status, c.message]
+            [
+                r.student,
+                r.lesson,
+                c.exercise,
+                c.check,
+                f"{c.points:g}",
+                f"{c.score:g}",
+                c.status,
+                "yes" if c.counted else "",
+                c.message,
+            ]
             for r in results
             for c in r.checks
         ),
@@ -54,7 +80,8 @@ def _by_student(results: list[Result]) -> tuple[dict[str, float], dict[str, dict
     possible = {r.lesson: r.max_score for r in sorted(results, key=lambda r: (r.stage, r.lesson)) if r.max_score}
     scores: dict[str, dict[str, str]] = {}
     for r in sorted(results, key=lambda r: r.student):
-        scores.setdefault(r.student, {})[r.lesson] = "" if r.status == "fault" or r.waits else f"{r.score:g}"
+        known = r.status in ("graded", "incomplete") and not r.waits
+        scores.setdefault(r.student, {})[r.lesson] = f"{r.score:g}" if known else ""
     return possible, scores
 
 
@@ -71,3 +98,54 @@ def moodle(results: list[Result]) -> str:
     possible, scores = _by_student(results)
     rows = [[who, *(theirs.get(lesson, "") for lesson in possible)] for who, theirs in scores.items()]
     return table(["username", *possible], rows)
+
+
+# --- files ----------------------------------------------------------------------------------------------------
+
+
+def intake(files: Sequence[File]) -> str:
+    """A line for every file: whose it is, which lesson, and what became of it."""
+    return table(
+        ["file", "student", "lesson", "became", "why", "handed_in"],
+        ([f.place, f.student or "", f.lesson.name if f.lesson else "", f.became, _why(f), _time(f)] for f in files),
+    )
+
+
+def _why(file: File) -> str:
+    return "; ".join([*filter(None, [file.why]), *file.notes])
+
+
+def _time(file: File) -> str:
+    return f"{file.time:%Y-%m-%d %H:%M:%S} UTC" if file.time else ""
+
+
+def told(file: File) -> str:
+    """A file in a line of text."""
+    whose = f" → {file.student}" if file.student else ""
+    lesson = f", {file.lesson.name}" if file.lesson else ""
+    why = f" ({_why(file)})" if _why(file) else ""
+    return f"{file.place}{whose}{lesson}: {file.became}{why}"
+
+
+def _is_usual(file: File) -> bool:
+    """Whether a file lies and is called as it should, or is of no interest."""
+    if file.became in (OTHER, IGNORED, BESIDE):
+        return not file.name.lower().endswith(ARCHIVES)
+    usual = (file.student, file.lesson.stage, f"{file.lesson.name}.ipynb") if file.lesson else ()
+    return file.became == TAKEN and file.parts == usual and not file.notes
+
+
+def told_files(files: Sequence[File]) -> list[str]:
+    """What the terminal says about the files: how many became what, and each that is not where one expects it."""
+    counts = Counter(file.became for file in files)
+    odd = [file for file in files if not _is_usual(file)]
+    lines = [f"{len(files)} files: " + ", ".join(f"{count} {became}" for became, count in counts.most_common()) + "."]
+    lines += [f"  {told(file)}" for file in odd[:TOLD]]
+    if len(odd) > TOLD:
+        lines.append(f"  … and {len(odd) - TOLD} more: see intake.csv")
+    return lines
+
+
+def left_out(files: Sequence[File]) -> list[str]:
+    """The files that should perhaps have been graded and were not."""
+    return [told(file) for file in files if file.became in (UNPLACED, REFUSED, WAITS)]

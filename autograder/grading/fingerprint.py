@@ -39,12 +39,13 @@ def versions() -> dict[str, str]:
 
 
 def fingerprint(task: Task) -> str:
-    """The hash of a task: submission, master, limits, seed, whether there is a sandbox, and versions."""
+    """The hash of a task: submission, files, master, limits, seed, whether there is a sandbox, and versions."""
     given = b"missing" if task.submission is None else b"given" + task.submission
     limits = asdict(task.limits)
     del limits["gpu"]  # a share: it follows from how many are graded at once
     settings = {"limits": limits, "seed": task.seed, "sandbox": task.kernels.sandbox, "versions": versions()}
-    return _digest(given, task.master, json.dumps(settings, sort_keys=True).encode())
+    files = [part for name, data in sorted(task.files.items()) for part in (name.encode(), data)]
+    return _digest(given, task.master, json.dumps(settings, sort_keys=True).encode(), *files)
 
 
 def answer_digests(sources: dict[str, str]) -> dict[str, str]:

@@ -1,168 +1,99 @@
-"""A class graded: `SUBMITTED/<student>/<stage>/<lesson>.ipynb` → gradebook, tables, feedback, report.
+"""A class graded: what was handed in → gradebook, tables, feedback, report.
 
-This module knows folders and prints; the grading itself is in task, its distribution in engine, the database in
-gradebook. A notebook whose result stands in the gradebook already, with everything it depends on unchanged, is not
-graded again: a call that was interrupted, or killed, goes on where it was. The exit code says how it went: OK when
-every submission got an answer (zero points included), USAGE when there was nothing to grade, FAULT when something of
-ours failed.
+This module knows folders and prints; what was handed in is found by submissions, the grading itself is in task, its
+distribution in engine, the database in gradebook. A notebook whose result stands in the gradebook already, with
+everything it depends on unchanged, is not graded again: a call that was interrupted, or killed, goes on where it was.
+The exit code says how it went: OK when every submission got an answer (zero points included), USAGE when there was
+nothing to grade, FAULT when the grader failed.
 """
 
+import logging
+import os
 import socket
+import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Collection, Iterator
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
 import nbformat
 from nbformat import NotebookNode
-from nbgrader.utils import parse_utc
+from sqlalchemy.exc import SQLAlchemyError
 from tqdm import tqdm
 
 from autograder import catalog
 from autograder.build import build_sources
 from autograder.catalog import Entry
 from autograder.execute import Limits
-from autograder.grading import exports, integrity, pages, similarity
+from autograder.grading import exports, pages, similarity, submissions
+from autograder.grading.archives import BadArchive
+from autograder.grading.class_pages import write_class_pages
 from autograder.grading.engine import Engine, NoScheduler, cores, run_tasks
+from autograder.grading.files import Delivery, is_out_of_room, text_of, write_file
 from autograder.grading.fingerprint import answer_digests, fingerprint
-from autograder.grading.gradebook import COURSE, Gradebook, NoDatabase
-from autograder.grading.late import BadConfig, no_penalty, penalty_of
-from autograder.grading.rebuild import blank, name, role
-from autograder.grading.task import Result, Task, by_hand, parse
+from autograder.grading.gradebook import COURSE, Entered, Gradebook, NoDatabase, address_of
+from autograder.grading.late import BadConfig, HandedIn, no_penalty, penalty_of
+from autograder.grading.masters import Lesson, read_masters
+from autograder.grading.rebuild import exercise_of, name, role
+from autograder.grading.submissions import Handed
+from autograder.grading.task import Check, Result, Task, by_hand, parse
 from autograder.kernels.manager import Kernels
 from autograder.kernels.sandbox import trouble
-from autograder.sample_class import make as sample_class
+from autograder.layout import ROOT
 
 OK, USAGE, FAULT = 0, 2, 3
-ROOT = Path(__file__).resolve().parents[2]
 SAMPLE = ROOT / "build" / "sample_class"
+SAMPLE_LESSONS = (9, 29)  # a class small enough to grade in a minute
 SEED = 40  # the same fresh inputs for everyone in a class, and again when it is graded again
 LAYOUT = "SUBMITTED/<student>/<stage>/<lesson>.ipynb, for example {example}"
-IGNORED = ("__MACOSX", "__pycache__", "lost+found")
+PLACES = "; a zip archive, and what Moodle, Canvas and nbgrader's exchange give, are taken as they are"
+
+log = logging.getLogger("autograder.grading")
 
 
 class UsageError(Exception):
     """Nothing can be graded as asked; the message says what was expected and what was found."""
 
 
-@dataclass
-class Lesson:
-    """A lesson that can be graded: its cells with hidden tests and without answers."""
-
-    stage: str
-    name: str
-    title: str
-    master: NotebookNode
-
-    @property
-    def number(self) -> str:
-        return self.name.split("_")[0]
-
-
-@dataclass
-class Handed:
-    """One notebook to grade; `path` is None where the student handed in others but not this one."""
-
-    student: str
-    lesson: Lesson
-    path: Path | None
-    flags: list[str]
-
-
 # --- what is there --------------------------------------------------------------------------------------------
 
 
-def read_masters(source: Path) -> list[Lesson]:
-    """The lessons built in a folder like build/source."""
-    lessons = []
-    for path in sorted(source.glob("*/*.ipynb")):
-        master = nbformat.read(path, as_version=4)
-        title = master.metadata.get("llm40", {}).get("title", path.stem)
-        master.metadata.setdefault("llm40", {})["methods"] = integrity.asked_methods(master)  # told by the answers
-        lessons.append(Lesson(path.parent.name, path.stem, title, blank(master)))
-    return lessons
-
-
-def find_students(submitted: Path, example: str) -> list[Path]:
-    """The students' folders."""
-    expected = f"expected {LAYOUT.format(example=example)}"
+def open_delivery(submitted: Path, student: str | None = None, stages: Collection[str] = ()) -> Delivery:
+    """Everything under SUBMITTED and whose it is, or one student's part of it. Raises UsageError."""
+    expected = f"expected {LAYOUT.format(example=f'lin-mei/{catalog.BY_NUMBER[9].key}.ipynb')}{PLACES}"
     if not submitted.exists():
         raise UsageError(f"{submitted}: there is no such folder; {expected}")
-    if not submitted.is_dir():
-        raise UsageError(f"{submitted}: this is a file, not a folder; {expected}")
-    students = [p for p in sorted(submitted.iterdir()) if p.is_dir() and p.name[0] != "." and p.name not in IGNORED]
-    if not students:
-        found = ", ".join(sorted(p.name for p in submitted.iterdir())[:5]) or "nothing"
-        raise UsageError(f"{submitted}: no student's folder in it; {expected}; found {found}")
-    return students
-
-
-def find_notebooks(student: Path, lessons: list[Lesson]) -> tuple[list[Handed], list[str]]:
-    """A student's notebooks, and a note for each that is no lesson's."""
-    known = {(lesson.stage, lesson.name): lesson for lesson in lessons}
-    handed, notes, strange = {}, [], []
-    for path in sorted(student.rglob("*.ipynb")):
-        inside = path.relative_to(student)
-        if any(part.startswith(".") or part in IGNORED for part in inside.parts):
-            continue
-        if path.is_symlink() or not path.is_file():
-            notes.append(f"{student.name}/{inside.as_posix()}: not a file of its own")
-            continue
-        lesson = known.get((inside.parent.as_posix(), path.stem))
-        if lesson:
-            handed[lesson.stage, lesson.name] = Handed(student.name, lesson, path, [])
-        else:
-            strange.append(inside)
-    for inside in strange:  # "09_x (1).ipynb", "09_x-Copy1.ipynb": what browsers and JupyterLab make of a name
-        stem = inside.stem
-        here = [k for k in lessons if inside.parent.as_posix() == k.stage]
-        lesson = next((k for k in here if stem.startswith((f"{k.name} ", f"{k.name}-"))), None)
-        if lesson and (lesson.stage, lesson.name) not in handed:
-            flag = f"file: named {inside.name}; taken for {lesson.name}.ipynb"
-            handed[lesson.stage, lesson.name] = Handed(student.name, lesson, student / inside, [flag])
-        else:
-            notes.append(f"{student.name}/{inside.as_posix()}: no lesson has this name and place")
-    return list(handed.values()), notes
+    if submitted.is_file() and submitted.suffix.lower() != ".zip":
+        raise UsageError(f"{submitted}: this is a file, not a folder or a zip archive; {expected}")
+    found = submissions.collect(submitted, {*stages, *(stage.folder for stage in catalog.STAGES)})
+    if not found.students:
+        places = ", ".join([file.place for file in found.files if ".ipynb" in file.name][:3])
+        lying = places or ", ".join(sorted({file.parts[0] for file in found.files})[:5]) or "nothing"
+        raise UsageError(f"{submitted}: no student's folder in it; {expected}; found {lying}")
+    if student is None:
+        return found
+    wanted = text_of(student)
+    if wanted not in found.students:
+        raise UsageError(f'{submitted}: there is no student "{student}" in it')
+    return found.of(wanted)
 
 
 def find_class(
     submitted: Path, lessons: list[Lesson], lesson: str | None, student: str | None
-) -> tuple[list[Handed], list[str]]:
-    """What is to be graded, and notes about what is not.
-
-    A lesson is expected of everyone as soon as anyone has handed it in.
-    """
-    example = next((f"lin-mei/{k.stage}/{k.name}.ipynb" for k in lessons), f"lin-mei/{catalog.BY_NUMBER[9].key}.ipynb")
-    students = find_students(submitted, example)
-    if student is not None:
-        students = [path for path in students if path.name == student]
-        if not students:
-            raise UsageError(f'{submitted}: there is no student "{student}" in it')
-    if lesson is not None:
-        wanted = lesson.removesuffix(".ipynb")
-        lessons = [k for k in lessons if wanted == k.name or (wanted.isdecimal() and k.number == f"{int(wanted):02d}")]
-        if not lessons:
-            raise UsageError(f'there is no lesson "{lesson}"')
-    found, notes = {}, []
-    for path in students:
-        found[path.name], more = find_notebooks(path, lessons)
-        notes += [] if lesson else more
-    given = {h.lesson.name for handed in found.values() for h in handed}
-    if not given:
-        seen = [p.relative_to(submitted).as_posix() for p in sorted(submitted.rglob("*.ipynb"))[:3]]
-        raise UsageError(
-            f"{submitted}: no notebook of {lesson or 'the course'} at the place where it belongs; "
-            f"expected {LAYOUT.format(example=example)}; found {', '.join(seen) or 'no notebook at all'}"
-        )
-    handed = []
-    for who, theirs in found.items():
-        if not theirs and not lesson:
-            notes.append(f"{who}: no notebook of the course in this folder")
-        by_name = {h.lesson.name: h for h in theirs}
-        handed += [by_name.get(k.name) or Handed(who, k, None, []) for k in lessons if k.name in given]
-    return handed, notes
+) -> tuple[list[Handed], Delivery]:
+    """What is to be graded, and what became of every file. Raises UsageError where there is nothing."""
+    found = open_delivery(submitted, student, [k.stage for k in lessons])
+    chosen = submissions.select_lessons(lessons, lesson) if lesson else lessons
+    if not chosen:
+        raise UsageError(f'there is no lesson "{lesson}"')
+    submissions.find_lessons(found, lessons, [entry.name for entry in catalog.LESSONS])
+    handed = submissions.hand_out(found, chosen)
+    if not handed:
+        lying = "; ".join(exports.told(file) for file in found.files[:5]) or "no file at all"
+        raise UsageError(f"{submitted}: no notebook of {lesson or 'the course'} in it; found {lying}")
+    return handed, found
 
 
 # --- grading --------------------------------------------------------------------------------------------------
@@ -175,17 +106,25 @@ def judged_by_person(result: Result, notebook: NotebookNode) -> dict[str, str]:
     return written | {check.check: code for check in result.checks if check.status == "withheld"}
 
 
+def undecided(handed: Handed) -> Result:
+    """No score yet: a person must say which of several files counts."""
+    cells = [cell for cell in handed.lesson.master.cells if role(cell) == "check" or by_hand(cell)]
+    checks = [
+        Check(exercise_of(name(c)), name(c), float(c.metadata.nbgrader.points), 0.0, "withheld", handed.undecided)
+        for c in cells
+    ]
+    return Result(handed.student, handed.lesson.stage, handed.lesson.name, "withheld", checks=checks)
+
+
 class Writer:
     """Makes the tasks, and writes each result as it comes: to the gradebook, and as files under `out`."""
 
-    def __init__(self, out: Path, book: Gradebook, handed: list[Handed], submitted: Path, unsafe: bool):
+    def __init__(self, out: Path, book: Gradebook, handed: list[Handed], unsafe: bool):
         self.out = out
         self.unsafe = unsafe
         self.book = book
-        self.submitted = submitted
         self.handed = {(h.student, h.lesson.stage, h.lesson.name): h for h in handed}
         self.fingerprints: dict[tuple[str, str, str], str] = {}
-        self.times: dict[tuple[str, str, str], str | None] = {}  # when it was handed in
         self.results: list[Result] = []
         self.unchanged = 0
 
@@ -195,54 +134,98 @@ class Writer:
         """What is to be graded, one by one: a notebook is read when its turn comes.
 
         `done` is called after what needs no grading: a result that still holds (unless everything is to be graded
-        `again`), and a file that the system does not let us read.
+        `again`), a choice that waits for a person, and a file that the system does not let us read.
         """
         for (student, stage, lesson), h in self.handed.items():
-            self.times[student, stage, lesson] = self._timestamp(h)
+            log.info("%s %s: handed in as %s", student, lesson, h.file.place if h.file else h.undecided or "nothing")
+            if h.undecided:
+                self.fingerprints[student, stage, lesson] = ""
+                done(self.take(undecided(h)))
+                continue
             try:
-                data = h.path.read_bytes() if h.path else None
-            except OSError as error:
-                result = Result(student, stage, lesson, "fault", flags=[f"cannot be opened: {error}"])
-                self.take(result)
-                done(result)
+                data, files = h.read(), h.read_beside()
+            except (OSError, BadArchive) as error:
+                done(self.take(Result(student, stage, lesson, "fault", flags=[f"cannot be opened: {error}"])))
                 continue
             master = nbformat.writes(h.lesson.master).encode()
-            task = Task(student, stage, lesson, data, master, limits, seed, kernels)
+            task = Task(student, stage, lesson, data, master, limits, seed, kernels, files)
             self.fingerprints[student, stage, lesson] = fingerprint(task)
-            kept = None if again else self._kept(student, stage, lesson)
+            kept = self._kept(h, again)
             if kept is None:
+                log.info("%s %s: to be graded, %s", student, lesson, f"{len(data)} bytes" if data else "no file")
                 yield task
                 continue
-            self.results.append(kept)
+            log.info("%s %s: the result of an earlier call holds", student, lesson)
+            self._finish(kept)
             self.unchanged += 1
             done(kept)
 
-    def _kept(self, *where: str) -> Result | None:
-        """The result of an earlier call, if everything it depends on is the same and its files are there."""
-        stored = self.book.stored(*where, self.times[where])
-        if stored is None or stored[0] != self.fingerprints[where]:
+    def _kept(self, handed: Handed, again: bool) -> Result | None:
+        """The result of an earlier call, if everything it depends on is the same and its files are there.
+
+        What was graded once and is not handed in this time (another week's folder) keeps its result too.
+        """
+        where = handed.student, handed.lesson.stage, handed.lesson.name
+        stored = self.book.stored(*where, handed.file.time if handed.file else None)
+        if stored is None:
             return None
-        _, result, other_penalty = stored
+        result = stored.result
+        if handed.file is None and result.status != "missing":
+            result.flags.append("file: not handed in this time; graded earlier, and that counts")
+            return result
         autograded, page = self._files(result)
-        if result.status != "missing" and not (autograded.is_file() and page.is_file()):
+        same = stored.fingerprint == self.fingerprints[where] and not again
+        if not same or (handed.file and not (autograded.is_file() and page.is_file())):
             return None
-        # A person's scores may have changed since, or what lateness costs.
-        if result.status != "missing" and (other_penalty or any(check.status == "by hand" for check in result.checks)):
-            result.notebook = autograded.read_bytes()
-            self._write_page(result, page)
-        result.flags[:0] = self.handed[where].flags
-        result.notebook = None
+        if handed.file:
+            if autograded.stat().st_mtime_ns > page.stat().st_mtime_ns:  # replaced since, by nbgrader autograde say
+                return None
+            shown = pages.shown(result, self._title(result), self._flags(result), self.unsafe, stored.entered)
+            if not pages.shows(page, shown):  # a person has entered something since, or lateness costs something else
+                result.notebook = autograded.read_bytes()
+                self._write_page(result, page, stored.entered)
         return result
 
-    def take(self, result: Result) -> None:
+    def take(self, result: Result) -> Result:
+        """Writes a new result down."""
         where = (result.student, result.stage, result.lesson)
         if result.status != "fault":
             notebook = parse(result.notebook) if result.notebook else None
             judged = answer_digests(judged_by_person(result, notebook)) if notebook else {}
-            self.book.commit(result, self.fingerprints[where], judged, self.times[where], self._write_files)
-        result.flags[:0] = self.handed[where].flags
+            handed_in = HandedIn(self.handed[where].file and self.handed[where].file.time, work_digest(notebook))
+            self.book.commit(result, self.fingerprints[where], judged, handed_in, self._write_files)
+        self._finish(result)
+        return result
+
+    def _finish(self, result: Result) -> None:
+        result.flags = self._flags(result)
         result.notebook = None
         self.results.append(result)
+        for check in result.checks:
+            said = f": {check.message}" if check.message else ""
+            log.info(
+                "%s %s %s: %s, %g of %g%s",
+                result.student,
+                result.lesson,
+                check.check,
+                check.status,
+                check.score,
+                check.points,
+                said,
+            )
+        for flag in result.flags:
+            log.info("%s %s: %s", result.student, result.lesson, flag)
+        log.info("%s %s: %s, %g of %g", result.student, result.lesson, result.status, result.score, result.max_score)
+
+    def _flags(self, result: Result) -> list[str]:
+        """What is to be said about a notebook: about its file, and by those who graded it."""
+        return self._handed(result).flags + result.flags
+
+    def _title(self, result: Result) -> str:
+        return self._handed(result).lesson.title
+
+    def _handed(self, result: Result) -> Handed:
+        return self.handed[result.student, result.stage, result.lesson]
 
     def _files(self, result: Result) -> tuple[Path, Path]:
         """A result's executed notebook and its learner's page."""
@@ -250,31 +233,25 @@ class Writer:
         notebooks, pages_ = self.out / "autograded" / place, self.out / "feedback" / place
         return notebooks / f"{result.lesson}.ipynb", pages_ / f"{result.lesson}.html"
 
-    def _write_files(self, result: Result) -> None:
+    def _write_files(self, result: Result, entered: Entered) -> None:
         autograded, page = self._files(result)
         if result.notebook is None:
             autograded.unlink(missing_ok=True)
             page.unlink(missing_ok=True)
         else:
-            pages.write(autograded, result.notebook)
-            self._write_page(result, page)
+            write_file(autograded, result.notebook)
+            self._write_page(result, page, entered)
 
-    def _write_page(self, result: Result, page: Path) -> None:
-        handed = self.handed[result.student, result.stage, result.lesson]
-        pages.write(page, pages.feedback(result, handed.lesson.title, self.unsafe))
+    def _write_page(self, result: Result, page: Path, entered: Entered) -> None:
+        text = pages.feedback(result, self._title(result), self._flags(result), self.unsafe, entered)
+        write_file(page, text)
 
-    def _timestamp(self, handed: Handed) -> str | None:
-        """What nbgrader's own file says, where the submissions were collected by nbgrader."""
-        path = self.submitted / handed.student / handed.lesson.stage / "timestamp.txt"
-        if not path.is_file():
-            return None
-        text = path.read_text(encoding="utf-8", errors="replace").strip()
-        try:
-            parse_utc(text)
-        except (ValueError, OverflowError):
-            handed.flags.append(f"timestamp.txt: {text[:40]!r} is no time: taken as handed in on time")
-            return None
-        return text
+
+def work_digest(notebook: NotebookNode | None) -> str:
+    """What the learner wrote in a notebook, as a hash: the same when only outputs or given cells have changed."""
+    cells = notebook.cells if notebook else []
+    written = "\n\n".join(cell.source for cell in cells if role(cell) in ("exercise", "answer", "added"))
+    return answer_digests({"work": written})["work"] if notebook else ""
 
 
 def grade_folder(
@@ -304,24 +281,29 @@ def grade_folder(
     kernels = kernels or Kernels()
     unsafe = not kernels.sandbox
     lessons = read_masters(source)
-    handed, notes = find_class(submitted, lessons, lesson, student)
+    handed, found = find_class(submitted, lessons, lesson, student)
     if not hasattr(socket, "AF_UNIX"):
         raise UsageError("grading needs UNIX sockets, which Python has on Linux and macOS: on Windows use WSL")
     if kernels.sandbox and trouble():
         raise UsageError(f"{trouble()}. Or grade people whom you trust with all that you may do yourself: --unsafe")
-    out.mkdir(parents=True, exist_ok=True)
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UsageError(f"{out}: this folder cannot be made: {error.strerror}") from None
     jobs = min(jobs or cores(), max(1, len(handed)))
     limits = replace(limits or Limits(), gpu=1 / jobs)
     walls = pages.UNSAFE if unsafe else "Each kernel runs in a sandbox."
+    for line in exports.told_files(found.files):
+        show(line)
     show(f"Grading {len(handed)} notebooks of {len({h.student for h in handed})} students. {walls}")
-    db = db or f"sqlite:///{(out / 'gradebook.db').resolve()}"
+    db = db or address_of(out / "gradebook.db")
     penalty = penalty_of(late) if late else no_penalty
     with Gradebook(db, waiting=tqdm.write, penalty=penalty) as book:
         stages = {h.lesson.stage for h in handed}
         for k in lessons:
             if k.stage in stages:
                 book.register(k.stage, k.name, k.master)
-        writer = Writer(out, book, handed, submitted, unsafe)
+        writer = Writer(out, book, handed, unsafe)
         with tqdm(total=len(handed), unit="notebook", file=sys.stderr, dynamic_ncols=True) as bar:
 
             def count(result: Result) -> None:
@@ -333,23 +315,25 @@ def grade_folder(
                 count(result)
     results = sorted(writer.results, key=lambda r: (r.student, r.stage, r.lesson))
     for made in (exports.grades, exports.checks, exports.canvas, exports.moodle):
-        pages.write(out / f"{made.__name__}.csv", made(results))
-    pages.write(out / "nbgrader_config.py", _config(submitted, out, source, db))
-    pairs = list(_pairs(out, lessons, results)) if compare else None
-    pages.write(out / "report.html", pages.class_report(results, notes, time.monotonic() - began, unsafe, pairs))
+        write_file(out / f"{made.__name__}.csv", made(results))
+    write_file(out / "intake.csv", exports.intake(found.files))
+    write_file(out / "nbgrader_config.py", _config(submitted, out, source, db))
+    pairs = list(_pairs(out, lessons, results, show)) if compare else None
+    notes = exports.left_out(found.files)
+    write_class_pages(out, results, lessons, notes, time.monotonic() - began, unsafe, pairs)
     show(pages.table(results))
     if writer.unchanged:
         show(f"{writer.unchanged} of {len(results)} had not changed since they were graded and were not run again.")
-    for note in notes:
-        show(f"not graded: {note}")
-    tables = "grades.csv, checks.csv, canvas.csv, moodle.csv"
+    tables = "grades.csv, checks.csv, canvas.csv, moodle.csv, intake.csv"
     show(f"In {out}: report.html, {tables}, feedback/ and autograded/.")
     if unsafe:
         show(pages.UNSAFE)
     return results
 
 
-def _pairs(out: Path, lessons: list[Lesson], results: list[Result]) -> Iterator[similarity.Pair]:
+def _pairs(
+    out: Path, lessons: list[Lesson], results: list[Result], show: Callable[[str], None]
+) -> Iterator[similarity.Pair]:
     """Answers that resemble each other, from the notebooks as they were graded."""
     for k in lessons:
         paths = {
@@ -358,12 +342,20 @@ def _pairs(out: Path, lessons: list[Lesson], results: list[Result]) -> Iterator[
             if r.lesson == k.name and r.status in ("graded", "incomplete", "withheld")
         }
         answers = {who: similarity.code(parse(path.read_bytes())) for who, path in paths.items() if path.is_file()}
-        yield from similarity.alike(k.name, answers, similarity.code(k.master))
+        too_long = []
+        yield from similarity.alike(k.name, answers, similarity.code(k.master), too_long.append)
+        for who in too_long:
+            show(f"not compared: {who}/{k.stage}/{k.name}.ipynb: its code is too long")
 
 
 def _config(submitted: Path, out: Path, source: Path, db: str) -> str:
-    """So that nbgrader's own commands, run in OUT, show this gradebook."""
+    """So that nbgrader's own commands, run in OUT, show this gradebook and harm nothing in it."""
     return f'''# Written by the grader. Started in this folder, `nbgrader export` and the formgrader show these grades.
+from nbconvert.preprocessors import CSSHTMLHeaderPreprocessor
+from nbgrader.converters import Autograde
+from nbgrader.converters.base import NbGraderException
+from nbgrader.preprocessors import ClearHiddenTests, ClearOutput, GetGrades
+
 c = get_config()  # noqa: F821
 c.CourseDirectory.course_id = {COURSE!r}
 c.CourseDirectory.root = {str(out.resolve())!r}
@@ -371,25 +363,75 @@ c.CourseDirectory.db_url = {db!r}
 c.CourseDirectory.submitted_directory = {str(submitted.resolve())!r}
 c.CourseDirectory.source_directory = {str(source.resolve())!r}
 c.CourseDirectory.release_directory = {str(ROOT / "course")!r}
-c.CsvExportPlugin.to = "nbgrader.csv"  # by default it would be grades.csv, which is ours
+c.CsvExportPlugin.to = "nbgrader.csv"  # by default it would be grades.csv, which is the grader's
+
+# feedback/ is for learners. What `nbgrader generate_feedback` makes goes elsewhere, and has no hidden tests either.
+c.CourseDirectory.feedback_directory = "nbgrader/feedback"
+c.GenerateFeedback.preprocessors = [GetGrades, ClearHiddenTests, ClearOutput, CSSHTMLHeaderPreprocessor]
+c.ClearHiddenTests.enforce_metadata = False
+
+
+def refuse(self):
+    """`nbgrader autograde` would put grades of its own over these, and run learners' code without a sandbox."""
+    message = "This class is graded by `make grade` (python -m autograder grade): run that again instead."
+    self.log.error(message)
+    raise NbGraderException(message)
+
+
+Autograde.start = refuse
 '''
 
 
-def wanted_lessons(submitted: Path | None, lesson: str | None) -> list[Entry]:
-    """The lessons whose masters must be current: the one asked for, those handed in, or the sample's."""
+def wanted_lessons(submitted: Path | None, lesson: str | None, student: str | None = None) -> list[Entry]:
+    """The lessons whose masters must be current: the one asked for, those handed in, or the sample's.
+
+    All of them where a notebook tells neither by its metadata nor by its name which lesson it is.
+    """
+    written = [entry for entry in catalog.LESSONS if (ROOT / "solutions" / f"{entry.key}.py").is_file()]
+    if not written and not (ROOT / "build" / "source").is_dir():
+        raise UsageError(f"{ROOT / 'solutions'}: the lessons are not here; call the grader in the folder of a checkout")
+    asked = None
     if lesson:
         try:
-            chosen = catalog.select(lesson)
+            [asked] = catalog.select(lesson)
         except catalog.NoSuchLesson as error:
             raise UsageError(str(error)) from None
-    elif submitted is None:
-        chosen = [catalog.BY_NUMBER[number] for number in sample_class.LESSONS]
-    else:
-        chosen = [entry for entry in catalog.LESSONS if any(submitted.glob(f"*/{entry.key}*.ipynb"))]
-    written = [entry for entry in chosen if (ROOT / "solutions" / f"{entry.key}.py").is_file()]
-    if lesson and not written:
-        raise UsageError(f"lesson {chosen[0].name} is not written yet: there is no solutions/{chosen[0].key}.py")
-    return written
+        if asked not in written:
+            raise UsageError(f"lesson {asked.name} is not written yet: there is no solutions/{asked.key}.py")
+    if submitted is None:
+        return [asked] if asked else [e for e in written if e.number in SAMPLE_LESSONS]
+    told = submissions.name_lessons(open_delivery(submitted, student), [entry.name for entry in catalog.LESSONS])
+    if told is None:
+        return written
+    return [asked] if asked else [entry for entry in written if entry.name in told]
+
+
+def make_sample_class(lessons: list[Entry]) -> Path:
+    """The folder of the sample class, whose notebooks are made anew. Raises UsageError outside a whole checkout."""
+    maker = ROOT / "tests" / "support" / "sample_class.py"
+    if not maker.is_file():
+        raise UsageError(f"there is no sample class here ({maker}): name a folder of submissions, --submitted")
+    submitted = SAMPLE / "submitted"
+    paths = filter(None, [str(ROOT), os.environ.get("PYTHONPATH")])
+    env = os.environ | {"PYTHONPATH": os.pathsep.join(paths)}
+    subprocess.run([sys.executable, str(maker), str(submitted), *(e.key for e in lessons)], env=env, check=True)
+    return submitted
+
+
+class Beside(logging.Handler):
+    """Writes the log to standard error, around the progress bar."""
+
+    def emit(self, record: logging.LogRecord) -> None:
+        tqdm.write(self.format(record), file=sys.stderr)
+
+
+def show_log() -> None:
+    """A line for each step of each notebook."""
+    if not log.handlers:
+        handler = Beside()
+        handler.setFormatter(logging.Formatter("%(asctime)s %(message)s", "%H:%M:%S"))
+        log.addHandler(handler)
+    log.setLevel(logging.INFO)
 
 
 def grade_class(
@@ -406,29 +448,89 @@ def grade_class(
     engine: Engine | None = None,
     limits: Limits | None = None,
     unsafe: bool = False,
+    verbose: bool = False,
 ) -> int:
     """Grades a class, or without a folder the sample class; returns the exit code.
 
-    `unsafe` lets learners' code run as whoever grades, with all rights that they have.
+    `unsafe` lets learners' code run as whoever grades, with all rights that they have; `verbose` shows the log.
     """
-    engine = engine or partial(run_tasks, scheduler=scheduler)
+    if verbose:
+        show_log()
     try:
-        wanted = wanted_lessons(submitted, lesson)
-        if wanted and build_sources([entry.key for entry in wanted]):
-            print("Nothing graded: these lessons cannot be built.", file=sys.stderr)
+        results = _grade_class(
+            submitted,
+            out,
+            lesson,
+            student,
+            jobs,
+            engine or partial(run_tasks, scheduler=scheduler),
+            db,
+            again,
+            late,
+            compare,
+            limits,
+            unsafe,
+        )
+    except (UsageError, BadConfig, NoDatabase, NoScheduler, OSError, SQLAlchemyError) as error:
+        if is_out_of_room(error) or is_out_of_room(error.__cause__):
+            print(
+                f"Stopped, the disk is full: {_first_line(error)}. Results so far are kept; make room and run the "
+                "same command again.",
+                file=sys.stderr,
+            )
             return FAULT
-        if submitted is None:
-            submitted, out = sample_class.make_class(SAMPLE / "submitted", wanted, ROOT), out or SAMPLE
-        source = ROOT / "build" / "source"
-        results = grade_folder(
-            submitted, out or Path("grades"), source, lesson, student, jobs, limits, engine=engine,
-            kernels=Kernels(sandbox=not unsafe), db=db, again=again, late=late, compare=compare,
-        )  # fmt: skip
-    except (UsageError, BadConfig, NoDatabase, NoScheduler) as error:
+        if isinstance(error, OSError | SQLAlchemyError):
+            reason = str(getattr(error, "orig", None) or error).strip()
+            print(f"Grading stopped: {reason}. What was graded stays, and the same command goes on.", file=sys.stderr)
+            return FAULT
         print(f"Nothing graded: {error}.", file=sys.stderr)
         return USAGE
+    if results is None:
+        print("Nothing graded: these lessons cannot be built.", file=sys.stderr)
+        return FAULT
     faults = [result for result in results if result.status == "fault"]
     for result in faults:
         reason = result.traceback or result.flags[-1]
         print(f"The grader failed on {result.student} {result.lesson}: {reason}", file=sys.stderr)
     return FAULT if faults else OK
+
+
+def _grade_class(
+    submitted: Path | None,
+    out: Path | None,
+    lesson: str | None,
+    student: str | None,
+    jobs: int | None,
+    engine: Engine,
+    db: str | None,
+    again: bool,
+    late: Path | None,
+    compare: bool,
+    limits: Limits | None,
+    unsafe: bool,
+) -> list[Result] | None:
+    """The results; None where the lessons cannot be built."""
+    wanted = wanted_lessons(submitted, lesson, student)
+    if wanted and build_sources([entry.key for entry in wanted]):
+        return None
+    if submitted is None:
+        submitted, out = make_sample_class(wanted), out or SAMPLE
+    return grade_folder(
+        submitted,
+        out or Path("grades"),
+        ROOT / "build" / "source",
+        lesson,
+        student,
+        jobs,
+        limits,
+        engine=engine,
+        kernels=Kernels(sandbox=not unsafe),
+        db=db,
+        again=again,
+        late=late,
+        compare=compare,
+    )
+
+
+def _first_line(error: Exception) -> str:
+    return str(getattr(error, "orig", None) or error).strip().split("\n")[0]

@@ -6,18 +6,20 @@ did not change. A result and its grades are written in one transaction: whenever
 neither.
 """
 
+import glob
 import json
 import os
 import sys
 import time
 from collections.abc import Callable
 from contextlib import contextmanager
-from dataclasses import asdict
-from datetime import datetime
+from dataclasses import asdict, dataclass, field
+from datetime import UTC, datetime
 from pathlib import Path
 
 from nbformat import NotebookNode
 from nbgrader.api import (
+    Base,
     Comment,
     Grade,
     GradeCell,
@@ -30,11 +32,26 @@ from nbgrader.api import (
     SubmittedNotebook,
 )
 from nbgrader.api import Gradebook as Database
-from nbgrader.utils import is_grade, is_locked, is_solution, parse_utc
-from sqlalchemy import Column, MetaData, String, Table, Text, delete, insert, select
-from sqlalchemy.exc import ArgumentError, OperationalError
+from nbgrader.utils import is_grade, is_locked, is_solution
+from sqlalchemy import (
+    Column,
+    Engine,
+    MetaData,
+    String,
+    Table,
+    Text,
+    create_engine,
+    delete,
+    insert,
+    inspect,
+    make_url,
+    select,
+    text,
+)
+from sqlalchemy.exc import OperationalError, SQLAlchemyError
 
-from autograder.grading.late import Penalty, no_penalty
+from autograder.grading.files import is_out_of_room
+from autograder.grading.late import HandedIn, Penalty, no_penalty
 from autograder.grading.task import WAITING, Check, Result
 
 COURSE = "llm40"  # as in nbgrader_config.py
@@ -49,14 +66,47 @@ RESULTS = Table(
     Column("result", Text, nullable=False),  # as JSON, without the notebook
     Column("answers", Text, nullable=False),  # as JSON: written answer → hash of its text
 )
+# When what is graded was handed in: a stage has one time in nbgrader's tables, but its lessons come one by one.
+HANDED_IN = Table(
+    "llm40_handed_in",
+    MetaData(),
+    Column("student", String(128), primary_key=True),
+    Column("stage", String(128), primary_key=True),
+    Column("lesson", String(128), primary_key=True),
+    Column("work", String(64), nullable=False),  # hash of what the learner wrote
+    Column("time", String(32)),  # UTC, ISO 8601; null where nobody knows
+    Column("seen", String(32), nullable=False),  # when that work was graded first: it was there by then
+)
+
+
+@dataclass(frozen=True)
+class Entered:
+    """What a person has entered in the formgrader beside scores."""
+
+    comments: dict[str, str] = field(default_factory=dict)  # cell → text
+    extra_credit: dict[str, float] = field(default_factory=dict)  # check → points, in its score already
+
+
+@dataclass(frozen=True)
+class Stored:
+    """A result of an earlier call, with the scores that count now."""
+
+    fingerprint: str
+    result: Result
+    entered: Entered
 
 
 class NoDatabase(RuntimeError):
     """The gradebook's database cannot be opened; the message says which and why."""
 
 
-def _key(student: str, stage: str, lesson: str):
-    return (RESULTS.c.student == student) & (RESULTS.c.stage == stage) & (RESULTS.c.lesson == lesson)
+def address_of(path: Path) -> str:
+    """The address of a gradebook in a file, whatever the folders above are called."""
+    return f"sqlite:///{str(path.resolve()).replace('%', '%25').replace('?', '%3F')}"
+
+
+def _key(table: Table, student: str, stage: str, lesson: str):
+    return (table.c.student == student) & (table.c.stage == stage) & (table.c.lesson == lesson)
 
 
 class Gradebook:
@@ -69,13 +119,15 @@ class Gradebook:
     def __init__(self, url: str, waiting: Callable[[str], None] = print, penalty: Penalty = no_penalty):
         self.waiting = waiting
         self.penalty = penalty
+        self.database: Database | None = None
         # For a new database nbgrader calls the command `alembic`, which only an activated environment has on its path.
         path = os.environ.get("PATH", "")
         os.environ["PATH"] = os.pathsep.join([str(Path(sys.executable).parent), path])
         try:
-            self.database = Database(url, COURSE)
-            RESULTS.create(self.database.engine, checkfirst=True)
-        except (OperationalError, ArgumentError, ImportError) as error:
+            self.database = self._patiently(lambda: _opened(url), away=False)
+        except NoDatabase as error:
+            raise NoDatabase(f"the gradebook {_shown(url)} cannot be used: {error}") from None
+        except (SQLAlchemyError, ImportError, OSError) as error:
             reason = str(getattr(error, "orig", None) or error).strip()
             raise NoDatabase(f"the gradebook {_shown(url)} cannot be opened: {reason}") from error
         finally:
@@ -97,16 +149,19 @@ class Gradebook:
             self.database.db.rollback()
             raise
 
-    def _patiently(self, write: Callable[[], None]) -> None:
-        """Writes; again and again while the database's server is away (restarted, say), up to PATIENCE seconds."""
+    def _patiently(self, work: Callable, away: bool = True):
+        """What the work returns; it is done again and again while another program has the file, or the server is away
+        (restarted, say) unless it may not be `away`, up to PATIENCE seconds."""
         until = time.monotonic() + PATIENCE
         told = False
         while True:
             try:
-                return write()
+                return work()
             except OperationalError as error:
-                if time.monotonic() > until:
+                if time.monotonic() > until or is_out_of_room(error) or not _passes(error, away):
                     raise
+                if self.database:
+                    self.database.db.rollback()
                 if not told:
                     self.waiting(f"The gradebook does not answer; waiting up to {PATIENCE:.0f} s: {error.orig}")
                 told = True
@@ -120,6 +175,9 @@ class Gradebook:
         A cell that the master has lost goes, with its grades; new cells and new lessons are also given to the students
         who handed in before. nbgrader's own way (SaveCells) refuses both as soon as there is a submission.
         """
+        self._patiently(lambda: self._register(stage, lesson, master))
+
+    def _register(self, stage: str, lesson: str, master: NotebookNode) -> None:
         self.database.update_or_create_assignment(stage)
         kernel = json.dumps(master.metadata.get("kernelspec", {}))
         notebook = self.database.update_or_create_notebook(lesson, stage, kernelspec=kernel)
@@ -185,44 +243,49 @@ class Gradebook:
 
     # --- what was earned --------------------------------------------------------------------------------------
 
-    def stored(
-        self, student: str, stage: str, lesson: str, timestamp: str | None = None
-    ) -> tuple[str, Result, bool] | None:
-        """The fingerprint and the result written last, with the scores that count now; None if there are none.
+    def stored(self, student: str, stage: str, lesson: str, when: datetime | None = None) -> Stored | None:
+        """The result written last, with the scores that count now; None if there is none.
 
-        The third says whether lateness costs something else than before: with the `timestamp`, when it was handed in,
-        or by another due date.
+        `when` is when the notebook was handed in, as far as this call knows.
         """
-        row = self.database.db.execute(select(RESULTS).where(_key(student, stage, lesson))).one_or_none()
+        return self._patiently(lambda: self._stored(student, stage, lesson, when))
+
+    def _stored(self, student: str, stage: str, lesson: str, when: datetime | None) -> Stored | None:
+        row = self.database.db.execute(select(RESULTS).where(_key(RESULTS, student, stage, lesson))).one_or_none()
         if row is None:
             return None
         try:
             notebook = self.database.find_submission_notebook(lesson, stage, student)
         except MissingEntry:  # somebody removed the student or the submission with nbgrader
             return None
-        result = _loaded(row.result)
+        try:
+            result = _loaded(row.result)
+        except (ValueError, TypeError, LookupError):  # of another version of ours
+            return None
         grades = {grade.name: grade for grade in notebook.grades}
         if grades.keys() != {check.check for check in result.checks}:
             return None
+        if any(grades[check.check].auto_score != _automatic(check) for check in result.checks):
+            return None  # somebody graded it with nbgrader since
         for check in result.checks:
             _count(check, grades[check.check])
         if result.status == "withheld" and not result.waits:  # a person has decided
             result.status = "graded"
-        before = notebook.late_submission_penalty
         with self._together():
-            notebook.assignment.timestamp = _utc(timestamp)
-            self._penalize(result, notebook)
-        return row.fingerprint, result, notebook.late_submission_penalty != before
+            self._penalize(result, notebook, self._time_that_counts(result, HandedIn(when)))
+        return Stored(row.fingerprint, result, _entered(notebook))
 
     def commit(
         self,
         result: Result,
         fingerprint: str,
         answers: dict[str, str],
-        timestamp: str | None = None,
-        files: Callable[[Result], None] = lambda result: None,
+        handed_in: HandedIn | None = None,
+        files: Callable[[Result, Entered], None] = lambda result, entered: None,
     ) -> None:
-        """Writes a result's scores, and puts the scores that count into the result, which `files` is then given.
+        """Writes a result's scores, and puts the scores that count into the result.
+
+        `files` is then given the result and what a person has entered.
 
         What a person has entered (manual scores, extra credit, comments) stays. `answers` are the hashes of the written
         answers: a person's score for one that is not that of the run before is asked for again, as it is where the
@@ -231,26 +294,26 @@ class Gradebook:
         record = _dumped(result)
         scores = {check.check: check.score for check in result.checks}
         statuses = {check.check: check.status for check in result.checks}
-        where = _key(result.student, result.stage, result.lesson)
+        where = _key(RESULTS, result.student, result.stage, result.lesson)
 
         def write() -> None:
             with self._together() as db:
                 row = db.execute(select(RESULTS.c.answers).where(where)).one_or_none()
                 before = json.loads(row.answers) if row else {}
                 changed = {name for name, digest in answers.items() if before and before.get(name) != digest}
-                submission = self._submission(result.stage, result.student, timestamp)
+                submission = self._submission(result.stage, result.student)
                 notebook = self.database.find_notebook(result.lesson, result.stage)
                 checks = {check.check: check for check in result.checks}
                 theirs = self._complete(submission, notebook)
                 for grade in theirs.grades:
                     check = checks[grade.name]
                     check.score, check.status = scores[grade.name], statuses[grade.name]
-                    self._enter(grade, None if check.status in WAITING else check.score, grade.name in changed)
+                    self._enter(grade, _automatic(check), grade.name in changed)
                 db.flush()
                 # The score that counts is the database's to say: asked for all at once.
                 for grade in db.query(Grade).filter_by(notebook_id=theirs.id).populate_existing():
                     _count(checks[grade.name], grade)
-                self._penalize(result, theirs)
+                self._penalize(result, theirs, self._time_that_counts(result, handed_in or HandedIn()))
                 db.execute(delete(RESULTS).where(where))
                 db.execute(
                     insert(RESULTS).values(
@@ -262,18 +325,42 @@ class Gradebook:
                         answers=json.dumps(answers),
                     )
                 )
-                files(result)
+                files(result, _entered(theirs))
 
         self._patiently(write)
 
-    def _penalize(self, result: Result, notebook: SubmittedNotebook) -> None:
+    def _time_that_counts(self, result: Result, handed_in: HandedIn) -> datetime | None:
+        """When the work was handed in first, as far as anybody knows; also writes it down.
+
+        Work that has not changed keeps its time when the stage is handed in again with another lesson.
+        """
+        db, where = self.database.db, _key(HANDED_IN, result.student, result.stage, result.lesson)
+        row = db.execute(select(HANDED_IN).where(where)).one_or_none()
+        when, seen = handed_in.time, datetime.now(UTC).replace(tzinfo=None)
+        if row is not None and handed_in.work in ("", row.work):
+            before, seen = row.time and datetime.fromisoformat(row.time), datetime.fromisoformat(row.seen)
+            when = min(filter(None, (when, before or seen))) if when or before else None
+        work = handed_in.work or (row.work if row is not None else "")
+        values = {"work": work, "time": when and when.isoformat(), "seen": seen.isoformat()}
+        if row is None or (row.work, row.time) != (values["work"], values["time"]):
+            key = {"student": result.student, "stage": result.stage, "lesson": result.lesson}
+            db.execute(delete(HANDED_IN).where(where))
+            db.execute(insert(HANDED_IN).values(**key, **values))
+        return when
+
+    def _penalize(self, result: Result, notebook: SubmittedNotebook, when: datetime | None) -> None:
         """Enters what lateness costs, by the due date as it is now."""
+        submission = notebook.assignment
+        of_stage = (HANDED_IN.c.student == result.student) & (HANDED_IN.c.stage == result.stage)
+        times = self.database.db.execute(select(HANDED_IN.c.time).where(of_stage & HANDED_IN.c.time.is_not(None)))
+        submission.timestamp = max((datetime.fromisoformat(value) for (value,) in times), default=None)
+        due = submission.assignment.duedate and submission.duedate
+        seconds = max(0.0, (when - due).total_seconds()) if when and due else 0.0
         result.late_penalty = 0.0
-        seconds = notebook.assignment.total_seconds_late
         result.late_penalty = self.penalty(result.student, result.score, seconds) if seconds else 0.0
         notebook.late_submission_penalty = result.late_penalty or None
 
-    def _submission(self, stage: str, student: str, timestamp: str | None) -> SubmittedAssignment:
+    def _submission(self, stage: str, student: str) -> SubmittedAssignment:
         """A student's part of a stage. A new one has no points yet, in any of its lessons, and asks for no person."""
         db = self.database.db
         assignment = self.database.find_assignment(stage)
@@ -288,7 +375,6 @@ class Gradebook:
             db.flush()
             for notebook in assignment.notebooks:
                 self._complete(submission, notebook)
-        submission.timestamp = _utc(timestamp)
         return submission
 
     @staticmethod
@@ -300,8 +386,15 @@ class Gradebook:
         grade.auto_score = score
 
 
-def _utc(timestamp: str | None) -> datetime | None:
-    return parse_utc(timestamp) if timestamp else None
+def _automatic(check: Check) -> float | None:
+    """The automatic score of a check as it came."""
+    return None if check.status in WAITING else check.score
+
+
+def _entered(notebook: SubmittedNotebook) -> Entered:
+    comments = {comment.name: comment.comment for comment in notebook.comments if comment.comment}
+    extra = {grade.name: grade.extra_credit for grade in notebook.grades if grade.extra_credit}
+    return Entered(comments, extra)
 
 
 def _count(check: Check, grade: Grade) -> None:
@@ -326,3 +419,76 @@ def _shown(url: str) -> str:
     """The address without its password."""
     head, _, rest = url.partition("://")
     return f"{head}://{rest.rpartition('@')[2]}"
+
+
+def _passes(error: OperationalError, away: bool) -> bool:
+    """Whether to wait may help: a file that another program has locked; a server, if it may be `away`."""
+    name = getattr(error.orig, "sqlite_errorname", None)
+    return name.startswith(("SQLITE_BUSY", "SQLITE_LOCKED")) if name else away
+
+
+# --- opening --------------------------------------------------------------------------------------------------
+
+
+def _opened(url: str) -> Database:
+    """nbgrader's gradebook with our table in it. A file is made whole or not at all; what is there is looked at."""
+    path = _file(url)
+    if path and (not path.exists() or not path.stat().st_size):
+        _make(path)
+    engine = create_engine(url)
+    try:
+        _look(engine)
+    finally:
+        engine.dispose()
+    return _with_results(url)
+
+
+def _file(url: str) -> Path | None:
+    """The file of a gradebook that is one, and has a path for its address."""
+    parsed = make_url(url)
+    named = parsed.get_backend_name() == "sqlite" and (parsed.database or ":memory:")
+    return Path(named) if named and not named.startswith((":memory:", "file:")) else None
+
+
+def _with_results(url: str) -> Database:
+    database = Database(url, COURSE)
+    for table in (RESULTS, HANDED_IN):
+        table.create(database.engine, checkfirst=True)
+    return database
+
+
+def _make(path: Path) -> None:
+    new = path.with_name(f".{path.name}-{os.getpid()}")
+    try:
+        _with_results(address_of(new)).close()
+        os.replace(new, path)
+    finally:
+        for left in path.parent.glob(f"{glob.escape(new.name)}*"):
+            left.unlink()
+
+
+def _look(engine: Engine) -> None:
+    """NoDatabase where the database is damaged, or is not nbgrader's, before anything is written to it."""
+    remedy = "put a copy of yours in its place, or move it away: then everyone is graded anew"
+    with engine.connect() as connection:
+        if engine.dialect.name == "sqlite":
+            found = connection.execute(text("PRAGMA quick_check(1)")).scalar()
+            if found != "ok":
+                said = " ".join(str(found).split())
+                raise NoDatabase(f"it is damaged ({said}); {remedy}")
+        looked = inspect(connection)
+        tables = {name: {column["name"] for column in looked.get_columns(name)} for name in looked.get_table_names()}
+        theirs = Base.metadata.tables
+        if engine.dialect.name == "sqlite" and tables and not tables.keys() & theirs.keys():
+            raise NoDatabase(f"it is another program's, with the tables {', '.join(sorted(tables)[:5])}")
+        for name, table in {**theirs, RESULTS.name: RESULTS, HANDED_IN.name: HANDED_IN}.items():
+            lacking = set(table.columns.keys()) - tables[name] if name in tables else ()
+            if lacking:
+                raise NoDatabase(
+                    f"its table {name} has no column {', '.join(sorted(lacking))}: it is another program's, or that of "
+                    "an older nbgrader, whose command `nbgrader db upgrade` mends it"
+                )
+        absent = sorted(theirs.keys() - tables.keys())
+        present = [table for name, table in theirs.items() if name in tables]
+        if absent and any(connection.execute(select(table).limit(1)).first() for table in present):
+            raise NoDatabase(f"it lacks the table {absent[0]}, but has others with something in them; {remedy}")

@@ -1,25 +1,24 @@
-"""What the grader writes for people: learner's page, class report, the two tables and the terminal's summary."""
+"""What the grader shows people: a learner's page, and the terminal's summary."""
 
 import base64
 import binascii
-import os
-import tempfile
+import hashlib
+import json
 import unicodedata
-from collections import Counter, defaultdict
-from datetime import UTC, datetime
+from collections import defaultdict
+from dataclasses import asdict
 from functools import cache
 from pathlib import Path
 
 import nbformat
 from jinja2 import Environment, PackageLoader
-from pygments import highlight
 from pygments.formatters import HtmlFormatter
-from pygments.lexers import PythonLexer
 
 from autograder.execute import ANSI
+from autograder.grading.clerk import colored
+from autograder.grading.gradebook import Entered
 from autograder.grading.rebuild import name, role
-from autograder.grading.similarity import Pair
-from autograder.grading.task import WAITING, Check, Result
+from autograder.grading.task import Check, Result
 
 UNSAFE = "Graded without a sandbox (--unsafe): the code ran with all the rights of whoever graded it."
 OUTPUT_CHARS = 20_000  # of one output on the learner's page
@@ -34,20 +33,6 @@ STATUS = {
     "withheld": "withheld until a person has decided",
     "by hand": "graded by a person",
 }
-
-
-def write(path: Path, data: bytes | str) -> None:
-    """Writes a file whole or not at all: a reader never sees half of it."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.NamedTemporaryFile(dir=path.parent, prefix=".tmp-", delete=False) as file:
-        try:
-            file.write(data.encode() if isinstance(data, str) else data)
-            file.close()
-            os.chmod(file.name, 0o644)
-            os.replace(file.name, path)
-        except BaseException:
-            os.unlink(file.name)
-            raise
 
 
 # --- the terminal ----------------------------------------------------------------------------------------------
@@ -77,7 +62,7 @@ def _width(text: str) -> int:
 
 
 @cache
-def _templates() -> Environment:
+def templates() -> Environment:
     environment = Environment(
         loader=PackageLoader("autograder", "templates"), autoescape=True, trim_blocks=True, lstrip_blocks=True
     )
@@ -86,8 +71,28 @@ def _templates() -> Environment:
     return environment
 
 
-def feedback(result: Result, title: str, unsafe: bool) -> str:
-    """The learner's page: scores, messages, and their own cells as they ran; nothing of ours but what they had."""
+def shown(result: Result, title: str, flags: list[str], unsafe: bool, entered: Entered) -> str:
+    """All that a learner's page shows beside the notebook, as a hash that stands in the page."""
+    checks = [asdict(check) for check in result.checks]
+    facts = [result.status, checks, result.late_penalty, title, flags, unsafe, asdict(entered), _template_digest()]
+    return hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()[:32]
+
+
+def shows(page: Path, shown: str) -> bool:
+    """Whether a page that was written earlier shows this."""
+    with open(page, encoding="utf-8", errors="replace") as file:
+        return f'content="{shown}"' in file.read(1000)
+
+
+@cache
+def _template_digest() -> str:
+    loader = templates().loader
+    sources = [loader.get_source(templates(), name)[0] for name in ("feedback.html.j2", "class_style.css.j2")]
+    return hashlib.sha256("".join(sources).encode()).hexdigest()
+
+
+def feedback(result: Result, title: str, flags: list[str], unsafe: bool, entered: Entered) -> str:
+    """The learner's page: scores, messages, what a person wrote, and the learner's own cells as they ran."""
     cells = []
     notebook = nbformat.reads(result.notebook.decode(), as_version=4) if result.notebook else None
     for cell in notebook.cells if notebook else []:
@@ -95,7 +100,8 @@ def feedback(result: Result, title: str, unsafe: bool) -> str:
             cells.append(
                 {
                     "label": "your own cell" if role(cell) == "added" else name(cell),
-                    "code": _highlight(cell.source) if cell.cell_type == "code" else None,
+                    "comment": entered.comments.get(name(cell)) if role(cell) != "added" else None,
+                    "code": colored(cell.source) if cell.cell_type == "code" else None,
                     "text": cell.source,
                     "outputs": [_shown(output) for output in cell.get("outputs", [])],
                 }
@@ -103,18 +109,21 @@ def feedback(result: Result, title: str, unsafe: bool) -> str:
     groups: dict[str, list[Check]] = defaultdict(list)
     for check in result.checks:
         groups[check.exercise].append(check)
-    return _templates().get_template("feedback.html.j2").render(
-        result=result,
-        title=title,
-        unsafe=UNSAFE if unsafe else "",
-        groups=groups,
-        cells=cells,
-        style=HtmlFormatter(style="default").get_style_defs("pre"),
+    return (
+        templates()
+        .get_template("feedback.html.j2")
+        .render(
+            result=result,
+            title=title,
+            flags=flags,
+            shown=shown(result, title, flags, unsafe, entered),
+            unsafe=UNSAFE if unsafe else "",
+            groups=groups,
+            cells=cells,
+            entered=entered,
+            style=HtmlFormatter(style="default").get_style_defs("pre"),
+        )
     )
-
-
-def _highlight(source: str) -> str:
-    return highlight(source, PythonLexer(), HtmlFormatter(nowrap=True))
 
 
 def _shown(output: dict) -> dict:
@@ -137,53 +146,3 @@ def _shown(output: dict) -> dict:
 def _cut(text: str) -> str:
     text = ANSI.sub("", text)
     return text if len(text) <= OUTPUT_CHARS else text[:OUTPUT_CHARS] + "\n[…]"
-
-
-def exercises(results: list[Result]) -> dict[tuple[str, str], list[dict]]:
-    """Per lesson, in its own order: every exercise's share passed and what most learners were told.
-
-    A share counts the checks of all who handed the lesson in and whose file could be read.
-    """
-    counted: dict[tuple[str, str], dict[str, dict]] = defaultdict(dict)
-    for result in results:
-        if result.status not in ("graded", "incomplete", "withheld"):
-            continue
-        for check in result.checks:
-            if check.status in (*WAITING, "by hand"):
-                continue
-            row = counted[result.stage, result.lesson].setdefault(
-                check.exercise, {"exercise": check.exercise, "passed": 0, "stub": 0, "count": 0, "messages": Counter()}
-            )
-            row["count"] += 1
-            row["passed"] += check.status == "passed"
-            row["stub"] += check.status == "stub"
-            if check.message and check.status != "stub":
-                row["messages"][check.message] += 1
-    lessons = {}
-    for lesson, rows in counted.items():
-        for row in rows.values():
-            row["share"] = row["passed"] / row["count"]
-            row["open"] = row["stub"] / row["count"]
-            row["message"], row["times"] = row.pop("messages").most_common(1)[0] if row["messages"] else ("", 0)
-        lessons[lesson] = list(rows.values())
-    return lessons
-
-
-def class_report(
-    results: list[Result], notes: list[str], seconds: float, unsafe: bool, pairs: list[Pair] | None = None
-) -> str:
-    """The class on a page; `pairs` are the answers that resemble each other, None where nobody looked."""
-    return _templates().get_template("class_report.html.j2").render(
-        results=results,
-        exercises=exercises(results),
-        pairs=pairs,
-        notes=notes,
-        unsafe=UNSAFE if unsafe else "",
-        seconds=seconds,
-        students=len({r.student for r in results}),
-        handed_in=sum(r.status != "missing" for r in results),
-        flagged=sum(bool(r.flags) for r in results),
-        withheld=sum(r.status == "withheld" for r in results),
-        faults=sum(r.status == "fault" for r in results),
-        created=datetime.now(UTC).strftime("%Y-%m-%d %H:%M UTC"),
-    )

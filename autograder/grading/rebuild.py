@@ -1,28 +1,42 @@
 """A submission and the master become the notebook that is run.
 
-From a submission only text is taken: of the exercise cells, of the written answers, and of the cells that the learner
-added. Everything else (checks, our own code, metadata, outputs) comes from the master. So nothing that was deleted,
-edited or forged in a submission can change what is asked, and nothing that is broken in it can stop the grading.
+From a submission only text is taken: of the exercise cells, of the written answers, of the cells that the learner
+added, and what they wrote into a given cell besides what stands there. Everything else (checks, our own code, metadata,
+outputs) comes from the master. So nothing that was deleted, edited or forged in a submission can change what is asked,
+and nothing that is broken in it can stop the grading.
 """
 
 import json
 import re
-from collections import defaultdict
+import sys
+from collections import Counter, defaultdict
 from dataclasses import dataclass
-from difflib import SequenceMatcher
 
 import nbformat
 import nbformat.reader
 from nbformat import NotebookNode
 
-from autograder.execute import printable
+from autograder.grading.additions import additions, imports
 from autograder.lesson import stub, without_hidden
+from autograder.text import printable
 
-MAX_BYTES = 100_000_000
+MAX_BYTES = 100_000_000  # of a file; outputs, which nobody reads, have most of them
+MAX_CELLS, MAX_TEXT = 2_000, 20_000_000  # characters of all cells; pictures that were pasted into prose are text
+MAX_CODE, MAX_LINES = 1_000_000, 20_000  # characters and lines of all code
 ANSWER_STUB = "YOUR ANSWER HERE"  # nbgrader's text for a written answer
-GENERATED = re.compile(r"#\s*exercise\s+([a-z0-9_]+)\b")  # the first line of every exercise cell
+GENERATED = re.compile(r"#\s*(?:exercise\s+|Exercise \d+ \()([a-z0-9_]+)\b")  # the first line of every exercise cell
 DEFINED = re.compile(r"^(?:async\s+def|def|class)\s+(\w+)", re.MULTILINE)
-SIMILAR = 0.75  # of a cell that has lost its metadata: enough of our text to be a copy of it
+WORD = re.compile(r"\w+|[^\w\s]")
+MAGIC = {
+    b"PK\x03\x04": "a zip archive",
+    b"%PDF": "a PDF",
+    b"\x1f\x8b": "a gzip archive",
+    b"Rar!": "a RAR archive",
+    b"7z\xbc\xaf": "a 7z archive",
+    b"# %%": "a text version of a notebook (Jupytext)",
+}
+NEWER = "file: saved by"  # what begins a flag that is of interest only where a cell's syntax is not understood
+SIMILAR = 0.75  # of a cell that has lost its metadata: enough of our words to be a copy of it
 
 
 class Unreadable(ValueError):
@@ -50,7 +64,7 @@ def read_submission(data: bytes) -> tuple[list[Submitted], list[str]]:
     """
     flags = []
     if len(data) > MAX_BYTES:
-        raise Unreadable(f"the file has {len(data) / 1e6:.0f} MB, more than the {MAX_BYTES / 1e6:.0f} MB that are read")
+        raise Unreadable(f"the file has more than the {MAX_BYTES / 1e6:.0f} MB that are read")
     if not data.strip(b"\0 \t\r\n"):
         raise Unreadable("the file is empty" if not data else "the file has nothing but blanks or NUL bytes")
     if data.startswith((b"\xff\xfe", b"\xfe\xff")):
@@ -78,8 +92,23 @@ def read_submission(data: bytes) -> tuple[list[Submitted], list[str]]:
                 flags.append(f"file: not UTF-8; read as {encoding}")
             break
     if notebook is None:
-        raise Unreadable(problem)
+        raise Unreadable(_what_it_is(data) or problem)
     return _cells(notebook, flags), flags
+
+
+def _what_it_is(data: bytes) -> str:
+    """What a file is that people hand in for a notebook by mistake."""
+    start = data.lstrip()[:500]
+    if re.search(rb"^(<<<<<<< |>>>>>>> )", data, re.MULTILINE):
+        return "the file has git's marks of a merge conflict (<<<<<<<): the conflict has to be resolved first"
+    if start.startswith(b"version https://git-lfs"):
+        return "the file is a Git LFS pointer, not the notebook itself: git lfs pull gets it"
+    if re.match(rb"(<!--.*?-->\s*)?<(!doctype\s+html|html|head|\?xml)\b", start, re.IGNORECASE | re.DOTALL):
+        return "the file is a web page, not the notebook: in Jupyter, File → Download gives the notebook itself"
+    for magic, what in MAGIC.items():
+        if start.startswith(magic):
+            return f"the file is {what}, not a notebook"
+    return ""
 
 
 def _cells(notebook: object, flags: list[str]) -> list[Submitted]:
@@ -92,9 +121,11 @@ def _cells(notebook: object, flags: list[str]) -> list[Submitted]:
         except Exception as error:  # whatever an old, broken notebook makes the converter do
             raise Unreadable(f"the notebook is of the old version {version} and cannot be converted: {error}") from None
         flags.append(f"file: notebook format {version}; converted")
+    flags += _newer_python(notebook)
     cells = notebook.get("cells")
     if not isinstance(cells, list):
         raise Unreadable("the notebook has no list of cells")
+    _at_most(MAX_CELLS, len(cells), "cells")
     found = []
     for cell in cells:
         if not isinstance(cell, dict) or cell.get("cell_type") not in ("code", "markdown", "raw"):
@@ -116,16 +147,44 @@ def _cells(notebook: object, flags: list[str]) -> list[Submitted]:
                 experiment=isinstance(tags, list) and "experiment" in tags,
             )
         )
+    _bounded(found)
     return found
+
+
+def _newer_python(notebook: dict) -> list[str]:
+    """A flag where the notebook was saved by a newer Python than ours, whose syntax may be unknown here."""
+    metadata = notebook.get("metadata")
+    language = metadata.get("language_info") if isinstance(metadata, dict) else None
+    found = re.match(r"3\.(\d{1,3})\b", str(language.get("version")) if isinstance(language, dict) else "")
+    if not found or int(found[1]) <= sys.version_info.minor:
+        return []
+    return [f"{NEWER} Python {found[0]}, and graded by {sys.version_info.major}.{sys.version_info.minor}"]
+
+
+def _bounded(cells: list[Submitted]) -> None:
+    """Unreadable where there is more than any work on a lesson has; what follows then costs a second at most."""
+    code = [cell.source for cell in cells if cell.kind == "code"]
+    _at_most(MAX_TEXT, sum(len(cell.source) for cell in cells), "characters")
+    _at_most(MAX_CODE, sum(map(len, code)), "characters of code")
+    _at_most(MAX_LINES, sum(source.count("\n") + 1 for source in code), "lines of code")
+
+
+def _at_most(most: int, count: int, what: str) -> None:
+    if count > most:
+        raise Unreadable(f"the notebook has {count:,} {what}, more than the {most:,} that are read")
 
 
 # --- the master -----------------------------------------------------------------------------------------------
 
 
 def role(cell: NotebookNode) -> str:
-    """`exercise`, `check`, `answer` (prose, for a person), `experiment`, `added` (the learner's) or `plain`."""
+    """What a cell is.
+
+    `exercise`, `check`, `answer` (for a person), `experiment`, `setup`, `plain`; `added` is a learner's own, `imports`
+    what an experiment imports.
+    """
     own = cell.metadata.get("llm40", {}).get("role")  # where nbgrader has no mark
-    if own in ("added", "answer"):
+    if own in ("added", "answer", "setup", "imports"):
         return own
     marks = cell.metadata.get("nbgrader", {})
     if marks.get("solution"):
@@ -145,6 +204,17 @@ def exercise_of(check: str) -> str:
     return re.sub(r"-check-\d+$", "", check)
 
 
+def is_run(cell: NotebookNode) -> bool:
+    """Whether a cell is run where answers are judged."""
+    return cell.cell_type == "code" and bool(cell.source.strip()) and role(cell) not in ("experiment", "setup")
+
+
+def own_text(source: str) -> str:
+    """A cell's text without the first line that the builder makes, and without blanks at the ends of lines."""
+    lines = [line.rstrip() for line in source.strip().split("\n")]
+    return "\n".join(lines[1:] if GENERATED.match(lines[0]) else lines).strip()
+
+
 def blank(master: NotebookNode) -> NotebookNode:
     """The master without its answers: what a learner got, and the hidden tests. The reference goes no further."""
     for cell in master.cells:
@@ -162,9 +232,14 @@ def blank(master: NotebookNode) -> NotebookNode:
 # --- matching -------------------------------------------------------------------------------------------------
 
 
+def _trimmed(source: str) -> str:
+    """A source without blanks at the ends of its lines."""
+    return "\n".join(line.rstrip() for line in source.strip().split("\n"))
+
+
 def _same(one: str, other: str) -> bool:
     """Whether two sources are the same but for blanks at the ends of lines."""
-    return [line.rstrip() for line in one.strip().split("\n")] == [line.rstrip() for line in other.strip().split("\n")]
+    return _trimmed(one) == _trimmed(other)
 
 
 def _ours(cell: NotebookNode, source: str) -> bool:
@@ -172,7 +247,13 @@ def _ours(cell: NotebookNode, source: str) -> bool:
     return _same(source, cell.source) or _same(source, without_hidden(cell.source))
 
 
-def _looks_like(cell: NotebookNode, submitted: Submitted) -> bool:
+def _likeness(one: Counter, other: Counter) -> float:
+    """The share of words that two texts have in common: twice the common ones by all (Dice's coefficient)."""
+    sizes = one.total() + other.total()
+    return 2 * (one & other).total() / sizes if sizes else 0.0
+
+
+def looks_like(cell: NotebookNode, submitted: Submitted) -> bool:
     """Whether a cell without marks is our exercise: by its generated first line, or by what the stub defines."""
     first = GENERATED.match(submitted.source.strip())
     if first:
@@ -200,20 +281,21 @@ def match(master: NotebookNode, cells: list[Submitted]) -> tuple[dict[int, int],
 
     by_text = {}
     for i in rest(("exercise",)):
-        by_text |= {j: i for j in free() if _looks_like(master.cells[i], cells[j])}
+        by_text |= {j: i for j in free() if looks_like(master.cells[i], cells[j])}
     stripped = bool(by_text) or not found
     found |= by_text
-    for i in rest(("check", "plain", "experiment", "answer")):
-        same = [j for j in free() if _ours(master.cells[i], cells[j].source)]
+    trimmed = {j: _trimmed(cells[j].source) for j in free()}
+    for i in rest(("check", "plain", "experiment", "setup", "answer")):
+        ours = (_trimmed(master.cells[i].source), _trimmed(without_hidden(master.cells[i].source)))
+        same = [j for j in free() if trimmed[j] in ours]
         found |= dict.fromkeys(same[:1], i)
     if stripped:
-        for i in rest(("check", "plain", "experiment")):
-            text = without_hidden(master.cells[i].source)
-            for j in free():
-                likeness = SequenceMatcher(None, text, cells[j].source, autojunk=False)
-                if likeness.quick_ratio() > SIMILAR and likeness.ratio() > SIMILAR:
-                    found[j] = i
-                    break
+        words = {j: Counter(WORD.findall(cells[j].source)) for j in free()}
+        for i in rest(("check", "plain", "experiment", "setup")):
+            ours = Counter(WORD.findall(without_hidden(master.cells[i].source)))
+            near = {j: _likeness(ours, words[j]) for j in free()}
+            if near and max(near.values()) > SIMILAR:
+                found[max(near, key=near.get)] = i
         for i in rest(("answer",)):  # it can have any text; what is left is where it stands
             before = [j for j, k in found.items() if k == i - 1]
             if before and max(before) + 1 in free() and cells[max(before) + 1].kind == "markdown":
@@ -233,12 +315,27 @@ def _added(cell: Submitted, number: int) -> NotebookNode:
     return made
 
 
-def _flags(ours: NotebookNode, copies: list[Submitted]) -> list[str]:
-    """What a person should know about the copies of one of our cells."""
+def _imports(ours: NotebookNode, source: str) -> NotebookNode:
+    made = nbformat.v4.new_code_cell(source, id=f"imports-{name(ours)}"[:64])
+    made.metadata["llm40"] = {"role": "imports"}
+    return made
+
+
+def _written_into(ours: NotebookNode, copies: list[Submitted]) -> str:
+    """What the learner wrote into a given cell of code besides what stands there; checks are not theirs to write."""
+    if ours.cell_type != "code" or role(ours) not in ("plain", "setup"):
+        return ""
+    edited = [copy for copy in copies if copy.kind == "code" and not _ours(ours, copy.source)]
+    found = [additions(ours.source, copy.source) for copy in edited]
+    return "\n".join(dict.fromkeys(filter(None, found)))
+
+
+def _flags(ours: NotebookNode, copies: list[Submitted], kept: str) -> list[str]:
+    """What a person should know about the copies of one of our cells; `kept` is what they have besides our text."""
     kind, label = role(ours), name(ours)
     theirs = kind in ("exercise", "answer")
-    if not theirs and (ours.cell_type != "code" or kind == "experiment"):
-        return []  # prose and experiments are there to be played with
+    if not theirs and (ours.cell_type != "code" or kind in ("experiment", "setup")) and not kept:
+        return []  # prose and experiments are there to be played with, and graders need no set-up
     if not copies:
         return [f"{label}: deleted; {'the untouched stub' if theirs else 'ours'} was used"]
     flags = []
@@ -250,14 +347,17 @@ def _flags(ours: NotebookNode, copies: list[Submitted]) -> list[str]:
         remedy = f"read as {ours.cell_type}" if theirs else "ours was used"
         flags.append(f"{label}: turned into a {last.kind} cell; {remedy}")
     elif not theirs and not all(_ours(ours, copy.source) for copy in copies):
-        flags.append(f"{label}: edited; ours was used")
+        what = ", and then what was added to it" if kept else ""
+        flags.append(f"{label}: edited; ours was used{what}")
     return flags
 
 
-def rebuild(master: NotebookNode, cells: list[Submitted]) -> tuple[NotebookNode, list[str]]:
+def rebuild(master: NotebookNode, cells: list[Submitted], experiments: bool = False) -> tuple[NotebookNode, list[str]]:
     """The notebook to run, and a line for everything that was not as we had handed it out.
 
-    `master` has no answers (see `blank`). A learner's own cell comes after the cell of ours that it followed.
+    `master` has no answers (see `blank`). A learner's own cell comes after the cell of ours that it followed; what they
+    added to a given cell is a cell of their own, right after it. Where `experiments` are not run, what they import in
+    the submission stands after each in a cell of its own.
     """
     found, stripped = match(master, cells)
     flags = []
@@ -282,10 +382,16 @@ def rebuild(master: NotebookNode, cells: list[Submitted]) -> tuple[NotebookNode,
     for i, ours in enumerate([None, *master.cells], -1):
         if ours is not None:
             mine = [cells[j] for j in copies[i]]
-            flags += _flags(ours, mine)
+            written = _written_into(ours, mine)
+            flags += _flags(ours, mine, written)
             if mine and role(ours) in ("exercise", "answer"):
                 ours.source = mine[-1].source
             rebuilt.append(ours)
+            if written:
+                after[i].insert(0, Submitted("code", written))
+            if experiments and mine and role(ours) == "experiment":
+                imported = imports("\n".join(copy.source for copy in mine if copy.kind == "code"))
+                rebuilt += [_imports(ours, imported)] if imported else []
         for cell in after[i]:
             number += 1
             rebuilt.append(_added(cell, number))

@@ -7,14 +7,17 @@ median, which stands with it.
 """
 
 import io
+from collections.abc import Callable
 from dataclasses import dataclass
 from itertools import combinations
 from statistics import median
 
 from nbformat import NotebookNode
 
+from autograder.grading.clerk import normalized
 from autograder.grading.rebuild import role
 
+LONGEST = 50_000  # characters of normalized code; a lesson's answers have some thousand
 K, WINDOW = 25, 1  # characters of normalized code that make a match; 1 keeps every match, as exercises are short
 SHOWN = 20  # pairs in a lesson's list
 
@@ -35,10 +38,21 @@ def code(notebook: NotebookNode) -> str:
     return "\n\n".join(cell.source for cell in notebook.cells if role(cell) == "exercise")
 
 
-def alike(lesson: str, answers: dict[str, str], stub: str) -> list[Pair]:
-    """The pairs of students with the largest shares in common, largest first; `answers` maps students to code."""
-    given = _fingerprint(stub).hashes
-    prints = {student: _fingerprint(text, given) for student, text in answers.items()}
+def alike(
+    lesson: str, answers: dict[str, str], stub: str, left_out: Callable[[str], None] = lambda student: None
+) -> list[Pair]:
+    """The pairs of students with the largest shares in common, largest first; `answers` maps students to code.
+
+    `left_out` is told the students whose code takes too much to be compared.
+    """
+    given = _fingerprint(normalized(stub)).hashes
+    prints = {}
+    for student, text in answers.items():
+        prepared = normalized(text)
+        if prepared is None or len(prepared) > LONGEST:
+            left_out(student)
+        else:
+            prints[student] = _fingerprint(prepared, given)
     written = {student: print for student, print in prints.items() if print.token_coverage > K}
     shares = {pair: _share(*(written[student] for student in pair)) for pair in combinations(sorted(written), 2)}
     if not shares:
@@ -48,10 +62,10 @@ def alike(lesson: str, answers: dict[str, str], stub: str) -> list[Pair]:
     return [Pair(lesson, *pair, shares[pair], middle) for pair in largest]
 
 
-def _fingerprint(text: str, boilerplate=()):
+def _fingerprint(prepared: str, boilerplate=()):
     from copydetect import CodeFingerprint  # a second's import, and seldom asked for
 
-    return CodeFingerprint("answer.py", K, WINDOW, list(boilerplate), language="python", fp=io.StringIO(text))
+    return CodeFingerprint("answer.py", K, WINDOW, list(boilerplate), filter=False, fp=io.StringIO(prepared))
 
 
 def _share(one, other) -> float:

@@ -5,26 +5,30 @@ So it can run in any process, on any machine; what it needs is in it, and what i
 
 import time
 import traceback
+from collections.abc import Mapping
 from dataclasses import dataclass, field
-from functools import lru_cache
 
 import nbformat
 from nbformat import NotebookNode
 
-from autograder.execute import Limits, Managers, Outcome, Step, execute
-from autograder.grading import integrity
-from autograder.grading.rebuild import Unreadable, exercise_of, name, read_submission, rebuild, role
-from autograder.kernels.guardian import Lesson
+from autograder.execute import Limits, Managers, Step, execute
+from autograder.grading.clerk import read_submission
+from autograder.grading.origins import Origins
+from autograder.grading.rebuild import NEWER, Unreadable, exercise_of, is_run, name, rebuild, role
+from autograder.grading.verdicts import Check, judge, tell_accident, tell_error
+from autograder.judge.sources import bound_names
 from autograder.kernels.manager import Kernels
-from autograder.lesson import python_of
+from autograder.lesson import BEGIN_HIDDEN, python_of
 
-MESSAGE_LINES, MESSAGE_CHARS = 4, 500
 WAITING = ("to grade", "withheld")  # checks whose score a person gives
 
 
 @dataclass(frozen=True, eq=False)
 class Task:
-    """What is to be graded. `submission` is None where the student handed in nothing for this lesson."""
+    """What is to be graded. `submission` is None where the student handed in nothing for this lesson.
+
+    `files` are what lies beside the notebook: place → content.
+    """
 
     student: str
     stage: str
@@ -34,23 +38,7 @@ class Task:
     limits: Limits = field(default_factory=Limits)
     seed: int = 0
     kernels: Managers = field(default_factory=Kernels)
-
-
-@dataclass
-class Check:
-    """One check's verdict: `passed`, `failed`, `stub`, `timeout`, `crashed`, `not run`, or `withheld`: passed in a
-    submission that bent what judges it, so that a person decides.
-
-    A written answer that a person grades is here too: `to grade`, or `stub` where nothing was written. The gradebook
-    makes it `by hand` once a person has given a score.
-    """
-
-    exercise: str
-    check: str
-    points: float
-    score: float
-    status: str
-    message: str = ""
+    files: dict[str, bytes] = field(default_factory=dict)
 
 
 @dataclass
@@ -58,8 +46,7 @@ class Result:
     """What came out.
 
     `status` is `graded`; `unreadable` or `missing`, with zero points; `incomplete` where a limit of the notebook left
-    checks unrun; `withheld` where points wait for a person, as the submission bent what judges it; or `fault`, when the
-    grader itself failed: then there is no score. The flags say why.
+    checks unrun; or `fault`, when the grader itself failed: then there is no score. The flags say why.
     """
 
     student: str
@@ -86,11 +73,6 @@ class Result:
     @property
     def max_score(self) -> float:
         return sum(check.points for check in self.checks)
-
-
-@lru_cache(64)
-def _lesson(master: bytes) -> Lesson:
-    return integrity.lesson_of(parse(master))
 
 
 def parse(notebook: bytes) -> NotebookNode:
@@ -127,30 +109,32 @@ def _grade(task: Task, result: Result) -> None:
         result.notebook = nbformat.writes(master).encode()
         return
     released = {name(cell): cell.source for cell in master.cells}
-    lesson = _lesson(task.master)
-    notebook, more = rebuild(master, cells)
+    asked = master.metadata.get("llm40", {}).get("asked", {})
+    comparisons = master.metadata.get("llm40", {}).get("comparisons", {})
+    notebook, more = rebuild(master, cells, experiments=True)
     result.flags += flags + more
-    caught = integrity.suspicious(notebook)
 
-    to_run = [c for c in notebook.cells if c.cell_type == "code" and role(c) != "experiment" and c.source.strip()]
-    outcomes = execute([_step(cell, lesson) for cell in to_run], task.limits, task.seed, task.kernels, lesson)
+    to_run = [cell for cell in notebook.cells if is_run(cell)]
+    steps = steps_of(to_run, asked, comparisons, task.files)
+    outcomes = execute(steps, task.limits, task.seed, task.kernels, judging=True, files=task.files)
     result.cell_seconds = sum(outcome.seconds for outcome in outcomes)
+    if not any(outcome.ename == "SyntaxError" for outcome in outcomes):
+        result.flags = [flag for flag in result.flags if not flag.startswith(NEWER)]
     for cell, outcome in zip(to_run, outcomes, strict=True):
         cell.outputs = nbformat.from_dict(outcome.outputs)
         cell.execution_count = outcome.count
         if outcome.status in ("timeout", "died"):
-            result.flags.append(f"{name(cell)}: {_accident(outcome, task.limits)}")
+            result.flags.append(f"{name(cell)}: {tell_accident(outcome, task.limits)}")
         elif role(cell) == "plain" and outcome.status == "error":
-            result.flags.append(f"{name(cell)}: this cell of ours raised {_said(outcome)}")
+            result.flags.append(f"{name(cell)}: this cell of ours raised {tell_error(outcome)}")
 
     exercises = {}
+    origins = Origins(list(zip(to_run, outcomes, strict=True)), cells, notebook.cells)
     for cell, outcome in zip(to_run, outcomes, strict=True):
         if role(cell) == "exercise":
             exercises[name(cell)] = outcome
         elif role(cell) == "check":
-            result.checks.append(_judge(cell, outcome, exercises, task.limits))
-    caught += integrity.flags_of(report for outcome in outcomes for report in outcome.reports)
-    _withhold(result, caught)
+            result.checks.append(judge(cell, outcome, exercises, task.limits, origins))
     for cell in notebook.cells:
         if by_hand(cell):
             written = cell.source.strip() != released[name(cell)].strip()
@@ -163,28 +147,41 @@ def _grade(task: Task, result: Result) -> None:
     result.notebook = nbformat.writes(notebook).encode()
 
 
-def _step(cell: NotebookNode, lesson: Lesson) -> Step:
-    """A learner's cell runs as it stands; ours have a name, and a check is armed."""
-    kind, source = role(cell), cell.source
-    if kind not in ("plain", "check"):
-        return Step(source)
-    armed = integrity.armed(source, name(cell), lesson.theirs, lesson.helpers) if kind == "check" else b""
-    return Step(python_of(source), kind == "check", name(cell), armed, integrity.counts_calls(source))
+def steps_of(
+    cells: list[NotebookNode],
+    asked: dict[str, list[str]],
+    comparisons: dict[str, list[str]],
+    files: Mapping[str, bytes] | None = None,
+) -> list[Step]:
+    """A learner's cell runs as it stands; the instructor's are also given to the judge."""
+    steps, known, answers, added = [], set(), {}, []
+    modules = [data.decode(errors="replace") for name, data in (files or {}).items() if name.endswith(".py")]
+    for cell in cells:
+        kind = role(cell)
+        if kind not in ("plain", "check"):
+            known |= set(asked.get(name(cell), ()))
+            if kind == "exercise":
+                answers[name(cell)] = python_of(cell.source)
+            else:
+                added.append(python_in(cell.source))
+            steps.append(Step(cell.source))
+            continue
+        python = python_of(cell.source)
+        if kind == "plain":
+            known -= bound_names(python)
+            steps.append(Step(cell.source, "given", name(cell), python))
+        else:
+            hidden = python[: python.find(BEGIN_HIDDEN)].count("\n") + 1 if BEGIN_HIDDEN in python else 0
+            written = (answers.get(exercise_of(name(cell)), ""), *added, *modules)
+            names = tuple(sorted(known))
+            steps.append(Step(cell.source, "check", name(cell), python, names, hidden, written, comparisons))
+    return steps
 
 
-def _withhold(result: Result, caught: list[str]) -> None:
-    """A submission that was caught keeps no points by itself: they wait for a person."""
-    caught += [f"{check.check}: {check.message}" for check in result.checks if check.status == "withheld"]
-    if not caught:
-        return
-    for check in result.checks:
-        if check.status == "passed":
-            check.score, check.status, check.message = 0.0, "withheld", f"passed, but {caught[0]}"
-    points = sum(check.points for check in result.checks if check.status == "withheld")
-    if points:
-        result.status = "withheld"
-        caught.insert(0, f"withheld: {points:g} points wait for a person's decision")
-    result.flags[:0] = caught
+def python_in(source: str) -> str:
+    """The Python in a learner's cell, also where a magic stands above it: `%%writefile helpers.py`."""
+    first, _, rest = source.lstrip().partition("\n")
+    return python_of(rest if first.startswith("%%") else source)
 
 
 def by_hand(cell: NotebookNode) -> bool:
@@ -198,43 +195,3 @@ def _nothing(master: NotebookNode, result: Result, reason: str) -> None:
         if role(cell) == "check" or by_hand(cell):
             points = float(cell.metadata.nbgrader.points)
             result.checks.append(Check(exercise_of(name(cell)), name(cell), points, 0.0, "not run", reason))
-
-
-def _judge(cell: NotebookNode, outcome: Outcome, exercises: dict[str, Outcome], limits: Limits) -> Check:
-    """The verdict: a check that raises gives nothing, one that does not gives all; what it prints is nothing to us."""
-    points = float(cell.metadata.nbgrader.points)
-    check = Check(exercise_of(name(cell)), name(cell), points, 0.0, "failed")
-    if outcome.status == "ok":
-        check.score, check.status = points, "passed"
-        return check
-    if outcome.status in ("timeout", "died"):
-        check.status = "timeout" if outcome.status == "timeout" else "crashed"
-        check.message = _accident(outcome, limits)
-    elif outcome.status == "not run":
-        check.status, check.message = "not run", outcome.evalue
-    elif outcome.ename == "NotImplementedError":
-        check.status, check.message = "stub", "not written yet"
-    elif outcome.ename == "Bent":
-        check.status, check.message = "withheld", _said(outcome).removeprefix("Bent: ")
-    else:
-        check.message = _said(outcome)
-    exercise = exercises.get(check.exercise)
-    if exercise and exercise.status in ("error", "timeout", "died"):
-        cause = _said(exercise) if exercise.status == "error" else _accident(exercise, limits)
-        check.message = f"the cell of the exercise itself failed: {cause}"
-    return check
-
-
-def _accident(outcome: Outcome, limits: Limits) -> str:
-    if outcome.status == "timeout":
-        return f"stopped after {outcome.seconds:.0f} s (limit {limits.cell:g} s): is there a loop that does not end?"
-    return "ended the kernel (a crash, or an exit); a new one was started"
-
-
-def _said(outcome: Outcome) -> str:
-    """The first lines of what was raised; an assertion speaks for itself, other exceptions with their name."""
-    lines = [line.rstrip() for line in outcome.evalue.strip().split("\n") if line.strip()][:MESSAGE_LINES]
-    text = "\n".join(lines)[:MESSAGE_CHARS]
-    if outcome.ename == "AssertionError" and text:
-        return text
-    return (f"{outcome.ename}: {text}" if text else outcome.ename)[:MESSAGE_CHARS]

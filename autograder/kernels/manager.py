@@ -13,16 +13,20 @@ from dataclasses import asdict, dataclass, replace
 from importlib.metadata import EntryPoint
 from pathlib import Path
 
+import zmq
 from jupyter_client.kernelspec import KernelSpec, KernelSpecManager
 from jupyter_client.manager import AsyncKernelManager
 from jupyter_client.provisioning import KernelProvisionerFactory
 
-from autograder.kernels.limits import Limits
-from autograder.kernels.provisioner import CAN_FORK, LIBRARIES, own_warm
+from autograder.kernels.forking import CAN_FORK, LIBRARIES, own_warm
+from autograder.kernels.limits import MB, Limits
 from autograder.kernels.sandbox import CONNECTION, SOCKETS, environment
 
 # A UNIX socket's path is at most 108 bytes, so the folder is short, wherever the project lies.
 TEMPORARY = "/tmp" if Path("/tmp").is_dir() else None
+# Of a kernel's messages at most four wait on our side; the others stay in the kernel's memory. One that is larger than
+# this closes the connection.
+BOUNDS = {zmq.RCVHWM: 4, zmq.MAXMSGSIZE: 128 * MB}
 PROVISIONER = EntryPoint("llm40", "autograder.kernels.provisioner:Provisioner", KernelProvisionerFactory.GROUP_NAME)
 
 
@@ -49,21 +53,30 @@ class Kernels:
     def __call__(self, limits: Limits | None = None) -> Iterator[AsyncKernelManager]:
         specs = Specs(self, limits or Limits())
         if sys.platform == "win32":  # no UNIX sockets in libzmq there
-            yield AsyncKernelManager(kernel_spec_manager=specs)
+            yield _bounded(AsyncKernelManager(kernel_spec_manager=specs))
             return
         folder = os.path.realpath(tempfile.mkdtemp(prefix="llm40-", dir=TEMPORARY))
         sockets = os.path.join(folder, SOCKETS)
         if not self.sandbox:
             os.mkdir(sockets)
         try:
-            yield AsyncKernelManager(
-                kernel_spec_manager=specs,
-                transport="ipc",
-                ip=os.path.join(sockets, "k"),
-                connection_file=os.path.join(folder, CONNECTION),
+            yield _bounded(
+                AsyncKernelManager(
+                    kernel_spec_manager=specs,
+                    transport="ipc",
+                    ip=os.path.join(sockets, "k"),
+                    connection_file=os.path.join(folder, CONNECTION),
+                )
             )
         finally:
             shutil.rmtree(folder, ignore_errors=True)
+
+
+def _bounded(manager: AsyncKernelManager) -> AsyncKernelManager:
+    """The same manager; the sockets of its context will have the bounds. A client shares it if it is told to."""
+    for option, value in BOUNDS.items():
+        manager.context.setsockopt(option, value)
+    return manager
 
 
 class Specs(KernelSpecManager):

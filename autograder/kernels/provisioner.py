@@ -7,114 +7,30 @@ process in the place of subprocess's. Where no kernel can be had from the warm p
 
 import json
 import os
-import shutil
 import signal
 import socket
-import sys
-import tempfile
-import threading
-from collections.abc import Iterator, Sequence
-from contextlib import ExitStack, contextmanager, suppress
+from collections.abc import Sequence
+from contextlib import ExitStack, suppress
 from pathlib import Path
-from subprocess import DEVNULL, PIPE, Popen, TimeoutExpired
+from subprocess import DEVNULL, TimeoutExpired
 
 from jupyter_client.connect import KernelConnectionInfo
 from jupyter_client.provisioning import LocalProvisioner
 from traitlets import Bool, Dict, List, Unicode
 
+from autograder.kernels.forking import CAN_FORK, LIBRARIES, own_warm
+from autograder.kernels.group import tree_seconds
 from autograder.kernels.limits import Limits
-from autograder.kernels.sandbox import CONNECTION, HOME, PRIVATE, Sandbox, gpus
+from autograder.kernels.sandbox import CONNECTION, HOME, Sandbox
 
-# What lessons import; and what ipykernel and IPython import when a kernel starts, beyond their own modules.
-# torch._dynamo is what the first optimizer of a process imports, for a second.
-LIBRARIES = ("numpy", "torch", "torch._dynamo", "matplotlib.pyplot", "seaborn")
-# llm40 asks for a GPU when it is imported: where there may be one it is not for the warm process.
-COURSE = ("llm40.checks", "llm40.data", "llm40.plot", "triton", "tokenizers.trainers")
-IPYTHON = ("ipykernel.kernelapp", "ipykernel.zmqshell", "ipykernel.debugger", "IPython.core.magics",
-           "IPython.extensions.storemagic", "sqlite3", "faulthandler")  # fmt: skip
-# What Python and the libraries read when they start or are imported: a warm process with other values is another one.
-EARLY = ("LANG", "LC_", "LD_LIBRARY_PATH", "OMP_", "OPENBLAS_", "MKL_", "LLM40_PROFILE", "TRITON_INTERPRET", "CUDA_",
-         "NVIDIA_", "PYTORCH_", "PYTHON", "MPL", "XDG_", "PATH", "HOME")  # fmt: skip
 IDLE = ("sleep", "infinity")
-INLINE = "module://matplotlib_inline.backend_inline"
 ANSWER = 4096  # bytes at most
 LAUNCHER = "ipykernel_launcher"
-CAN_FORK = sys.platform == "linux" and hasattr(os, "pidfd_open")
-
-
-_warm: dict[tuple, "Warm"] = {}  # this process's own
-_starting = threading.Lock()
+COURT = "--court"  # in the place of a kernel's options: the judge's process (autograder/judge), and its socket
 
 
 class NotWarm(Exception):
     """No kernel is to be had from the warm process."""
-
-
-class Warm:
-    """The warm process. Whoever on this machine knows its address can have kernels from it; `env` is what they share.
-
-    It ends when it is closed, or with the process that started it.
-    """
-
-    def __init__(self, env: dict[str, str], libraries: Sequence[str] = LIBRARIES):
-        env = early(env)
-        libraries = list(libraries)
-        gpu = bool(gpus(env))
-        if not gpu:
-            env["TRITON_INTERPRET"] = "1"  # as llm40 does; Triton reads it when it is imported
-        env.setdefault("MPLBACKEND", INLINE)  # as a kernel does; Matplotlib reads it when it is imported
-        if libraries and not gpu:
-            libraries += COURSE
-        elif libraries and env.get("LLM40_PROFILE", "auto") != "auto":  # else llm40 has to decide first
-            libraries.append("triton")
-        self.address = os.path.join(tempfile.mkdtemp(prefix="llm40-", dir=PRIVATE), "warm")
-        with socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET) as listener:
-            listener.bind(self.address)
-            listener.listen(128)
-            self.process = Popen(
-                [sys.executable, "-m", "autograder.kernels.warm", str(listener.fileno()), *IPYTHON, *libraries],
-                env=env, cwd="/", stdin=PIPE, stdout=DEVNULL, stderr=DEVNULL, pass_fds=[listener.fileno()],
-                start_new_session=True,
-            )  # fmt: skip
-
-    def close(self) -> None:
-        self.process.stdin.close()
-        try:
-            self.process.wait(5)
-        except TimeoutExpired:  # still importing
-            self.process.kill()
-            self.process.wait()
-        shutil.rmtree(os.path.dirname(self.address), ignore_errors=True)  # where it could not do so itself
-
-
-@contextmanager
-def warm_process(env: dict[str, str]) -> Iterator[str]:
-    """The address of a warm process that is there for a while; empty where kernels cannot be forked."""
-    if not CAN_FORK:
-        yield ""
-        return
-    warm = Warm(env)
-    try:
-        yield warm.address
-    finally:
-        warm.close()
-
-
-def early(env: dict[str, str]) -> dict[str, str]:
-    """What the warm process is told. A sandbox's home is nowhere else: without one, Python asks the system for ours."""
-    chosen = {name: value for name, value in env.items() if name.startswith(EARLY)}
-    return {name: value for name, value in chosen.items() if (name, value) != ("HOME", HOME)}
-
-
-def own_warm(env: dict[str, str], libraries: Sequence[str]) -> str:
-    """The address of this process's own warm process for such an environment; started when it is not there."""
-    key = (*sorted(early(env).items()), *libraries)
-    with _starting:
-        if key in _warm and _warm[key].process.poll() is not None:
-            _warm.pop(key).close()
-        if key not in _warm:
-            _warm[key] = Warm(env, libraries)
-        return _warm[key].address
 
 
 class Forked:
@@ -218,12 +134,16 @@ class Provisioner(LocalProvisioner):
     address = Unicode()  # of a warm process; without one, this process has its own
     libraries = List(default_value=list(LIBRARIES))
     limits = Dict()
+    box: Sandbox | None = None
 
     async def launch_kernel(self, cmd: list[str], **options) -> KernelConnectionInfo:
         limits = Limits(**self.limits)
-        self.pgid = None
+        if COURT in cmd and not (self.warm and CAN_FORK):
+            cmd = [cmd[0], "-m", "autograder.judge.court", cmd[cmd.index(COURT) + 1]]
+        self.pgid = self.box = None
         if self.sandbox:
             self.process = self._boxed(cmd, limits, **options)
+            self.box = self.process.sandbox
         else:
             try:
                 self.process = self._forked(cmd, limits.start, **options)
@@ -232,6 +152,21 @@ class Provisioner(LocalProvisioner):
                 return await super().launch_kernel(cmd, **options)
         self.pid = self.process.pid
         return self.connection_info
+
+    def cpu_seconds(self) -> float:
+        """CPU time that the kernel, with all that it has started, has used so far: what limits are counted in.
+
+        Cheap enough to be asked a few times in a second. Of a kernel in a sandbox it never falls, and stays when it has
+        ended; of another it is 0 when it has ended.
+        """
+        if self.box:
+            return self.box.cpu_seconds()
+        return tree_seconds(self.pid) if self.process else 0.0
+
+    @property
+    def over(self) -> str:
+        """What limit the kernel's processes were over, together, so that they were stopped; empty otherwise."""
+        return self.box.over if self.box else ""
 
     def _boxed(self, cmd: list[str], limits: Limits, env: dict[str, str], stdout=None, stderr=None, **_) -> Boxed:
         folder = Path(os.path.realpath(self.parent.connection_file)).parent
@@ -249,9 +184,16 @@ class Provisioner(LocalProvisioner):
         return Boxed(Sandbox(cmd, limits, folder, env, stdout, stderr))
 
     def _forked(
-        self, cmd: list[str], patience: float, env: dict[str, str], cwd: str, stdout=None, stderr=None,
-        box: Sandbox | None = None, **_,
-    ) -> Forked:  # fmt: skip
+        self,
+        cmd: list[str],
+        patience: float,
+        env: dict[str, str],
+        cwd: str,
+        stdout=None,
+        stderr=None,
+        box: Sandbox | None = None,
+        **_,
+    ) -> Forked:
         """A kernel from the warm process, which goes into `box` if there is one."""
         if not self.warm or not CAN_FORK or LAUNCHER not in cmd:
             raise NotWarm("not asked for, or not on this system")
@@ -261,7 +203,8 @@ class Provisioner(LocalProvisioner):
         with ExitStack() as opened:
             files = [_descriptor(file, opened) for file in (stdout, stderr)]
             if box:
-                request["box"] = {"user": box.user, "limits": box.resources}
+                request["box"] = {"user": box.user, "limits": box.resources, "counted": box.control is not None}
+                request["groups"] = box.control.entrances if box.control else []
                 files.append(box.program)
             return Forked(address, request, files, patience)
 

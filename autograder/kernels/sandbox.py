@@ -2,8 +2,9 @@
 
 What is guaranteed to hold for everything that runs in a `Sandbox`:
 
-- It sees the system's programs (/usr and a few files of /etc), this Python and its environment, and the package llm40,
-  all read-only; nothing else of the disk: no solutions, no hidden test, no gradebook, no submission, no home folder.
+- It sees the system's programs (/usr and a few files of /etc), this Python and its environment, the package llm40 and
+  the judge's agent, all read-only; nothing else of the disk: no solutions, no hidden test, no gradebook, no
+  submission, no home folder.
 - It writes to one private folder, /tmp, of limited size, which lies in memory and is gone at the end; no file of ours
   can be written from inside, and none is left behind.
 - It has no network but its own loopback, sees and signals no process but its own, and knows of our environment only
@@ -25,18 +26,22 @@ import secrets
 import shutil
 import signal
 import sys
+import threading
 import time
-from collections.abc import Sequence
-from contextlib import suppress
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, suppress
 from functools import cache
 from glob import glob
 from importlib.metadata import version
 from pathlib import Path
 from subprocess import DEVNULL, Popen, TimeoutExpired, run
 
+from autograder.kernels import seccomp
+from autograder.kernels.group import Group, control_group
 from autograder.kernels.limits import Limits
 
 ROOT = Path(__file__).resolve().parents[2]
+VISIBLE = ("llm40", "autograder/judge")  # of the project: what lessons import, and the judge's agent
 PRIVATE = "/tmp"
 HOME = "/tmp/home"
 CONNECTION, SOCKETS = "connection.json", "s"  # names in a kernel's folder
@@ -44,21 +49,53 @@ SHARED_MEMORY = 64 * 2**20  # /dev/shm: what the processes of torch.multiprocess
 USERS = 0x70000000  # the first of 2^27 user numbers that no distribution gives away
 
 SYSTEM = ["/usr", "/bin", "/lib", "/lib32", "/lib64", "/libx32", "/sbin"]
-SETTINGS = ["/etc/alternatives", "/etc/fonts", "/etc/ld.so.cache", "/etc/ld.so.conf", "/etc/ld.so.conf.d",
-            "/etc/localtime"]  # fmt: skip
+SETTINGS = [
+    "/etc/alternatives",
+    "/etc/fonts",
+    "/etc/ld.so.cache",
+    "/etc/ld.so.conf",
+    "/etc/ld.so.conf.d",
+    "/etc/localtime",
+]
 DRIVERS = ["/dev/nvidiactl", "/dev/kfd", "/dev/dxg"]  # NVIDIA's, AMD's, Windows' for its Linux
 DEVICES = ["/dev/nvidia*", "/dev/nvidia-caps/*", "/dev/kfd", "/dev/dri", "/dev/dxg"]
-KEPT = ("LANG", "LC_", "TZ", "OMP_", "OPENBLAS_", "MKL_", "LD_LIBRARY_PATH", "LLM40_", "TRITON_", "CUDA_", "NVIDIA_",
-        "PYTHONHASHSEED", "PYTHONSAFEPATH", "PYTHONNOUSERSITE", "NBGRADER_EXECUTION")  # fmt: skip
+KEPT = (
+    "LANG",
+    "LC_",
+    "TZ",
+    "OMP_",
+    "OPENBLAS_",
+    "MKL_",
+    "LD_LIBRARY_PATH",
+    "LLM40_",
+    "TRITON_",
+    "CUDA_",
+    "NVIDIA_",
+    "PYTHONHASHSEED",
+    "PYTHONSAFEPATH",
+    "PYTHONNOUSERSITE",
+    "NBGRADER_EXECUTION",
+)
 
 
 class NoSandbox(RuntimeError):
     """The walls cannot be built on this machine; the message says why, and what to do."""
 
 
-@cache
+_trying = threading.Lock()
+
+
 def trouble() -> str:
-    """Why there can be no sandbox on this machine, and what to do about it; nothing where all is well."""
+    """Why there can be no sandbox on this machine, and what to do about it; nothing where all is well.
+
+    It is tried once; a thread may do so before the answer is needed.
+    """
+    with _trying:
+        return _find_trouble()
+
+
+@cache
+def _find_trouble() -> str:
     if sys.platform != "linux":
         return "learners' code is shut in by bubblewrap, which there is for Linux only: grade on a Linux machine"
     missing = [name for name in ("bwrap", "choom", "prlimit", "setpriv") if not shutil.which(name)]
@@ -69,10 +106,16 @@ def trouble() -> str:
     if tuple(map(int, found.split(".")[:2])) < (0, 8):
         return f"learners' code is shut in by bubblewrap 0.8 or newer, and this one is {found}"
     try:
-        tried = run(
-            command([sys.executable, "-c", "import zmq"], Limits(), new_user()),
-            env=environment(dict(os.environ), Limits()), stdin=DEVNULL, capture_output=True, text=True, timeout=60,
-        )  # fmt: skip
+        with refused_calls(counted=True) as refused:
+            tried = run(
+                command([sys.executable, "-c", "import zmq"], Limits(), new_user(), refused=refused),
+                env=environment(dict(os.environ), Limits()),
+                stdin=DEVNULL,
+                capture_output=True,
+                text=True,
+                timeout=60,
+                pass_fds=[refused],
+            )
         said, failed = tried.stderr.strip(), tried.returncode
     except (OSError, TimeoutExpired) as error:
         said, failed = str(error), True
@@ -107,6 +150,8 @@ def environment(env: dict[str, str], limits: Limits) -> dict[str, str]:
         "TMPDIR": PRIVATE,
         "IPYTHONDIR": f"{HOME}/.ipython",
         "TRITON_CACHE_DIR": f"{HOME}/.triton",
+        # What torch.compile would write once for all is larger than a kernel's files may be.
+        "TORCHINDUCTOR_CPP_CACHE_PRECOMPILE_HEADERS": "0",
     }
 
 
@@ -124,11 +169,17 @@ def _knows_shares() -> bool:
 
 
 def command(
-    program: Sequence[str], limits: Limits, user: int | None, folder: Path | None = None, gpu: Sequence[str] = ()
+    program: Sequence[str],
+    limits: Limits,
+    user: int | None,
+    folder: Path | None = None,
+    gpu: Sequence[str] = (),
+    refused: int | None = None,
 ) -> list[str]:
     """The command line that runs a program inside, as `user` if there is one.
 
-    `folder` is a kernel's: inside there are its connection file, and a place for its sockets.
+    `folder` is a kernel's: inside there are its connection file, and a place for its sockets. `refused` is a descriptor
+    from which bubblewrap reads what system calls to refuse (see refused_calls).
     """
     walls = [
         shutil.which("bwrap") or "bwrap",  # by our own PATH
@@ -141,6 +192,8 @@ def command(
     ]
     if user is None:
         walls += ["--unshare-user", "--disable-userns"]
+    if refused is not None:
+        walls += ["--seccomp", str(refused)]
     # The private folder comes first: this Python, or the project, may lie in the machine's own /tmp.
     walls += ["--perms", "1777", "--size", str(limits.folder), "--tmpfs", PRIVATE, "--perms", "0777", "--dir", HOME]
     walls += _read_only()
@@ -150,7 +203,7 @@ def command(
     walls += ["--proc", "/proc", "--dev", "/dev"]
     for device in gpu:
         walls += ["--dev-bind", device, device]
-    walls += ["--perms", "1777", "--size", str(SHARED_MEMORY), "--tmpfs", "/dev/shm"]
+    walls += ["--perms", "1777", "--size", str(min(SHARED_MEMORY, limits.folder)), "--tmpfs", "/dev/shm"]
     walls += ["--ro-bind", "/sys", "/sys"] if gpu else ["--ro-bind-try", "/sys/devices/system", "/sys/devices/system"]
     walls += ["--remount-ro", "/dev", "--remount-ro", "/", "--chdir", HOME, "--"]
     walls += ["choom", "--adjust", "1000", "--"]  # where memory ends after all, the kernel is the first to go
@@ -161,6 +214,18 @@ def command(
     return [*walls, "prlimit", *bounds, *program]
 
 
+@contextmanager
+def refused_calls(counted: bool) -> Iterator[int]:
+    """A descriptor from which one bubblewrap reads the filter of system calls."""
+    reader, writer = os.pipe()
+    try:
+        os.write(writer, seccomp.program(counted))  # some hundred bytes: a pipe holds them
+        os.close(writer)
+        yield reader
+    finally:
+        os.close(reader)
+
+
 def resources(limits: Limits, gpu: bool) -> dict[str, int]:
     """The limits that a process carries (setrlimit(2))."""
     memory = "data" if gpu else "as"
@@ -168,13 +233,16 @@ def resources(limits: Limits, gpu: bool) -> dict[str, int]:
 
 
 def _read_only() -> list[str]:
-    """Arguments that show the system, this Python with its environment, and llm40; nothing else of the project."""
+    """Arguments that show the system, this Python with its environment, and VISIBLE; nothing else of the project."""
     arguments = []
     for path in map(Path, SYSTEM):
         if path.is_symlink():  # /bin is usr/bin
             arguments += ["--symlink", os.readlink(path), str(path)]
         elif path.is_dir():
             arguments += ["--ro-bind", str(path), str(path)]
+    # What bubblewrap makes by itself, started by root, is root's alone.
+    for path in ("/etc", "/sys", "/sys/devices"):
+        arguments += ["--perms", "0755", "--dir", path]
     for path in SETTINGS:
         arguments += ["--ro-bind-try", path, path]
     around = [path for path in pythons() if not path.is_relative_to(ROOT)]
@@ -186,7 +254,7 @@ def _read_only() -> list[str]:
         arguments += _shown(path)
     if covered:
         arguments += ["--perms", "0755", "--tmpfs", str(ROOT)]
-    for path in [*within, ROOT / "llm40"]:
+    for path in [*within, *(ROOT / name for name in VISIBLE)]:
         arguments += _shown(path)
     return [*arguments, "--remount-ro", str(ROOT)] if covered else arguments
 
@@ -219,30 +287,43 @@ class Sandbox:
         self.user = new_user()
         self.env = environment(env, limits)
         self.resources = resources(limits, bool(gpu))
-        reader, writer = os.pipe()
-        walls = command(program, limits, self.user, folder, gpu)
+        self.bwrap = self.init = self.program = self.group = None
+        self.control = control_group(limits)
         try:
-            self.bwrap = Popen(
-                [walls[0], "--info-fd", str(writer), *walls[1:]], env=self.env, cwd="/",
-                stdin=DEVNULL, stdout=stdout, stderr=stderr, pass_fds=[writer],
-            )  # fmt: skip
-        finally:
-            os.close(writer)
-        with os.fdopen(reader) as info:
-            told = info.read()
-        if not told:
-            raise NoSandbox(f"bubblewrap ended at once, with exit code {self.bwrap.wait()}")
-        init = json.loads(told)["child-pid"]
-        # By descriptors, not by numbers: a number may be another process's as soon as its own has ended.
-        self.init = os.pidfd_open(init)
-        self.program = None
-        try:
+            init = self._start(command(program, limits, self.user, folder, gpu), stdout, stderr)
+            # By descriptors, not by numbers: a number may be another process's as soon as its own has ended.
+            self.init = os.pidfd_open(init)
             self.pid = self._first(init)
             self.program = os.pidfd_open(self.pid)
+            self.group = Group(self.pid, limits, self.control, self._end)
             self._open(folder)
         except BaseException:
             self.close()
             raise
+
+    def _start(self, walls: list[str], stdout, stderr) -> int:
+        """Starts bubblewrap, in the control group if there is one; returns the first process inside."""
+        reader, writer = os.pipe()
+        try:
+            with refused_calls(self.control is not None) as refused:
+                told = ["--info-fd", str(writer), "--seccomp", str(refused)]
+                into = ["/bin/sh", "-c", f'{self.control.enter} exec "$@"', "sh"] if self.control else []
+                self.bwrap = Popen(
+                    [*into, walls[0], *told, *walls[1:]],
+                    env=self.env,
+                    cwd="/",
+                    stdin=DEVNULL,
+                    stdout=stdout,
+                    stderr=stderr,
+                    pass_fds=[writer, refused],
+                )
+        finally:
+            os.close(writer)
+        with os.fdopen(reader) as info:
+            answer = info.read()
+        if not answer:
+            raise NoSandbox(f"bubblewrap ended at once, with exit code {self.bwrap.wait()}")
+        return json.loads(answer)["child-pid"]
 
     def _first(self, init: int, patience: float = 10.0) -> int:
         """The program's process, as we see it. bubblewrap starts it when all walls stand."""
@@ -267,12 +348,28 @@ class Sandbox:
         with suppress(ProcessLookupError):
             signal.pidfd_send_signal(self.program, number)
 
-    def close(self) -> None:
-        if self.init is None:
-            return
+    def cpu_seconds(self) -> float:
+        """CPU time that all processes inside have used so far; once it is closed, the last figure."""
+        return self.group.cpu_seconds()
+
+    @property
+    def over(self) -> str:
+        """What limit all processes inside were over, together, so that they were stopped; empty where they were not."""
+        return self.group.over
+
+    def _end(self) -> None:
         with suppress(ProcessLookupError):
             signal.pidfd_send_signal(self.init, signal.SIGKILL)  # the first process inside: the others go with it
-        self.bwrap.wait()
+
+    def close(self) -> None:
+        if self.init is not None:
+            self._end()
+        if self.bwrap:
+            self.bwrap.wait()
+        if self.group:
+            self.group.close()
+        elif self.control:
+            self.control.close()
         for descriptor in (self.init, self.program):
             if descriptor is not None:
                 os.close(descriptor)

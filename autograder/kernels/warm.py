@@ -13,11 +13,13 @@ when it starts.
 For each kernel a process stays behind as its doorkeeper: it passes signals on, reports how the kernel ended, and kills
 it when the connection that asked for it is closed.
 
-    python -m autograder.kernels.warm SOCKET MODULE...
+    python -m autograder.kernels.warm SOCKET MODULE... [--later MODULE...]
 
-listens on a socket (an inherited descriptor) until its standard input ends, and then removes the socket's folder. A
-request is one message: JSON, and the descriptors of standard output, standard error and, for a sandbox, of a process
-in it. The answers are {"pid": …} or {"error": …}, then {"exit": …}; what may be sent besides is {"signal": …}.
+imports the modules, those after --later when there is nothing else to do or after a few kernels: the first kernel need
+not wait for what few cells use. It listens on a socket (an inherited descriptor) until its standard input ends, and
+then removes the socket's folder. A request is one message: JSON, and the descriptors of standard output, standard error
+and, for a sandbox, of a process in it; `groups` are the files by which a process enters its control group. The answers
+are {"pid": …} or {"error": …}, then {"exit": …}; what may be sent besides is {"signal": …}.
 """
 
 import ctypes
@@ -34,10 +36,12 @@ import socket
 import sys
 from contextlib import suppress
 
-from autograder.kernels import inside
-from autograder.kernels.inside import load
+from autograder.kernels import seccomp
 
 MESSAGE = 2**17  # bytes at most
+LATER = "--later"
+IDLE = 0.5  # seconds without a request, after which a module is imported that can wait
+FEW = 4  # kernels for which nothing more is imported: those of two notebooks, with their judges
 # Linux's numbers, from its headers sched.h, prctl.h and capability.h.
 NEW_NS, NEW_UTS, NEW_IPC, NEW_USER, NEW_PID, NEW_NET = 0x20000, 0x4000000, 0x8000000, 0x10000000, 0x20000000, 0x40000000
 SET_PDEATHSIG, SET_DUMPABLE, SET_NO_NEW_PRIVS, CAPABILITY_VERSION = 1, 4, 38, 0x20080522
@@ -55,24 +59,34 @@ def main() -> None:
     listener = socket.socket(fileno=int(sys.argv[1]))
     address = listener.getsockname()
     sys.path[:] = [path for path in sys.path if path not in ("", os.getcwd())]  # what `-m` adds
-    for name in sys.argv[2:]:
-        with suppress(ImportError):  # seaborn is not everywhere
-            importlib.import_module(name)
-    sys.modules[inside.READY] = load.ready(inside.texts(), inside.text("arms"))
-    gc.collect()
-    gc.freeze()  # so that the collector does not copy every page into every kernel
+    first, _, later = " ".join(sys.argv[2:]).partition(LATER)
+    waiting = later.split()
+    load(first.split())
     signal.signal(signal.SIGCHLD, signal.SIG_IGN)  # doorkeepers need no one to wait for them
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for those who hold our standard input
     poll = select.poll()
     poll.register(listener, select.POLLIN)
     poll.register(0, select.POLLIN)
-    while 0 not in dict(poll.poll()):
+    served = 0
+    while 0 not in (ready := dict(poll.poll(IDLE * 1000 if waiting else None))):
+        if waiting and (not ready or served >= FEW):
+            load([waiting.pop(0)])
+            continue
         connection = listener.accept()[0]
         if os.fork() == 0:
             listener.close()
             keep_door(connection)
         connection.close()
+        served += 1
     shutil.rmtree(os.path.dirname(address), ignore_errors=True)
+
+
+def load(names: list[str]) -> None:
+    for name in names:
+        with suppress(ImportError):  # seaborn is not everywhere
+            importlib.import_module(name)
+    gc.collect()
+    gc.freeze()  # so that the collector does not copy every page into every kernel
 
 
 def keep_door(connection: socket.socket) -> None:
@@ -84,8 +98,10 @@ def keep_door(connection: socket.socket) -> None:
     signal.signal(signal.SIGCHLD, signal.SIG_DFL)
     try:
         message, files, _, _ = socket.recv_fds(connection, MESSAGE, 3)
+        groups = []
         request = json.loads(message)
         if request["box"]:
+            groups = [os.open(path, os.O_WRONLY) for path in request["groups"]]  # inside they cannot be seen
             enter(files[2], request["box"]["user"] is None)
         door = os.getpid()
         kernel = os.fork()
@@ -94,8 +110,8 @@ def keep_door(connection: socket.socket) -> None:
             connection.send(json.dumps({"error": f"{type(error).__name__}: {error}"}).encode())
         os._exit(1)
     if kernel == 0:
-        run_kernel(request, files, door)
-    for file in files:
+        run_kernel(request, files, groups, door)
+    for file in files + groups:
         os.close(file)
     try:
         watch(connection, kernel)
@@ -136,10 +152,12 @@ def strike(kernel: int, number: int) -> None:
         os.kill(kernel, number)
 
 
-def run_kernel(request: dict, files: list[int], door: int) -> None:
+def run_kernel(request: dict, files: list[int], groups: list[int], door: int) -> None:
     """Becomes the kernel. Does not return."""
     code = 1
     try:
+        for group in groups:
+            os.write(group, b"0")
         os.setsid()
         for target, source in enumerate([os.open(os.devnull, os.O_RDONLY), *files[:2]]):
             os.dup2(source, target)
@@ -159,10 +177,7 @@ def run_kernel(request: dict, files: list[int], door: int) -> None:
         random.seed()
         if "numpy" in sys.modules:
             sys.modules["numpy"].random.seed()
-        from ipykernel.kernelapp import IPKernelApp
-
-        sys.argv = ["ipykernel_launcher.py", *request["arguments"]]
-        IPKernelApp.launch_instance()
+        become(request["arguments"])
         code = 0
     except SystemExit as leaving:
         code = leaving.code if isinstance(leaving.code, int) else int(leaving.code is not None)
@@ -174,7 +189,20 @@ def run_kernel(request: dict, files: list[int], door: int) -> None:
         os._exit(code)
 
 
-def bind(user: int | None, limits: dict[str, int]) -> None:
+def become(arguments: list[str]) -> None:
+    """Runs a kernel, or the judge's process."""
+    if "--court" in arguments:
+        from autograder.judge import court
+
+        court.main(arguments[-1])
+        return
+    from ipykernel.kernelapp import IPKernelApp
+
+    sys.argv = ["ipykernel_launcher.py", *arguments]
+    IPKernelApp.launch_instance()
+
+
+def bind(user: int | None, limits: dict[str, int], counted: bool) -> None:
     """Sets the limits and gives up every right, for good."""
     with open("/proc/self/oom_score_adj", "w") as file:
         file.write("1000")
@@ -188,6 +216,7 @@ def bind(user: int | None, limits: dict[str, int]) -> None:
     checked(libc.capset((ctypes.c_uint32 * 2)(CAPABILITY_VERSION, 0), no_capabilities))
     checked(libc.prctl(SET_NO_NEW_PRIVS, 1, 0, 0, 0))
     checked(libc.prctl(SET_DUMPABLE, 1, 0, 0, 0))  # its own files in /proc are its own
+    seccomp.install(seccomp.program(counted))
 
 
 if __name__ == "__main__":

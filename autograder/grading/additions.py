@@ -1,0 +1,90 @@
+"""What a learner wrote into a cell of ours: read as text, never run here.
+
+In JupyterLab a given cell takes what is typed into it, and an experiment's imports are there for the cells below. So
+grading keeps both, in cells of the learner's own, and what passes there passes here.
+"""
+
+import ast
+import re
+from collections.abc import Callable
+
+from autograder.judge.sources import bound_names
+from autograder.lesson import python_of
+
+LONGEST = 100_000  # characters of a cell that is read
+# Cell magics that run the rest of the cell as it stands.
+AROUND = re.compile(r"%%(time|capture|prun|debug)\b[^\n]*(\n|$)")
+
+
+def additions(given: str, copy: str) -> str:
+    """The statements of a given cell's copy that are not in it: imports, and what changes none of its names.
+
+    A given name that is bound to something else stays what it was: a copy may be of an earlier edition.
+    """
+    ours, theirs = _statements(given), _statements(copy)
+    known = {key for _, key, _ in ours}
+    bound = {name for _, _, names in ours for name in names}
+    kept = [
+        text
+        for text, key, names in theirs
+        if key not in known and (not names or names - bound or text.startswith(("import ", "from ")))
+    ]
+    return "\n".join(kept)
+
+
+def imports(source: str) -> str:
+    """The imports on a cell's top level, also those that are tried or made under a condition."""
+    found = []
+    for part in re.split(r"^(?=%%)", source, flags=re.MULTILINE):
+        found += [text for text, _, _ in _statements(part, _imports_only)]
+    return "\n".join(dict.fromkeys(found))
+
+
+def _imports_only(statement: ast.stmt) -> bool:
+    if isinstance(statement, (ast.If, ast.Try)):
+        body = [*statement.body, *statement.orelse, *getattr(statement, "finalbody", [])]
+        body += [inner for handler in getattr(statement, "handlers", []) for inner in handler.body]
+        return any(map(_imports_only, body)) and all(map(_is_part_of_an_import, body))
+    return isinstance(statement, (ast.Import, ast.ImportFrom))
+
+
+def _is_part_of_an_import(statement: ast.stmt) -> bool:
+    """What stands around imports: `np = None`, `pass`, `raise`."""
+    small = isinstance(statement, ast.Assign) and isinstance(statement.value, (ast.Constant, ast.Name))
+    return small or isinstance(statement, (ast.Pass, ast.Raise)) or _imports_only(statement)
+
+
+def _statements(
+    source: str, wanted: Callable[[ast.stmt], bool] = lambda statement: True
+) -> list[tuple[str, str, set[str]]]:
+    """(text, what makes two of them the same, names that it binds) of each statement on the cell's top level.
+
+    Empty where the cell is no Python. Lines for IPython (`%…`, `!…`) are statements too.
+    """
+    source = AROUND.sub("", source.lstrip(), count=1)
+    if len(source) > LONGEST:
+        return []
+    try:
+        return _read(source, python_of(source), wanted)
+    except (SyntaxError, ValueError, RecursionError, MemoryError):
+        return []
+
+
+def _read(source: str, python: str, wanted: Callable[[ast.stmt], bool]) -> list[tuple[str, str, set[str]]]:
+    tree = compile(python, "<cell>", "exec", ast.PyCF_ONLY_AST | ast.PyCF_ALLOW_TOP_LEVEL_AWAIT)
+    lines, asked = source.split("\n"), python.split("\n")
+    found, end = [], 0
+    for statement in tree.body:
+        if statement.lineno <= end or not wanted(statement):  # `a; b` is one line
+            continue
+        begin = min([statement.lineno, *(d.lineno for d in getattr(statement, "decorator_list", ()))])
+        end = max(one.end_lineno for one in tree.body if one.lineno <= statement.end_lineno)
+        text = "\n".join(lines[begin - 1 : end])
+        plain = "\n".join(asked[begin - 1 : end])
+        key = ast.dump(ast.parse(plain)) if plain == text and not _awaits(statement) else text.strip()
+        found.append((text, key, bound_names(plain)))
+    return found
+
+
+def _awaits(statement: ast.stmt) -> bool:
+    return any(isinstance(node, (ast.Await, ast.AsyncFor, ast.AsyncWith)) for node in ast.walk(statement))

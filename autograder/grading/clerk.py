@@ -1,0 +1,178 @@
+"""Work on learners' text, in a process of its own: reading a notebook, coloring code, preparing it to be compared.
+
+No code of a learner's runs there. But whoever writes a text can make it cost hours or all memory to work on: lists in
+lists, two million lines, what a regular expression stumbles over. So each task has so much of a processor's time and so
+much memory, and no more. The process is started when there is something to do, and again when it was stopped.
+
+    python -m autograder.grading.clerk SECONDS BYTES
+
+takes tasks from its standard input and answers on its standard output: msgpack, each message with its length in front.
+"""
+
+import os
+import struct
+import subprocess
+import sys
+import threading
+from collections.abc import Callable
+from contextlib import suppress
+from dataclasses import astuple
+from pathlib import Path
+from typing import BinaryIO
+
+import msgpack
+
+from autograder.grading import rebuild
+from autograder.grading.rebuild import Submitted, Unreadable
+
+ROOT = Path(__file__).resolve().parents[2]
+SECONDS, MEMORY = 30, 3 * 10**9  # of a processor, and bytes of addresses, for each task
+LENGTH = struct.Struct(">Q")
+
+
+class TooMuch(Exception):
+    """A task took more time or memory than it may."""
+
+
+class Clerk:
+    """The process, as seen from outside. One task after another, whichever thread asks."""
+
+    def __init__(self, seconds: int = SECONDS, memory: int = MEMORY):
+        self.bounds = [str(seconds), str(memory)]
+        self.process: subprocess.Popen | None = None
+        self.working = threading.Lock()
+
+    def do(self, task: str, *arguments):
+        """What the task of this name answers. Raises TooMuch, Unreadable where the task does, or RuntimeError."""
+        packed = _packed([task, *arguments])
+        with self.working:
+            try:
+                self._start()
+                _send(self.process.stdin, packed)
+                kind, answer = msgpack.unpackb(_message(self.process.stdout))
+            except (OSError, EOFError) as error:
+                self.close()
+                raise TooMuch("more time or memory than such work may take") from error
+            except BaseException:
+                self.close()
+                raise
+        if kind == "done":
+            return answer
+        raise {"unreadable": Unreadable, "too much": TooMuch}.get(kind, RuntimeError)(answer)
+
+    def _start(self) -> None:
+        if self.process is None:
+            self.process = subprocess.Popen(
+                [sys.executable, "-m", "autograder.grading.clerk", *self.bounds],
+                env={**os.environ, "PYTHONPATH": str(ROOT), "OPENBLAS_NUM_THREADS": "1"},
+                stdin=subprocess.PIPE,
+                stdout=subprocess.PIPE,
+                stderr=subprocess.DEVNULL,
+            )
+
+    def close(self) -> None:
+        if self.process:
+            self.process.kill()
+            self.process.wait()
+            for stream in (self.process.stdin, self.process.stdout):
+                with suppress(OSError):
+                    stream.close()
+            self.process = None
+
+
+CLERK = Clerk()  # this process's own
+
+
+def read_submission(data: bytes) -> tuple[list[Submitted], list[str]]:
+    """The cells of a submitted file, and a line for everything unusual about the file. Unreadable if it has none."""
+    if len(data) > rebuild.MAX_BYTES:
+        return rebuild.read_submission(data)  # it says so, and looks no further
+    try:
+        cells, flags = CLERK.do("read", data)
+    except TooMuch as error:
+        raise Unreadable(f"reading the file takes {error}") from None
+    return [Submitted(*cell) for cell in cells], flags
+
+
+def colored(source: str) -> str | None:
+    """Code as HTML; None where that takes too much."""
+    with suppress(TooMuch):
+        return CLERK.do("color", source)
+
+
+def normalized(code: str) -> str | None:
+    """Code as copydetect compares it, names alike and comments dropped; None where that takes too much."""
+    with suppress(TooMuch):
+        return CLERK.do("normalize", code)
+
+
+# --- inside ---------------------------------------------------------------------------------------------------
+
+
+def _read(data: bytes) -> tuple[list[tuple], list[str]]:
+    cells, flags = rebuild.read_submission(data)
+    return [astuple(cell) for cell in cells], flags
+
+
+def _color(source: str) -> str:
+    from pygments import highlight
+    from pygments.formatters import HtmlFormatter
+    from pygments.lexers import PythonLexer
+
+    return highlight(source, PythonLexer(), HtmlFormatter(nowrap=True))
+
+
+def _normalize(code: str) -> str:
+    from copydetect.utils import filter_code  # a second's import, and seldom asked for
+
+    return filter_code(code, "answer.py", "python")[0]
+
+
+TASKS: dict[str, Callable] = {"read": _read, "color": _color, "normalize": _normalize}
+
+
+def _packed(value) -> bytes:
+    return msgpack.packb(value, unicode_errors="replace")
+
+
+def _message(stream: BinaryIO) -> bytes:
+    head = stream.read(LENGTH.size)
+    body = stream.read(*LENGTH.unpack(head)) if len(head) == LENGTH.size else b""
+    if not body:
+        raise EOFError
+    return body
+
+
+def _send(stream: BinaryIO, packed: bytes) -> None:
+    stream.write(LENGTH.pack(len(packed)) + packed)
+    stream.flush()
+
+
+def main(seconds: int, memory: int) -> None:
+    import resource
+    from time import process_time
+
+    most = resource.getrlimit(resource.RLIMIT_AS)[1]
+    memory = memory if most == resource.RLIM_INFINITY else min(memory, most)
+    resource.setrlimit(resource.RLIMIT_AS, (memory, memory))
+    resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
+    hard = resource.getrlimit(resource.RLIMIT_CPU)[1]
+    while True:
+        try:
+            task, *arguments = msgpack.unpackb(_message(sys.stdin.buffer))
+        except EOFError:
+            return
+        resource.setrlimit(resource.RLIMIT_CPU, (int(process_time()) + 1 + seconds, hard))
+        try:
+            answer = ["done", TASKS[task](*arguments)]
+        except Unreadable as error:
+            answer = ["unreadable", str(error)]
+        except MemoryError:
+            answer = ["too much", "more memory than such work may take"]
+        except Exception as error:
+            answer = ["failed", f"{type(error).__name__}: {error}"]
+        _send(sys.stdout.buffer, _packed(answer))
+
+
+if __name__ == "__main__":
+    main(*map(int, sys.argv[1:]))

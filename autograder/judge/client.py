@@ -1,0 +1,110 @@
+"""The worker's side of a judge: it gives the orders, and introduces the judge to the learner's process."""
+
+import asyncio
+import json
+import socket
+from dataclasses import dataclass
+
+ANSWER = 10_000_000  # bytes at most
+SOCKET, AGENT = "j", "a"  # names of the judge's and of the agent's socket, each beside its kernel's own
+LISTEN = "__import__('autograder.judge.agent', fromlist=['listen']).listen({path!r}, globals())"
+SERVE = "__import__('autograder.judge.agent', fromlist=['serve']).serve()"
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """How a cell ended in the judge's process: `ok`, `error`, or `lost` (the learner's process no longer answers)."""
+
+    status: str
+    ename: str = ""
+    evalue: str = ""
+    places: tuple[str, ...] = ()  # the lines that led to it
+    counted: bool = False  # whether something was counted in the learner's process
+
+
+class JudgeLost(ConnectionError):
+    """The judge's process does not answer."""
+
+
+class Judge:
+    """A connection to a judge's process."""
+
+    def __init__(self, path: str):
+        self.path = path
+        self.connection: socket.socket | None = None
+
+    async def connect(self, patience: float) -> None:
+        """Connects to the judge as soon as it listens."""
+        self.connection = await reach(self.path, patience)
+
+    async def attach(self, path: str, patience: float) -> None:
+        """Hands the judge a connection to the agent in the learner's process."""
+        agent = await reach(path, patience)
+        agent.setblocking(True)
+        with agent:
+            await self.order(order="attach", file=agent.fileno())
+
+    async def run_given(self, name: str, source: str) -> Verdict:
+        return await self.order(order="given", name=name, source=source)
+
+    async def run_check(
+        self,
+        name: str,
+        source: str,
+        asked: list[str],
+        seed: int,
+        hidden: int,
+        written: list[str],
+        comparisons: dict[str, list[str]],
+    ) -> Verdict:
+        """Runs a check: `asked` are the names that exercises define, `hidden` is the first line of its hidden tests,
+        `written` the learner's text for it, `comparisons` those that the exercises' own classes define."""
+        about = {"name": name, "source": source, "asked": asked, "seed": str(seed), "hidden": hidden}
+        return await self.order(order="check", written=written, comparisons=comparisons, **about)
+
+    async def order(self, file: int | None = None, **order: object) -> Verdict:
+        loop = asyncio.get_running_loop()
+        raw = json.dumps(order).encode()
+        try:
+            await loop.sock_sendall(self.connection, len(raw).to_bytes(8, "big") + raw)
+            if file is not None:
+                socket.send_fds(self.connection, [b"\0"], [file])
+            size = int.from_bytes(await self.receive(8), "big")
+            if size > ANSWER:
+                raise JudgeLost("an answer too long to be one")
+            answer = json.loads(await self.receive(size))
+        except (OSError, ValueError) as error:
+            raise JudgeLost(str(error)) from error
+        return Verdict(**{**answer, "places": tuple(answer.get("places", ()))})
+
+    async def receive(self, size: int) -> bytes:
+        loop = asyncio.get_running_loop()
+        got = bytearray()
+        while len(got) < size:
+            part = await loop.sock_recv(self.connection, size - len(got))
+            if not part:
+                raise JudgeLost("the judge's process has ended")
+            got += part
+        return bytes(got)
+
+    def close(self) -> None:
+        if self.connection:
+            self.connection.close()
+
+
+async def reach(path: str, patience: float) -> socket.socket:
+    """A connection to a socket that somebody is about to listen at."""
+    connection = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
+    try:
+        async with asyncio.timeout(patience):
+            while True:
+                try:
+                    connection.connect(path)
+                    break
+                except (FileNotFoundError, ConnectionRefusedError):
+                    await asyncio.sleep(0.005)
+        connection.setblocking(False)
+    except BaseException:
+        connection.close()
+        raise
+    return connection

@@ -1,0 +1,426 @@
+"""The judge's process: it runs given cells and checks, with proxies for what the exercises define.
+
+    python -m autograder.judge.court SOCKET
+
+Orders come over a UNIX socket from the worker (client.py): JSON, its length before it, and each is answered. With the
+order "attach" comes the descriptor of the connection to the learner's process.
+"""
+
+import ast
+import builtins
+import inspect
+import json
+import linecache
+import os
+import random
+import socket
+import sys
+import traceback
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+
+import numpy
+import torch
+
+from autograder.judge import relay, sources
+from autograder.judge.link import Link, Lost
+from autograder.judge.messages import Attribute, Call, Describe, Done, Fork, Gradients, Malformed, Reach, Reply
+from autograder.judge.proxies import OPERATORS
+from autograder.judge.values import Refused
+from llm40 import checks, distributed
+
+OWN_FILES = f"{os.sep}autograder{os.sep}"
+MEASURED = (  # of llm40.checks
+    "allocations",
+    "calls",
+    "compiled",
+    "flops",
+    "forbidden",
+    "guarded_allocations",
+    "moved",
+    "saved",
+    "traffic",
+)
+TEXT = 20_000  # characters of an exception that are told
+
+
+class Judge(Link):
+    """The judge's end: the learner's may only call what it was handed, and read its public attributes."""
+
+    judges = True
+
+    def __init__(self, connection: socket.socket, names: dict):
+        super().__init__(connection, names)
+        self.comparisons: dict[str, list[str]] = {}  # class → comparisons that the exercise's own class defines
+        self.launches: list = []  # checks.launches that are open
+
+    def compared(self, name: str) -> tuple[str, ...]:
+        return tuple(self.comparisons.get(name, ()))
+
+    def may(self, request: object) -> None:
+        if isinstance(request, Gradients):
+            return
+        if isinstance(request, Call) and request.target and request.target[0] == "object":
+            if not callable(self.exported_object(request.target[1])):
+                raise Refused("a handle that cannot be called")
+            return
+        if isinstance(request, Call) and request.target and request.target[0] == "method":
+            name = request.target[2]
+            if name in OPERATORS or not str(name).startswith("_"):
+                return
+        if isinstance(request, Attribute) and request.action == "get" and request.target[0] == "object":
+            owner = self.exported_object(request.target[1])
+            if str(request.name).startswith("_"):  # PyTorch's own methods ask with a default: zero_grad for _is_replica
+                raise AttributeError(f"{request.name}: the learner's code may not ask this of a check")
+            if isinstance(owner, torch.nn.Module) or not callable(owner):
+                return
+        what = " ".join([type(request).__name__, str(getattr(request, "name", ""))]).strip()
+        raise Refused(f"{what}: the learner's code may not ask this of a check")
+
+    def request(self, message: object) -> Reply:
+        """What the link does is no step of the learner's: a measurement that traces does not see it."""
+        trace = sys.gettrace()
+        sys.settrace(None)
+        try:
+            return super().request(message)
+        finally:
+            sys.settrace(trace)
+
+    def call_function(self, number: int, function: Callable, args: tuple, kwargs: dict) -> object:
+        """Only a function whose name ends in `_` writes to its arguments, and any function to `out`: what a check
+        hands over, it may still compare with."""
+        self.tensors.rewritten.clear()
+        result = super().call_function(number, function, args, kwargs)
+        if self.tensors.rewritten and not function.__name__.endswith("_"):
+            for name, value in named_arguments(function, args, kwargs).items():
+                if name != "out" and self.tensors.numbers.get(id(value)) in self.tensors.rewritten:
+                    raise AssertionError(f"{function.__name__} changes its argument {name}: it must stay as it is.")
+        return result
+
+    @contextmanager
+    def without_launches(self) -> Iterator[None]:
+        """Inside the block, measurements other than of launches go along with requests."""
+        everything = self.measurements
+        self.measurements = [m for m in everything if m.spec[:2] != ["checks", "launches"]]
+        try:
+            yield
+        finally:
+            self.measurements = everything
+
+
+def named_arguments(function: Callable, args: tuple, kwargs: dict) -> dict:
+    """The arguments of a call by the names of the function's parameters, or by their places where it has none."""
+    try:
+        return inspect.signature(function).bind(*args, **kwargs).arguments
+    except (TypeError, ValueError):
+        return {**{f"number {place}": value for place, value in enumerate(args, 1)}, **kwargs}
+
+
+class Measurement:
+    """Something that is measured in the learner's process too, around every call: its results are merged here."""
+
+    def __init__(self, spec: list, target: object, only: torch.Tensor | None = None):
+        self.spec, self.target, self.raised = spec, target, ""
+        self.only = only  # the tensor outside of which kernels touch nothing
+
+    def merge(self, seen: object) -> None:
+        if isinstance(seen, dict) and "raised" in seen:
+            self.raised = self.raised or str(seen["raised"])
+            return
+        merge_into(self.target, seen)
+
+
+def merge_into(target: object, seen: object) -> None:
+    """Adds what was counted elsewhere: sums for counts, the larger one for what is a largest."""
+    if isinstance(target, list) and isinstance(seen, list):
+        target.extend(seen)
+    elif isinstance(target, set) and isinstance(seen, set):
+        target.update(seen)
+    elif isinstance(target, dict) and isinstance(seen, dict):
+        for key, value in seen.items():
+            old = target.get(key)
+            number = isinstance(value, (int, float)) and isinstance(old, (int, float)) and not isinstance(value, bool)
+            target[key] = old + value if number else value
+    elif isinstance(seen, dict):
+        for name, value in seen.items():
+            old = getattr(target, name, None)
+            if isinstance(value, (list, set, dict)) and type(old) is not type(None):
+                merge_into(old, value)
+            elif isinstance(value, (int, float)) and isinstance(old, (int, float)) and not isinstance(value, bool):
+                setattr(target, name, max(old, value) if name in ("largest", "most") else old + value)
+
+
+class Court:
+    """The names of one notebook, the link to its learner, and what is run among them."""
+
+    def __init__(self):
+        self.names: dict = {"__name__": "__main__", "__builtins__": builtins}
+        self.given: set[str] = set()
+        self.asked: set[str] = set()  # names that exercises define
+        self.link: Judge | None = None
+        self.written = ast.Module([], [])  # the learner's text
+        self.counted = False  # whether the check that runs has asked the learner's process to count something
+        self.guards: dict[int, torch.Tensor] = {}  # buffers with canaries, by their storages
+        self.twin_sockets: list[socket.socket] = []  # of this check's twins
+        redirect_checks(self)
+        distributed.at_fork.append(self.fork_twin)
+
+    # --- orders ---
+
+    def attach(self, connection: socket.socket) -> dict:
+        if self.link:
+            self.link.connection.close()
+        self.link = Judge(connection, self.names)
+        self.link.given = self.given
+        self.link.tensors.whole = self.is_guarded
+        return {"status": "ok"}
+
+    def run_given(self, name: str, source: str) -> dict:
+        outcome = run(name, source, self.names)
+        self.given |= sources.bound_names(source)
+        return outcome
+
+    def run_check(
+        self,
+        name: str,
+        source: str,
+        asked: list[str],
+        seed: str,
+        hidden: int = 0,
+        written: tuple[str, ...] = (),
+        comparisons: dict[str, list[str]] | None = None,
+    ) -> dict:
+        """Runs a check; `asked` are the names that the exercises above it define. What fails at line `hidden` or below
+        is told without the numbers that were expected. `written` is the learner's text: the exercise, and the cells
+        that they added."""
+        self.link.comparisons = comparisons or {}
+        self.written = sources.written_for(written[0], list(written[1:])) if written else ast.Module([], [])
+        self.asked = set(asked) - (self.given - set(asked))
+        given = os.environ.get("LLM40_SEED")
+        os.environ["LLM40_SEED"] = seed
+        self.counted = False
+        torch.manual_seed(0)
+        random.seed(0)
+        try:
+            with self.link.asking():
+                answer = self.link.request(Describe(sorted(asked), sorted(self.given)))
+                found = self.link.decode(answer.value)
+            for each in asked:
+                self.names.pop(each, None)
+            self.names.update(found)
+            outcome = run(name, source, dict(self.names), hidden)
+        except (Lost, Malformed) as error:
+            outcome = {"status": "lost", "ename": "", "evalue": str(error)}
+        except Exception as error:
+            outcome = describe_error(error, name, source)
+        finally:
+            os.environ.pop("LLM40_SEED", None)
+            if given is not None:
+                os.environ["LLM40_SEED"] = given
+            self.link.measurements.clear()
+            self.link.launches.clear()
+            self.guards.clear()
+            while self.twin_sockets:
+                self.twin_sockets.pop().close()
+            self.link.tensors.leaves.clear()
+        try:
+            with self.link.asking():
+                self.link.request(Done())
+            self.link.forget()
+        except (Lost, Malformed, Refused):
+            outcome = outcome if outcome["status"] == "error" else {"status": "lost", "ename": "", "evalue": ""}
+        return outcome | {"counted": self.counted}
+
+    def fork_twin(self, rank: int, ranks: int) -> Callable[[], None]:
+        """For llm40.distributed: a rank of a check's gets a twin of the learner's process, and talks to that."""
+        with self.link.asking():
+            self.link.request(Fork(rank, ranks))
+            connection = self.receive_socket()
+
+        def begin() -> None:
+            self.link.connection = connection
+
+        self.twin_sockets.append(connection)
+        return begin
+
+    @contextmanager
+    def reach(self, path: str) -> Iterator[str]:
+        """For checks.reachable: the learner's server, at a path of this process."""
+        with self.link.asking():
+            self.link.request(Reach(str(path)))
+            control = self.receive_socket()
+        with relay.relayed(control) as own:
+            yield own
+
+    def receive_socket(self) -> socket.socket:
+        """The socket that comes after a reply."""
+        return socket.socket(fileno=socket.recv_fds(self.link.connection, 1, 1)[1][0])
+
+    def read_text(self, measured: str, args: tuple) -> None:
+        """What is counted in the learner's process could be hidden there; some of it stands in the text."""
+        if measured == "forbidden" and (used := sources.forbidden_name(self.written, args)):
+            raise AssertionError(f"{used} of PyTorch is used, but this exercise builds it.")
+        if measured == "allocations" and not self.numpy_given and (used := sources.uncounted_name(self.written)):
+            raise AssertionError(f"memory is counted here, and {used} makes some that is not PyTorch's: use tensors.")
+
+    @property
+    def numpy_given(self) -> bool:
+        """Whether the lesson itself works with NumPy."""
+        return any(self.names.get(name) is numpy for name in self.given)
+
+    def is_guarded(self, t: torch.Tensor) -> bool:
+        return t.untyped_storage()._cdata in self.guards
+
+
+def run(name: str, source: str, names: dict, hidden: int = 0) -> dict:
+    # The text of given kernels is asked for when they are compiled for a GPU.
+    linecache.cache[file_of(name)] = len(source), None, source.splitlines(keepends=True), file_of(name)
+    try:
+        exec(compile(source, file_of(name), "exec", dont_inherit=True), names)
+    except BaseException as error:
+        return describe_error(error, name, source, hidden)
+    return {"status": "ok"}
+
+
+def file_of(name: str) -> str:
+    return f"<{name}>"
+
+
+def describe_error(error: BaseException, name: str, source: str, hidden: int = 0) -> dict:
+    """An exception, and the lines of the cell that led to it. What lies in the hidden tests is told without its text,
+    and without the numbers that were expected."""
+    if isinstance(error, Lost):
+        return {"status": "lost", "ename": "", "evalue": str(error)}
+    lines, places, in_hidden = source.split("\n"), [], False
+    for frame in traceback.extract_tb(error.__traceback__):
+        if frame.filename == file_of(name):
+            is_hidden = bool(hidden) and frame.lineno >= hidden
+            in_hidden = in_hidden or is_hidden
+            where = (
+                "in the hidden tests" if is_hidden else f"line {frame.lineno}\n    {lines[frame.lineno - 1].strip()}"
+            )
+            places.append(f"{name}, {where}")
+        elif OWN_FILES not in frame.filename and not in_hidden:
+            places.append(f"{frame.filename}, line {frame.lineno}, in {frame.name}")
+    try:
+        said = str(error)
+    except Exception as broken:
+        said = f"({type(broken).__name__} in the exception's own text)"
+    if in_hidden and isinstance(error, AssertionError):
+        said = sources.without_expected(said)
+    return {"status": "error", "ename": type(error).__name__, "evalue": said[:TEXT], "places": places[-20:]}
+
+
+def redirect_checks(court: Court) -> None:
+    """What checks measure is measured in the learner's process too, and what they guard passes with its canaries."""
+    for name in MEASURED:
+        setattr(checks, name, measured_beside(court, "checks", name, getattr(checks, name)))
+    checks.launches = launches_at_both_ends(court, checks.launches)
+    made = sys.modules["llm40.checks.buffers"]
+    made._placed = remembered(court, made._placed)
+    checks.measured = lambda made: measured_given(court, made)
+    checks.reachable = court.reach
+
+
+def measured_beside(court: Court, place: str, name: str, here: Callable) -> Callable:
+    """A context manager that measures in both processes."""
+
+    @contextmanager
+    def measure(*args, **kwargs):
+        link, court.counted = court.link, True
+        with here(*args, **kwargs) as seen:
+            only = kwargs.pop("only", None) if name == "traffic" else None
+            measurement = Measurement([place, name, link.encode(args), link.encode(kwargs)], seen, only)
+            link.measurements.append(measurement)
+            try:
+                yield seen
+            finally:
+                link.measurements.remove(measurement)
+        if measurement.raised:
+            raise AssertionError(measurement.raised)
+        court.read_text(name, args)
+
+    return measure
+
+
+def measured_given(court: Court, made: Callable) -> Callable:
+    """A given cell's measurement: a context manager is entered in both processes, a function runs in the learner's."""
+    if isinstance(made, type) or inspect.isgeneratorfunction(inspect.unwrap(made)):
+        return measured_beside(court, "given", made.__name__, made)
+
+    def run_there(*args, **kwargs):
+        court.counted = True
+        return court.link.call(["name", made.__name__], args, kwargs)
+
+    return run_there
+
+
+def launches_at_both_ends(court: Court, here: Callable) -> Callable:
+    @contextmanager
+    def launches():
+        with measured_beside(court, "checks", "launches", here)() as seen:
+            court.link.launches.append(LaunchCount(seen))
+            try:
+                yield seen
+            finally:
+                court.link.launches.pop()
+
+    return launches
+
+
+def remembered(court: Court, here: Callable) -> Callable:
+    """What makes buffers with canaries, which then pass whole."""
+
+    def placed(*args, **kwargs):
+        made = here(*args, **kwargs)
+        court.guards[made.buffer.untyped_storage()._cdata] = made.buffer
+        return made
+
+    return placed
+
+
+class LaunchCount:
+    """Counts the launches that checks and given launchers make themselves."""
+
+    def __init__(self, seen: object):
+        self.seen = seen
+
+    def note(self, name: str, grid: tuple) -> None:
+        size = 1
+        for side in grid:
+            size *= int(side)
+        self.seen.count += 1
+        self.seen.programs += size
+        self.seen.kernels[name] += 1
+
+
+def main(path: str) -> None:
+    """Serves one worker, which connects at `path`, until it hangs up."""
+    with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as listener:
+        listener.bind(path)
+        os.chmod(path, 0o777)
+        listener.listen(1)
+        court = Court()  # imports llm40 meanwhile
+        orders, _ = listener.accept()
+    silence()
+    kinds = {"given": court.run_given, "check": court.run_check}
+    while (size := orders.recv(8, socket.MSG_WAITALL)) and len(size) == 8:
+        order = json.loads(orders.recv(int.from_bytes(size, "big"), socket.MSG_WAITALL))
+        kind = order.pop("order")
+        if kind == "attach":
+            answer = court.attach(socket.socket(fileno=socket.recv_fds(orders, 1, 1)[1][0]))
+        else:
+            answer = kinds[kind](**order)
+        raw = json.dumps(answer).encode("ascii", "replace")
+        orders.sendall(len(raw).to_bytes(8, "big") + raw)
+
+
+def silence() -> None:
+    """What checks print is discarded, and they draw nothing."""
+    nowhere = os.open(os.devnull, os.O_WRONLY)
+    for descriptor in (1, 2):
+        os.dup2(nowhere, descriptor)
+
+
+if __name__ == "__main__":
+    main(sys.argv[1])

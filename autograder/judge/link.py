@@ -1,0 +1,801 @@
+"""One end of the socket between the judge and a learner's process, and what this end knows of the other's objects.
+
+Both ends run the same code; they differ in what they allow the other (`Link.may`). What passes:
+
+- **Values** by copy. What the other end changes in place in an argument is changed here too, when its reply comes.
+- **Tensors, generators and modules** as mirrors: each has a number, lives at both ends, and whatever changed since the
+  last message (values, gradients, modes, parameters) goes along with the next one, in both directions.
+- **Gradients** as vector-Jacobian products: a result that carries gradients is the output of `Remote`, whose backward
+  asks the end where the result was made.
+- **Everything else** as a handle (proxies.py): attributes, items, calls and operators are requests.
+
+The other end may send anything: a message that is none raises Malformed, and a number that stands for nothing Refused.
+"""
+
+import builtins
+import socket
+import sys
+import weakref
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from types import BuiltinFunctionType, FunctionType, ModuleType
+
+import torch
+from torch import Tensor, enable_grad, nn  # by these names: checks may watch torch's own
+from torch.autograd.graph import _engine_run_backward as run_backward  # as autograd.grad, which modes see
+
+from autograder.judge import messages, proxies, tensors
+from autograder.judge.messages import Attribute, Call, Envelope, Gradients, Reply
+from autograder.judge.values import Codec, Refused, find_attribute, qualified
+
+MUTABLE = frozenset(("list", "dict", "ordered", "counter", "set", "deque", "array", "bytearray", "record"))
+LIBRARIES = ("torch.", "llm40.", "math:", "operator:", "numpy:", "builtins:")  # of which functions pass by name
+HELPERS = (
+    "autograder.judge.agent:is_instance",
+    "builtins:issubclass",
+    "builtins:dir",
+    "copy:copy",
+    "copy:deepcopy",
+    "builtins:repr",
+    "builtins:type",
+)
+
+
+THING = ("__init__", "__repr__", "__dict__", "__weakref__")  # what the class of a thing may define
+
+
+class Lost(ConnectionError):
+    """The other end is gone."""
+
+
+class RemoteError(RuntimeError):
+    """An exception of a class that only the other end has."""
+
+
+@dataclass
+class Record:
+    """A call whose results carry gradients: what they are, and what they depend on."""
+
+    outputs: list[Tensor]
+    depends: list[Tensor]
+
+
+class Token:
+    """Lives as long as a call's graph may be asked for gradients."""
+
+    def __init__(self, number: int):
+        self.number = number
+
+
+class Remote(torch.autograd.Function):
+    """The results of a call, as functions of the tensors that they depend on at the other end."""
+
+    @staticmethod
+    def forward(ctx, link, token, made, *inputs):
+        ctx.link, ctx.token = link, token
+        ctx.set_materialize_grads(False)
+        return tuple(made)
+
+    @staticmethod
+    def backward(ctx, *cotangents):
+        return None, None, None, *ctx.link.pull_back(ctx.token.number, cotangents)
+
+
+class Link(Codec):
+    """One end of the socket. `names` are the names of this end's notebook, `given` those that given cells define."""
+
+    judges = False  # which end this is
+
+    def __init__(self, connection: socket.socket, names: dict):
+        self.connection = connection
+        self.names = names
+        self.given: set[str] = set()
+        self.next_number = 2 if self.judges else 1
+        self.tensors = tensors.Mirrors(self, weak=self.judges)
+        self.generators: dict[int, list] = {}  # number → [generator, state as last exchanged]
+        self.generator_numbers: dict[int, int] = {}
+        self.exported: dict[int, object] = {}
+        self.export_numbers: dict[int, int] = {}
+        self.imported: weakref.WeakValueDictionary[int, object] = weakref.WeakValueDictionary()
+        self.views: dict[int, dict] = {}  # a shared module's parts as last exchanged
+        self.shared_modules: dict[int, Callable[[], nn.Module | None]] = {}
+        self.calls: dict[int, Record] = {}
+        self.kept: list = []  # proxies, on the learner's end
+        self.things: dict[int, list] = {}  # number → [object, its attributes as last exchanged, the same encoded]
+        self.thing_numbers: dict[int, int] = {}
+        self.waiting_things: list[int] = []
+        self.released: list[int] = []
+        self.pending: list[int] = []
+        self.broken = False  # whether a reply is outstanding that nobody waits for
+        self.depth = 0  # requests that wait for their replies
+        self.measurements: list = []
+        self.random = None
+        self.tracked: list | None = None
+
+    def new_number(self) -> int:
+        self.next_number += 2
+        return self.next_number
+
+    # --- sending and receiving ---
+
+    def send(self, message: object) -> None:
+        """Everything that changed here goes along."""
+        envelope = Envelope(messages.as_list(message))
+        outermost = self.depth <= (self.judges and not isinstance(message, Reply))
+        self.collect_things(envelope, changed=outermost)
+        self.collect_modules(envelope)
+        self.collect_generators(envelope)
+        self.tensors.collect()
+        envelope.tensors = self.tensors.outgoing
+        self.tensors.outgoing = []
+        if not self.judges:
+            self.drop_unheld()
+        envelope.released, self.released = self.released, []
+        state = tensors.random_state()
+        if state != self.random:
+            envelope.random = self.random = state
+        raw = messages.pack(envelope)
+        try:
+            self.connection.sendall(len(raw).to_bytes(8, "big") + raw)
+        except OSError as error:
+            raise Lost(str(error)) from error
+
+    def receive(self) -> tuple[object, Envelope]:
+        size = int.from_bytes(self._read(8), "big")
+        if size > messages.LIMIT:
+            raise messages.Malformed("a message too long to be one")
+        envelope = messages.unpack(self._read(size))
+        if envelope.random is not None:
+            self.random = envelope.random
+            tensors.set_random_state(envelope.random)
+        return messages.from_list(envelope.message), envelope
+
+    def _read(self, size: int) -> bytearray:
+        buffer = bytearray(size)
+        view, got = memoryview(buffer), 0
+        while got < size:
+            try:
+                part = self.connection.recv_into(view[got:])
+            except OSError as error:
+                raise Lost(str(error)) from error
+            if not part:
+                raise Lost("the other end closed the connection")
+            got += part
+        return buffer
+
+    def request(self, message: object) -> Reply:
+        """Sends a request and serves the other end's until the reply comes. Raises what the other end raised.
+
+        Inside `asking`, which also holds the making of the request.
+        """
+        if self.broken:
+            raise Lost("an earlier request was not answered")
+        self.broken = True  # until the reply is here, whatever is raised meanwhile
+        self.send(message)
+        while True:
+            answer, envelope = self.receive()
+            if isinstance(answer, Reply):
+                break
+            self.serve(answer, envelope)
+            self.broken = True
+        self.broken = False
+        self.take(envelope, answer)
+        for measurement, seen in zip(self.measurements, answer.seen, strict=False):
+            measurement.merge(self.decode(seen))
+        if answer.error is not None:
+            raise self.make_exception(answer.error)
+        return answer
+
+    def take(self, envelope: Envelope, answer: Reply | None = None) -> None:
+        """What the other end changed, is changed here; new tensors become mirrors."""
+        fresh = self.tensors.receive(envelope.tensors, held=answer.outputs if answer else ())
+        for number, state in envelope.generators:
+            self.receive_generator(number, state)
+        if answer is not None and answer.outputs:
+            inputs = [self.tensors.find(number) for number in answer.depends]
+            self.tensors.leaves |= {n: t for n, t in zip(answer.depends, inputs, strict=True) if t.is_leaf and n % 2}
+            token = Token(answer.call)
+            weakref.finalize(token, self.let_go, answer.call).atexit = False
+            with enable_grad():
+                results = Remote.apply(self, token, [fresh[number] for number in answer.outputs], *inputs)
+            self.tensors.passing |= dict(zip(answer.outputs, results, strict=True))
+            for number, result in zip(answer.outputs, results, strict=True):
+                self.tensors.register(number, result, self.tensors.held.pop(number))
+                self.tensors.by_number[number].linked = True
+                self.tensors.by_number[number].note(result, self.tensors.sign(result))
+                if not self.judges:  # a callback's result: the judge's own graph of it ends with the callback
+                    self.tensors.by_number[number].graph = None
+        self.receive_things(envelope.things)
+        for number, kind, name, value in envelope.modules:
+            self.receive_part(number, kind, name, value)
+        if answer is None:
+            self.release(envelope.released)
+        else:  # the value of this very reply may have them; from the next request on they are gone
+            self.pending += envelope.released
+
+    def let_go(self, number: int) -> None:
+        """This end has no use for it any more: the other one is told with the next message."""
+        self.released.append(number)
+        self.views.pop(number, None)
+        self.shared_modules.pop(number, None)
+
+    def release(self, numbers: list) -> None:
+        """The other end has no use for these any more."""
+        for number in numbers:
+            generator = self.generators.pop(number, None)
+            if generator:
+                self.generator_numbers.pop(id(generator[0]), None)
+            elif self.calls.pop(number, None) is None and not self.tensors.release(number):
+                value = self.exported.pop(number, None)
+                if value is not None:
+                    self.export_numbers.pop(id(value), None)
+                self.views.pop(number, None)
+                self.shared_modules.pop(number, None)
+
+    def release_pending(self) -> None:
+        """Before anything is encoded: what the other end has let go of needs a new number."""
+        pending, self.pending = self.pending, []
+        self.release(pending)
+
+    @contextmanager
+    def asking(self) -> Iterator[None]:
+        """Around the making of a request and the reading of its reply."""
+        with tensors.unobserved():
+            self.depth += 1
+            self.release_pending()
+            try:
+                yield
+            finally:
+                self.depth -= 1
+                if not self.depth:
+                    self.tensors.passing.clear()
+
+    # --- asking ---
+
+    def call(self, target: list, args: Iterable, kwargs: dict) -> object:
+        """Calls something of the other end's."""
+        with self.asking():
+            sent, self.tracked = self.tracked, []
+            try:
+                message = Call(target, self.encode(tuple(args)), self.encode(kwargs), self.around(), tensors.modes())
+                containers = self.tracked
+            finally:
+                self.tracked = sent
+            answer = self.request(message)
+            for place, value in answer.changed:
+                replace_contents(containers[place], self.decode(value))
+            return self.decode(answer.value)
+
+    def call_function(self, number: int, function: Callable, args: tuple, kwargs: dict) -> object:
+        """Calls a function of the other end's, which has a proxy here."""
+        return self.call(["object", number], args, kwargs)
+
+    def around(self) -> list:
+        return [measurement.spec for measurement in self.measurements]
+
+    def pull_back(self, call: int, cotangents: Iterable[Tensor | None]) -> list:
+        with self.asking():
+            encoded = [self.encode(cotangent) for cotangent in cotangents]
+            answer = self.request(Gradients(call, encoded, torch.is_grad_enabled(), self.around()))
+            return self.decode(answer.value)
+
+    def attribute(self, target: list, name: str, action: str = "get", value: object = None) -> object:
+        with self.asking():
+            return self.decode(self.request(Attribute(target, name, action, self.encode(value), self.around())).value)
+
+    # --- serving ---
+
+    def may(self, request: object) -> None:
+        """Raises Refused where the other end may not ask this."""
+
+    def serve(self, request: object, envelope: Envelope) -> None:
+        """Does what was asked, and replies."""
+        reply = Reply()
+        measured: list = []
+        self.broken = False
+        held = set(self.tensors.passing)
+        try:
+            self.take(envelope)
+            self.may(request)
+            value = self.perform(request, reply, measured)
+            self.release_pending()
+            reply.value = self.encode(value)
+            self.find_outputs(reply)
+            for place, (container, before) in enumerate(self.containers_of(request)):
+                after = self.encode(container)
+                if after != before:
+                    reply.changed.append([place, after])
+        except BaseException as error:
+            reply.value = None
+            reply.outputs, reply.depends, reply.call, reply.changed = [], [], 0, []
+            reply.error = self.encode_exception(error)
+        reply.seen = [self.encode(seen) for seen in measured]
+        request = value = None
+        if self.judges:  # tensors that came with this request are let go with its reply, unless something holds them
+            for number in self.tensors.passing.keys() - held:
+                if number % 2 and number in self.tensors.by_number:
+                    del self.tensors.passing[number]
+        self.send(reply)
+
+    def containers_of(self, request: object) -> list:
+        return getattr(request, "containers", [])
+
+    def perform(self, request: object, reply: Reply, seen: list) -> object:
+        if isinstance(request, Call):
+            function = self.resolve(request.target)
+            outer, self.tracked = self.tracked, []
+            try:
+                args, kwargs = self.decode(request.args), self.decode(request.kwargs)
+                request.containers = self.tracked
+            finally:
+                self.tracked = outer
+            return self.measure(request.around, seen, lambda: function(*args, **kwargs), request.modes)
+        if isinstance(request, Gradients):
+            return self.serve_gradients(request, seen)
+        if isinstance(request, Attribute):
+            return self.serve_attribute(request, seen)
+        raise Refused(f"{type(request).__name__} is not asked of this end")
+
+    def resolve(self, target: list) -> Callable:
+        kind, *rest = target
+        if kind == "object":
+            return self.exported_object(rest[0])
+        if kind == "method":
+            return getattr(self.exported_object(rest[0]), rest[1])
+        raise Refused("a target of no known kind")
+
+    def exported_object(self, number: object) -> object:
+        if number not in self.exported:
+            raise Refused("a handle of nothing")
+        return self.exported[number]
+
+    def measure(self, around: list, seen: list, act: Callable[[], object], modes: list | None = None) -> object:
+        """Does something in the caller's modes, and inside the measurements that it asks for."""
+        with tensors.observed(modes):
+            return act()
+
+    def serve_attribute(self, request: Attribute, seen: list) -> object:
+        owner = (
+            self.resolve(request.target) if request.target[0] != "object" else self.exported_object(request.target[1])
+        )
+        if request.action == "get":
+            return self.measure(request.around, seen, lambda: getattr(owner, request.name))
+        if request.action == "set":
+            value = self.decode(request.value)
+            return self.measure(request.around, seen, lambda: setattr(owner, request.name, value))
+        return self.measure(request.around, seen, lambda: delattr(owner, request.name))
+
+    def serve_gradients(self, request: Gradients, seen: list) -> object:
+        record = self.calls.get(request.call)
+        if record is None:
+            raise Refused("gradients of no call")
+        cotangents = self.decode(["list", request.cotangents])
+        pairs = [(out, given) for out, given in zip(record.outputs, cotangents, strict=True) if given is not None]
+        if not pairs:
+            return [None] * len(record.depends)
+        outputs, given = zip(*pairs, strict=True)
+        return self.measure(
+            request.around,
+            seen,
+            lambda: list(
+                run_backward(
+                    outputs, given, True, bool(request.create_graph), tuple(record.depends), True, accumulate_grad=False
+                )
+            ),
+        )
+
+    def find_outputs(self, reply: Reply) -> None:
+        """Of the tensors that go out now for the first time, those with a graph; and what that graph leads to."""
+        new = [number for number, _ in self.tensors.outgoing]
+        outputs = [number for number in new if (t := self.tensors.find(number)).requires_grad and not t.is_leaf]
+        if not outputs:
+            return
+        made = [self.tensors.find(number) for number in outputs]
+        for number in outputs:
+            self.tensors.by_number[number].linked = True
+        depends = self.tensors.reached(made, set(outputs))
+        reply.outputs, reply.depends = outputs, [self.tensors.number(t) for t in depends]
+        reply.call = self.new_number()
+        self.calls[reply.call] = Record(made, depends)
+
+    # --- values that are more than values ---
+
+    def encode(self, value: object, depth: int = 0) -> object:
+        encoded = super().encode(value, depth)
+        if self.tracked is not None and type(encoded) is list and encoded[0] in MUTABLE:
+            self.tracked.append(value)
+        return encoded
+
+    def decode(self, encoded: object, depth: int = 0) -> object:
+        value = super().decode(encoded, depth)
+        if self.tracked is not None and type(encoded) is list and encoded[0] in MUTABLE:
+            self.tracked.append((value, encoded))
+        return value
+
+    def encode_tensor(self, value: Tensor) -> list:
+        return ["tensor", self.tensors.number(value)]
+
+    def decode_tensor(self, number: int) -> Tensor:
+        return self.tensors.find(number)
+
+    def encode_generator(self, value: torch.Generator) -> list:
+        number = self.generator_numbers.get(id(value))
+        if number is None:
+            number = self.new_number()
+            self.generators[number] = [value, None]
+            self.generator_numbers[id(value)] = number
+        return ["generator", number]
+
+    def decode_generator(self, number: int) -> torch.Generator:
+        if number not in self.generators:
+            raise Refused("a generator of nothing")
+        return self.generators[number][0]
+
+    def collect_generators(self, envelope: Envelope) -> None:
+        for number, pair in self.generators.copy().items():
+            state = tensors.generator_state(pair[0])
+            if state != pair[1]:
+                pair[1] = state
+                envelope.generators.append([number, state])
+
+    def receive_generator(self, number: int, state: list) -> None:
+        if number not in self.generators:
+            made = torch.Generator(state[0])
+            self.generators[number] = [made, None]
+            self.generator_numbers[id(made)] = number
+        tensors.set_generator_state(self.generators[number][0], state)
+        self.generators[number][1] = state
+
+    def drop_unheld(self) -> None:
+        """What nobody here holds but the tables of this link cannot change here any more: both ends forget it."""
+        for number, pair in self.generators.copy().items():
+            if sys.getrefcount(pair[0]) <= 2:
+                del self.generators[number], self.generator_numbers[id(pair[0])]
+                self.released.append(number)
+        self.released += self.tensors.drop_unheld()
+
+    # --- modules ---
+
+    def collect_modules(self, envelope: Envelope) -> None:
+        """Parameters, buffers, submodules and modes that changed in modules that both ends have."""
+        for number, find in self.shared_modules.copy().items():
+            module = find()
+            if module is None:
+                continue
+            view, now = self.views[number], parts_of(module, number % 2 == 0)
+            for key in view.keys() - now.keys():
+                envelope.modules.append([number, "delete", key[0] + " " + key[1], None])
+            for key, value in now.items():
+                if key not in view or view[key] is not value:
+                    envelope.modules.append([number, *key, self.encode(value)])
+            self.views[number] = now
+
+    def receive_part(self, number: int, kind: str, name: str, encoded: object) -> None:
+        module = self.shared_modules.get(number, lambda: None)()
+        if module is None:
+            return
+        if kind == "delete":
+            kind, _, name = name.partition(" ")
+            places_of(module).get(kind, {}).pop(name, None)
+        else:
+            value = self.decode(encoded)
+            set_part(module, kind, name, self.only_when_asked(value) if kind in HOOKS and self.judges else value)
+        self.views[number] = parts_of(module, number % 2 == 0)
+
+    def only_when_asked(self, hook: Callable) -> Callable:
+        """A hook that the learner's code put on a module runs while that code runs (it may have asked for
+        the module to be called), and never in what the judge computes for itself."""
+
+        def run(*args, **kwargs):
+            return hook(*args, **kwargs) if self.depth else None
+
+        return run
+
+    def share_module(self, number: int, module: nn.Module) -> None:
+        weak = self.judges and number % 2 == 1
+        self.shared_modules[number] = weakref.ref(module) if weak else lambda: module
+        self.views[number] = parts_of(module, number % 2 == 0)
+
+    # --- things: plain objects of a class that a check or a given cell defines ---
+
+    def number_thing(self, value: object) -> int:
+        """A thing's number; a new one goes out with the next message, and what its attributes lead to."""
+        number = self.thing_numbers.get(id(value))
+        if number is None:
+            number = self.new_number()
+            self.thing_numbers[id(value)] = number
+            self.things[number] = [value, {}, None]
+            self.waiting_things.append(number)
+        return number
+
+    def collect_things(self, envelope: Envelope, changed: bool) -> None:
+        """New things, and where a call begins or ends also those that changed: between its callbacks, of which there
+        may be thousands, nobody looks through them all."""
+        for number, (value, attributes, before) in self.things.copy().items() if changed else ():
+            if not same_attributes(vars(value), attributes) or (before is not None and before != self.hold(value)):
+                self.waiting_things.append(number)
+        done = set()
+        while self.waiting_things:  # not by recursion: a chain of things may be long
+            number = self.waiting_things.pop()
+            if number in done:
+                continue
+            done.add(number)
+            value, held = self.things[number][0], self.hold(self.things[number][0])
+            given = self.is_given(type(value))
+            # The learner's code may change what an attribute holds, too.
+            self.things[number][1:] = dict(vars(value)), held if given and not self.judges else None
+            envelope.things.append([number, type(value).__name__, given, held])
+
+    def hold(self, value: object) -> list:
+        """A thing's attributes, encoded."""
+        outer, self.tracked = self.tracked, None
+        try:
+            return [[name, self.encode(each)] for name, each in vars(value).items()]
+        finally:
+            self.tracked = outer
+
+    def receive_things(self, things: list) -> None:
+        for number, name, given, _ in things:
+            if number not in self.things:
+                kind = self.names.get(name) if given else proxies.plain_class(str(name))
+                if given and not (isinstance(kind, type) and self.is_given(kind)):
+                    raise Refused("a thing of a class that no given cell defines")
+                made = object.__new__(kind)
+                self.things[number] = [made, {}, None]
+                self.thing_numbers[id(made)] = number
+        for number, _, given, held in things:
+            value = self.things[number][0]
+            attributes = vars(value)
+            attributes.clear()
+            attributes.update({str(each): self.decode(part) for each, part in held})
+            self.things[number][1:] = dict(attributes), held if given and not self.judges else None
+
+    def is_given(self, kind: type) -> bool:
+        """Whether a given cell defines a class, and all that its objects have are attributes."""
+        if (
+            self.names.get(kind.__name__) is not kind
+            or kind.__name__ not in self.given
+            or kind.__module__ != "__main__"
+        ):
+            return False
+        return all(base is object or base.__name__ in self.given for base in kind.__mro__)
+
+    def is_given_thing(self, value: object) -> bool:
+        return hasattr(value, "__dict__") and not isinstance(value, type) and self.is_given(type(value))
+
+    def decode_thing(self, number: int) -> object:
+        if number not in self.things:
+            raise Refused("a thing that is none")
+        return self.things[number][0]
+
+    def forget(self) -> None:
+        """At the end of a check: what the judge handed over is no longer known."""
+        for number in [number for number in self.exported if self.judges]:
+            self.release([number])
+        self.kept.clear()
+        self.things.clear()
+        self.thing_numbers.clear()
+        self.waiting_things.clear()
+
+    # --- handles ---
+
+    def export(self, value: object) -> tuple[int, bool]:
+        """The number of an object of this end's, and whether the other end is told of it for the first time."""
+        known = self.export_numbers.get(id(value))
+        if known is not None:
+            return known, False
+        number = self.new_number()
+        self.exported[number] = value
+        self.export_numbers[id(value)] = number
+        return number, True
+
+    def encode_object(self, value: object) -> list:
+        number = proxies.number_of(value, self)
+        if number is not None:
+            return ["mine", number]
+        name = getattr(value, "__name__", None)
+        if isinstance(name, str) and name in self.given and self.names.get(name) is value:
+            return ["given", name]
+        if self.judges:
+            path = library_path(value)
+            if path:
+                return ["library", path]
+            bound = next((n for n in self.given if self.names.get(n) is value), None)
+            if bound:
+                return ["given", bound]
+            if isinstance(value, nn.Module) and (path := self.known_class(type(value))):
+                number, new = self.export(value)
+                if not new:
+                    return ["built", number, None]
+                outer, self.tracked = self.tracked, None
+                try:
+                    description = proxies.describe_built(value, path, self)
+                finally:
+                    self.tracked = outer
+                self.share_module(number, value)
+                return ["built", number, description]
+        if id(value) in self.thing_numbers or (self.judges and is_thing(value)) or self.is_given_thing(value):
+            return ["thing", self.number_thing(value)]
+        number, new = self.export(value)
+        if not new:
+            return ["object", number, None]
+        outer, self.tracked = self.tracked, None
+        try:
+            return ["object", number, proxies.describe(value, number, self)]
+        finally:
+            self.tracked = outer
+
+    def known_class(self, kind: type) -> str:
+        """The path by which the other end finds a class: a library's, or one of a given cell."""
+        if self.names.get(kind.__name__) is kind and kind.__name__ in self.given:
+            return kind.__name__
+        return qualified(kind) if kind.__module__.startswith(("torch.nn.", "llm40.")) else ""
+
+    def find_class(self, path: str) -> type:
+        return find_attribute(path) if ":" in path else self.names[path]
+
+    def decode_mine(self, number: int) -> object:
+        return self.exported_object(number)
+
+    def decode_given(self, name: str) -> object:
+        if name not in self.given or name not in self.names:
+            raise Refused("a name that no given cell defines")
+        return self.names[name]
+
+    def decode_object(self, number: int, description: dict | None) -> object:
+        known = self.imported.get(number)
+        if known is not None:
+            return known
+        if description is None:
+            raise Refused("a handle of nothing")
+        outer, self.tracked = self.tracked, None
+        try:
+            made = proxies.make(self, number, description)
+        finally:
+            self.tracked = outer
+        self.keep_import(number, made)
+        return made
+
+    def compared(self, name: str) -> tuple[str, ...]:
+        """The comparisons that objects of a class of this name may decide: those that the exercise's own class has."""
+        return proxies.COMPARING
+
+    def keep_import(self, number: int, proxy: object) -> None:
+        """The judge's end lets go of proxies as soon as nobody needs them, but not before the request is over; the
+        learner's end keeps them for the check."""
+        self.imported[number] = proxy
+        if not self.judges:
+            self.kept.append(proxy)
+            return
+        self.tensors.passing[number] = proxy
+        weakref.finalize(proxy, self.let_go, number).atexit = False
+
+    # --- records and exceptions ---
+
+    def name_record(self, kind: type) -> str:
+        if kind.__name__ in self.given and self.names.get(kind.__name__) is kind:
+            return kind.__name__
+        return qualified(kind) if kind.__module__.startswith("llm40.") else ""
+
+    def find_record(self, name: str) -> type | None:
+        if name.startswith("llm40.") and ":" in name:
+            found = find_attribute(name)
+        else:
+            found = self.names.get(name) if name in self.given else None
+        return found if isinstance(found, type) else None
+
+    def make_exception(self, encoded: list) -> BaseException:
+        """The exception that the other end raised, of the first of its classes that this end has."""
+        names, args, text = encoded
+        for place, name in enumerate(names):
+            kind = self.names.get(name) if name in self.given else getattr(builtins, str(name), None)
+            if not (isinstance(kind, type) and issubclass(kind, BaseException)):
+                continue
+            if not issubclass(kind, Exception):
+                return type(str(names[0]), (RemoteError,), {})(text)  # it ends a call, not this process
+            if place:  # a class of the learner's own: named so, and caught as what it derives from
+                kind = type(str(names[0]), (kind,), {})
+            try:
+                made = kind(*([text] if args is None else [self.decode(arg) for arg in args]))
+            except Exception:
+                made = RemoteError(f"{names[0]}: {text}")
+            return made
+        return RemoteError(str(text))
+
+
+def same_attributes(one: dict, other: dict) -> bool:
+    return one.keys() == other.keys() and all(value is other[name] for name, value in one.items())
+
+
+def is_thing(value: object) -> bool:
+    """Whether an object is nothing but its attributes: its class, a check's own, defines no more than __init__."""
+    kind = type(value)
+    if kind.__module__ != "__main__" or kind.__bases__ != (object,) or not hasattr(value, "__dict__"):
+        return False
+    return all(name in THING for name, member in vars(kind).items() if callable(member) or hasattr(member, "__get__"))
+
+
+def library_path(value: object) -> str:
+    """How the other end finds a function or class of a library's: "module:name"; "" if it is none."""
+    if isinstance(value, ModuleType):
+        return ""
+    if not isinstance(value, (type, FunctionType, BuiltinFunctionType)) and not hasattr(value, "__objclass__"):
+        if type(value).__module__ in ("torch._ops", "triton.language.core"):
+            pass
+        else:
+            return ""
+    module, name = getattr(value, "__module__", None), getattr(value, "__name__", getattr(value, "name", ""))
+    for place in (module, "torch", "torch.nn.functional", "math", "operator", "builtins", "triton.language"):
+        path = f"{place}:{name}"
+        if not place or not name or not (path.startswith(LIBRARIES) or place.startswith(("torch", "triton.language"))):
+            continue
+        try:
+            if find_attribute(path) is value:
+                return path
+        except (ImportError, AttributeError, ValueError):
+            continue
+    return ""
+
+
+HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
+INTERNAL = frozenset(vars(nn.Module()))  # what every module has
+
+
+def parts_of(module: nn.Module, everything: bool) -> dict:
+    """A module's own parts, by kind and name; of one that the judge handed over also its attributes and hooks."""
+    parts = {("parameter", name): value for name, value in module._parameters.items()}
+    parts |= {("buffer", name): value for name, value in module._buffers.items()}
+    parts |= {("module", name): value for name, value in module._modules.items()}
+    parts["training", ""] = module.training
+    if everything:
+        parts |= {("attribute", name): value for name, value in vars(module).items() if name not in INTERNAL}
+        parts |= {(kind, str(name)): hook for kind in HOOKS for name, hook in getattr(module, kind).items()}
+    return parts
+
+
+def places_of(module: nn.Module) -> dict[str, dict]:
+    """Where a module keeps its parts of each kind."""
+    hooks = {kind: getattr(module, kind) for kind in HOOKS}
+    return {
+        "parameter": module._parameters,
+        "buffer": module._buffers,
+        "module": module._modules,
+        "attribute": vars(module),
+        **hooks,
+    }
+
+
+def set_part(module: nn.Module, kind: str, name: str, value: object) -> None:
+    if kind == "training":
+        module.training = bool(value)
+        return
+    place = places_of(module).get(kind)
+    if place is None or not isinstance(name, str):
+        raise Refused("a part of no known kind")
+    if kind == "attribute" and (name in INTERNAL or hasattr(type(module), name)):
+        return  # a method that was replaced: each end keeps its own
+    wanted = {"module": nn.Module, "parameter": Tensor, "buffer": Tensor}.get(kind, object)
+    if value is not None and not isinstance(value, wanted):
+        raise Refused("a part that is none")
+    place[name] = value
+
+
+def replace_contents(container: object, value: object) -> None:
+    """Gives a container the contents of another one of its kind."""
+    if type(container) is not type(value):
+        return
+    if isinstance(container, (list, bytearray)):
+        container[:] = value
+    elif isinstance(container, (dict, set)):
+        container.clear()
+        container.update(value)
+    elif hasattr(container, "extendleft"):
+        container.clear()
+        container.extend(value)
+    elif hasattr(container, "shape"):
+        if container.shape == value.shape:
+            container[...] = value
+    else:
+        for name, new in vars(value).items():
+            object.__setattr__(container, name, new)

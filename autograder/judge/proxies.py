@@ -1,0 +1,595 @@
+"""What stands at one end of a link for an object of the other end's: its looks are described once, all else is asked.
+
+A function becomes a function, a class a class, a module a module (its parameters are mirrors, its forward is a call), a
+Triton kernel a kernel; anything else an object that has the special methods which the original has.
+"""
+
+import inspect
+import sys
+from collections.abc import Callable
+from functools import cache
+from types import BuiltinFunctionType, FunctionType, MethodType
+
+import torch
+from torch import nn
+
+from autograder.judge import tensors
+from autograder.judge.messages import Hook, Launch
+from autograder.judge.sources import COMPARING
+from autograder.judge.values import Refused, qualified
+
+BINARY = (
+    "add",
+    "sub",
+    "mul",
+    "truediv",
+    "floordiv",
+    "mod",
+    "divmod",
+    "pow",
+    "matmul",
+    "and",
+    "or",
+    "xor",
+    "lshift",
+    "rshift",
+)
+UNARY = (
+    "lt",
+    "le",
+    "gt",
+    "ge",
+    "eq",
+    "ne",
+    "neg",
+    "pos",
+    "abs",
+    "invert",
+    "round",
+    "trunc",
+    "len",
+    "getitem",
+    "setitem",
+    "delitem",
+    "contains",
+    "iter",
+    "next",
+    "reversed",
+    "call",
+    "enter",
+    "exit",
+    "bool",
+    "int",
+    "float",
+    "index",
+    "complex",
+    "repr",
+    "str",
+    "format",
+    "missing",
+)
+OPERATORS = [
+    *(f"__{side}{name}__" for side in ("", "r", "i") for name in BINARY),
+    *(f"__{name}__" for name in UNARY),
+]
+OF_OBJECT = {name for name in OPERATORS if getattr(object, name, None) is not None}
+HOOKS = (
+    "register_forward_hook",
+    "register_forward_pre_hook",
+    "register_full_backward_hook",
+    "register_full_backward_pre_hook",
+)
+KNOWN_BASES = ("torch.", "collections", "builtins:", "typing:", "abc:", "enum:", "functools:")
+COMMON = frozenset(vars(nn.Module()))  # attributes that every module has
+PYTORCH = "torch.nn.modules."  # whose modules are the same at both ends
+IS_INSTANCE = "autograder.judge.agent:is_instance"
+PLACE = "_judge_place"  # where a proxy keeps its link and its number
+
+
+def number_of(value: object, link) -> int | None:
+    """The number at the other end, if a value is a proxy of this link's."""
+    place = None
+    if isinstance(value, RemoteType):
+        place = type.__getattribute__(value, "__dict__").get(PLACE)
+    elif isinstance(value, FunctionType):
+        place = value.__dict__.get(PLACE)
+    else:
+        try:
+            place = object.__getattribute__(value, "__dict__").get(PLACE)
+        except (AttributeError, TypeError):
+            return None
+    return place[1] if place and place[0] is link else None
+
+
+# --- describing an object to the other end -----------------------------------------------------------------------
+
+
+def describe(value: object, number: int, link) -> dict:
+    kind = type(value)
+    if isinstance(value, nn.Module):
+        return describe_module(value, number, link)
+    if isinstance(value, type):
+        return {"kind": "class", "name": value.__name__, "module": issubclass(value, nn.Module), "bases": bases(value)}
+    if isinstance(value, (FunctionType, BuiltinFunctionType, MethodType)):
+        name = getattr(value, "__name__", "function")
+        return {
+            "kind": "function",
+            "name": name,
+            "doc": getattr(value, "__doc__", None),
+            "signature": describe_signature(value, link),
+        }
+    if hasattr(kind, "__getitem__") and hasattr(value, "fn") and kind.__module__.startswith("triton."):
+        return {"kind": "kernel", "name": getattr(value, "__name__", getattr(value.fn, "__name__", "kernel"))}
+    return {
+        "kind": "object",
+        "name": kind.__name__,
+        "bases": bases(kind),
+        "operators": operators(kind),
+        "before_numpy": goes_before_numpy(kind),
+    }
+
+
+def goes_before_numpy(kind: type) -> bool:
+    """Whether `array + x` is x's to answer: NumPy's binary operators then step back."""
+    if hasattr(kind, "__array_ufunc__"):
+        return kind.__array_ufunc__ is None
+    priority = getattr(kind, "__array_priority__", None)
+    return isinstance(priority, (int, float)) and priority > 0
+
+
+def bases(kind: type) -> list[str]:
+    return [qualified(base) for base in kind.__mro__ if qualified(base).startswith(KNOWN_BASES) and base is not object]
+
+
+def operators(kind: type) -> list[str]:
+    return [
+        name
+        for name in OPERATORS
+        if getattr(kind, name, None) is not None
+        and (name not in OF_OBJECT or getattr(kind, name) is not getattr(object, name))
+    ]
+
+
+def describe_signature(function: Callable, link) -> list | None:
+    try:
+        parameters = inspect.signature(function).parameters.values()
+    except (TypeError, ValueError):
+        return None
+    return [
+        [p.name, int(p.kind), p.default is not p.empty, None if p.default is p.empty else repr(p.default)[:80]]
+        for p in parameters
+    ]
+
+
+def describe_module(module: nn.Module, number: int, link) -> dict:
+    library = next((base for base in type(module).__mro__ if base.__module__.startswith("torch.nn.")), nn.Module)
+    own = [base for base in type(module).__mro__ if not base.__module__.startswith("torch.") and base is not object]
+    link.share_module(number, module)
+    return {
+        "kind": "module",
+        "name": type(module).__name__,
+        "library": qualified(library),
+        "methods": sorted({name for base in own for name in vars(base) if not hasattr(nn.Module, name)}),
+        "operators": [name for name in operators(type(module)) if name in ("__len__", "__getitem__", "__iter__")],
+        "exact": type(module) is library and library.__module__.startswith(PYTORCH) and "forward" not in vars(module),
+        "attributes": describe_attributes(module, link) if type(module) is library else [],
+        "parameters": [[name, link.encode(p)] for name, p in module._parameters.items()],
+        "buffers": [
+            [name, link.encode(b), name not in module._non_persistent_buffers_set]
+            for name, b in module._buffers.items()
+        ],
+        "modules": [[name, link.encode(child)] for name, child in module._modules.items()],
+        "training": module.training,
+    }
+
+
+def describe_attributes(module: nn.Module, link) -> list:
+    own = {name: value for name, value in vars(module).items() if name not in COMMON}
+    return [[name, link.encode(value)] for name, value in own.items()]
+
+
+def describe_built(module: nn.Module, path: str, link) -> dict:
+    """A module of a class that the other end has: what its instance consists of."""
+    return {
+        "class": path,
+        "attributes": describe_attributes(module, link),
+        "parameters": [[name, link.encode(p)] for name, p in module._parameters.items()],
+        "buffers": [
+            [name, link.encode(b), name not in module._non_persistent_buffers_set]
+            for name, b in module._buffers.items()
+        ],
+        "modules": [[name, link.encode(child)] for name, child in module._modules.items()],
+        "training": module.training,
+    }
+
+
+# --- proxies -----------------------------------------------------------------------------------------------------
+
+
+def make(link, number: int, description: dict) -> object:
+    kind = description.get("kind")
+    if kind == "function":
+        return make_function(link, number, description)
+    if kind == "class":
+        return make_class(link, number, description)
+    if kind == "module":
+        return make_module(link, number, description)
+    if kind == "kernel":
+        return Kernel(link, number, str(description["name"]))
+    if kind == "object":
+        return make_object(link, number, description)
+    raise Refused("a handle of no known kind")
+
+
+def make_function(link, number: int, description: dict) -> Callable:
+    def function(*args, **kwargs):
+        return link.call_function(number, function, args, kwargs)
+
+    function.__name__ = function.__qualname__ = str(description["name"])
+    function.__doc__ = description.get("doc")
+    setattr(function, PLACE, (link, number))
+    if description.get("signature") is not None:
+        try:
+            parameters = [
+                inspect.Parameter(
+                    name, inspect._ParameterKind(kind), default=default if has else inspect.Parameter.empty
+                )
+                for name, kind, has, default in description["signature"]
+            ]
+            function.__signature__ = inspect.Signature(parameters)
+        except (TypeError, ValueError):
+            pass
+    return function
+
+
+class RemoteType(type):
+    """A class of the other end's. What it makes are objects of that end's, and what it has is asked there."""
+
+    def __call__(cls, *args, **kwargs):
+        link, number = type.__getattribute__(cls, "__dict__").get(PLACE) or (None, None)
+        if link is None:
+            raise TypeError(f"{cls.__name__} derives from a class of the learner's: a check cannot do that")
+        return link.call(["object", number], args, kwargs)
+
+    def __getattr__(cls, name: str) -> object:
+        place = type.__getattribute__(cls, "__dict__").get(PLACE)
+        if place is None or (name.startswith("__") and name.endswith("__") and name not in OPERATORS):
+            raise AttributeError(name)
+        return place[0].attribute(["object", place[1]], name)
+
+    def __instancecheck__(cls, value: object) -> bool:
+        place = type.__getattribute__(cls, "__dict__").get(PLACE)
+        if place is None:
+            return type.__instancecheck__(cls, value)
+        if number_of(value, place[0]) is None:
+            return False
+        return bool(place[0].call(["library", IS_INSTANCE], (value, cls), {}))
+
+    def __subclasscheck__(cls, other: type) -> bool:
+        place = type.__getattribute__(cls, "__dict__").get(PLACE)
+        if place is None or number_of(other, place[0]) is None:
+            return type.__subclasscheck__(cls, other)
+        return bool(place[0].call(["library", "builtins:issubclass"], (other, cls), {}))
+
+    def __setattr__(cls, name: str, value: object) -> None:
+        place = type.__getattribute__(cls, "__dict__").get(PLACE)
+        if place is None:
+            type.__setattr__(cls, name, value)
+        else:
+            place[0].attribute(["object", place[1]], name, "set", value)
+
+    def __delattr__(cls, name: str) -> None:
+        place = type.__getattribute__(cls, "__dict__").get(PLACE)
+        if place is None:
+            type.__delattr__(cls, name)
+        else:
+            place[0].attribute(["object", place[1]], name, "delete")
+
+
+def make_class(link, number: int, description: dict) -> type:
+    base = nn.Module if description["module"] else next(iter(local_bases(description["bases"])), object)
+    try:
+        return RemoteType(str(description["name"]), (base,), {PLACE: (link, number)})
+    except TypeError:  # a base with a metaclass of its own
+        return RemoteType(str(description["name"]), (object,), {PLACE: (link, number)})
+
+
+def local_bases(paths: list[str]) -> list[type]:
+    """Of the classes that the other end names, those of libraries that this end has loaded too."""
+    found = []
+    for path in map(str, paths):
+        module, _, name = path.partition(":")
+        base = getattr(sys.modules.get(module), name, None) if path.startswith(KNOWN_BASES) else None
+        if isinstance(base, type):
+            found.append(base)
+    return found
+
+
+class Handle:
+    """An object of the other end's."""
+
+    def __getattr__(self, name: str) -> object:
+        if name.startswith("__") and name.endswith("__"):
+            raise AttributeError(f"{type(self).__name__!r} object has no attribute {name!r}")
+        link, number = place_of(self)
+        return link.attribute(["object", number], name)
+
+    def __setattr__(self, name: str, value: object) -> None:
+        link, number = place_of(self)
+        link.attribute(["object", number], name, "set", value)
+
+    def __delattr__(self, name: str) -> None:
+        link, number = place_of(self)
+        link.attribute(["object", number], name, "delete")
+
+    def __deepcopy__(self, memo: dict) -> object:
+        link, _ = place_of(self)
+        return link.call(["library", "copy:deepcopy"], (self,), {})
+
+    def __copy__(self) -> object:
+        link, _ = place_of(self)
+        return link.call(["library", "copy:copy"], (self,), {})
+
+    def __dir__(self) -> list:
+        link, _ = place_of(self)
+        return link.call(["library", "builtins:dir"], (self,), {})
+
+    def __hash__(self) -> int:
+        return hash(place_of(self)[1])
+
+
+def place_of(proxy: object) -> tuple:
+    return object.__getattribute__(proxy, "__dict__")[PLACE]
+
+
+def remote_operator(name: str) -> Callable:
+    def operator(self, *args, **kwargs):
+        link, number = place_of(self)
+        result = link.call(["method", number, name], args, kwargs)
+        if name == "__bool__":
+            return bool(result)
+        return result
+
+    operator.__name__ = name
+    return operator
+
+
+_classes: dict[tuple, type] = {}
+
+
+def no_comparison(name: str) -> Callable:
+    """No exercise asks for an object that decides itself what it equals. Of two of them it is asked who they are."""
+
+    def compare(self, other):
+        if name in ("__eq__", "__ne__") and isinstance(other, Handle):
+            return (self is other) == (name == "__eq__")
+        raise AssertionError(f"an object of class {type(self).__name__} is no value that can be compared with others.")
+
+    return compare
+
+
+def make_object(link, number: int, description: dict) -> Handle:
+    names = tuple(name for name in description["operators"] if name in OPERATORS)
+    known = tuple(local_bases(description["bases"]))
+    compared = link.compared(str(description["name"]))
+    before_numpy = bool(description.get("before_numpy"))
+    key = (description["name"], names, known, compared, before_numpy)
+    if key not in _classes:
+        members = {name: remote_operator(name) for name in names}
+        members |= {name: no_comparison(name) for name in COMPARING if name not in compared}
+        members["__hash__"] = Handle.__hash__
+        if before_numpy:
+            members["__array_ufunc__"] = None
+        if known:
+            members["__class__"] = property(lambda self: known[0])
+        _classes[key] = type(str(description["name"]), (Handle,), members)
+    made = object.__new__(_classes[key])
+    object.__getattribute__(made, "__dict__")[PLACE] = (link, number)
+    return made
+
+
+@cache
+def plain_class(name: str) -> type:
+    """A class for copies of things (link.py): it has a name and nothing else."""
+    return type(name, (), {})
+
+
+# --- modules -----------------------------------------------------------------------------------------------------
+
+
+class RemoteModule(nn.Module):
+    """A module of the other end's: its parameters, buffers and modes are at both ends, its forward is a call.
+
+    What nn.Module itself can do (parameters, state_dict, train, to …) is this end's, whatever the other end overrides.
+    """
+
+    def forward(self, *args, **kwargs):
+        link, number = self.__dict__[PLACE]
+        return link.call(["object", number], args, kwargs)
+
+    def __getattr__(self, name: str) -> object:
+        for place in ("_parameters", "_buffers", "_modules"):
+            if name in self.__dict__.get(place, ()):
+                return self.__dict__[place][name]
+        if PLACE not in self.__dict__ or (name.startswith("__") and name.endswith("__")):
+            raise AttributeError(name)
+        link, number = self.__dict__[PLACE]
+        return link.attribute(["object", number], name)
+
+    def __setattr__(self, name: str, value: object) -> None:
+        known = any(name in self.__dict__[place] for place in ("_parameters", "_buffers", "_modules"))
+        if known or isinstance(value, (nn.Parameter, nn.Module)) or name == "training":
+            super().__setattr__(name, value)
+        else:
+            link, number = self.__dict__[PLACE]
+            link.attribute(["object", number], name, "set", value)
+
+    def __deepcopy__(self, memo: dict) -> object:
+        return self.__dict__[PLACE][0].call(["library", "copy:deepcopy"], (self,), {})
+
+
+def _forwarded(name: str) -> property:
+    def get(self):
+        link, number = self.__dict__[PLACE]
+        return link.attribute(["object", number], name)
+
+    return property(get)
+
+
+def _registering(kind: str) -> Callable:
+    def register(self, hook, **options):
+        link, number = self.__dict__[PLACE]
+        with link.asking():
+            return link.decode(link.request(Hook(number, kind, link.encode(hook), link.encode(options))).value)
+
+    return register
+
+
+for _kind in HOOKS:
+    setattr(RemoteModule, _kind, _registering(_kind))
+
+
+def make_module(link, number: int, description: dict) -> nn.Module:
+    library = next(iter(local_bases([description["library"]])), nn.Module)
+    if not issubclass(library, nn.Module):
+        raise Refused("a module that is none")
+    if description["exact"] and library.__module__.startswith(PYTORCH):
+        return finish_module(make_library_module(link, number, library, description), link, number, description)
+    names = tuple(name for name in description["methods"] if not hasattr(nn.Module, str(name)))
+    key = ("module", description["name"], library, names, tuple(description["operators"]))
+    if key not in _classes:
+        members = {str(name): _forwarded(str(name)) for name in names}
+        members |= {name: module_operator(name) for name in description["operators"] if name in OPERATORS}
+        base = (RemoteModule, library) if library is not nn.Module else (RemoteModule,)
+        _classes[key] = type(str(description["name"]), base, members)
+    made = object.__new__(_classes[key])
+    nn.Module.__init__(made)
+    return finish_module(made, link, number, description)
+
+
+def make_library_module(link, number: int, library: type, description: dict) -> nn.Module:
+    """A module of PyTorch's own class inside of a learner's: the same class here, and the same parameters. Hooks are
+    registered at both ends, as it can be called from both."""
+    made = object.__new__(library)
+    nn.Module.__init__(made)
+    for name, value in description["attributes"]:
+        if isinstance(name, str) and name not in COMMON and not hasattr(library, name):
+            made.__dict__[name] = link.decode(value)
+    for kind in HOOKS:
+        made.__dict__[kind] = _registering_twice(made, kind)
+    return made
+
+
+def finish_module(made: nn.Module, link, number: int, description: dict) -> nn.Module:
+    made.__dict__[PLACE] = (link, number)
+    fill_module(made, description, link)
+    link.keep_import(number, made)
+    link.share_module(number, made)
+    return made
+
+
+class Handles:
+    """What removes a hook from both ends."""
+
+    def __init__(self, *handles: object):
+        self.handles = handles
+
+    def remove(self) -> None:
+        for handle in self.handles:
+            handle.remove()
+
+
+def _registering_twice(module: nn.Module, kind: str) -> Callable:
+    def register(hook, **options):
+        here = getattr(type(module), kind)(module, hook, **options)
+        return Handles(here, _registering(kind)(module, hook, **options))
+
+    return register
+
+
+def module_operator(name: str) -> Callable:
+    def operator(self, *args):
+        link, number = self.__dict__[PLACE]
+        return link.call(["method", number, name], args, {})
+
+    return operator
+
+
+def fill_module(module: nn.Module, description: dict, link) -> None:
+    for name, value in description["parameters"]:
+        module._parameters[name] = link.decode(value)
+    for name, value, persistent in description["buffers"]:
+        module._buffers[name] = link.decode(value)
+        if not persistent:
+            module._non_persistent_buffers_set.add(name)
+    for name, value in description["modules"]:
+        module._modules[name] = link.decode(value)
+    module.__dict__["training"] = bool(description["training"])
+
+
+def build_module(link, number: int, description: dict) -> nn.Module:
+    """A module that the judge handed over, of a class that this end has."""
+    kind = link.find_class(description["class"])
+    made = kind.__new__(kind)
+    nn.Module.__init__(made)
+    for name, value in description["attributes"]:
+        made.__dict__[name] = link.decode(value)
+    fill_module(made, description, link)
+    link.share_module(number, made)
+    return made
+
+
+# --- kernels -----------------------------------------------------------------------------------------------------
+
+
+class Kernel:
+    """A learner's Triton kernel: `kernel[grid](…)` launches it there, on copies of the storages, which come back."""
+
+    def __init__(self, link, number: int, name: str):
+        self.__dict__[PLACE] = (link, number)
+        self.__name__ = name
+
+    def __getitem__(self, grid: object) -> Callable:
+        return lambda *args, **kwargs: self.launch(grid, args, kwargs)
+
+    def __getattr__(self, name: str) -> object:
+        if name.startswith("__"):
+            raise AttributeError(name)
+        link, number = self.__dict__[PLACE]
+        return link.attribute(["object", number], name)
+
+    def run(self, *args, grid: object, warmup: bool = False, **kwargs) -> None:
+        """As an autotuner calls it."""
+        if not warmup:
+            self.launch(grid, args, kwargs)
+
+    def launch(self, grid: object, args: tuple, kwargs: dict) -> None:
+        link, number = self.__dict__[PLACE]
+        sizes: list = []
+
+        def size_of(meta: dict) -> tuple:
+            sizes.append(tuple(grid(meta)))
+            return sizes[-1]
+
+        with link.asking():
+            storages: dict[int, list] = {}
+            encoded = [
+                tensors.in_storage(value, storages) if torch.is_tensor(value) else link.encode(value) for value in args
+            ]
+            named = [
+                [name, tensors.in_storage(value, storages) if torch.is_tensor(value) else link.encode(value)]
+                for name, value in kwargs.items()
+            ]
+            only = [m.only for m in link.measurements if m.only is not None]
+            only = tensors.in_storage(only[0], storages) if only else None
+            held = [storage for _, storage in storages.values()]
+            places = [storage.data_ptr() for storage in held]
+            sent = [tensors.storage_bytes(storage) for storage in held]
+            shape = link.encode(size_of if callable(grid) else tuple(grid))
+            with link.without_launches():  # counted below, where nobody can bend it
+                target, around = ["object", number], link.around()
+                answer = link.request(Launch(target, shape, encoded, named, sent, places, only, around))
+            for place, raw in answer.storages:
+                tensors.fill_storage(held[place], raw)
+        for counted in link.launches:
+            counted.note(self.__name__, sizes[-1] if sizes else tuple(grid))

@@ -1,0 +1,449 @@
+"""Tensors at both ends of a link: their states on the wire, what changed, and where their gradients lead."""
+
+import math
+import sys
+import weakref
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, inference_mode, nn, set_grad_enabled  # by these names: checks may watch torch's
+from torch.overrides import _get_current_function_mode_stack
+from torch.utils._device import DeviceContext
+from torch.utils._python_dispatch import _disable_current_modes
+
+from autograder.judge.values import Refused
+
+COMPARED = 4 * 2**20  # bytes: a larger tensor counts as unchanged while PyTorch's version of it is
+LARGEST = 2**31  # bytes of a tensor
+# References to a tensor that nobody holds but Mirrors, while it looks: its closure, a local name, the question itself.
+HELD_HERE, STORAGE_HELD_HERE = 3, 2
+
+
+@contextmanager
+def unobserved() -> Iterator[None]:
+    """Inside the block, PyTorch's modes of the caller see nothing: the link's own work is no part of a check."""
+    with ExitStack() as stack:
+        stack.enter_context(torch._C.DisableTorchFunction())
+        if torch._C._len_torch_dispatch_stack():
+            stack.enter_context(_disable_current_modes())
+        yield
+
+
+def modes() -> list:
+    """The caller's modes, which hold at the other end too."""
+    return [
+        torch.is_grad_enabled(),
+        torch.is_inference_mode_enabled(),
+        torch.is_autocast_enabled("cpu"),
+        str(torch.get_autocast_dtype("cpu")).removeprefix("torch."),
+        str(torch.get_default_dtype()).removeprefix("torch."),
+        default_device(),
+    ]
+
+
+def default_device() -> str:
+    """The device of a `with torch.device(…)` or torch.set_default_device; "" where there is none.
+
+    torch.get_default_device makes a tensor to find out, which `unobserved` makes elsewhere.
+    """
+    inside = [mode for mode in _get_current_function_mode_stack() if isinstance(mode, DeviceContext)]
+    return str(inside[-1].device) if inside else ""
+
+
+@contextmanager
+def observed(wanted: list | None = None) -> Iterator[None]:
+    """The opposite of `unobserved`, around what was asked for; in the modes of who asked."""
+    with ExitStack() as stack:
+        stack.enter_context(torch._C._EnableTorchFunction())
+        if wanted:
+            gradients, inference, autocast, autocast_dtype, default, device = wanted
+            if device != default_device():
+                stack.enter_context(torch.device(device or "cpu"))
+            if default != str(torch.get_default_dtype()).removeprefix("torch."):
+                stack.callback(torch.set_default_dtype, torch.get_default_dtype())
+                torch.set_default_dtype(getattr(torch, default))
+            if inference:
+                stack.enter_context(inference_mode())
+            if gradients != torch.is_grad_enabled():
+                stack.enter_context(set_grad_enabled(gradients))
+            if autocast:
+                stack.enter_context(torch.autocast("cpu", dtype=getattr(torch, autocast_dtype)))
+        yield
+
+
+def random_state() -> bytes:
+    return torch.get_rng_state().numpy().tobytes()
+
+
+def set_random_state(state: bytes) -> None:
+    torch.set_rng_state(torch.frombuffer(bytearray(state), dtype=torch.uint8))
+
+
+def generator_state(generator: torch.Generator) -> list:
+    return [str(generator.device), generator.get_state().numpy().tobytes()]
+
+
+def set_generator_state(generator: torch.Generator, state: list) -> None:
+    generator.set_state(torch.frombuffer(bytearray(state[1]), dtype=torch.uint8))
+
+
+# --- a tensor's state -----------------------------------------------------------------------------------------
+
+
+def raw_bytes(t: Tensor) -> bytes:
+    """A tensor's elements in their order, without gaps."""
+    if not t.numel() or t.device.type == "meta":
+        return b""
+    t = t.detach().resolve_conj().resolve_neg()
+    flat = t.cpu().reshape(-1)
+    if flat.stride(0) != 1:
+        flat = flat.clone(memory_format=torch.contiguous_format)
+    return flat.view(torch.uint8).numpy().tobytes()
+
+
+def without_overlap(t: Tensor) -> bool:
+    reach = 1
+    for stride, size in sorted((stride, size) for stride, size in zip(t.stride(), t.shape, strict=True) if size > 1):
+        if stride < reach:
+            return False
+        reach = stride * size
+    return True
+
+
+def describe(t: Tensor, whole: bool, grad: object) -> list:
+    """[dtype, shape, strides, device, elements, requires_grad, parameter, gradient, offset, whole storage]."""
+    storage = b""
+    if whole:
+        storage = torch.tensor([], dtype=torch.uint8).set_(t.untyped_storage()).numpy().tobytes()
+    return [
+        str(t.dtype).removeprefix("torch."),
+        list(t.shape),
+        list(t.stride()),
+        str(t.device),
+        b"" if whole else raw_bytes(t),
+        t.requires_grad,
+        isinstance(t, nn.Parameter),
+        grad,
+        t.storage_offset() if whole else -1,
+        storage,
+    ]
+
+
+def dtype_of(name: object) -> torch.dtype:
+    dtype = getattr(torch, str(name), None)
+    if not isinstance(dtype, torch.dtype):
+        raise Refused("a tensor of no dtype")
+    return dtype
+
+
+def build(state: list) -> Tensor:
+    """A tensor of this state, without a graph. Its strides are kept; gaps between its elements are NaN."""
+    name, shape, strides, device, raw, _, _, _, offset, storage = state
+    dtype = dtype_of(name)
+    if offset >= 0:
+        return over(torch.frombuffer(bytearray(storage), dtype=torch.uint8), dtype, shape, strides, offset)
+    size = math.prod(shape)
+    if device == "meta":
+        return torch.empty_strided(shape, strides, dtype=dtype, device="meta")
+    if size * dtype.itemsize != len(raw):
+        raise Refused("a tensor with other elements than its shape says")
+    if not size:
+        return torch.empty_strided(shape, strides, dtype=dtype)
+    packed = torch.frombuffer(bytearray(raw), dtype=torch.uint8)
+    flat = over(packed, dtype, shape, torch.empty(shape, device="meta").stride())
+    if list(flat.stride()) == strides or size <= 1:
+        return over(packed, dtype, shape, strides).to(device)
+    spread = [0 if stride == 0 else slice(None) for stride in strides]
+    narrow = flat[tuple(slice(0, 1) if s == 0 else slice(None) for s in spread)] if 0 in strides else flat
+    span = 1 + sum(stride * (n - 1) for stride, n in zip(strides, narrow.shape, strict=True))
+    if span * dtype.itemsize > LARGEST or any(stride < 0 for stride in strides):
+        raise Refused("a tensor with strides too large")
+    base = torch.empty(span, dtype=dtype)
+    if dtype.is_floating_point or dtype.is_complex:
+        base.view(torch.uint8).fill_(0xFF)  # NaN in every format
+    place = base.as_strided(narrow.shape, strides)
+    if not without_overlap(place):
+        return flat.to(device)
+    place.copy_(narrow)
+    return over(base, dtype, shape, strides).to(device)
+
+
+def over(t: Tensor, dtype: torch.dtype, shape: list, strides: list, offset: int = 0) -> Tensor:
+    """A tensor over the storage of another one. It is no view of it: a view keeps its base alive."""
+    return torch.empty(0, dtype=dtype).set_(t.untyped_storage(), offset, shape, strides)
+
+
+def overwrite(t: Tensor, state: list) -> None:
+    """Gives a tensor another state, in place as far as that is possible."""
+    made = build(state)
+    if state[8] >= 0 and t.untyped_storage().nbytes() == len(state[9]):
+        t.untyped_storage().copy_(made.untyped_storage())
+    elif t.shape == made.shape and t.dtype == made.dtype and without_overlap(t):
+        t.data.copy_(made)
+    else:
+        t.data = made
+    if t.is_leaf and t.requires_grad != state[5] and (made.is_floating_point() or made.is_complex()):
+        t.requires_grad_(state[5])
+
+
+# --- mirrors --------------------------------------------------------------------------------------------------
+
+
+@dataclass
+class Mirror:
+    find: Callable[[], Tensor | None]
+    state: list | None  # as last exchanged
+    signature: tuple = ()
+    graph: object = None  # the grad_fn that it had; with another one it is another result
+    linked: bool = False  # whether at both ends it is the result of the same call: its graph goes on at either
+    copy: Tensor | None = None  # its elements as last exchanged: faster to compare than a state
+
+    def note(self, t: Tensor, signature: tuple) -> None:
+        self.signature = signature
+        compared = t.numel() * t.element_size() <= COMPARED and t.device.type != "meta"
+        self.copy = t.detach().clone() if compared else None
+
+    def unchanged(self, t: Tensor) -> bool:
+        """Whether a tensor of the same signature has the same elements: t.data can be written to unseen."""
+        if self.copy is None:  # too large
+            return True
+        whole = self.state is not None and self.state[8] >= 0
+        return not whole and t.dtype == self.copy.dtype and torch.equal(t.detach(), self.copy)
+
+
+def held(t: Tensor) -> Callable[[], Tensor]:
+    return lambda: t
+
+
+class Mirrors:
+    """The tensors that both ends have. The judge's end holds them weakly, and tells the other when one has gone.
+
+    One may go at any time, also while `by_number` is iterated over: so that is done on a copy. (A list of its items is
+    none: to make their pairs, Python may collect garbage.)
+    """
+
+    def __init__(self, link, weak: bool):
+        self.link, self.weak = link, weak
+        self.by_number: dict[int, Mirror] = {}
+        self.numbers: dict[int, int] = {}
+        self.outgoing: list = []  # [number, state] for the next message
+        self.whole = None  # whether a tensor's whole storage passes
+        self.held: dict[int, list] = {}  # states of results that are about to get their graph
+        self.passing: dict[int, object] = {}  # what came or went since the outermost request, which keeps it alive
+        self.rewritten: set[int] = set()  # whose elements the other end has changed
+        self.leaves: dict[int, Tensor] = {}  # that gather gradients, for as long as the check runs
+
+    def find(self, number: int) -> Tensor:
+        mirror = self.by_number.get(number)
+        found = mirror.find() if mirror else None
+        if found is None:
+            raise Refused(f"a tensor of nothing {number}")
+        return found
+
+    def number(self, t: Tensor) -> int:
+        """A tensor's number; a new one goes out with the next message."""
+        known = self.numbers.get(id(t))
+        if known is not None and (mirror := self.by_number[known]).find() is t and t.grad_fn is mirror.graph:
+            return known
+        if torch._C._functorch.is_functorch_wrapped_tensor(t):
+            raise Refused(
+                "a check's function works on values, not on the tensors of torch.func's transforms: use autograd"
+            )
+        if t.layout != torch.strided or t.is_quantized:
+            raise Refused(f"a {t.layout} tensor cannot be handed over")
+        number = self.link.new_number()
+        self.register(number, t)
+        if self.weak:
+            self.passing[number] = t
+        mirror = self.by_number[number]
+        mirror.state = self.state(t)
+        mirror.note(t, self.sign(t))
+        self.outgoing.append([number, mirror.state])
+        return number
+
+    def state(self, t: Tensor) -> list:
+        grad = None
+        if t.is_leaf and t.grad is not None:
+            grad = self.link.encode(t.grad)
+        return describe(t, bool(self.whole and self.whole(t)), grad)
+
+    def sign(self, t: Tensor) -> tuple:
+        grad = t.grad if t.is_leaf else None
+        version = -1 if t.is_inference() else t._version
+        # By its number, not its address, at which the next one may lie.
+        return version, t.data_ptr(), t.requires_grad, self.numbers.get(id(grad), -1) if grad is not None else 0
+
+    def register(self, number: int, t: Tensor, state: list | None = None) -> None:
+        find = weakref.ref(t) if self.weak else held(t)
+        self.by_number[number] = Mirror(find, state, graph=t.grad_fn)
+        self.numbers[id(t)] = number
+        if self.weak:
+            weakref.finalize(t, self._forget, number, id(t)).atexit = False
+
+    def _forget(self, number: int, place: int) -> None:
+        if self.numbers.get(place) == number:
+            del self.numbers[place]
+        if self.by_number.pop(number, None) is not None:
+            self.link.released.append(number)
+
+    def release(self, number: int) -> bool:
+        self.passing.pop(number, None)
+        mirror = self.by_number.pop(number, None)
+        if mirror is None:
+            return False
+        t = mirror.find()
+        if t is not None and self.numbers.get(id(t)) == number:
+            del self.numbers[id(t)]
+        return True
+
+    def collect(self) -> None:
+        """States of mirrors that changed since the last message."""
+        going = {number for number, _ in self.outgoing}
+        for number, mirror in self.by_number.copy().items():
+            t = mirror.find()
+            if t is None or number in going:
+                continue
+            signature = self.sign(t)
+            if signature == mirror.signature and mirror.unchanged(t):
+                continue
+            state = self.state(t)
+            mirror.note(t, self.sign(t))
+            if state != mirror.state:
+                mirror.state = state
+                self.outgoing.append([number, state])
+
+    def receive(self, states: list, held: Iterable[int]) -> dict[int, Tensor]:
+        """Applies what the other end says of its tensors; returns those that are new, by number.
+
+        `held` are results that get a graph before they are registered.
+        """
+        fresh, held = {}, set(held)
+        for number, state in states:
+            if len(state) != 10:
+                raise Refused("a tensor of no state")
+            mirror = self.by_number.get(number)
+            t = mirror.find() if mirror else None
+            if t is not None:
+                if mirror.state != state:
+                    if mirror.state is not None and mirror.state[4] != state[4]:
+                        self.rewritten.add(number)
+                    overwrite(t, state)
+                mirror.state = state
+                continue
+            t = build(state)
+            if number in held:
+                self.held[number] = state
+            elif state[6]:
+                t = nn.Parameter(t, requires_grad=state[5])
+            elif state[5] and (t.is_floating_point() or t.is_complex()):
+                t.requires_grad_(True)
+            fresh[number] = t
+            if number not in held:
+                if self.weak:
+                    self.passing[number] = t
+                self.register(number, t, state)
+        for number, state in states:
+            mirror = self.by_number.get(number)
+            if mirror is None:
+                continue
+            t = mirror.find()
+            if t.is_leaf and (t.requires_grad or state[7] is not None or t.grad is not None):
+                t.grad = self.link.decode(state[7])
+            mirror.note(t, self.sign(t))
+        return fresh
+
+    def drop_unheld(self) -> list[int]:
+        """Forgets the tensors that only this table holds, and whose storage is nobody else's; their numbers."""
+        dropped = []
+        for number, mirror in self.by_number.copy().items():
+            t = mirror.find()
+            if (
+                sys.getrefcount(t) > HELD_HERE
+                or torch._C._storage_Use_Count(t.untyped_storage()._cdata) > STORAGE_HELD_HERE
+            ):
+                continue
+            del self.by_number[number]
+            if self.numbers.get(id(t)) == number:  # with another graph it has another number, too
+                del self.numbers[id(t)]
+            dropped.append(number)
+        return dropped
+
+    def reached(self, outputs: list[Tensor], without: set[int]) -> list[Tensor]:
+        """The tensors of both ends that a graph leads to, and leaves of this end's that it leads to.
+
+        Behind a tensor that is no result of a call at the other end (an argument of a callback: it has no graph there)
+        the search goes on; it counts only where the other end may ask for its gradient, as hooks of a learner's do.
+        """
+        known = {}
+        for number, mirror in self.by_number.copy().items():
+            t = mirror.find()
+            if t is not None and t.grad_fn is not None and t.grad_fn is mirror.graph and number not in without:
+                known[t.grad_fn, t.output_nr] = t, mirror.linked
+        found: dict[int, Tensor] = {}
+        waiting, seen = [(t.grad_fn, t.output_nr) for t in outputs], set()
+        while waiting:
+            place = waiting.pop()
+            met, linked = known.get(place, (None, False))
+            if met is not None and (linked or self.weak):
+                found[id(met)] = met
+            if place in seen:
+                continue
+            seen.add(place)
+            node = place[0]
+            if linked:
+                if self.weak:
+                    waiting += behind_call(node, known)
+                continue
+            if hasattr(node, "variable"):
+                found[id(node.variable)] = node.variable
+            else:
+                waiting += [following for following in node.next_functions if following[0] is not None]
+        return list(found.values())
+
+
+def behind_call(node: object, known: dict) -> list[tuple]:
+    """Where a graph goes on at the judge's end behind the result of a call: the other end knows of an argument that has
+    a graph here only its value (a hook's output), but of leaves and of its own results everything."""
+    places = []
+    for place in node.next_functions:
+        if place[0] is None or hasattr(place[0], "variable"):
+            continue
+        met, linked = known.get(place, (None, False))
+        if met is None:
+            places.append(place)
+        elif not linked:
+            places += [following for following in place[0].next_functions if following[0] is not None]
+    return places
+
+
+# --- storages, for kernels ------------------------------------------------------------------------------------
+
+
+def in_storage(t: Tensor, storages: dict[int, list]) -> list:
+    """A tensor as a place in one of the storages, which are numbered in their order."""
+    storage = t.untyped_storage()
+    place, _ = storages.setdefault(storage._cdata, [len(storages), storage])
+    return ["placed", place, str(t.dtype).removeprefix("torch."), list(t.shape), list(t.stride()), t.storage_offset()]
+
+
+def storage_bytes(storage: torch.UntypedStorage) -> bytes:
+    return torch.tensor([], dtype=torch.uint8, device=storage.device).set_(storage).cpu().numpy().tobytes()
+
+
+def make_storage(raw: bytes) -> torch.UntypedStorage:
+    if not raw:
+        return torch.UntypedStorage(0)
+    return torch.frombuffer(bytearray(raw), dtype=torch.uint8).untyped_storage()
+
+
+def fill_storage(storage: torch.UntypedStorage, raw: bytes) -> None:
+    if storage.nbytes() != len(raw):
+        raise Refused("a storage of another size")
+    storage.copy_(make_storage(raw))
+
+
+def placed(encoded: list, storages: list[torch.UntypedStorage]) -> Tensor:
+    _, place, dtype, shape, strides, offset = encoded
+    return torch.tensor([], dtype=dtype_of(dtype)).set_(storages[place], offset, shape, strides)

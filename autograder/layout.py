@@ -1,0 +1,72 @@
+"""Where the project's folders are, and how a file is written."""
+
+import os
+from dataclasses import dataclass
+from pathlib import Path
+
+from autograder import catalog
+from autograder.catalog import Entry
+
+
+def find_project() -> Path:
+    """The checkout that this package lies in; for an installed package the current folder, if that is a checkout."""
+    around = Path(__file__).resolve().parent.parent
+    here = any((Path.cwd() / name).is_dir() for name in ("solutions", "course"))
+    return Path.cwd() if here and not (around / "course").is_dir() else around
+
+
+ROOT = find_project()
+
+
+@dataclass(frozen=True)
+class Layout:
+    """A project's folders: the real project's, or a test's."""
+
+    root: Path
+
+    @property
+    def solutions(self) -> Path:
+        return self.root / "solutions"
+
+    @property
+    def course(self) -> Path:
+        return self.root / "course"
+
+    @property
+    def masters(self) -> Path:
+        return self.root / "build" / "source"
+
+    @property
+    def learners(self) -> Path:
+        """The learners' notebooks as they were generated last; course/ is a copy of these."""
+        return self.root / "build" / "release"
+
+    @property
+    def work(self) -> Path:
+        """A learner's own: their copies of the lessons."""
+        return self.root / "work"
+
+    @property
+    def stamps(self) -> Path:
+        return self.root / "build" / "stamps.json"
+
+    def source(self, entry: Entry) -> Path:
+        return self.solutions / f"{entry.key}.py"
+
+    def written(self) -> list[Entry]:
+        """The lessons that have a source."""
+        return [entry for entry in catalog.LESSONS if self.source(entry).is_file()]
+
+
+def write(path: Path, text: str | bytes) -> None:
+    """Write a file whole or not at all, also where the disk is full or the power fails; text with `\\n` line ends."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f".{path.name}.{os.getpid()}")
+    try:
+        with open(temporary, "wb") as file:
+            file.write(text.encode() if isinstance(text, str) else text)
+            file.flush()
+            os.fsync(file.fileno())
+        temporary.replace(path)
+    finally:
+        temporary.unlink(missing_ok=True)

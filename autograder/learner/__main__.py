@@ -1,0 +1,3 @@
+from autograder.learner.cli import app
+
+app()
