@@ -2,24 +2,26 @@
 
     python answers_worker.py JOB RESULTS
 
-JOB is a JSON file: `cells` (role, name, source, points in notebook order), `answers` (id, exercise, source, fake) and
-`limit`, the seconds one answer may take. RESULTS receives one JSON line per answer: {"id", "checks": [{"points",
-"error"}], "fake_applied"}; `error` is empty where the check did not raise.
+JOB is a JSON file: `cells` (role, name, source, points in notebook order), `answers` and `limit`, the seconds one
+answer may take. An answer: id, exercise, source, fake (its kind and targets, or null), `cells` (indices of the cells
+below the exercise that it needs) and `stop` (whether it is done at its first failing check). RESULTS receives one JSON
+line per answer: {"id", "checks": [{"points", "error"}], "applies", "note", "seconds"}. `error` is empty where the check
+did not raise; `applies` is false for a fake that makes no difference, which is not run; `note` is what a fake that is
+no answer found; `seconds` are those of one core since the answer before.
 
 A child is forked where the exercise stands, so it has exactly the cells above. It runs the answer in the exercise's
 place, then the cells that follow (reference answers; no experiments, no checks of other exercises) as far as the last
 check of this exercise. Cells run in an IPython shell, so that inspect.getsource and @triton.jit find their text.
 """
 
-import copy
-import functools
 import json
 import os
+import resource
 import select
 import signal
 import sys
 import time
-from types import FunctionType
+import traceback
 
 os.environ["MPLBACKEND"] = "agg"  # before any cell imports matplotlib
 
@@ -54,16 +56,25 @@ def new_shell():
 def walk(job: dict, results) -> None:
     shell = new_shell()
     cells = job["cells"]
+    spent = 0.0
     for i, cell in enumerate(cells):
-        if cell["role"] == "exercise":
-            for answer in job["answers"]:
-                if answer["exercise"] == cell["name"]:
-                    results.write(json.dumps(in_child(shell, cells[i:], answer, job["limit"])) + "\n")
-                    results.flush()
-        if cell["role"] in ("plain", "exercise"):
+        answers = [a for a in job["answers"] if cell["role"] == "exercise" and a["exercise"] == cell["name"]]
+        recorded = record(shell, cells, i, answers, job["limit"])
+        for answer in answers:
+            outcome = judge(shell, cells, answer, recorded, job["limit"])
+            before, spent = spent, seconds_of_one_core()
+            results.write(json.dumps({"id": answer["id"], **outcome, "seconds": spent - before}) + "\n")
+            results.flush()
+        if cell["role"] not in ("check", "experiment"):
             error = run(shell, cell["source"])
             if error:
                 raise SystemExit(f'the reference itself fails, in the {cell["role"]} cell "{cell["name"]}": {error}')
+
+
+def seconds_of_one_core() -> float:
+    """What this process and its children have used."""
+    used = [resource.getrusage(who) for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN)]
+    return sum(u.ru_utime + u.ru_stime for u in used)
 
 
 def run(shell, source: str) -> str:
@@ -76,15 +87,65 @@ def run(shell, source: str) -> str:
     return str(error) if isinstance(error, AssertionError) and str(error) else f"{name}: {error}"
 
 
-def in_child(shell, cells: list[dict], answer: dict, limit: float) -> dict:
-    """The outcome of one answer, from a forked process that may loop, crash or exit as it likes."""
-    checks = [c for c in cells if c["role"] == "check" and c["name"] == answer["exercise"]]
+def record(shell, cells: list[dict], exercise: int, answers: list[dict], limit: float) -> dict:
+    """What the fakes among the answers need to know: {"applies": {target: kinds}, "alike": sentences or null}."""
+    fakes = [a for a in answers if a["fake"]]
+    if not fakes:
+        return {}
+    strides = [a["fake"]["targets"] for a in fakes if a["fake"]["kind"] == "strides"]
+    targets = {t for a in fakes if a["fake"]["kind"] != "strides" for t in a["fake"]["targets"]}
+
+    def look(report) -> None:
+        from answers_fakes import Recorder, Strides, replace_target
+
+        run(shell, cells[exercise]["source"])
+        recorders = {target: Recorder() for target in targets}
+        for target, recorder in recorders.items():
+            replace_target(shell.user_ns, target, recorder)
+        launches = Strides(strides[0] if strides else [])
+        launches.watch()
+        for i in fakes[0]["cells"]:
+            run(shell, cells[i]["source"])
+        report(applies={t: sorted(r.kinds) for t, r in recorders.items()}, alike=launches.never_differ())
+
+    lines, why = in_child(look, limit)
+    if not lines:
+        raise SystemExit(f'the fakes of exercise "{cells[exercise]["name"]}" cannot be told: {why}')
+    return lines[0]
+
+
+def judge(shell, cells: list[dict], answer: dict, recorded: dict, limit: float) -> dict:
+    """An answer's `checks`, `applies` and `note`."""
+    checks = [cells[i] for i in answer["cells"] if cells[i]["role"] == "check"]
+    fake = answer["fake"]
+    applies, note = True, ""
+    if fake and fake["kind"] == "strides":
+        applies, note = recorded["alike"] is not None, "; ".join(recorded["alike"] or [])
+        errors = ["" if note else "no two tensors have the same strides in every launch"] * len(checks)
+    elif fake and not any(fake["kind"] in recorded["applies"].get(t, ()) for t in fake["targets"]):
+        applies, errors = False, [""] * len(checks)
+    else:
+        lines, why = in_child(lambda report: attempt(shell, cells, answer, report), limit)
+        errors = [line["error"] for line in lines]
+        errors += [why or "not run"] * (len(checks) - len(errors))
+    outcomes = [{"points": c["points"], "error": e} for c, e in zip(checks, errors, strict=True)]
+    return {"checks": outcomes, "applies": applies, "note": note}
+
+
+def in_child(work, limit: float) -> tuple[list[dict], str]:
+    """What a forked process reports while it does the work, and why it ended, where it did not end well.
+
+    The process may loop, crash or exit as it likes. work: takes `report`, which sends its keywords at once.
+    """
     reader, writer = os.pipe()
     child = os.fork()
     if child == 0:
         os.close(reader)
         try:
-            judge(shell, cells, answer, len(checks), writer)
+            work(lambda **line: os.write(writer, (json.dumps(line) + "\n").encode()))
+            os.write(writer, b"done")
+        except Exception:
+            traceback.print_exc()
         finally:
             os._exit(0)
     os.close(writer)
@@ -93,17 +154,13 @@ def in_child(shell, cells: list[dict], answer: dict, limit: float) -> dict:
     if not ended:
         os.kill(child, signal.SIGKILL)
     _, status = os.waitpid(child, 0)
-    lines = [json.loads(line) for line in text.decode().splitlines()]
-    errors = [line["error"] for line in lines if "error" in line]
-    why = "the process ended early"
+    *lines, last = text.decode().split("\n")
+    why = "" if last == "done" else "the process ended early"
     if not ended:
         why = f"took longer than {limit:g} s"
     elif os.WIFSIGNALED(status):
         why = f"the process died of {signal.Signals(os.WTERMSIG(status)).name}"
-    errors += [why] * (len(checks) - len(errors))
-    applied = next((line["fake_applied"] for line in lines if "fake_applied" in line), True)
-    outcome = [{"points": c["points"], "error": e} for c, e in zip(checks, errors, strict=True)]
-    return {"id": answer["id"], "checks": outcome, "fake_applied": applied}
+    return [json.loads(line) for line in lines], why
 
 
 def read_until(reader: int, deadline: float) -> tuple[bytes, bool]:
@@ -118,125 +175,21 @@ def read_until(reader: int, deadline: float) -> tuple[bytes, bool]:
     return text, False
 
 
-def judge(shell, cells: list[dict], answer: dict, checks: int, writer: int) -> None:
+def attempt(shell, cells: list[dict], answer: dict, report) -> None:
     """In the child: run the answer and its checks, and report each as soon as it is known."""
-
-    def report(**line) -> None:
-        os.write(writer, (json.dumps(line) + "\n").encode())
-
     failed = run(shell, answer["source"])
-    fake = None
     if answer["fake"] and not failed:
+        from answers_fakes import Fake, replace_target
+
         fake = Fake(answer["fake"]["kind"])
         for target in answer["fake"]["targets"]:
-            fake.install(shell.user_ns, target)
-    for cell in cells[1:]:
-        if cell["role"] == "plain" or cell["role"] == "exercise":
-            run(shell, cell["source"])
-        elif cell["role"] == "check" and cell["name"] == answer["exercise"]:
-            error = run(shell, cell["source"])
+            replace_target(shell.user_ns, target, fake)
+    for i in answer["cells"]:
+        error = run(shell, cells[i]["source"])
+        if cells[i]["role"] == "check":
             report(error=f"{error} (the answer's own cell: {failed})" if error and failed else error)
-            checks -= 1
-            if checks == 0:
-                break
-    if fake is not None:
-        report(fake_applied=fake.applied)
-
-
-class Fake:
-    """Puts something worthless in the place of a function, a method, a kernel or a value.
-
-    kind `none`: it returns nothing (and a kernel does nothing); `zeros`: zeros like what the reference returns;
-    `first`: its first tensor argument, unchanged. `applied` says whether there was anything to fake.
-    """
-
-    def __init__(self, kind: str):
-        self.kind = kind
-        self.applied = False
-
-    def install(self, namespace: dict, target: str) -> None:
-        owner, _, method = target.partition(".")
-        if method:
-            cls = namespace[owner]
-            raw = cls.__dict__.get(method)
-            wrap = type(raw) if isinstance(raw, (staticmethod, classmethod)) else None
-            real = raw.__func__ if wrap else raw
-            if isinstance(real, FunctionType):
-                fake = self.function(real, skip_self=wrap is not staticmethod)
-                setattr(cls, method, wrap(fake) if wrap else fake)
-            return
-        value = namespace.get(owner)
-        if isinstance(value, FunctionType):
-            namespace[owner] = self.function(value)
-        elif hasattr(value, "__getitem__") and hasattr(value, "fn"):  # a Triton kernel, maybe autotuned
-            if self.kind == "none":
-                self.applied = True
-                namespace[owner] = IdleKernel(value)
-        elif not callable(value):
-            namespace[owner] = self.value(value)
-
-    def function(self, real, skip_self: bool = False):
-        @functools.wraps(real)
-        def fake(*args, **kwargs):
-            if self.kind == "none":
-                self.applied = True
-                return None
-            if self.kind == "zeros":
-                return self.zeros(real(*args, **kwargs))
-            found = first_tensor([*args[1 if skip_self else 0 :], *kwargs.values()])
-            if found is None:
-                return real(*args, **kwargs)
-            self.applied = True
-            return found
-
-        return fake
-
-    def value(self, value):
-        if self.kind == "none":
-            self.applied = True
-            return None
-        return self.zeros(value) if self.kind == "zeros" else value
-
-    def zeros(self, value):
-        import numpy
-        import torch
-
-        if isinstance(value, torch.Tensor):
-            self.applied = True
-            return torch.zeros_like(value)
-        if isinstance(value, (numpy.ndarray, numpy.generic)):
-            self.applied = True
-            return numpy.zeros_like(value)
-        if isinstance(value, (bool, int, float)):
-            self.applied = True
-            return type(value)(0)
-        if isinstance(value, tuple) and hasattr(value, "_fields"):
-            return type(value)(*map(self.zeros, value))
-        if isinstance(value, (list, tuple)):
-            return type(value)(map(self.zeros, value))
-        if isinstance(value, dict):
-            return {k: self.zeros(v) for k, v in value.items()}
-        return copy.copy(value)
-
-
-class IdleKernel:
-    """A kernel whose launch does nothing."""
-
-    def __init__(self, kernel):
-        self.kernel = kernel
-
-    def __getattr__(self, name: str):
-        return getattr(self.kernel, name)
-
-    def __getitem__(self, grid):
-        return lambda *args, **kwargs: None
-
-
-def first_tensor(arguments: list):
-    import numpy
-    import torch
-
-    return next((a for a in arguments if isinstance(a, (torch.Tensor, numpy.ndarray))), None)
+            if error and answer["stop"]:
+                return
 
 
 if __name__ == "__main__":

@@ -5,7 +5,7 @@ import pytest
 
 
 def pytest_terminal_summary(terminalreporter, config: pytest.Config) -> None:
-    reports = [r for group in ("passed", "failed", "skipped") for r in terminalreporter.stats.get(group, [])]
+    reports = [r for group in ("passed", "failed", "skipped", "xfailed") for r in terminalreporter.stats.get(group, [])]
     rows = [value for r in reports for name, value in getattr(r, "user_properties", []) if name == "answer"]
     if rows:
         lessons = {row["lesson"] for row in rows}

@@ -2,6 +2,7 @@
 
 import os
 import re
+import shlex
 import subprocess
 import sys
 import tomllib
@@ -25,7 +26,7 @@ def jobs() -> dict:
 def makefile() -> tuple[set[str], set[str]]:
     """Its targets, and the variables that it takes."""
     text = (ROOT / "Makefile").read_text(encoding="utf-8")
-    targets = re.findall(r"^([a-z]+):", text, re.MULTILINE)
+    targets = re.findall(r"^([a-z][a-z-]*):", text, re.MULTILINE)
     variables = re.findall(r"^([A-Z]+)\s*\?=", text, re.MULTILINE)
     return set(targets), set(variables)
 
@@ -52,8 +53,8 @@ def test_the_schema_check_can_fail(tmp_path):
 
 def test_every_make_command_is_a_target_with_variables_it_takes(jobs, makefile):
     targets, variables = makefile
-    calls = [line.split() for job in jobs.values() for line in commands(job) if line.startswith("make")]
-    assert {"test", "course", "run", "grade"} <= {call[1] for call in calls}
+    calls = [shlex.split(line) for job in jobs.values() for line in commands(job) if line.startswith("make")]
+    assert {"test", "course", "run", "grade", "site"} <= {call[1] for call in calls}
     for _, target, *options in calls:
         assert target in targets
         assert {option.split("=")[0] for option in options} <= variables
@@ -64,7 +65,7 @@ def test_pythons_are_those_of_the_package(jobs):
         supported = SpecifierSet(tomllib.load(file)["project"]["requires-python"])
     for name in ("tests", "cpu"):
         versions = jobs[name]["strategy"]["matrix"]["python"]
-        assert versions == ["3.11", "3.12"]
+        assert versions == ["3.11", "3.12", "3.13"]
         assert all(version in supported for version in versions)
 
 
@@ -73,7 +74,22 @@ def test_the_gpu_is_ours_and_pull_requests_never_reach_it(jobs):
     assert gpu["runs-on"] == ["self-hosted", "gpu"]
     events = set(re.findall(r"github\.event_name == '(\w+)'", gpu["if"]))
     assert events == {"schedule", "workflow_dispatch"}
+    called = [shlex.split(line)[:2] for line in commands(gpu)]
+    assert ["make", "gpu"] in called
+    assert ["make", "gpu-wheels"] in called
     assert any(line.startswith("make run PROFILE=gpu") for line in commands(gpu))
+
+
+def test_the_site_is_made_of_the_cpu_courses_run_and_only_main_is_published(jobs):
+    steps = {step.get("uses", "").split("@")[0]: step for step in jobs["site"]["steps"]}
+    [upload] = [step for step in jobs["cpu"]["steps"] if "upload-artifact" in step.get("uses", "")]
+    name = upload["with"]["name"].replace("${{ matrix.python }}", "3.12")
+    assert jobs["site"]["needs"] == "cpu"
+    assert steps["actions/download-artifact"]["with"] == {"name": name, "path": "build/"}
+    assert steps["actions/upload-pages-artifact"]["with"]["path"] == "build/site/"
+    assert "site" in jobs["publish"]["needs"]
+    assert "refs/heads/main" in jobs["publish"]["if"]
+    assert "pull_request" in jobs["publish"]["if"]
 
 
 @pytest.mark.parametrize("name", ["cpu", "gpu"])

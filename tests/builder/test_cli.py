@@ -5,15 +5,13 @@ import sys
 
 import pytest
 
-from autograder.build import ROOT
+from autograder.layout import ROOT
 
-HEAVY = ("torch", "nbgrader", "jupytext", "nbformat", "papermill", "dask", "IPython")
+HEAVY = ("torch", "nbgrader", "jupytext", "nbformat", "papermill", "dask", "IPython", "jinja2")
 
 
 def call(*arguments: str) -> subprocess.CompletedProcess:
-    return subprocess.run(
-        [sys.executable, "-m", "autograder", *arguments], cwd=ROOT, capture_output=True, text=True
-    )  # fmt: skip
+    return subprocess.run([sys.executable, "-m", "autograder", *arguments], cwd=ROOT, capture_output=True, text=True)
 
 
 def test_help_imports_nothing_heavy() -> None:

@@ -7,7 +7,9 @@ import zipfile
 import pytest
 from tiny_course import KEY, Project
 
-from autograder.build import ROOT, build_course, telling_lines
+from autograder.build import build_course
+from autograder.layout import ROOT
+from autograder.leaks import find_telling_lines, split_statements
 from autograder.lesson import read_lesson, secrets
 from autograder.release import make_release
 
@@ -17,6 +19,10 @@ def course(project: Project) -> Project:
     for name, text in {
         "pyproject.toml": '[project]\nname = "llm40"\nversion = "1.2.3"\n',
         "README.md": "# LLM40\n",
+        "autograder/learner/edition/README.md": "# The learners' own\n",
+        "autograder/learner/edition/Makefile": "lab:\n",
+        "autograder/learner/work.py": "",
+        "autograder/grading/grade.py": "",
         "llm40/__init__.py": "",
         f"tests/answers/{KEY}.py": '# %% right="norm" because="hypot"\ndef norm(x):\n    return math.hypot(*x)\n',
         "autograder/sample_class/full.ipynb": '{"cells": "sum_of_squares"}',
@@ -35,9 +41,16 @@ def test_editions(course: Project) -> None:
     learners = zipfile.ZipFile(out / "llm40-learners-1.2.3.zip")
     names = {name.removeprefix("llm40-learners-1.2.3/") for name in learners.namelist()}
     assert names == {
-        f"course/{KEY}.ipynb", "course/index.ipynb", "course/notation.ipynb", "llm40/__init__.py",
-        "README.md", "pyproject.toml",
-    }  # fmt: skip
+        f"course/{KEY}.ipynb",
+        "course/index.ipynb",
+        "course/notation.ipynb",
+        "llm40/__init__.py",
+        "autograder/learner/work.py",
+        "Makefile",
+        "README.md",
+        "pyproject.toml",
+    }
+    assert learners.read("llm40-learners-1.2.3/README.md") == b"# The learners' own\n"
     everything = "\n".join(learners.read(name).decode() for name in learners.namelist())
     for cell in read_lesson(course.source).cells:
         for secret in secrets(cell):
@@ -45,7 +58,13 @@ def test_editions(course: Project) -> None:
                 assert not line.strip() or line not in everything
 
     instructors = zipfile.ZipFile(out / "llm40-instructors-1.2.3.zip").namelist()
-    for name in (f"solutions/{KEY}.py", f"tests/answers/{KEY}.py", f"course/{KEY}.ipynb"):
+    for name in (
+        "README.md",
+        "autograder/grading/grade.py",
+        f"solutions/{KEY}.py",
+        f"tests/answers/{KEY}.py",
+        f"course/{KEY}.ipynb",
+    ):
         assert f"llm40-instructors-1.2.3/{name}" in instructors
     assert not any(".venv" in name or "__pycache__" in name or "/build/" in name for name in instructors)
 
@@ -80,11 +99,11 @@ def test_this_repository_gives_nothing_away() -> None:
     texts = {}
     for path in sorted((ROOT / "course").rglob("*.ipynb")):
         cells = json.loads(path.read_text(encoding="utf-8"))["cells"]
-        lines = [line.strip() for cell in cells for line in "".join(cell["source"]).split("\n") if line.strip()]
+        lines = [line for cell in cells for line in split_statements("".join(cell["source"]))]
         texts[path.name] = "\n".join(["", *lines, ""])
     told = []
     for source in sorted((ROOT / "solutions").glob("*/*.py")):
         for cell in read_lesson(source).cells:
-            runs = ["\n".join(["", *run, ""]) for run in telling_lines(cell)]
+            runs = ["\n".join(["", *run, ""]) for run in find_telling_lines(cell)]
             told += [(source.name, cell.label, name) for name, text in texts.items() if any(r in text for r in runs)]
     assert not told

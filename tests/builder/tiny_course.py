@@ -6,7 +6,7 @@ from autograder.build import Layout
 
 KEY = "stage1_foundations/01_high_dimensional_intuition"
 
-HEADER = '''\
+HEADER = """\
 # ---
 # jupyter:
 #   jupytext:
@@ -18,16 +18,10 @@ HEADER = '''\
 #     language: python
 #     name: python3
 #   llm40:
-#     title: "Geometry of high-dimensional space"
-#     title_zh: "高维空间的数学直觉"
 #     builds: "Lengths of vectors."
-#     minutes: 90
-#     requires: []
 #     gpu: "Nothing more."
-#     papers:
-#       - "Somebody 2017, A paper, arXiv:1706.03762"
 # ---
-'''
+"""
 
 BODY = '''
 # %% [markdown]
@@ -45,6 +39,11 @@ def norm(x):
     return math.sqrt(sum_of_squares)
     ### END SOLUTION
 
+# %% [markdown]
+# <details><summary>Hint: which function?</summary>
+# The square root of a sum of squares.
+# </details>
+
 # %% check="norm" points=2
 assert norm([3, 4]) == 5, f"norm([3, 4]) must be 5; yours is {norm([3, 4])}"
 ### BEGIN HIDDEN TESTS
@@ -60,10 +59,15 @@ assert norm([]) == 0, "no numbers: length 0"
 lengths = [norm([1.0] * d) for d in range(10)]
 
 # %% [markdown]
+# ## Key questions
 # **Why √d?** Write your answer below.
 
 # %% [markdown] answer="why-root"
 # Because the squares of d independent coordinates add up.
+
+# %% [markdown]
+# ## References
+# - Somebody 2017, A paper, arXiv:1706.03762. All of it.
 '''
 
 
@@ -94,5 +98,9 @@ class Project:
     def files(self) -> dict[str, bytes]:
         """Every file below course/ and build/, by its path."""
         folders = (self.root / "course", self.root / "build")
-        return {p.relative_to(self.root).as_posix(): p.read_bytes()
-                for folder in folders for p in folder.rglob("*") if p.is_file()}
+        return {
+            p.relative_to(self.root).as_posix(): p.read_bytes()
+            for folder in folders
+            for p in folder.rglob("*")
+            if p.is_file()
+        }

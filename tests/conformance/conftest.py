@@ -46,6 +46,7 @@ def agrees(request: pytest.FixtureRequest) -> Callable[..., None]:
 
     The difference is the largest absolute one, relative to the largest expected value, in float64.
     """
+
     def compare(what: str, against: str, actual: torch.Tensor, expected: torch.Tensor, tolerance: float) -> None:
         assert actual.shape == expected.shape, f"{what}: {tuple(actual.shape)} against {tuple(expected.shape)}"
         actual, expected = actual.detach().double(), expected.detach().double()
@@ -53,6 +54,7 @@ def agrees(request: pytest.FixtureRequest) -> Callable[..., None]:
         difference = float((actual - expected).abs().max()) / scale
         request.config.stash.setdefault(ROWS, []).append((what, against, difference))
         assert difference <= tolerance, f"{what} differs from {against} by {difference:.1e}, allowed {tolerance:.1e}"
+
     return compare
 
 

@@ -26,10 +26,20 @@ def digits():
 def test_cosines(lesson, digits, agrees):
     x, y = digits[:300], digits[300:420].clone()
     y[5] = 0
-    agrees("01 cosine similarity", "scikit-learn", lesson.cosine_similarity_matrix(x, y),
-           torch.from_numpy(cosine_similarity(x.numpy(), y.numpy())), 1e-12)
-    agrees("01 cosine similarity", "F.cosine_similarity", lesson.cosine_similarity_matrix(x.float(), y.float()),
-           torch.nn.functional.cosine_similarity(x[:, None], y[None], dim=-1), 1e-6)
+    agrees(
+        "01 cosine similarity",
+        "scikit-learn",
+        lesson.cosine_similarity_matrix(x, y),
+        torch.from_numpy(cosine_similarity(x.numpy(), y.numpy())),
+        1e-12,
+    )
+    agrees(
+        "01 cosine similarity",
+        "F.cosine_similarity",
+        lesson.cosine_similarity_matrix(x.float(), y.float()),
+        torch.nn.functional.cosine_similarity(x[:, None], y[None], dim=-1),
+        1e-6,
+    )
 
 
 def test_principal_component(lesson, digits, agrees):
@@ -98,8 +108,9 @@ def test_randomized_svd(lesson, rank, passes):
     for seed in range(5):
         a, b = lesson.randomized_low_rank(photo, rank, torch.Generator().manual_seed(seed), passes=passes)
         errors["ours"].append((photo - a @ b).norm())
-        u, s, vh = randomized_svd(photo.numpy(), rank, n_oversamples=8, n_iter=passes, power_iteration_normalizer="QR",
-                                  random_state=seed)
+        u, s, vh = randomized_svd(
+            photo.numpy(), rank, n_oversamples=8, n_iter=passes, power_iteration_normalizer="QR", random_state=seed
+        )
         errors["sklearn"].append((photo - torch.from_numpy((u * s) @ vh)).norm())
         torch.manual_seed(seed)
         u, s, v = torch.svd_lowrank(photo, q=rank + 8, niter=passes)

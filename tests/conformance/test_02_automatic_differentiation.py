@@ -18,9 +18,14 @@ def draw(*shape: int, seed: int = 0) -> torch.Tensor:
 
 def test_numerical_gradient(lesson, agrees):
     x = draw(3, 4).requires_grad_()
-    expected, = torch.autograd.grad((x.sin() * x.exp()).sum(), x)
-    agrees("02 numerical_gradient", "torch.autograd", lesson.numerical_gradient(lambda t: (t.sin() * t.exp()).sum(), x),
-           expected, tolerance=1e-9)
+    (expected,) = torch.autograd.grad((x.sin() * x.exp()).sum(), x)
+    agrees(
+        "02 numerical_gradient",
+        "torch.autograd",
+        lesson.numerical_gradient(lambda t: (t.sin() * t.exp()).sum(), x),
+        expected,
+        tolerance=1e-9,
+    )
 
 
 def test_engine_on_a_two_layer_network(lesson, agrees):

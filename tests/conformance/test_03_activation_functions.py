@@ -20,8 +20,17 @@ pytestmark = pytest.mark.xdist_group("conformance-03")
 needs_triton = pytest.mark.skipif(not profile.has_triton, reason="Triton exists for Linux only")
 FLOAT64, FLOAT32, FLOAT16 = 1e-14, 2e-6, 1e-3
 KERNELS = ("stamp_kernel", "swiglu_forward_kernel", "swiglu_backward_kernel")
-SHAPES = [(1, 1, 16), (1, 31, 32), (1, 32, 32), (1, 33, 32), (5, 7, 8), (2, 100, 16), (3, 130, 64), (17, 3, 2),
-          (2, 257, None)]  # rows, columns, block
+SHAPES = [
+    (1, 1, 16),
+    (1, 31, 32),
+    (1, 32, 32),
+    (1, 33, 32),
+    (5, 7, 8),
+    (2, 100, 16),
+    (3, 130, 64),
+    (17, 3, 2),
+    (2, 257, None),
+]  # rows, columns, block
 HALF = pytest.param(torch.float16, FLOAT16, id="float16")
 
 
@@ -42,8 +51,13 @@ def test_activations(reference, agrees) -> None:
     agrees("gelu, tanh", "torch", lesson.gelu(x, "tanh"), F.gelu(x, approximate="tanh"), FLOAT64)
     agrees("gelu, tanh", "transformers gelu_new", lesson.gelu(x, "tanh"), ACT2FN["gelu_new"](x), FLOAT64)
     agrees("silu", "torch", lesson.silu(x), F.silu(x), FLOAT64)
-    agrees("silu_backward", "torch's aten.silu_backward", lesson.silu_backward(x, grad),
-           torch.ops.aten.silu_backward(grad, x), FLOAT64)
+    agrees(
+        "silu_backward",
+        "torch's aten.silu_backward",
+        lesson.silu_backward(x, grad),
+        torch.ops.aten.silu_backward(grad, x),
+        FLOAT64,
+    )
 
 
 def test_gated_layers_are_llamas(reference, agrees) -> None:
@@ -115,8 +129,12 @@ def test_result_does_not_depend_on_the_block(reference) -> None:
 @pytest.mark.skipif(profile.name == "gpu", reason="the kernels run on the GPU itself")
 def test_kernels_compile_for_a_gpu() -> None:
     """What the interpreter forgives the compiler does not."""
-    done = subprocess.run([sys.executable, __file__], capture_output=True, text=True,
-                          env=os.environ | {"PYTHONPATH": str(Path(__file__).parents[2])})
+    done = subprocess.run(
+        [sys.executable, __file__],
+        capture_output=True,
+        text=True,
+        env=os.environ | {"PYTHONPATH": str(Path(__file__).parents[2])},
+    )
     assert done.returncode == 0, done.stderr[-3000:]
     for kernel in KERNELS:
         assert f"{kernel}: compiled" in done.stdout, done.stdout

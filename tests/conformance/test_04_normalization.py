@@ -23,16 +23,29 @@ def draw(*shape: int, scale: float = 1.0, dtype: torch.dtype = torch.float64, se
 
 
 @pytest.mark.parametrize("scale", [1e-4, 1e-3, 1.0, 300.0])
-@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float64, 1e-12), (torch.float32, 1e-6), (torch.float16, 1e-3),
-                                                  (torch.bfloat16, 8e-3)], ids=str)
+@pytest.mark.parametrize(
+    ("dtype", "tolerance"),
+    [(torch.float64, 1e-12), (torch.float32, 1e-6), (torch.float16, 1e-3), (torch.bfloat16, 8e-3)],
+    ids=str,
+)
 def test_row_norms_are_pytorchs(lesson, agrees, dtype, tolerance, scale):
     x, w, b = draw(3, 5, 33, scale=scale, dtype=dtype), draw(33, dtype=dtype), draw(33, dtype=dtype, seed=9)
     exact = [t.double() for t in (x, w, b)]
     name = str(dtype).removeprefix("torch.")
-    agrees(f"04 layer_norm, {name}", "F.layer_norm in float64", lesson.layer_norm(x, w, b),
-           F.layer_norm(exact[0], (33,), exact[1], exact[2]), tolerance)
-    agrees(f"04 rms_norm, {name}", "F.rms_norm in float64", lesson.rms_norm(x, w),
-           F.rms_norm(exact[0], (33,), exact[1], 1e-6), tolerance)
+    agrees(
+        f"04 layer_norm, {name}",
+        "F.layer_norm in float64",
+        lesson.layer_norm(x, w, b),
+        F.layer_norm(exact[0], (33,), exact[1], exact[2]),
+        tolerance,
+    )
+    agrees(
+        f"04 rms_norm, {name}",
+        "F.rms_norm in float64",
+        lesson.rms_norm(x, w),
+        F.rms_norm(exact[0], (33,), exact[1], 1e-6),
+        tolerance,
+    )
 
 
 def test_rms_norm_is_llamas_and_qwens(lesson, agrees):
@@ -97,11 +110,14 @@ def test_blocks_are_a_transformer_layer(lesson, agrees, norm_first):
 
 @needs_triton
 @pytest.mark.parametrize("scale", [1e-3, 1.0, 100.0])
-@pytest.mark.parametrize(("rows", "n_cols", "programs"),
-                         [(3, 1000, 2), (2, 32768, 2), (1, 20001, 1), (9, 63, 4), (5, 64, 8)])
+@pytest.mark.parametrize(
+    ("rows", "n_cols", "programs"), [(3, 1000, 2), (2, 32768, 2), (1, 20001, 1), (9, 63, 4), (5, 64, 8)]
+)
 def test_kernels(lesson, agrees, rows, n_cols, programs, scale):
-    x, dy, w = (draw(*shape, scale=s, dtype=torch.float32, seed=seed).to(profile.device)
-                for seed, shape, s in ((1, (rows, n_cols), scale), (2, (rows, n_cols), 1.0), (3, (n_cols,), 1.0)))
+    x, dy, w = (
+        draw(*shape, scale=s, dtype=torch.float32, seed=seed).to(profile.device)
+        for seed, shape, s in ((1, (rows, n_cols), scale), (2, (rows, n_cols), 1.0), (3, (n_cols,), 1.0))
+    )
     y, r = lesson.triton_rms_norm(x, w)
     dx, dw = lesson.triton_rms_norm_backward(x, w, r, dy, programs)
     exact_y, _ = lesson.exact_rms_norm(x, w)

@@ -17,21 +17,26 @@ def lesson(reference):
 def draw(shape: tuple[int, ...], dtype: torch.dtype = torch.float64) -> tuple[torch.Tensor, list[torch.Tensor]]:
     """A parameter and gradients whose sizes span six orders of magnitude."""
     g = torch.Generator().manual_seed(6)
-    grads = [torch.randn(shape, generator=g, dtype=dtype) * 10.0 ** torch.randint(-3, 4, shape, generator=g)
-             for _ in range(UPDATES)]
+    grads = [
+        torch.randn(shape, generator=g, dtype=dtype) * 10.0 ** torch.randint(-3, 4, shape, generator=g)
+        for _ in range(UPDATES)
+    ]
     return torch.randn(shape, generator=g, dtype=dtype), grads
 
 
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
-@pytest.mark.parametrize(("step", "peer", "settings"), [
-    ("sgd_momentum_step", torch.optim.SGD, {"lr": 0.1, "momentum": 0.0}),
-    ("sgd_momentum_step", torch.optim.SGD, {"lr": 0.1, "momentum": 0.9, "weight_decay": 0.1}),
-    ("sgd_momentum_step", torch.optim.SGD, {"lr": 0.1, "momentum": 0.9, "weight_decay": 0.1, "nesterov": True}),
-    ("adam_step", torch.optim.Adam, {}),
-    ("adam_step", torch.optim.Adam, {"lr": 0.1, "betas": (0.8, 0.95), "eps": 1e-4, "weight_decay": 0.1}),
-    ("adamw_step", torch.optim.AdamW, {}),
-    ("adamw_step", torch.optim.AdamW, {"lr": 0.1, "betas": (0.8, 0.95), "eps": 1e-4, "weight_decay": 0.5}),
-])
+@pytest.mark.parametrize(
+    ("step", "peer", "settings"),
+    [
+        ("sgd_momentum_step", torch.optim.SGD, {"lr": 0.1, "momentum": 0.0}),
+        ("sgd_momentum_step", torch.optim.SGD, {"lr": 0.1, "momentum": 0.9, "weight_decay": 0.1}),
+        ("sgd_momentum_step", torch.optim.SGD, {"lr": 0.1, "momentum": 0.9, "weight_decay": 0.1, "nesterov": True}),
+        ("adam_step", torch.optim.Adam, {}),
+        ("adam_step", torch.optim.Adam, {"lr": 0.1, "betas": (0.8, 0.95), "eps": 1e-4, "weight_decay": 0.1}),
+        ("adamw_step", torch.optim.AdamW, {}),
+        ("adamw_step", torch.optim.AdamW, {"lr": 0.1, "betas": (0.8, 0.95), "eps": 1e-4, "weight_decay": 0.5}),
+    ],
+)
 def test_elementwise_rules_are_pytorchs(lesson, agrees, step, peer, settings, shape):
     param, grads = draw(shape)
     ours = lesson.follow(getattr(lesson, step), param, grads, **settings)
@@ -107,11 +112,20 @@ def test_schedules_are_hugging_faces(lesson, agrees, warmup, decay, total):
     def ours(schedule, *settings):
         return torch.tensor([schedule(step, 0.3, *settings) for step in range(total)], dtype=torch.float64)
 
-    agrees("06 warmup_cosine", "transformers", ours(lesson.warmup_cosine, warmup, total),
-           rates(lambda o: transformers.get_cosine_schedule_with_warmup(o, warmup, total)), tolerance=1e-12)
-    agrees("06 warmup_stable_decay", "transformers", ours(lesson.warmup_stable_decay, warmup, decay, total),
-           rates(lambda o: transformers.get_wsd_schedule(o, warmup, decay, num_training_steps=total,
-                                                         decay_type="linear")), tolerance=1e-12)
+    agrees(
+        "06 warmup_cosine",
+        "transformers",
+        ours(lesson.warmup_cosine, warmup, total),
+        rates(lambda o: transformers.get_cosine_schedule_with_warmup(o, warmup, total)),
+        tolerance=1e-12,
+    )
+    agrees(
+        "06 warmup_stable_decay",
+        "transformers",
+        ours(lesson.warmup_stable_decay, warmup, decay, total),
+        rates(lambda o: transformers.get_wsd_schedule(o, warmup, decay, num_training_steps=total, decay_type="linear")),
+        tolerance=1e-12,
+    )
 
 
 def test_accumulated_gradients_are_the_whole_batchs(lesson, agrees):
@@ -155,8 +169,12 @@ def test_digits_floor_is_far_from_the_noise(lesson):
         torch.manual_seed(seed)
         model = nn.Sequential(nn.Linear(64, 64), nn.ReLU(), nn.Linear(64, 10))
         picks = torch.randint(1400, (100, 128), generator=torch.Generator().manual_seed(seed + 1))
-        lesson.train(model, [[(pixels[p[:100]], labels[p[:100]]), (pixels[p[100:]], labels[p[100:]])] for p in picks],
-                     lr=0.02, warmup_steps=5)
+        lesson.train(
+            model,
+            [[(pixels[p[:100]], labels[p[:100]]), (pixels[p[100:]], labels[p[100:]])] for p in picks],
+            lr=0.02,
+            warmup_steps=5,
+        )
         worst = min(worst, (model(pixels[1400:]).argmax(1) == labels[1400:]).float().mean().item())
     print(f"worst of 20 seeds: {100 * worst:.1f} %")
     assert worst > 0.92

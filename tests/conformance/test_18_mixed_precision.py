@@ -183,7 +183,7 @@ def test_loss_scaler(lesson, agrees, settings, optimizer):
     agrees("DynamicLossScaler", "torch.amp.GradScaler", sides[0][0], sides[1][0], 1e-6)
 
 
-def test_autocast_policy(lesson):
+def test_autocast_table(lesson):
     """The lists in ATen/autocast_mode.h, which PyTorch ships."""
     header = Path(torch.__file__).parent / "include" / "ATen" / "autocast_mode.h"
     if not header.exists():
@@ -191,15 +191,41 @@ def test_autocast_policy(lesson):
     lists = {}
     for name, body in re.findall(r"#define AT_FORALL_(\w+)\(_\)((?:.*\\\n)*.*)", header.read_text()):
         lists[name] = set(re.findall(r"_\((\w+)", body))
-    kinds = {"half": lists["LOWER_PRECISION_FP"], "float32": lists["FP32"] | lists["FP32_SET_OPT_DTYPE"],
-             "widest": lists["PROMOTE"]}  # fmt: skip
-    text = (Path(__file__).parents[2] / "solutions/stage3_pretraining/18_mixed_precision.py").read_text()
-    paragraph = text[text.index("# `linear`, `matmul`") : text.index("and everything else")]
-    named = re.findall(r"`(\w+)`", paragraph)
-    assert len(named) == 30
-    for op in [*named, "relu", "gelu", "silu", "add", "dropout", "embedding", "transpose", "tanh", "sigmoid"]:
-        expected = next((policy for policy, ops in kinds.items() if op in ops), "input")
-        assert lesson.autocast_policy(op) == expected, op
+    kinds = {
+        "half": lists["LOWER_PRECISION_FP"],
+        "float32": lists["FP32"] | lists["FP32_SET_OPT_DTYPE"],
+        "widest": lists["PROMOTE"],
+    }
+    assert sum(map(len, lesson.AUTOCAST.values())) == 30
+    for name, operations in lesson.AUTOCAST.items():
+        assert set(operations) <= kinds[name], name
+    on_a_list = set().union(*kinds.values())
+    assert not on_a_list & {
+        "relu",
+        "gelu",
+        "silu",
+        "add",
+        "mul",
+        "dropout",
+        "embedding",
+        "transpose",
+        "tanh",
+        "sigmoid",
+    }
+
+
+@pytest.mark.parametrize("half", [torch.bfloat16, torch.float16])
+def test_autocast_formats(lesson, half):
+    """Operations whose rule is the same on a CPU, run by torch.autocast itself."""
+    x, w = torch.randn(4, 4), torch.randn(4, 4)
+    program = [("h", "linear", ["x", "w"]), ("a", "relu", ["h"]), ("y", "matmul", ["a", "w"]), ("x", "add", ["x", "y"])]
+    with torch.autocast("cpu", half):
+        h = F.linear(x, w)
+        a = F.relu(h)
+        y = a @ w
+        out = x + y
+    expected = {"h": h.dtype, "a": a.dtype, "y": y.dtype, "x": out.dtype}
+    assert lesson.autocast_formats(program, {"x": x.dtype, "w": w.dtype}, half) == expected
 
 
 @pytest.mark.parametrize(("m", "k", "n"), [(5, 300, 200), (64, 512, 128), (1, 1, 1)])
@@ -278,8 +304,12 @@ def test_model_is_gpt2(lesson, agrees):
         for block, peer in zip(mine.blocks, body.h, strict=True):
             block.norm1.load_state_dict(peer.ln_1.state_dict())
             block.norm2.load_state_dict(peer.ln_2.state_dict())
-            for linear, conv in ((block.qkv, peer.attn.c_attn), (block.out, peer.attn.c_proj),
-                                 (block.up, peer.mlp.c_fc), (block.down, peer.mlp.c_proj)):  # fmt: skip
+            for linear, conv in (
+                (block.qkv, peer.attn.c_attn),
+                (block.out, peer.attn.c_proj),
+                (block.up, peer.mlp.c_fc),
+                (block.down, peer.mlp.c_proj),
+            ):
                 linear.weight.copy_(conv.weight.T)
                 linear.bias.copy_(conv.bias)
     tokens = torch.randint(0, 60, (2, 12), generator=generator(15))

@@ -2,6 +2,9 @@
 
 import os
 import signal
+import subprocess
+import sys
+import time
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -14,11 +17,13 @@ import tiny
 from classroom import new_class, recorded, wait_until
 from distributed import LocalCluster
 
-from autograder.grading import engine, fingerprint
+from autograder.execute import Limits
+from autograder.grading import cluster as clusters_of_dask
+from autograder.grading import fingerprint
 from autograder.grading import grade as grading
 from autograder.grading.engine import NoScheduler, run_tasks
 from autograder.grading.grade import grade_class
-from autograder.grading.rebuild import blank
+from autograder.grading.masters import without_answers
 from autograder.grading.task import Task, grade
 
 pytestmark = pytest.mark.xdist_group("engine")
@@ -26,7 +31,7 @@ WHERE = "import os\nprint('ran at', os.environ.get('LLM40_WHERE'))"
 
 
 def tasks(count: int, **options) -> list[Task]:
-    master = nbformat.writes(blank(tiny.master())).encode()
+    master = nbformat.writes(without_answers(tiny.master())).encode()
     notebook = tiny.answered()
     notebook.cells.append(tiny.added(WHERE))
     data = tiny.dumps(notebook)
@@ -65,7 +70,7 @@ def test_a_worker_is_killed(cluster):
 def test_a_worker_with_other_code(cluster):
     """Workers that would grade by other rules are found out: their answer is a fault, not a score."""
     found = fingerprint.versions()
-    result = engine._work(tasks(1)[0], found | {"torch": "1.0"})
+    result = clusters_of_dask._work(tasks(1)[0], found | {"torch": "1.0"})
     assert result.status == "fault"
     assert f"torch {found['torch']}, not 1.0" in result.flags[0]
 
@@ -81,6 +86,35 @@ def test_no_scheduler_is_a_sentence_and_exit_2(tmp_path, monkeypatch, capsys):
     nobody = partial(run_tasks, scheduler="tcp://127.0.0.1:1", patience=1)
     assert grade_class(made.folder / "in", made.out, engine=nobody, unsafe=tiny.UNSAFE) == 2
     assert "Nothing graded: no Dask scheduler answers" in capsys.readouterr().err
+
+
+# --- few tasks ------------------------------------------------------------------------------------------------
+
+
+def test_few_tasks_need_no_cluster(monkeypatch):
+    monkeypatch.setattr(clusters_of_dask, "run_in_cluster", None)
+    assert {result.status for result in run_tasks(iter(tasks(2)), 2)} == {"graded"}
+    assert [result.status for result in run_tasks(iter(tasks(1)), 2)] == ["graded"]
+    assert list(run_tasks(iter(()), 2)) == []
+
+
+def test_who_stops_waiting_stops_them():
+    """Ctrl-C, say: what runs in threads ends with its kernels, long before its limit."""
+    endless = replace(tasks(1)[0], submission=tiny.dumps(tiny.answered(double="while True:\n    pass\n")))
+    results = run_tasks(iter([tasks(1)[0], replace(endless, limits=Limits(cell=300, notebook=300))]), 2)
+    next(results)
+    began = time.monotonic()
+    results.close()
+    assert time.monotonic() - began < 30
+
+
+def test_grading_imports_no_torch_and_one_notebook_no_dask():
+    code = (
+        "import sys, autograder.cli, autograder.grading.grade\n"
+        "print(sorted({'torch', 'distributed', 'dask'} & set(sys.modules)))"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout == "[]\n"
 
 
 # --- lost workers of this machine -----------------------------------------------------------------------------
@@ -122,7 +156,7 @@ def test_workers_that_nobody_replaces(monkeypatch):
             super().__init__(**options)
             clusters.append(self)
 
-    monkeypatch.setattr(engine, "LocalCluster", Seen)
+    monkeypatch.setattr(clusters_of_dask, "LocalCluster", Seen)
     results = run_tasks(iter(tasks(6)), 2)
     next(results)
     for nanny in list(clusters[0].workers.values()):  # as after a start that failed
@@ -162,7 +196,7 @@ def test_nothing_is_left_behind(monkeypatch):
             super().__init__(**options)
             folders.append(Path(self.name))
 
-    monkeypatch.setattr(engine, "TemporaryDirectory", Seen)
+    monkeypatch.setattr(clusters_of_dask, "TemporaryDirectory", Seen)
     us = psutil.Process()
     before = set(us.children(recursive=True))
     results = run_tasks(iter(tasks(3)), 2)

@@ -122,14 +122,14 @@ def test_a_persons_score_is_seen_without_grading(graded):
 
 def test_what_a_failed_write_leaves(graded, monkeypatch):
     """The disk is full while the page is written: neither scores nor result have changed, and a later call mends it."""
-    from autograder.grading import pages
+    from autograder.grading import grade as grading
 
     def full(path, data):
         raise OSError(28, "No space left on device")
 
     tiny.hand_in(graded.folder / "in", "学生-01", tiny.dumps(tiny.answered(half=WRONG)))
     with monkeypatch.context() as patch:
-        patch.setattr(pages, "write", full)
+        patch.setattr(grading, "write_file", full)
         with pytest.raises(OSError, match="No space"):
             again(graded)
     assert recorded(f"sqlite:///{graded.out / 'gradebook.db'}") == graded.expected
@@ -178,8 +178,12 @@ def test_killed_at_any_moment(tmp_path):
     moments = random.Random(40)
     before = set()
     for number in range(KILLS):
-        process = subprocess.Popen([sys.executable, str(driver), str(made.folder)], env=environment,
-                                   stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)  # fmt: skip
+        process = subprocess.Popen(
+            [sys.executable, str(driver), str(made.folder)],
+            env=environment,
+            stdout=subprocess.DEVNULL,
+            stderr=subprocess.DEVNULL,
+        )
         if number % 2:  # while it starts, or soon after; otherwise while results are written, however slow the machine
             time.sleep(moments.uniform(0.1, 4))
         else:

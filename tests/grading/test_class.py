@@ -2,6 +2,8 @@
 
 import os
 import signal
+import subprocess
+import sys
 import threading
 import time
 from dataclasses import replace
@@ -17,9 +19,9 @@ from autograder.cli import app
 from autograder.execute import Limits
 from autograder.grading import grade as module
 from autograder.grading.engine import run_tasks
-from autograder.grading.grade import UsageError, find_class, grade_class, read_masters
+from autograder.grading.grade import UsageError, find_class, grade_class
+from autograder.grading.masters import read_masters, without_answers
 from autograder.grading.pages import UNSAFE
-from autograder.grading.rebuild import blank
 from autograder.grading.task import Result, Task, grade
 from autograder.kernels.limits import MB
 from autograder.kernels.manager import Kernels
@@ -33,7 +35,7 @@ def lessons(tmp_path):
 
 
 def task(notebook, student="mei", kernels=tiny.KERNELS) -> Task:
-    master = nbformat.writes(blank(tiny.master())).encode()
+    master = nbformat.writes(without_answers(tiny.master())).encode()
     limits = Limits(cell=5, notebook=30)
     return Task(student, tiny.STAGE, tiny.LESSON, tiny.dumps(notebook), master, limits, kernels=kernels)
 
@@ -45,10 +47,9 @@ def task(notebook, student="mei", kernels=tiny.KERNELS) -> Task:
     ("make", "words"),
     [
         (lambda path: None, "no such folder"),
-        (lambda path: path.write_text("x"), "a file, not a folder"),
+        (lambda path: path.write_text("x"), "a file, not a folder or a zip archive"),
         (lambda path: path.mkdir(), "found nothing"),
         (lambda path: tiny.hand_in(path, "", tiny.dumps(tiny.stub())), "found stage9_tiny/99_tiny.ipynb"),
-        (lambda path: tiny.hand_in(path, "mei", b"", stage="elsewhere"), "found mei/elsewhere/99_tiny.ipynb"),
     ],
 )
 def test_wrong_usage_says_what_was_expected_and_found(tmp_path, lessons, make, words):
@@ -57,25 +58,10 @@ def test_wrong_usage_says_what_was_expected_and_found(tmp_path, lessons, make, w
         find_class(tmp_path / "class", lessons, None, None)
 
 
-def test_missing_renamed_and_unknown_notebooks(tmp_path, lessons):
-    folder = tmp_path / "class"
-    tiny.hand_in(folder, "ann", b"1")
-    tiny.hand_in(folder, "bob", b"2", lesson="99_tiny (1)")
-    tiny.hand_in(folder, "cem", b"3", lesson="homework")
-    (folder / "cem" / tiny.STAGE / "99_tiny.ipynb").symlink_to("/etc/passwd")
-    tiny.hand_in(folder, "ann", b"4", lesson=".ipynb_checkpoints/99_tiny-checkpoint")
-    (folder / ".git").mkdir()
-    (folder / "__MACOSX").mkdir()
-    handed, notes = find_class(folder, lessons, None, None)
-    assert [(h.student, h.path.name if h.path else None) for h in handed] == [
-        ("ann", "99_tiny.ipynb"), ("bob", "99_tiny (1).ipynb"), ("cem", None)
-    ]  # fmt: skip
-    assert handed[1].flags == ["file: named 99_tiny (1).ipynb; taken for 99_tiny.ipynb"]
-    assert notes == [
-        "cem/stage9_tiny/99_tiny.ipynb: not a file of its own",
-        "cem/stage9_tiny/homework.ipynb: no lesson has this name and place",
-        "cem: no notebook of the course in this folder",
-    ]
+def test_no_notebook_of_the_course(tmp_path, lessons):
+    tiny.hand_in(tmp_path / "class", "mei", b"{}", lesson="homework")
+    with pytest.raises(UsageError, match=r"found mei/stage9_tiny/homework.ipynb → mei: not placed \(the file is JSON"):
+        find_class(tmp_path / "class", lessons, None, None)
 
 
 def test_one_lesson_one_student(tmp_path, lessons):
@@ -251,13 +237,21 @@ def drawn(result: Result) -> str:
     return next(cell for cell in cells if cell.source == "print(half(0))").outputs[0].text
 
 
-def test_a_seed_gives_the_same_run_again():
+def test_a_learner_sees_nothing_of_the_seed():
     notebook = tiny.answered(half=DRAWS)
     notebook.cells.append(tiny.added("print(half(0))"))
     first, again, other = (drawn(grade(replace(task(notebook), seed=seed))) for seed in (1, 1, 2))
-    assert first == again
-    assert "'seed': '1'" in first
-    assert first != other
+    assert "'seed': '40'" in first
+    assert first == again == other
+
+
+def test_a_seed_reaches_the_checks():
+    master = without_answers(tiny.master())
+    check = master.cells[tiny.find(master, "half-check-1")]
+    check.source = "from llm40 import checks\nraise AssertionError(f'seed {checks.seed()}')"
+    given = replace(task(tiny.answered()), master=nbformat.writes(master).encode())
+    said = [[c.message for c in grade(replace(given, seed=seed)).checks if c.message] for seed in (1, 1, 2)]
+    assert said[0] == said[1] == ["seed 1"] != said[2]
 
 
 def test_the_reference_never_leaves_the_master():
@@ -267,3 +261,96 @@ def test_the_reference_never_leaves_the_master():
     assert "Because." not in sent
     empty = nbformat.v4.new_notebook()
     assert b"return x / 2" not in grade(task(empty)).notebook
+
+
+# --- where it runs --------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def small_disk(tmp_path):
+    """A file system of one megabyte."""
+    folder = tmp_path / "small"
+    folder.mkdir()
+    if subprocess.run(["mount", "-t", "tmpfs", "-o", "size=1m", "tmpfs", str(folder)], capture_output=True).returncode:
+        pytest.skip("no file system can be mounted here")
+    yield folder
+    subprocess.run(["umount", str(folder)], check=True)
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="tmpfs is Linux's")
+@pytest.mark.parametrize("filled", [0, 500_000, 900_000, 1_048_576])
+def test_a_full_disk_is_a_sentence_and_loses_nothing(project, small_disk, capsys, filled):
+    """Wherever the room ends: in the gradebook, in the notebooks or in the tables."""
+    for number in range(8):
+        notebook = tiny.answered(half=f"{tiny.HALF}print('{'long ' * 20_000}')\n")
+        tiny.hand_in(project / "class", f"s{number}", tiny.dumps(notebook))
+    (small_disk / "filler").write_bytes(b"x" * filled)
+
+    def in_this_process(tasks, jobs):
+        return map(grade, tasks)
+
+    given = {"engine": in_this_process, "unsafe": tiny.UNSAFE}
+    assert grade_class(project / "class", small_disk / "out", **given) == 3
+    said = capsys.readouterr().err
+    assert "Stopped, the disk is full" in said
+    assert "Traceback" not in said
+    assert not list(small_disk.rglob(".tmp-*"))
+    for page in small_disk.rglob("*.html"):
+        assert page.read_text(encoding="utf-8").rstrip().endswith("</html>")
+    subprocess.run(["mount", "-o", "remount,size=100m", str(small_disk)], check=True)
+    assert grade_class(project / "class", small_disk / "out", **given) == 0
+    rows = (small_disk / "out" / "grades.csv").read_text(encoding="utf-8").splitlines()
+    assert [row.split(",")[3] for row in rows[1:]] == ["8"] * 8
+
+
+def test_names_on_a_terminal_that_is_not_utf8(project):
+    """Whatever the terminal's encoding, the class is graded and the files are UTF-8."""
+    tiny.hand_in(project / "class", "李雷", b"{")
+    code = (
+        "import sys; from autograder.grading import grade; grade.ROOT = grade.Path(sys.argv.pop(1)); "
+        "from autograder.cli import app; app()"
+    )
+    command = [
+        sys.executable,
+        "-c",
+        code,
+        str(project),
+        "grade",
+        "--submitted",
+        str(project / "class"),
+        "--out",
+        str(project / "out"),
+        "--jobs",
+        "1",
+        "--verbose",
+        *(["--unsafe"] if tiny.UNSAFE else []),
+    ]
+    env = os.environ | {"PYTHONIOENCODING": "ascii", "PYTHONPATH": str(Path(__file__).parents[2])}
+    done = subprocess.run(command, env=env, capture_output=True)
+    assert done.returncode == 0, done.stderr.decode()
+    assert b"\\u674e\\u96f7" in done.stdout
+    assert "李雷" in (project / "out" / "grades.csv").read_text(encoding="utf-8")
+    assert b"handed in as \\u674e\\u96f7/stage9_tiny/99_tiny.ipynb" in done.stderr  # the log
+
+
+def test_a_home_folder_in_quotes(project, monkeypatch):
+    """`make grade SUBMITTED=~/class` puts quotes around it, and the shell then leaves it as it is."""
+    given = {}
+    monkeypatch.setattr(module, "grade_class", lambda **options: given.update(options) or 0)
+    options = "--submitted ~/class --out ~/grades --late ~/late.py"
+    assert CliRunner().invoke(app, ["grade", *options.split()]).exit_code == 0
+    assert [given[name] for name in ("submitted", "out", "late")] == [
+        Path.home() / name for name in ("class", "grades", "late.py")
+    ]
+
+
+def test_the_log_has_a_line_for_each_step(project, caplog):
+    tiny.hand_in(project / "class", "mei", tiny.dumps(tiny.answered(half="def half(x):\n    return x // 2\n")))
+    with caplog.at_level("INFO", "autograder.grading"):
+        grade_class(
+            project / "class", project / "out", jobs=1, engine=lambda tasks, jobs: map(grade, tasks), unsafe=tiny.UNSAFE
+        )
+    said = [record.getMessage() for record in caplog.records]
+    assert said[0] == "mei 99_tiny: handed in as mei/stage9_tiny/99_tiny.ipynb"
+    assert "mei 99_tiny half-check-1: failed, 0 of 2: half(…) must be …: did you divide with //?" in said
+    assert said[-1] == "mei 99_tiny: graded, 6 of 10"

@@ -1,6 +1,7 @@
 """What an instructor gets beside grades: tables for other systems, penalties for lateness, answers that are alike."""
 
 import csv
+import shutil
 from datetime import UTC, datetime
 
 import pytest
@@ -10,7 +11,7 @@ from nbgrader.api import Gradebook
 from autograder.execute import Limits
 from autograder.grading import exports, similarity
 from autograder.grading.grade import grade_folder
-from autograder.grading.late import BadConfig, penalty_of
+from autograder.grading.late import BadConfig, penalty_of, read_time
 from autograder.grading.task import Check, Result, grade
 
 pytestmark = pytest.mark.xdist_group("grading")
@@ -22,9 +23,11 @@ def result(student, lesson, score, status="graded") -> Result:
 
 
 CLASS = [
-    result("mei", "99_tiny", 8.5), result("mei", "98_more", 10.0), result("=cmd()", "99_tiny", 0.0),
+    result("mei", "99_tiny", 8.5),
+    result("mei", "98_more", 10.0),
+    result("=cmd()", "99_tiny", 0.0),
     result("李雷", "99_tiny", 0.0, "fault"),
-]  # fmt: skip
+]
 
 
 def rows(text: str) -> list[list[str]]:
@@ -43,8 +46,19 @@ def test_canvas():
 
 def test_moodle():
     assert rows(exports.moodle(CLASS)) == [
-        ["username", "98_more", "99_tiny"], ["'=cmd()", "", "0"], ["mei", "10", "8.5"], ["李雷", "", ""]
-    ]  # fmt: skip
+        ["username", "98_more", "99_tiny"],
+        ["'=cmd()", "", "0"],
+        ["mei", "10", "8.5"],
+        ["李雷", "", ""],
+    ]
+
+
+@pytest.mark.parametrize("status", ["missing", "unreadable", "withheld", "fault"])
+def test_no_zero_is_exported_where_nothing_was_graded(status):
+    """An import would write it over an earlier grade."""
+    results = [result("mei", "99_tiny", 0.0, status), result("kim", "99_tiny", 0.0)]
+    assert rows(exports.moodle(results))[1:] == [["kim", "0"], ["mei", ""]]
+    assert [row[-1] for row in rows(exports.canvas(results))[2:]] == ["0", ""]
 
 
 # --- lateness -------------------------------------------------------------------------------------------------
@@ -70,9 +84,7 @@ def config(folder, text):
 TOO_MUCH, A_GIFT = PER_DAY.replace("3 *", "30 *"), PER_DAY.replace("3 *", "-1 *")
 
 
-@pytest.mark.parametrize(
-    ("text", "expected"), [("", 0.0), (ZERO, 8.0), (PER_DAY, 6.0), (TOO_MUCH, 8.0), (A_GIFT, 0.0)]
-)
+@pytest.mark.parametrize(("text", "expected"), [("", 0.0), (ZERO, 8.0), (PER_DAY, 6.0), (TOO_MUCH, 8.0), (A_GIFT, 0.0)])
 def test_what_lateness_costs(tmp_path, text, expected):
     penalty = penalty_of(config(tmp_path, text))
     assert penalty("mei", 8.0, 2 * 86400) == expected
@@ -98,9 +110,15 @@ def test_a_late_class(tmp_path):
 
     def graded(**options):
         results = grade_folder(
-            tmp_path / "in", tmp_path / "out", source, limits=Limits(cell=5, notebook=30),
-            engine=lambda tasks, jobs: map(grade, tasks), show=lambda line: None, kernels=tiny.KERNELS, **options,
-        )  # fmt: skip
+            tmp_path / "in",
+            tmp_path / "out",
+            source,
+            limits=Limits(cell=5, notebook=30),
+            engine=lambda tasks, jobs: map(grade, tasks),
+            show=lambda line: None,
+            kernels=tiny.KERNELS,
+            **options,
+        )
         return {r.student: r.score for r in results}
 
     assert graded(late=late) == {"mei": 8, "kim": 8}  # no due date yet
@@ -116,6 +134,7 @@ def test_a_late_class(tmp_path):
     handed = tmp_path / "in" / "kim" / tiny.STAGE / "timestamp.txt"
     handed.write_text("2026-11-03 11:59:00 UTC", encoding="utf-8")  # collected again, or mended by hand
     assert graded(late=late) == {"mei": 8, "kim": 8}
+    tiny.hand_in(tmp_path / "in", "kim", tiny.dumps(tiny.answered(half=f"# my own\n{tiny.HALF}")))
     handed.write_text("2026-11-05 12:00:00 UTC", encoding="utf-8")
     assert graded(late=late) == {"mei": 8, "kim": 2}
     assert "6 points less for lateness" in page.read_text(encoding="utf-8")
@@ -123,17 +142,121 @@ def test_a_late_class(tmp_path):
     assert "lateness" not in page.read_text(encoding="utf-8")
 
 
-def test_a_time_that_is_none(tmp_path):
-    """It costs nobody anything, and is told."""
+DUE = datetime(2026, 11, 3, 12)
+
+
+@pytest.fixture
+def late_class(tmp_path):
+    """A stage of two lessons, due on DUE, in which lateness costs everything; `graded()` gives (lesson → result)."""
     source = tiny.build(tmp_path)
-    path = tiny.hand_in(tmp_path / "in", "mei", tiny.dumps(tiny.answered()))
-    (path.parent / "timestamp.txt").write_bytes(b"yester\xffday")
-    [result] = grade_folder(
-        tmp_path / "in", tmp_path / "out", source, limits=Limits(cell=5, notebook=30),
-        engine=lambda tasks, jobs: map(grade, tasks), show=lambda line: None, kernels=tiny.KERNELS,
-    )  # fmt: skip
-    assert result.score == 8
-    assert "timestamp.txt" in result.flags[0]
+    shutil.copy(source / tiny.STAGE / f"{tiny.LESSON}.ipynb", source / tiny.STAGE / f"{MORE}.ipynb")
+    late = config(tmp_path, ZERO)
+
+    def graded(**options):
+        results = grade_folder(
+            tmp_path / "in",
+            tmp_path / "out",
+            source,
+            limits=Limits(cell=5, notebook=30),
+            late=late,
+            engine=lambda tasks, jobs: map(grade, tasks),
+            show=lambda line: None,
+            kernels=tiny.KERNELS,
+            **options,
+        )
+        with Gradebook(f"sqlite:///{tmp_path / 'out' / 'gradebook.db'}", "llm40") as book:
+            book.find_assignment(tiny.STAGE).duedate = DUE
+            book.db.commit()
+        return {r.lesson: r for r in results}
+
+    return graded
+
+
+MORE = "98_more"
+
+
+def hand_in_at(folder, when: str | None, lesson=tiny.LESSON, notebook=None):
+    path = tiny.hand_in(folder / "in", "mei", tiny.dumps(notebook or tiny.answered()), lesson=lesson)
+    if when:
+        (path.parent / "timestamp.txt").write_text(when, encoding="utf-8")
+
+
+def test_what_was_on_time_stays_so_when_the_next_lesson_is_late(late_class, tmp_path):
+    hand_in_at(tmp_path, "2026-11-02 10:00:00 UTC")
+    late_class()
+    hand_in_at(tmp_path, "2026-11-16 10:00:00 UTC", MORE)
+    results = late_class()
+    assert {lesson: (r.score, r.late_penalty) for lesson, r in results.items()} == {tiny.LESSON: (8, 0), MORE: (0, 8)}
+    with Gradebook(f"sqlite:///{tmp_path / 'out' / 'gradebook.db'}", "llm40") as book:
+        assert book.find_submission(tiny.STAGE, "mei").timestamp == datetime(2026, 11, 16, 10)
+        notebooks = {n.name: n.late_submission_penalty for n in book.find_submission(tiny.STAGE, "mei").notebooks}
+        assert notebooks == {tiny.LESSON: None, MORE: 8}
+
+
+def test_nor_does_it_matter_that_the_file_was_saved_again_or_everything_is_graded_again(late_class, tmp_path):
+    hand_in_at(tmp_path, "2026-11-02 10:00:00 UTC")
+    late_class()
+    saved_again = tiny.answered()
+    saved_again.cells[tiny.find(saved_again, "code-imports")].execution_count = 7
+    hand_in_at(tmp_path, "2026-11-16 10:00:00 UTC", notebook=saved_again)
+    assert late_class(again=True)[tiny.LESSON].score == 8
+    hand_in_at(tmp_path, None, notebook=tiny.answered(half=f"# changed\n{tiny.HALF}"))
+    assert late_class()[tiny.LESSON].score == 0
+
+
+def test_a_time_that_comes_later_to_light_counts(late_class, tmp_path):
+    """Such as one whose zone was not certain, and was put right."""
+    hand_in_at(tmp_path, "2026-11-05 10:00:00 IST")
+    late_class()
+    assert late_class()[tiny.LESSON].score == 8
+    hand_in_at(tmp_path, "2026-11-05 10:00:00 +0530")
+    assert late_class()[tiny.LESSON].score == 0
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        ("2026-11-03 13:00:00 +0100", (12, 0)),  # as nbgrader writes it where its time zone is set
+        ("2026-11-03 13:00:00.123456 +01:00", (12, 0)),
+        ("2026-11-03T17:30:00+0530", (12, 0)),
+        ("2026-11-03 08:15:00 -0345", (12, 0)),
+        ("2026-11-03 12:00:00.123456 UTC", (12, 0)),
+        ("2026-11-03 12:00 GMT", (12, 0)),
+        ("2026-11-03T12:00:00Z\n", (12, 0)),
+        ("2026-11-03 12:00:00 +01", (11, 0)),
+    ],
+)
+def test_times(text, expected):
+    when, trouble = read_time(text)
+    assert (when.day, when.hour, when.minute) == (3, *expected)
+    assert trouble == ""
+
+
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [
+        *(
+            (f"2026-11-03 12:00:00 {zone}", f"the zone {zone} is not certain")
+            for zone in ("IST", "JST", "CST", "EST", "BST", "CET", "UTC+8", "Asia/Shanghai")
+        ),
+        ("2026-11-03 12:00:00", "it has no zone"),
+        ("2026-13-03 12:00:00 UTC", "that is no time"),
+        ("2026-11-03 12:00:00 +9999", "that is no time"),
+        ("0001-01-01 00:00:00 +0100", "that is no time"),
+        ("yester\ufffdday", "that is no time"),
+        ("", "that is no time"),
+    ],
+)
+def test_a_time_that_is_not_certain_costs_nothing_and_is_told(text, words):
+    assert read_time(text) == (None, words)
+
+
+def test_an_uncertain_time_in_a_class(late_class, tmp_path):
+    hand_in_at(tmp_path, "2026-11-16 19:50:00 CST")
+    late_class()
+    result = late_class()[tiny.LESSON]
+    assert (result.score, result.late_penalty) == (8, 0)
+    assert "the zone CST is not certain; taken as handed in on time" in result.flags[0]
 
 
 # --- answers that are alike -----------------------------------------------------------------------------------
@@ -186,8 +309,14 @@ def test_the_report_shows_them(tmp_path):
     for student, text in (("ann", LONG), ("bob", OTHER), ("cem", COPIED)):
         tiny.hand_in(tmp_path / "in", student, tiny.dumps(tiny.answered(total=text)))
     grade_folder(
-        tmp_path / "in", tmp_path / "out", source, limits=Limits(cell=5, notebook=30), compare=True,
-        engine=lambda tasks, jobs: map(grade, tasks), show=lambda line: None, kernels=tiny.KERNELS,
-    )  # fmt: skip
+        tmp_path / "in",
+        tmp_path / "out",
+        source,
+        limits=Limits(cell=5, notebook=30),
+        compare=True,
+        engine=lambda tasks, jobs: map(grade, tasks),
+        show=lambda line: None,
+        kernels=tiny.KERNELS,
+    )
     page = (tmp_path / "out" / "report.html").read_text(encoding="utf-8")
     assert page.index("ann and cem") < page.index("ann and bob")

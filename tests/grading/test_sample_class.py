@@ -1,5 +1,7 @@
-"""The sample class is what its README says, shown on the tiny lesson."""
+"""The sample class is what its file says, shown on the tiny lesson."""
 
+import sys
+from pathlib import Path
 from types import SimpleNamespace
 
 import nbformat
@@ -8,11 +10,14 @@ import tiny
 
 from autograder.execute import Limits
 from autograder.grading.grade import grade_folder
-from autograder.sample_class.make import STUDENTS, make_class
+
+sys.path.append(str(Path(__file__).parents[1] / "support"))
+
+from sample_class import STUDENTS, make_class
 
 pytestmark = pytest.mark.xdist_group("grading")
 
-ANSWERS = '''
+ANSWERS = """
 # %% wrong="double" because="adds two"
 def double(x):
     return x + 2
@@ -24,7 +29,7 @@ def double(x):
 # %% wrong="half" because="rounds"
 def half(x):
     return x // 2
-'''
+"""
 
 
 def test_each_student_gets_what_the_notebook_deserves(tmp_path):
@@ -39,9 +44,14 @@ def test_each_student_gets_what_the_notebook_deserves(tmp_path):
     submitted = make_class(tmp_path / "class", [SimpleNamespace(key=key)], tmp_path)
     source = tmp_path / "build" / "source"
     results = grade_folder(
-        submitted, tmp_path / "out", source, jobs=2, limits=Limits(cell=5, notebook=30), show=lambda line: None,
+        submitted,
+        tmp_path / "out",
+        source,
+        jobs=2,
+        limits=Limits(cell=5, notebook=30),
+        show=lambda line: None,
         kernels=tiny.KERNELS,
-    )  # fmt: skip
+    )
     assert {r.student: (r.status, r.score) for r in results} == {
         "sample-01": ("graded", 8),
         "sample-02": ("graded", 0),

@@ -17,7 +17,8 @@ from box import LIMITS
 
 from autograder import build
 from autograder.grading.grade import SEED
-from autograder.grading.rebuild import blank, name, role
+from autograder.grading.masters import without_answers
+from autograder.grading.rebuild import name, role
 from autograder.grading.task import Check, Result, Task, grade
 from autograder.kernels.manager import Kernels
 from autograder.lesson import read_lesson, without_hidden
@@ -361,12 +362,16 @@ EVERYTHING = tuple(WRONG)
 # --- the notebooks --------------------------------------------------------------------------------------------
 
 
-@functools.cache
 def source() -> str:
     """The lesson as authors' `make course` leaves it in build/source: answers and hidden tests in place."""
+    return built(TEXT)
+
+
+@functools.cache
+def built(text: str) -> str:
     with tempfile.TemporaryDirectory() as folder:
         project = tiny_course.Project(Path(folder))
-        project.text = tiny_course.HEADER + TEXT
+        project.text = tiny_course.HEADER + text
         return build.dumps(build.master(read_lesson(project.source), project.layout))
 
 
@@ -408,15 +413,13 @@ def dumps(notebook: nbformat.NotebookNode) -> bytes:
 class Cheat:
     """A wrong submission and its trick: in a cell of the learner's own, in an answer, or both.
 
-    `at` are the exercises that are wrong, with the answers of WRONG where `answers` has no other. `word` is what the
-    flag must say, where the trick has a name of its own.
+    `at` are the exercises that are wrong, with the answers of WRONG where `answers` has no other.
     """
 
     at: tuple[str, ...] | str
     first: str = ""
     answers: dict[str, str] = field(default_factory=dict)
     last: str = ""
-    word: str = ""
 
     @property
     def wrong(self) -> tuple[str, ...]:
@@ -428,22 +431,18 @@ class Cheat:
 
 
 def graded(submission: nbformat.NotebookNode | bytes, student: str = "mallory") -> Result:
-    master = nbformat.writes(blank(nbformat.reads(source(), as_version=4))).encode()
+    master = nbformat.writes(without_answers(nbformat.reads(source(), as_version=4))).encode()
     data = submission if isinstance(submission, bytes) else dumps(submission)
     return grade(Task(student, STAGE, LESSON, data, master, LIMITS, SEED, KERNELS))
 
 
-def nothing_gained(result: Result, wrong: Iterable[str], word: str = "") -> None:
-    """No check of a wrong exercise gives a point; where one passed all the same, a flag says what was done."""
+def nothing_gained(result: Result, wrong: Iterable[str]) -> None:
+    """No check of a wrong exercise gives a point, whatever the trick."""
     assert result.status != "fault", result.traceback
-    ours = [check for check in result.checks if check.exercise in wrong]
-    assert ours
-    gained = {check.check: (check.status, check.score) for check in ours if check.score or check.status == "passed"}
+    judged = [check for check in result.checks if check.exercise in wrong]
+    assert judged
+    gained = {check.check: (check.status, check.score) for check in judged if check.score or check.status == "passed"}
     assert gained == {}, f"points without a right answer: {gained}; flags: {result.flags}"
-    if any(check.status == "withheld" for check in result.checks):
-        assert result.flags, "points are withheld, and nobody is told why"
-        assert word.lower() in "\n".join(result.flags).lower()
-        assert sum(check.score for check in result.checks) == 0
 
 
 def full_marks(result: Result) -> None:

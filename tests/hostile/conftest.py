@@ -1,5 +1,6 @@
 """Hostile code in real kernels. Where there can be no sandbox these tests are skipped, and say why."""
 
+import sys
 from pathlib import Path
 
 import pytest
@@ -7,6 +8,8 @@ from box import LIMITS, SANDBOX
 
 from autograder.execute import Outcome, Step, execute
 from autograder.kernels.sandbox import trouble
+
+sys.path.append(str(Path(__file__).parents[1] / "grading"))  # the tiny lesson is theirs
 
 
 def pytest_collection_modifyitems(items) -> None:

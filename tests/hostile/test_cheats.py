@@ -1,10 +1,8 @@
-"""Cheats: wrong answers with a trick that would get their points. No point is gained unflagged.
+"""Cheats: wrong answers with a trick that would gain points if checks ran in the learner's process. None gains any.
 
-Every cheat is a submission of its own, graded for real. Where the trick does nothing the check fails, as it should;
-where it makes one pass, the points are withheld and a flag says why. And honest code, however odd, is left in peace.
+Every cheat is a submission of its own, graded for real. And honest code, however odd, is left in peace.
 """
 
-import re
 import sqlite3
 from collections.abc import Callable
 
@@ -110,20 +108,25 @@ def known_counts(seed: int) -> str:
 HALF_RIGHT["checks.seed"] = known_counts(1)
 for target, (at, fake) in PATCHED.items():
     answers = {at: HALF_RIGHT[target]} if target in HALF_RIGHT else {}
-    word = re.findall(r"\w+", target)[-1]
-    CHEATS[f"replaced {target}"] = Cheat(at, f"{IMPORTS}{target} = {fake}", answers, word=word)
+    CHEATS[f"replaced {target}"] = Cheat(at, f"{IMPORTS}{target} = {fake}", answers)
 
 # A name of the notebook itself, which checks read too.
 REBOUND = {
-    "checks": ("scale", "class checks:\n    close = raises = gradients = lambda *args, **kwargs: None\n"
-               "    unchanged = staticmethod(__import__('contextlib').nullcontext)\n    __getattr__ = None"),
-    "torch": ("visible", "class Torch:\n    equal = staticmethod(lambda *args: True)\n"
-              "    __getattr__ = lambda self, name, real=torch: getattr(real, name)\ntorch = Torch()"),
+    "checks": (
+        "scale",
+        "class checks:\n    close = raises = gradients = lambda *args, **kwargs: None\n"
+        "    unchanged = staticmethod(__import__('contextlib').nullcontext)\n    __getattr__ = None",
+    ),
+    "torch": (
+        "visible",
+        "class Torch:\n    equal = staticmethod(lambda *args: True)\n"
+        "    __getattr__ = lambda self, name, real=torch: getattr(real, name)\ntorch = Torch()",
+    ),
     "math": ("mean", "class math:\n    isclose = lambda *args, **kwargs: True"),
     "abs": ("mean", "abs = lambda x: 0"),
     "str": ("letter", "str = lambda x: 'b'"),
     "__builtins__": ("mean", "__builtins__ = {**vars(__import__('builtins')), 'abs': lambda x: 0}"),
-}  # fmt: skip
+}
 for target, (at, cell) in REBOUND.items():
     answers = {"mean": HALF_RIGHT["fractions.Fraction"]} if at == "mean" and target != "math" else {}
     CHEATS[f"rebound {target}"] = Cheat(at, cell, answers)
@@ -181,11 +184,10 @@ DEEPER = {
     ),
     "a module in the working folder": (
         "order",
-        "import inspect, os\nsys.path.insert(0, os.getcwd())\n"
-        "open('graphlib.py', 'w').write(BACKWARDS)",
+        "import inspect, os\nsys.path.insert(0, os.getcwd())\nopen('graphlib.py', 'w').write(BACKWARDS)",
     ),
     "the seed in the environment": ("count", "import os\nos.environ['LLM40_SEED'] = '1'"),
-}  # fmt: skip
+}
 BACKWARDS = (
     "class TopologicalSorter:\n    def __init__(self, graph):\n        self.graph = graph\n"
     "    def static_order(self):\n        return sorted(self.graph, reverse=True)\n"
@@ -214,8 +216,7 @@ LIARS = {
     "an int": ("count", LIAR.format(bases="(int)") + "def count(words):\n    return Liar()\n"),
     "a float": (
         "mean",
-        "class Liar(float):\n    __sub__ = __rsub__ = lambda self, other: 0.0\n"
-        "def mean(numbers):\n    return Liar()\n",
+        "class Liar(float):\n    __sub__ = __rsub__ = lambda self, other: 0.0\ndef mean(numbers):\n    return Liar()\n",
     ),
     "a str": (
         "letter",
@@ -224,10 +225,11 @@ LIARS = {
     "a list": ("order", LIAR.format(bases="(list)") + "def order(before):\n    return Liar()\n"),
     "a dict": ("table", LIAR.format(bases="(dict)") + "def table(words):\n    return Liar()\n"),
     "an object": ("table", LIAR.format(bases="") + "def table(words):\n    return Liar()\n"),
-    "what a list holds": ("order", LIAR.format(bases="") + "def order(before):\n"
-    "    return [Liar() for _ in before]\n"),
-    "what a dict holds": ("table", LIAR.format(bases="(int)") + "def table(words):\n"
-    "    return dict.fromkeys(words, Liar())\n"),
+    "what a list holds": ("order", LIAR.format(bases="") + "def order(before):\n    return [Liar() for _ in before]\n"),
+    "what a dict holds": (
+        "table",
+        LIAR.format(bases="(int)") + "def table(words):\n    return dict.fromkeys(words, Liar())\n",
+    ),
     "a key of a dict": (
         "table",
         "class Key(str):\n    __hash__ = lambda self: hash(self.key)\n    __eq__ = lambda self, other: True\n"
@@ -279,7 +281,7 @@ LIARS = {
         "        return torch.bool\n"
         "def visible(q_len, k_len):\n    return Liar()\n",
     ),
-}  # fmt: skip
+}
 for label, (at, answer) in LIARS.items():
     CHEATS[f"a lie: {label}"] = Cheat(at, answers={at: answer})
 
@@ -423,8 +425,11 @@ IN_FLIGHT = {
         "def mean(numbers):\n    once(builtins, 'abs', lambda x: 0)\n    return 0.0\n",
         "",
     ),
-    "of math": ("mean", "def mean(numbers):\n    once(math, 'isclose', lambda *args, **kwargs: True)\n"
-    "    return 0.0\n", ""),
+    "of math": (
+        "mean",
+        "def mean(numbers):\n    once(math, 'isclose', lambda *args, **kwargs: True)\n    return 0.0\n",
+        "",
+    ),
     "of llm40.checks": (
         "visible",
         "def visible(q_len, k_len):\n    once(checks, '_difference', lambda *args: None)\n"
@@ -451,7 +456,7 @@ IN_FLIGHT = {
         "    _comparison.not_close_error_metas.__code__ = fake.__code__\n    return scores\n",
         "",
     ),
-}  # fmt: skip
+}
 for label, (at, answer, cell) in IN_FLIGHT.items():
     CHEATS[f"patched in flight {label}"] = Cheat(at, ONCE + cell, {at: answer})
 
@@ -525,11 +530,11 @@ RUNNERS = {
     ),
     "a transformer of the text": (
         EVERYTHING,
-        "ip.input_transformers_cleanup.append(lambda lines: [] if lines[0].startswith('# check') else lines)",
+        "ip.input_transformers_cleanup.append(lambda lines: [] if lines[0].startswith('# Check') else lines)",
     ),
     "a later transformer of the text": (
         EVERYTHING,
-        "ip.input_transformers_post.append(lambda lines: [] if lines[0].startswith('# check') else lines)",
+        "ip.input_transformers_post.append(lambda lines: [] if lines[0].startswith('# Check') else lines)",
     ),
     "an event before": (
         "visible",
@@ -543,7 +548,7 @@ RUNNERS = {
     "run_cell": (
         EVERYTHING,
         "real = ip.run_cell\ndef run(code, *args, **kwargs):\n"
-        "    return real('pass' if code.startswith('# check') else code, *args, **kwargs)\nip.run_cell = run",
+        "    return real('pass' if code.startswith('# Check') else code, *args, **kwargs)\nip.run_cell = run",
     ),
     "run_code": (
         EVERYTHING,
@@ -582,7 +587,7 @@ RUNNERS = {
     "a handler of messages": (
         EVERYTHING,
         "real = kernel.shell_handlers['execute_request']\nasync def handle(stream, ident, parent):\n"
-        "    if parent['content']['code'].startswith('# check'):\n        parent['content']['code'] = 'pass'\n"
+        "    if parent['content']['code'].startswith('# Check'):\n        parent['content']['code'] = 'pass'\n"
         "    return await real(stream, ident, parent)\nkernel.shell_handlers['execute_request'] = handle",
     ),
     "the session": (
@@ -721,9 +726,9 @@ CHEATS["memory: how lists compare"] = Cheat(
 
 
 @pytest.mark.parametrize("label", CHEATS)
-def test_no_point_is_gained_unflagged(label):
+def test_no_point_is_gained(label):
     cheat = CHEATS[label]
-    cheatable.nothing_gained(graded(cheat.submission()), cheat.wrong, cheat.word)
+    cheatable.nothing_gained(graded(cheat.submission()), cheat.wrong)
 
 
 def test_wrong_answers_without_a_trick_get_nothing():
@@ -761,8 +766,10 @@ SPIES = {
     "linecache": ("", "print(linecache.cache, ip.compile._filename_map)"),
     "the namespace": ("", "print(globals())"),
     "a name of the hidden test": ("", "print(watchword)"),
-    "the caller's source": ("def look():\n"
-    "    seen.append(inspect.getsource(inspect.currentframe().f_back.f_back))", SHOW),
+    "the caller's source": (
+        "def look():\n    seen.append(inspect.getsource(inspect.currentframe().f_back.f_back))",
+        SHOW,
+    ),
     "the caller's names": ("def look():\n    seen.append(str(sys._getframe(2).f_globals))", SHOW),
     "the caller's code": (
         "def look():\n    try:\n        1 / 0\n    except ZeroDivisionError as error:\n"
@@ -858,7 +865,7 @@ SPIES = {
         "            seen.extend(held[m.start():m.start() + 40] for m in found)",
         "look()\nprint(seen)",
     ),
-}  # fmt: skip
+}
 
 
 @pytest.mark.parametrize("label", SPIES)
@@ -958,10 +965,20 @@ def outputs_forged(notebook: NotebookNode) -> None:
 
 
 FORGERIES: list[Callable[[NotebookNode], None]] = [
-    checks_first, checks_backwards, checks_deleted, checks_edited, checks_retyped, checks_commented,
-    checks_as_experiments, checks_as_answers, checks_of_their_own, exercises_named_as_checks, names_exchanged,
-    points_forged, outputs_forged,
-]  # fmt: skip
+    checks_first,
+    checks_backwards,
+    checks_deleted,
+    checks_edited,
+    checks_retyped,
+    checks_commented,
+    checks_as_experiments,
+    checks_as_answers,
+    checks_of_their_own,
+    exercises_named_as_checks,
+    names_exchanged,
+    points_forged,
+    outputs_forged,
+]
 
 
 @pytest.mark.parametrize("forge", FORGERIES, ids=lambda forge: forge.__name__)
@@ -1050,9 +1067,14 @@ def test_links_and_names_that_lead_out_of_the_folder(tmp_path):
     source = cheatable.build_source(tmp_path)
     before = {path for path in tmp_path.rglob("*") if (tmp_path / "out") not in path.parents}
     results = grade_folder(
-        tmp_path / "in", tmp_path / "out", source, jobs=1, limits=LIMITS, show=lambda line: None,
+        tmp_path / "in",
+        tmp_path / "out",
+        source,
+        jobs=1,
+        limits=LIMITS,
+        show=lambda line: None,
         kernels=cheatable.KERNELS,
-    )  # fmt: skip
+    )
     score = {result.student: result.score for result in results}
     full = score.pop("ada")
     assert full == next(r.max_score for r in results)
@@ -1096,17 +1118,20 @@ HONEST = {
     "reference": ("", {}),
     "another default format": ("torch.set_default_dtype(torch.float64)", {}),
     "something compiled": (
-        "net = torch.compile(torch.nn.Linear(2, 2), backend='eager')\nprint(net(torch.ones(1, 2)))", {}
+        "net = torch.compile(torch.nn.Linear(2, 2), backend='eager')\nprint(net(torch.ones(1, 2)))",
+        {},
     ),
     "copies of tensors, and then of parameters": (
-        "import copy, pickle\ncopy.deepcopy(torch.ones(2))\npickle.dumps(torch.ones(2))", {
+        "import copy, pickle\ncopy.deepcopy(torch.ones(2))\npickle.dumps(torch.ones(2))",
+        {
             "count": "import copy\ndef count(words):\n    copy.deepcopy(nn.Parameter(torch.ones(2)))\n"
             "    copy.copy(nn.Parameter(torch.ones(2)))\n    return len(words)\n"
-        }
+        },
     ),
     "the first optimizer": ("torch.optim.AdamW([torch.ones(2, requires_grad=True)]).step()", {}),
     "libraries that import more of themselves": (
-        "import tokenizers.trainers, transformers, torch.distributed.tensor, torch.onnx, torch.profiler", {}
+        "import tokenizers.trainers, transformers, torch.distributed.tensor, torch.onnx, torch.profiler",
+        {},
     ),
     "heapq and __lt__": (
         "",
@@ -1203,8 +1228,10 @@ HONEST = {
     "random numbers": (
         "import random\nimport numpy as np\nnp.random.seed(0)\nrandom.seed(0)\ntorch.manual_seed(0)\n"
         "x = torch.randn(3)",
-        {"mean": "def mean(numbers):\n    torch.manual_seed(1)\n    with torch.no_grad():\n"
-                 "        return float(torch.tensor(numbers, dtype=torch.float64).mean())\n"},
+        {
+            "mean": "def mean(numbers):\n    torch.manual_seed(1)\n    with torch.no_grad():\n"
+            "        return float(torch.tensor(numbers, dtype=torch.float64).mean())\n"
+        },
     ),
     "threads": (
         "import threading\nfrom concurrent.futures import ThreadPoolExecutor",
@@ -1237,15 +1264,16 @@ HONEST = {
     "PyTorch by another name": (
         "import torch as t\nimport math as m\nfrom torch.testing import assert_close\n"
         "assert_close(t.ones(2), t.ones(2))",
-        {"visible": "def visible(q_len, k_len):\n"
-        "    return t.ones(q_len, k_len, dtype=t.bool).tril(k_len - q_len)\n"},
+        {"visible": "def visible(q_len, k_len):\n    return t.ones(q_len, k_len, dtype=t.bool).tril(k_len - q_len)\n"},
     ),
     "assertions tried": (
         "try:\n    assert 1 == 2, 'no'\nexcept AssertionError as error:\n    print(error)\n"
         "try:\n    checks.close(torch.ones(2), torch.zeros(2))\nexcept AssertionError:\n    pass\n"
         "with checks.forbidden('softmax'):\n    torch.ones(2)",
-        {"letter": "def letter():\n    try:\n        assert 'a' == 'b'\n    except AssertionError:\n"
-        "        return 'b'\n"},
+        {
+            "letter": "def letter():\n    try:\n        assert 'a' == 'b'\n    except AssertionError:\n"
+            "        return 'b'\n"
+        },
     ),
     "a module of their own": (
         "",
@@ -1292,8 +1320,10 @@ HONEST = {
             "def mean(numbers):\n    return Mean(numbers).value\n",
         },
     ),
-    "magics and the shell": ("%matplotlib inline\n%timeit -n1 -r1 sum(range(9))\n!echo hello\n_ = %who_ls\n"
-    "print(__doc__)", {}),
+    "magics and the shell": (
+        "%matplotlib inline\n%timeit -n1 -r1 sum(range(9))\n!echo hello\n_ = %who_ls\nprint(__doc__)",
+        {},
+    ),
     "signatures and sources looked up": (
         "import inspect\nprint(inspect.signature(torch.nn.Linear.forward), inspect.getsource(math) if 0 else '')\n"
         "help(torch.equal)\nprint(checks.close.__doc__)",
@@ -1321,10 +1351,14 @@ HONEST = {
         "with mock.patch.object(math, 'isclose', return_value=True):\n    assert math.isclose(1, 2)",
         {},
     ),
-}  # fmt: skip
+}
 
 
-@pytest.mark.parametrize("label", HONEST)
+# A check's function cannot be called inside torch.func's transforms: docs/security.md says so.
+OPEN = pytest.mark.xfail(strict=True, reason="functions of a check take values, no tensors of a transform")
+
+
+@pytest.mark.parametrize("label", [pytest.param(k, marks=OPEN) if k == "torch.func" else k for k in HONEST])
 def test_honest_code_is_left_in_peace(label):
     cell, answers = HONEST[label]
     cheatable.full_marks(graded(answered(answers, cell)))

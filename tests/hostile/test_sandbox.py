@@ -33,21 +33,21 @@ def programs(folder: Path, **scripts: str) -> str:
 )
 def test_where_it_cannot_be_it_says_why_and_what_to_do(tmp_path, monkeypatch, bwrap, words):
     monkeypatch.setenv("PATH", programs(tmp_path, **({"bwrap": bwrap} if bwrap else {})))
-    said = sandbox.trouble.__wrapped__()
+    said = sandbox._find_trouble.__wrapped__()
     for word in words:
         assert word in said
 
 
 def test_not_on_linux(monkeypatch):
     monkeypatch.setattr(sandbox.sys, "platform", "darwin")
-    assert "grade on a Linux machine" in sandbox.trouble.__wrapped__()
+    assert "grade on a Linux machine" in sandbox._find_trouble.__wrapped__()
 
 
 def test_a_project_inside_of_what_is_shown_is_covered(tmp_path, monkeypatch):
     """An environment around the project, as in a container that has all in /usr/src, shows nothing more of it."""
     around = tmp_path / "environment"
     project = around / "project"
-    for place in ("solutions", "tests", "llm40", ".venv"):
+    for place in ("solutions", "tests", "llm40", "autograder", "autograder/judge", ".venv"):
         (project / place).mkdir(parents=True)
         (project / place / "file").touch()
     pythons = sandbox.pythons()
@@ -55,7 +55,8 @@ def test_a_project_inside_of_what_is_shown_is_covered(tmp_path, monkeypatch):
     monkeypatch.setattr(sandbox, "pythons", lambda: [*pythons, around, project / ".venv"])
     look = sandbox.command(["find", str(around), "-type", "f"], Limits(), sandbox.new_user())
     seen = subprocess.run(look, env=sandbox.environment(dict(os.environ), Limits()), capture_output=True, text=True)
-    assert sorted(seen.stdout.split()) == [str(project / place / "file") for place in (".venv", "llm40")], seen.stderr
+    shown = [str(project / place / "file") for place in (".venv", "autograder/judge", "llm40")]
+    assert sorted(seen.stdout.split()) == shown, seen.stderr
 
 
 def test_where_memory_ends_the_kernel_goes_first():

@@ -1,6 +1,7 @@
 """What code in a sandbox can see and touch: its own folder and the libraries, and nothing else."""
 
 import os
+import platform
 import socket
 import subprocess
 import sys
@@ -11,8 +12,9 @@ from pathlib import Path
 import pytest
 from box import LIMITS, SANDBOX, gone, printed, running
 
-from autograder.execute import ROOT, Step, execute
-from autograder.kernels import sandbox
+from autograder.execute import Step, execute
+from autograder.kernels import sandbox, seccomp
+from autograder.layout import ROOT
 
 EVERYTHING = """
 import os
@@ -36,15 +38,15 @@ def test_nothing_of_the_disk_but_the_libraries_is_seen(run):
     """Neither solutions/ nor tests/, build/, a gradebook, a submission or a home folder: the list is the whole disk."""
     pythons = [str(path) for path in sandbox.pythons()]
     seen = printed(run(EVERYTHING.format(pythons=pythons))[0]).split("\n")
-    settings = tuple(path for path in sandbox.SETTINGS)
-    strange = [path for path in filter(None, seen) if not path.startswith((f"{ROOT}/llm40/", *settings, "/tmp/"))]
+    shown = (f"{ROOT}/llm40/", f"{ROOT}/autograder/judge/", *sandbox.SETTINGS, "/tmp/")
+    strange = [path for path in filter(None, seen) if not path.startswith(shown)]
     assert strange == []
     assert any(path.startswith(f"{ROOT}/llm40/") for path in seen)
     own = [path for path in seen if path.startswith("/tmp/") and not path.startswith((f"{ROOT}/", *pythons))]
     assert all(path.startswith(("/tmp/llm40-", "/tmp/home/")) for path in own)
 
 
-@pytest.mark.parametrize("place", ["solutions", "tests", "build", "course", "autograder", ".git"])
+@pytest.mark.parametrize("place", ["solutions", "tests", "build", "course", "autograder/grading", ".git"])
 def test_no_other_folder_of_the_project(run, place):
     assert printed(run(f"import os; print(os.path.exists({str(ROOT / place)!r}))")[0]) == "False\n"
 
@@ -76,30 +78,93 @@ def test_nothing_of_our_environment(run, monkeypatch):
 
 def test_nothing_of_us_is_open(run):
     """The file descriptors that a kernel has: its own sockets, and /dev/null."""
-    links = printed(run("import os\nfor n in os.listdir('/proc/self/fd'):\n    try:\n        "
-                        "print(os.readlink(f'/proc/self/fd/{n}'))\n    except OSError:\n        pass")[0])  # fmt: skip
+    links = printed(
+        run(
+            "import os\nfor n in os.listdir('/proc/self/fd'):\n    try:\n        "
+            "print(os.readlink(f'/proc/self/fd/{n}'))\n    except OSError:\n        pass"
+        )[0]
+    )
     kinds = {link for link in links.split() if not link.startswith(("socket:", "anon_inode:", "pipe:", "/proc/"))}
     assert kinds <= {"/dev/null"}
 
 
 def test_no_process_but_its_own(run):
-    told = printed(run(f"""{TRY}
+    told = printed(
+        run(f"""{TRY}
 import os
 print(len([name for name in os.listdir("/proc") if name.isdigit()]))
 print(attempt(lambda: os.kill({os.getpid()}, 0)))
-""")[0]).split()  # fmt: skip
+""")[0]
+    ).split()
     assert int(told[0]) <= 3  # bubblewrap's, the idle one, the kernel
     assert told[1] == "ESRCH"
 
 
+def test_what_is_shown_of_the_system_can_be_read(run):
+    """By the sandbox's user too, who is not the one that made the folders above."""
+    shown = [path for path in [*sandbox.SETTINGS, "/sys/devices/system"] if os.path.exists(path)]
+    assert printed(run(f"import os; print([p for p in {shown} if not os.access(p, os.R_OK)])")[0]) == "[]\n"
+    lists = f"import os; print([p for p in {shown} if os.path.isdir(p) and not os.listdir(p)], os.cpu_count())"
+    assert printed(run(lists)[0]) == f"[] {os.cpu_count()}\n"
+
+
+@pytest.mark.parametrize("call", ["clone", "clone3", "unshare"])
+def test_no_user_namespace(run, call):
+    """In one of its own a learner would be root, and could mount a folder of any size; nor by a program's help."""
+    number = seccomp.MACHINES[platform.machine()][1][call]
+    flags = seccomp.NEW_USER | (17 if call == "clone" else 0)  # 17 is SIGCHLD
+    arguments = "ctypes.byref(wanted), 88" if call == "clone3" else f"{flags}, 0"
+    told = printed(
+        run(f"""
+import ctypes, errno, os, subprocess, threading
+libc = ctypes.CDLL(None, use_errno=True)
+wanted = (ctypes.c_uint64 * 11)({seccomp.NEW_USER}, 0, 0, 0, 17)
+made = libc.syscall({number}, {arguments}, 0, 0, 0)
+if made == 0 and {call!r} != "unshare":
+    os._exit(0)
+print(made, errno.errorcode[ctypes.get_errno()])
+print(subprocess.run(["unshare", "-Ur", "true"], stderr=-3).returncode != 0)
+thread = threading.Thread(target=subprocess.run, args=(["true"],))  # what is no namespace goes on
+thread.start(); thread.join()
+""")[0]
+    ).split()
+    assert told == ["-1", "ENOSYS" if call == "clone3" else "EPERM", "True"]
+
+
+def test_every_place_that_can_be_written_is_limited(run):
+    """Each mount in which a learner can make a file lies in memory, and has the folder's size at most."""
+    places = printed(
+        run(
+            f"""{TRY}
+import os
+for line in open("/proc/self/mountinfo"):
+    place, kind = line.split()[4], line.split(" - ")[1].split()[0]
+    for folder, _, _ in os.walk(place) if kind not in ("proc", "sysfs") else ():
+        if folder == place or os.stat(folder).st_dev == os.stat(place).st_dev:
+            if isinstance(attempt(lambda: open(folder + "/written", "w")), str):
+                continue
+            size = os.statvfs(folder)
+            print(kind, size.f_blocks * size.f_frsize, folder)
+            break
+""",
+            limits=replace(LIMITS, cell=60, folder=30 * 2**20),
+        )[0]
+    )
+    told = [place.split(maxsplit=2) for place in places.splitlines()]
+    assert {place for _, _, place in told} >= {"/tmp", "/dev/shm"}
+    assert [place for kind, size, place in told if kind != "tmpfs" or int(size) > 30 * 2**20] == []
+
+
 def test_no_rights(run):
-    told = printed(run(f"""{TRY}
+    told = printed(
+        run(f"""{TRY}
 import ctypes, os
 print([line for line in open("/proc/self/status") if line.startswith(("CapPrm", "CapEff", "CapBnd", "NoNewPrivs"))])
 print(attempt(lambda: os.setuid(0)), attempt(lambda: os.chroot("/tmp")), attempt(lambda: os.mknod("/tmp/a", 8576, 5)))
 libc = ctypes.CDLL(None)
 print(libc.mount(b"none", b"/usr", None, 32 | 4096, None), libc.umount2(b"/usr", 2), libc.setns(0, 0))
-""")[0])  # fmt: skip
+""")[0]
+    )
     rights, calls, mounts, _ = told.split("\n")
     assert "CapPrm:\\t0000000000000000" in rights
     assert "CapEff:\\t0000000000000000" in rights
@@ -123,7 +188,8 @@ def test_no_network(run):
         abstract.bind(f"\0llm40-test-{os.getpid()}")
         abstract.listen()
         socket.create_connection(tcp.getsockname()).close()  # from here it can be reached
-        told = printed(run(f"""{TRY}
+        told = printed(
+            run(f"""{TRY}
 import socket
 print(attempt(lambda: socket.create_connection({tcp.getsockname()!r}, 2)))
 print(attempt(lambda: socket.socket(socket.AF_UNIX).connect({abstract.getsockname().decode()!r})))
@@ -132,18 +198,24 @@ try:
     print(socket.getaddrinfo("pypi.org", 443))
 except socket.gaierror:
     print("no such name")
-""")[0])  # fmt: skip
+""")[0]
+        )
     assert told.split("\n")[:4] == ["ECONNREFUSED", "ECONNREFUSED", "ENETUNREACH", "no such name"]
 
 
 def test_its_own_loopback_is_there(run):
     """torch.distributed needs one."""
-    assert printed(run("""
+    assert (
+        printed(
+            run("""
 import socket
 server = socket.create_server(("127.0.0.1", 0))
 socket.create_connection(server.getsockname())
 print("ok")
-""")[0]) == "ok\n"  # fmt: skip
+""")[0]
+        )
+        == "ok\n"
+    )
 
 
 def test_the_environment_cannot_be_written(run):
@@ -152,13 +224,15 @@ def test_the_environment_cannot_be_written(run):
 
     ours = [sys.prefix, sys.base_prefix, str(Path(numpy.__file__).parent), str(ROOT / "llm40"), str(ROOT)]
     places = [*ours, "/", "/usr", "/etc", "/dev", "/proc/sys/kernel", "/proc/1", "/root", "/home", "/var"]
-    told = printed(run(f"""{TRY}
+    told = printed(
+        run(f"""{TRY}
 import os, sys
 for place in {places}:
     print(attempt(lambda: open(place + "/written", "w")))
 print(attempt(lambda: open(os.path.realpath(sys.executable), "ab")), attempt(lambda: open("/proc/self/exe", "ab")))
 print(attempt(lambda: os.chmod({str(ROOT / "llm40")!r}, 0o777)), attempt(lambda: os.rename("/usr/bin", "/usr/x")))
-""")[0])  # fmt: skip
+""")[0]
+    )
     assert set(told.split()) <= {"EROFS", "EACCES", "EPERM", "ENOENT", "ETXTBSY", "EXDEV"}, told
     assert not (ROOT / "llm40" / "written").exists()
 
@@ -201,7 +275,7 @@ def test_a_killed_grader_takes_everything_along():
     program = (
         "from autograder.execute import Step, execute\n"
         "from autograder.kernels.manager import Kernels\n"
-        f"execute([Step('import subprocess; subprocess.run([\"sleep\", \"{word}\"])')], managers=Kernels(libraries=()))"
+        f'execute([Step(\'import subprocess; subprocess.run(["sleep", "{word}"])\')], managers=Kernels(libraries=()))'
     )
     with subprocess.Popen([sys.executable, "-c", program], env={**os.environ, "PYTHONPATH": str(ROOT)}) as grader:
         while not [pid for pid in running(word) if int(pid) != grader.pid]:

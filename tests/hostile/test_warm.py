@@ -13,13 +13,14 @@ from pathlib import Path
 import pytest
 from box import LIMITS, SANDBOX, printed
 
-from autograder.execute import ROOT, Step, environment, execute
-from autograder.kernels import provisioner
+from autograder.execute import Step, execute
+from autograder.kernels import forking
+from autograder.kernels.forking import ROOT, Warm, environment
 from autograder.kernels.manager import Kernels
-from autograder.kernels.provisioner import Warm
 from autograder.kernels.sandbox import environment as inside
+from autograder.kernels.warm import FEW
 
-pytestmark = pytest.mark.skipif(not provisioner.CAN_FORK, reason="kernels are forked on Linux only")
+pytestmark = pytest.mark.skipif(not forking.CAN_FORK, reason="kernels are forked on Linux only")
 LOADED = "import sys; print([name in sys.modules for name in ('torch', 'matplotlib.pyplot', 'seaborn', 'numpy')])"
 
 
@@ -30,9 +31,12 @@ def state(pid: int) -> dict[str, str]:
 
 @pytest.fixture(scope="module")
 def warm():
-    """A warm process with everything, that has given one kernel already, and kernels from it without a sandbox."""
+    """A warm process with everything, that has given some kernels already, and kernels from it without a sandbox."""
     with closing(Warm({**os.environ, "PYTHONPATH": str(ROOT), "LLM40_PROFILE": "cpu"})) as warm:
         kernels = Kernels(sandbox=False, address=warm.address)
+        for _ in range(FEW):
+            loaded = printed(execute([Step(LOADED)], managers=kernels)[0])
+            assert loaded in ("[True, True, False, True]\n", "[True, True, True, True]\n")  # seaborn can wait
         assert printed(execute([Step(LOADED)], managers=kernels)[0]) == "[True, True, True, True]\n"
         yield warm, kernels
 
@@ -95,7 +99,7 @@ def test_it_ends_with_whoever_started_it():
     """Killed, it could clean nothing up; the kernel that is at work goes too."""
     program = (
         "import os, sys, time\n"
-        "from autograder.kernels.provisioner import Warm\n"
+        "from autograder.kernels.forking import Warm\n"
         "warm = Warm(dict(os.environ), ())\n"
         "print(warm.process.pid, warm.address, flush=True)\n"
         "time.sleep(600)"
@@ -127,17 +131,18 @@ def test_without_it_kernels_start_all_the_same(monkeypatch, sandbox):
 
 def test_a_new_one_takes_the_place_of_one_that_was_killed():
     env = {**os.environ, "PYTHONPATH": str(ROOT), "PYTHONHASHSEED": "77"}
-    address = provisioner.own_warm(env, ())
-    assert provisioner.own_warm(env, ()) == address
-    (killed,) = [warm for warm in provisioner._warm.values() if warm.address == address]
+    address = forking.own_warm(env, ())
+    assert forking.own_warm(env, ()) == address
+    (killed,) = [warm for warm in forking._warm.values() if warm.address == address]
     killed.process.kill()
     killed.process.wait()
-    assert provisioner.own_warm(env, ()) != address
+    assert forking.own_warm(env, ()) != address
     assert not Path(address).parent.exists()
 
 
 def test_a_kernel_can_be_restarted():
     """jupyter_client's own restart: same connection file, same sockets, another process."""
+
     async def restarted(manager, folder: Path) -> list[str]:
         env = environment(folder, 0)
         await manager.start_kernel(cwd=str(folder), env=env, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
@@ -167,7 +172,7 @@ def test_a_kernel_can_be_restarted():
 def test_the_whole_start_of_a_graded_kernel():
     """With everything imported, in the sandbox, as grading starts it."""
     kernels = Kernels()
-    steps, limits = [Step("import torch, triton, seaborn, matplotlib.pyplot")], replace(LIMITS, start=120)
+    steps, limits = [Step("import torch, triton, matplotlib.pyplot")], replace(LIMITS, start=120)
     execute(steps, limits, managers=kernels)
     began = time.monotonic()
     assert execute(steps, limits, managers=kernels)[0].status == "ok"
@@ -176,7 +181,7 @@ def test_the_whole_start_of_a_graded_kernel():
 
 def test_what_it_is_told_of_our_environment():
     """Its own first environment stays readable in every kernel, as /proc/self/environ."""
-    kept = provisioner.early(inside({"AWS_SECRET_ACCESS_KEY": "hunter2", "LANG": "C.UTF-8"}, LIMITS))
+    kept = forking.early(inside({"AWS_SECRET_ACCESS_KEY": "hunter2", "LANG": "C.UTF-8"}, LIMITS))
     assert "AWS_SECRET_ACCESS_KEY" not in kept
     assert kept["LANG"] == "C.UTF-8"
     assert "HOME" not in kept  # the sandbox's: outside of it anyone could put a folder there

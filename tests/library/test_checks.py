@@ -35,9 +35,15 @@ def test_generator_repeats_and_follows_the_seed_of_the_run(monkeypatch):
 
 
 class TestClose:
-    @pytest.mark.parametrize(("dtype", "within", "beyond"), [
-        (torch.float64, 1e-10, 1e-8), (torch.float32, 1e-6, 1e-4),
-        (torch.float16, 0.0, 1e-2), (torch.bfloat16, 0.0, 0.1)])
+    @pytest.mark.parametrize(
+        ("dtype", "within", "beyond"),
+        [
+            (torch.float64, 1e-10, 1e-8),
+            (torch.float32, 1e-6, 1e-4),
+            (torch.float16, 0.0, 1e-2),
+            (torch.bfloat16, 0.0, 0.1),
+        ],
+    )
     def test_tolerance_follows_the_format(self, x, dtype, within, beyond):
         expected = x.to(dtype)
         checks.close((expected.double() * (1 + within)).to(dtype), expected)
@@ -63,8 +69,14 @@ class TestClose:
     def test_names_the_first_place_and_the_mistake(self, x):
         wrong = x.clone()
         wrong[1, 2, 0] += 1
-        text = message(checks.close, wrong, x, what="the weights", hint="Look at the mask.",
-                       mistakes={"nothing": x, "adding one there": wrong})
+        text = message(
+            checks.close,
+            wrong,
+            x,
+            what="the weights",
+            hint="Look at the mask.",
+            mistakes={"nothing": x, "adding one there": wrong},
+        )
         assert text.startswith("the weights: expected ")
         assert "at index (1, 2, 0)" in text
         assert "1 of 24 values differ" in text
@@ -136,15 +148,22 @@ class TestGradients:
         checks.gradients(lambda a: a.sin(), lambda a: a.sin(), x)
 
     def test_names_input_and_mistake(self, x):
-        text = message(checks.gradients, lambda a: 3 * a, lambda a: 2 * a, x, names=["query"],
-                       mistakes={"tripling": lambda a: 3 * a})
+        text = message(
+            checks.gradients,
+            lambda a: 3 * a,
+            lambda a: 2 * a,
+            x,
+            names=["query"],
+            mistakes={"tripling": lambda a: 3 * a},
+        )
         assert "the gradient of query" in text
         assert "This is what tripling gives" in text
 
     def test_detached(self, x):
         assert "carries no gradient" in message(checks.gradients, lambda a: a.detach() * 2, lambda a: 2 * a, x)
         assert "no gradient reaches input 1" in message(
-            checks.gradients, lambda a, b: a * b.detach(), lambda a, b: a * b, x, x)
+            checks.gradients, lambda a, b: a * b.detach(), lambda a, b: a * b, x, x
+        )
 
     def test_integers_take_none(self, x):
         index = torch.tensor([1, 0])
@@ -155,7 +174,8 @@ def test_raises():
     assert checks.raises(ValueError, int, "x", mentions="literal") is None
     assert "does not mention the base" in message(checks.raises, ValueError, int, "x", mentions="the base")
     assert "ValueError should be raised here; the call returned a value of type int. Why" in message(
-        checks.raises, ValueError, int, "1", because="Why")
+        checks.raises, ValueError, int, "1", because="Why"
+    )
 
     def stub():
         raise NotImplementedError
@@ -188,32 +208,50 @@ class TestCounting:
             x @ x.mT
         assert counted == {"softmax": 2, "matmul": 1}
 
-    @pytest.mark.parametrize("call", [
-        lambda x: F.scaled_dot_product_attention(x, x, x),
-        lambda x: torch.ops.aten.scaled_dot_product_attention(x, x, x),
-        lambda x: torch.compile(F.scaled_dot_product_attention, backend="eager")(x, x, x)])
+    @pytest.mark.parametrize(
+        "call",
+        [
+            lambda x: F.scaled_dot_product_attention(x, x, x),
+            lambda x: torch.ops.aten.scaled_dot_product_attention(x, x, x),
+            lambda x: torch.compile(F.scaled_dot_product_attention, backend="eager")(x, x, x),
+        ],
+    )
     def test_forbidden(self, x, call):
         def attend():
             with checks.forbidden("scaled_dot_product_attention"):
                 call(x)
+
         assert "is called, but this exercise builds it" in message(attend)
 
     def test_forbidden_cannot_be_swallowed(self, x):
         def attend():
             with checks.forbidden("softmax", because="write it with exp"), contextlib.suppress(BaseException):
                 torch.softmax(x, -1)
+
         assert "write it with exp" in message(attend)
 
     def test_the_modes_do_not_load_the_compiler(self):
-        code = ("import sys, torch; from llm40 import checks; x = torch.ones(2)\n"
-                "with checks.allocations(), checks.forbidden('softmax'): x + 1\n"
-                "print('torch._dynamo' in sys.modules)")
+        code = (
+            "import sys, torch; from llm40 import checks; x = torch.ones(2)\n"
+            "with checks.allocations(), checks.forbidden('softmax'): x + 1\n"
+            "print('torch._dynamo' in sys.modules)"
+        )
         done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
         assert done.stdout.strip() == "False", done.stderr
 
     def test_allowed(self, x):
         with checks.forbidden("scaled_dot_product_attention"):
             torch.softmax(x @ x.mT, -1) @ x
+
+
+def test_moved_counts_what_operations_read_and_write():
+    x = torch.ones(10, dtype=torch.float16)
+    with checks.moved() as work:
+        y = x.view(2, 5).float()  # 20 bytes read, 40 written
+        y.add_(1)  # 40 read, 40 written
+        y.T[0]
+    assert work.steps == [("to_copy", 60), ("add", 80)]
+    assert work.total == 140
 
 
 triton = pytest.importorskip("triton")
@@ -228,6 +266,21 @@ def double_kernel(x, y, n, BLOCK: tl.constexpr, MASKED: tl.constexpr):
         tl.store(y + i, value, mask=i < n)
     else:
         tl.store(y + i, value)
+
+
+@triton.jit
+def double_some_kernel(x, y, n, programs, BLOCK: tl.constexpr):
+    i = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    mask = (i < n) & (tl.program_id(0) < programs)
+    tl.store(y + i, tl.load(x + i, mask=mask, other=0.0) * 2, mask=mask)
+
+
+@triton.jit
+def far_kernel(x, row, BLOCK: tl.constexpr, WIDE: tl.constexpr):
+    r = tl.program_id(0)
+    if WIDE:
+        r = r.to(tl.int64)
+    tl.store(x + r * row + tl.arange(0, BLOCK), 1.0)
 
 
 class TestKernels:
@@ -259,10 +312,41 @@ class TestKernels:
                 y = torch.empty(21)
                 assert bool(y.isnan().all())
                 double_kernel[(2,)](torch.randn(21), y, 21, BLOCK=16, MASKED=masked)
+
         if masked:
             launch()
         else:
             assert "a kernel wrote outside an output" in message(launch)
+
+    def test_traffic(self):
+        x, y = torch.randn(24), torch.empty(24)
+        with checks.traffic() as seen:
+            double_kernel[(2,)](x, y, 21, BLOCK=16, MASKED=True)
+        assert set(seen.read) == checks.addresses(x[:21])
+        assert set(seen.written) == checks.addresses(y[:21])
+        assert (seen.loaded, seen.stored, seen.within(x), seen.within(y)) == (21, 21, 21, 0)
+        with checks.traffic(dry=True) as seen:
+            double_kernel[(2,)](torch.zeros(1), y, 32, BLOCK=16, MASKED=True)
+        assert seen.loaded == 32
+        checks.close(y[:21], 2 * x[:21])
+        with checks.traffic(only=x):
+            double_kernel[(2,)](x, y[:1], 24, BLOCK=16, MASKED=True)
+
+    def test_traffic_under_a_mask_that_a_scalar_takes_part_in(self):
+        x, y = torch.randn(24), torch.full((24,), -1.0)
+        with checks.traffic() as seen:
+            double_some_kernel[(2,)](x, y, 21, 1, BLOCK=16)
+        assert set(seen.read) == checks.addresses(x[:16])
+        checks.close(y, torch.cat([2 * x[:16], torch.full((8,), -1.0)]))
+
+    def test_traffic_of_rows_far_apart(self):
+        x = torch.zeros(1)
+        with checks.traffic(dry=True) as seen:
+            far_kernel[(4,)](x, 2**30, BLOCK=8, WIDE=True)
+        assert set(seen.written) == checks.addresses(x, (4, 8), (2**30, 1))
+        with checks.traffic(dry=True) as seen:
+            far_kernel[(4,)](x, 2**30, BLOCK=8, WIDE=False)
+        assert set(seen.written) != checks.addresses(x, (4, 8), (2**30, 1))
 
     def test_rows_apart(self, x):
         rows = checks.guarded(x, row_pad=3)

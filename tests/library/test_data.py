@@ -1,7 +1,11 @@
+import functools
 import hashlib
 import json
 import subprocess
 import sys
+import threading
+from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
+from urllib.parse import quote
 
 import pytest
 from hypothesis import given
@@ -138,6 +142,32 @@ def test_digits_and_pictures():
         assert 0 <= float(picture.min()) < float(picture.max()) <= 1
 
 
+# --- words
+
+
+def test_word_counts():
+    names, vectors = data.word_counts({"a": "one Two two", "b": "one_three", "again": "one Two two"})
+    assert names == ["again", "b"]
+    assert vectors.exp().round().sub(1).tolist() == [[1, 0, 2], [0, 1, 0]]  # one, one_three, two
+
+
+def test_word_vectors_bring_words_of_one_use_together():
+    index, vectors = data.word_vectors()
+    assert vectors.shape == (1200, 48)
+    assert vectors.square().mean(1).sub(1).abs().max() < 1e-5
+    assert sorted(index.values()) == list(range(1200))
+
+    def nearest(word):
+        cosines = vectors @ vectors[index[word]] / 48
+        cosines[index[word]] = -1
+        return [w for w, i in index.items() if i in cosines.topk(10).indices.tolist()]
+
+    assert "integer" in nearest("integers") or "integers" in nearest("integer")
+    assert "raised" in nearest("raises") or "raise" in nearest("raises")
+    vectors.zero_()  # a caller's own copy
+    assert data.word_vectors()[1].any()
+
+
 # --- import and network
 
 
@@ -149,13 +179,21 @@ def test_import_brings_in_neither_scikit_learn_nor_babel():
 
 @pytest.fixture
 def public(monkeypatch, tmp_path):
-    """A real download, of a file of this machine."""
-    source = tmp_path / "原 file.txt"
+    """A real download, of a file that this machine serves."""
+    folder = tmp_path / "served"
+    folder.mkdir()
+    source = folder / "原 file.txt"
     source.write_bytes(b"a public set")
     expected = hashlib.sha256(b"a public set").hexdigest()
-    monkeypatch.setitem(data.PUBLIC, "sample", (source.as_uri(), expected, "none"))
-    monkeypatch.setenv("LLM40_CACHE", str(tmp_path / "cache"))
-    return source
+    handler = functools.partial(SimpleHTTPRequestHandler, directory=folder)
+    with ThreadingHTTPServer(("127.0.0.1", 0), handler) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        address = f"http://127.0.0.1:{server.server_port}/{quote(source.name)}"
+        monkeypatch.setitem(data.PUBLIC, "sample", (address, expected, "none"))
+        monkeypatch.setenv("LLM40_CACHE", str(tmp_path / "cache"))
+        monkeypatch.setenv("NO_PROXY", "127.0.0.1")
+        yield source
+        server.shutdown()
 
 
 def test_fetch_downloads_once(public):

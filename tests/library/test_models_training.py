@@ -4,17 +4,20 @@ import math
 import os
 import subprocess
 import sys
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
 import pytest
+import safetensors.torch
 import torch
 
-from llm40.models import Config, Llama, load_tokenizer
+from llm40.models import MTP, Cache, Config, Llama, load_tokenizer, scaling
 from llm40.models.baselines import KneserNey, xz_bytes
 from llm40.models.corpus import Windows, corpus
 from llm40.models.evaluate import bits_per_byte, replace_part, token_losses
-from llm40.models.train import Options, learning_rate_factor, train
+from llm40.models.mtp import Ahead
+from llm40.models.train import Muon, Options, accumulate, learning_rate_factor, loss_of, make_optimizers, train
 
 MICRO = Config(vocab_size=4096, hidden_size=16, layers=2, heads=2, kv_heads=1, mlp_size=24, context=16)
 DOCUMENTS = {
@@ -76,6 +79,41 @@ def test_schedule_warms_up_stays_and_decays():
     assert learning_rate_factor(10_000, None, 10) == 1.0
 
 
+def test_muon_is_pytorchs_in_float32():
+    torch.manual_seed(0)
+    for shape in ((20, 8), (8, 20), (16, 16)):
+        ours, theirs = (torch.nn.Parameter(torch.ones(shape)) for _ in range(2))
+        start = ours.detach().clone()
+        one = Muon([ours], lr=0.1, weight_decay=0.1)
+        other = torch.optim.Muon([theirs], lr=0.1, weight_decay=0.1, adjust_lr_fn="match_rms_adamw")
+        for _ in range(4):
+            ours.grad = torch.randn(shape)
+            theirs.grad = ours.grad.clone()
+            one.step(), other.step()
+        # PyTorch rounds to bfloat16 between the steps: alike, not equal.
+        moved = (ours - start).norm()
+        assert (ours - theirs).norm() < 0.03 * moved
+        assert moved > 0.5
+
+
+def test_loss_and_gradient_are_means_over_counted_tokens():
+    """Whatever the micro-batches, of which one counts nothing."""
+    torch.manual_seed(0)
+    model = Llama(MICRO)
+    windows, counted = torch.randint(1, 4096, (5, 17)), torch.rand(5, 17) < 0.4
+    counted[2:4] = False
+    log_p = model(windows[:, :-1]).log_softmax(-1).gather(-1, windows[:, 1:, None])[..., 0]
+    expected = -log_p[counted[:, 1:]].mean()
+    assert loss_of(model, windows, counted, "float32").item() == pytest.approx(expected.item(), rel=1e-5)
+    gradients = torch.autograd.grad(expected, list(model.parameters()))
+    with ThreadPoolExecutor(2) as pool:
+        for micro_batch in (1, 2, 5):
+            loss = accumulate(model, windows, counted, Options(micro_batch=micro_batch), pool)
+            assert loss == pytest.approx(expected.item(), rel=1e-5)
+            for parameter, gradient in zip(model.parameters(), gradients, strict=True):
+                torch.testing.assert_close(parameter.grad, gradient, atol=1e-6, rtol=1e-4)
+
+
 def run(folder, tokenizer, steps, **options):
     torch.manual_seed(0)
     model = Llama(MICRO)
@@ -129,7 +167,7 @@ def test_a_pause_changes_nothing(tmp_path, tokenizer):
 
 
 def test_budget_in_minutes_ends_with_a_decay(tmp_path, tokenizer):
-    _, records = run(tmp_path, tokenizer, None, minutes=0.08)
+    _, records = run(tmp_path, tokenizer, None, minutes=0.15)
     rates = [record["learning_rate"] for record in records]
     peak = rates.index(max(rates))
     falling = [rate for rate in rates[peak:] if rate < max(rates)]
@@ -138,6 +176,76 @@ def test_budget_in_minutes_ends_with_a_decay(tmp_path, tokenizer):
     assert falling == rates[-n:]
     assert falling == pytest.approx([max(rates) * (n - i) / (n + 1) for i in range(n)])
     assert n == pytest.approx(len(rates) / 5, rel=0.3, abs=2)
+
+
+def test_kept_weights_are_those_of_their_step(tmp_path, tokenizer):
+    run(tmp_path / "kept", tokenizer, 12, keep=(6, 9))
+    run(tmp_path / "paused", tokenizer, 12, until=9)
+    kept = safetensors.torch.load_file(tmp_path / "kept" / "micro-step9.safetensors")
+    state = torch.load(tmp_path / "paused" / "micro.pt")["model"]
+    assert all(torch.equal(kept[name], tensor.half()) for name, tensor in state.items())
+    assert (tmp_path / "kept" / "micro-step6.safetensors").exists()
+
+
+# --- multi-token prediction
+
+
+def test_a_trunk_is_left_alone_when_its_mtp_block_is_trained():
+    torch.manual_seed(0)
+    trunk, block = Llama(MICRO), MTP(MICRO)
+    before = {name: tensor.clone() for name, tensor in trunk.state_dict().items()}
+    ahead = Ahead(trunk, block)
+    assert {id(p) for p in ahead.parameters()} == {id(p) for p in block.parameters()}
+    options = Options(learning_rate=0.02)
+    optimizers = make_optimizers(ahead, options)
+    windows = torch.randint(1, 4096, (2, 17))
+    losses = []
+    with ThreadPoolExecutor(1) as pool:
+        for _ in range(30):
+            losses.append(accumulate(ahead, windows, torch.ones(2, 17, dtype=torch.bool), options, pool))
+            for optimizer in optimizers:
+                optimizer.step()
+    assert losses[-1] < losses[0] - 0.3  # a small head, never trained, allows no more
+    assert all(torch.equal(tensor, before[name]) for name, tensor in trunk.state_dict().items())
+
+
+@torch.inference_mode()
+def test_mtp_sees_the_trunk_up_to_one_token_and_the_next():
+    torch.manual_seed(0)
+    trunk, block = Llama(MICRO).eval(), MTP(MICRO).eval()
+    tokens = torch.randint(1, 4096, (1, 12))
+    logits = Ahead(trunk, block)(tokens)
+    expected = block(trunk.hidden(tokens[:, :-1]), trunk.embed_tokens(tokens[:, 1:]))
+    # Ahead begins one token earlier, with zeros: the block sees one position more, and the rest moved by one.
+    alone = Ahead(trunk, block).hidden(tokens)
+    assert logits.shape == (1, 12, 4096)
+    assert expected.shape == (1, 11, 16)
+    changed = tokens.clone()
+    changed[0, 7] += 1
+    difference = (Ahead(trunk, block).hidden(changed) - alone).abs().amax(-1)[0]
+    assert difference[:7].max() == 0
+    assert difference[7] > 0  # token 7 itself is the block's own
+    cache, parts = Cache(), []
+    hidden, embedded = trunk.hidden(tokens[:, :-1]), trunk.embed_tokens(tokens[:, 1:])
+    for start, end in ((0, 4), (4, 5), (5, 11)):
+        parts.append(block(hidden[:, start:end], embedded[:, start:end], cache))
+    torch.testing.assert_close(torch.cat(parts, dim=1), expected, atol=1e-5, rtol=1e-4)
+
+
+# --- scaling
+
+
+def test_the_sweep_is_forty_runs_at_five_budgets():
+    runs = scaling.plan()
+    assert len(runs) == 40
+    assert runs[0]["parameters"] < 10_000
+    assert max(run["parameters"] for run in runs) > 6e6
+    for run in runs:
+        assert run["flops"] == 6 * run["parameters"] * run["tokens"]
+        assert min(abs(run["flops"] / budget - 1) for budget in scaling.BUDGETS) < 0.01
+        assert run["tokens"] == run["steps"] * run["batch"] * scaling.CONTEXT
+    model = Llama(scaling.shape(32, 3))
+    assert scaling.parameters(model.config) == sum(p.numel() for p in model.layers.parameters())
 
 
 # --- evaluation

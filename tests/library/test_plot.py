@@ -64,3 +64,34 @@ def test_caption_wraps_to_the_figure():
     fig, _ = plt.subplots(figsize=(4, 2))
     plot.caption(fig, "word " * 40)
     assert max(map(len, fig.texts[0].get_text().splitlines())) <= 4 * 14
+
+
+def test_graph_puts_nodes_behind_their_longest_way():
+    nodes = {"w": "w", "x": "x", "b": "b", "wx": "w · x", "sum": "w · x + b"}
+    edges = [("w", "wx"), ("x", "wx"), ("wx", "sum"), ("b", "sum")]
+    ax = plot.graph(nodes, edges)
+    x = {text.get_text(): text.get_position()[0] for text in ax.texts if text.get_text()}
+    assert x["w"] == x["x"] == x["b"] < x["w · x"] < x["w · x + b"]
+    arrows = [text for text in ax.texts if not text.get_text()]
+    assert len(arrows) == 4
+    with pytest.raises(ValueError, match="no node: \\['z'\\]"):
+        plot.graph(nodes, [("w", "z")])
+    with pytest.raises(ValueError, match="cycle"):
+        plot.graph(nodes, [*edges, ("sum", "w")])
+
+
+def test_tiles():
+    ax = plot.tiles([["done", "now mask", ""], ["idle", "done", "mask"]], size=16, xlabel="key", ylabel="query")
+    assert len(ax.patches) == 5
+    done, now, idle, _, mask = ax.patches
+    assert now.get_hatch() == mask.get_hatch() == "////"
+    assert len({p.get_facecolor() for p in (done, now, idle, mask)}) == 4
+    assert len({round(lightness(p.get_facecolor()[:3]), 2) for p in (done, now, idle, mask)}) == 4
+    assert (ax.get_xlim(), ax.get_ylim()) == ((0, 48), (32, 0))
+    with pytest.raises(ValueError, match="not 'over'"):
+        plot.tiles([["over"]])
+
+
+def test_smooth():
+    assert plot.smooth([1, 2, 3, 4], 2).tolist() == [1.5, 2.5, 3.5]
+    assert plot.smooth(torch.arange(20.0)).shape == (12,)

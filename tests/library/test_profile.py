@@ -13,9 +13,11 @@ def python(code: str, **environment: str) -> subprocess.CompletedProcess:
 
 
 def test_a_cpu_interprets_triton_in_float32():
-    done = python("import os; from llm40 import profile as p; import triton\n"
-                  "print(p.name, p.device, p.dtype, p.interpret, os.environ['TRITON_INTERPRET'], p.pick(cpu=1, gpu=2))",
-                  LLM40_PROFILE="cpu")
+    done = python(
+        "import os; from llm40 import profile as p; import triton\n"
+        "print(p.name, p.device, p.dtype, p.interpret, os.environ['TRITON_INTERPRET'], p.pick(cpu=1, gpu=2))",
+        LLM40_PROFILE="cpu",
+    )
     assert done.stdout.split() == ["cpu", "cpu", "torch.float32", "True", "1", "1"], done.stderr
 
 
@@ -38,6 +40,9 @@ def test_triton_imported_too_early_is_an_error():
 
 def test_the_library_is_quick_to_import_beyond_torch():
     """Measured against torch's own import in the same process; generous, for a busy machine."""
-    done = python("import time, torch, numpy\nstart = time.perf_counter()\nfrom llm40 import checks, profile\n"
-                  "print(time.perf_counter() - start)", LLM40_PROFILE="cpu")
+    done = python(
+        "import time, torch, numpy\nstart = time.perf_counter()\nfrom llm40 import checks, profile\n"
+        "print(time.perf_counter() - start)",
+        LLM40_PROFILE="cpu",
+    )
     assert float(done.stdout) < 1.0, done.stderr

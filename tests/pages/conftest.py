@@ -32,9 +32,9 @@ def _chromium() -> str | None:
     return next((path for path in map(shutil.which, names) if path), None)
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="module")
 def browser():
-    """The system's Chromium, without a window."""
+    """The system's Chromium, without a window. Not longer: Playwright keeps an event loop running."""
     path = _chromium()
     if path is None:
         pytest.skip("no Chromium on this machine: install it (Debian: apt-get install chromium) to test the pages")
@@ -44,6 +44,12 @@ def browser():
         chromium = playwright.chromium.launch(executable_path=path, args=FLAGS)
         yield chromium
         chromium.close()
+
+
+@pytest.fixture
+def panel() -> str:
+    """nbgrader's tab for instructors, at the right side of JupyterLab."""
+    return "[title='Nbgrader Create Assignment']"
 
 
 @pytest.fixture
@@ -69,6 +75,7 @@ class Lab:
     def __init__(self, port: int, token: str):
         self.url = f"http://127.0.0.1:{port}"
         self.token = token
+        self.said = ""  # on the terminal, until it answered
 
     def page(self, path: str) -> str:
         return f"{self.url}/lab/tree/{path}?token={self.token}&reset"
@@ -82,10 +89,10 @@ class Lab:
 
 @pytest.fixture(scope="module")
 def lab(tmp_path_factory):
-    """Starts JupyterLab as `make lab` does, in a project's folder and on its course/index.ipynb."""
+    """Starts JupyterLab in a project's folder, on its course/index.ipynb or as a learner's `make lab` does."""
     servers = []
 
-    def start(project: Path) -> Lab:
+    def start(project: Path, learner: bool = False) -> Lab:
         home = tmp_path_factory.mktemp("home")
         for extension, values in {
             "apputils-extension/notification": {"fetchNews": "false", "checkForUpdates": False},
@@ -106,8 +113,14 @@ def lab(tmp_path_factory):
             "IPYTHONDIR": str(home / "ipython"),
             "JUPYTER_TOKEN": lab.token,
         }
-        command = [sys.executable, "-m", "jupyterlab", "course/index.ipynb", "--no-browser", "--allow-root",
-                   "--ip=127.0.0.1", f"--port={lab.url.rsplit(':', 1)[1]}", "--ServerApp.port_retries=0"]  # fmt: skip
+        port = f"--port={lab.url.rsplit(':', 1)[1]}"
+        options = ["--no-browser", "--allow-root", "--ip=127.0.0.1", port, "--ServerApp.port_retries=0"]
+        command = [sys.executable, "-m", "jupyterlab", "course/index.ipynb", *options]
+        if learner:
+            code = "import sys, pathlib; from autograder.learner.lab import open_lab; "
+            code += "open_lab(None, sys.argv[2:], pathlib.Path(sys.argv[1]))"
+            command = [sys.executable, "-c", code, str(project), *options]
+            env["PYTHONPATH"] = str(ROOT)
         log = (home / "log").open("wb")
         server = subprocess.Popen(command, cwd=project, env=env, stdout=log, stderr=subprocess.STDOUT)
         servers.append((server, log))
@@ -116,6 +129,7 @@ def lab(tmp_path_factory):
             if server.poll() is not None or time.monotonic() > end:
                 pytest.fail(f"JupyterLab did not start:\n{(home / 'log').read_text(errors='replace')[-3000:]}")
             time.sleep(0.2)
+        lab.said = (home / "log").read_text(encoding="utf-8", errors="replace")
         return lab
 
     yield start

@@ -14,7 +14,7 @@ pytestmark = [pytest.mark.browser, pytest.mark.xdist_group("browser")]
 ENTRY = LESSONS[0]
 REAL = (9, 29)
 STUB_LINE = 'raise NotImplementedError("your turn: replace this line")'
-SOURCE = f'''# ---
+SOURCE = '''# ---
 # jupyter:
 #   jupytext:
 #     text_representation:
@@ -25,14 +25,8 @@ SOURCE = f'''# ---
 #     language: python
 #     name: python3
 #   llm40:
-#     title: {json.dumps(ENTRY.title)}
-#     title_zh: {json.dumps(ENTRY.title_zh, ensure_ascii=False)}
 #     builds: "A function that doubles."
-#     minutes: 60
-#     requires: []
 #     gpu: "Nothing more."
-#     papers:
-#       - "Euclid, Elements, book V"
 # ---
 
 # %% [markdown]
@@ -46,6 +40,11 @@ def double(x):
     ### BEGIN SOLUTION
     return x + x
     ### END SOLUTION
+
+# %% [markdown]
+# <details><summary>Hint: what is twice?</summary>
+# A sum.
+# </details>
 
 # %% check="double" points=2
 assert double(3) == 6, "double(3) is 6"
@@ -99,13 +98,17 @@ def opened(browser):
 
 
 def run_all(page, seconds: float = 60) -> list[str]:
-    """Run menu → Run All Cells; the outputs of the code cells when the last one has run."""
+    """Run menu → Run All Cells; the outputs of the code cells when the last one has run.
+
+    A folded cell shows no number, and the last one may be folded: the notebook's own indicator says when all have run.
+    """
     page.locator(".lm-MenuBar-itemLabel", has_text=re.compile("^Run$")).click()
     page.locator("[data-command='runmenu:run-all']").click()
     cells = page.locator(".jp-Notebook .jp-CodeCell")
-    ran = cells.last.locator(".jp-InputPrompt", has_text=re.compile(r"\[\d+\]:"))
+    begun = cells.locator(".jp-InputPrompt", has_text=re.compile(r"\[\d+\]:"))
+    begun.first.wait_for(timeout=1000 * seconds)
+    page.locator(".jp-Notebook-ExecutionIndicator[data-status='idle']").wait_for(timeout=1000 * seconds)
     error = page.locator("[data-mime-type='application/vnd.jupyter.error']")  # at which Run All Cells stops
-    ran.or_(error).first.wait_for(timeout=1000 * seconds)
     assert not error.count(), error.first.inner_text()
     return [cells.nth(number).locator(".jp-Cell-outputArea").inner_text() for number in range(cells.count())]
 
@@ -121,8 +124,8 @@ def validate(page, seconds: float = 90) -> str:
 def test_answered_lesson_runs_and_validates(opened, server, screenshot):
     page = opened(server, f"{ENTRY.stage.folder}/answered.ipynb")
     outputs = run_all(page)
-    assert outputs[:2] == ["", ""]
-    assert "experiment: [0, 2, 4]" in outputs[2]
+    assert outputs[:3] == ["", "", ""]  # set-up, exercise, check
+    assert "experiment: [0, 2, 4]" in outputs[3]
     screenshot(page, "lesson", full_page=False)
     text = validate(page)
     screenshot(page, "validate-answered", full_page=False)
@@ -138,11 +141,12 @@ def test_stub_fails_its_check_and_validate_says_so(opened, server, screenshot):
     assert "Success" not in text
 
 
-def test_the_roadmap_opens(browser, server, screenshot):
+def test_the_roadmap_opens(browser, server, screenshot, panel):
     page = browser.new_page(viewport={"width": 1280, "height": 1400})
     page.goto(server.page("index.ipynb"))
     page.locator(".jp-Notebook .jp-MarkdownCell", has_text=ENTRY.title).first.wait_for(timeout=60_000)
     screenshot(page, "roadmap", full_page=False)
+    page.locator(panel).first.wait_for(state="attached")  # an instructor's JupyterLab has what a learner's has not
     page.close()
 
 

@@ -20,13 +20,25 @@ FAILURE = {
 
 def lesson(entry, number: int) -> dict:
     return {
-        "key": entry.key, "stage": entry.stage.folder, "name": entry.name, "title": entry.title, "status": "ok",
-        "failures": [], "warnings": [], "seconds": 4.0 + number, "grading_seconds": 3.0 + number / 4,
-        "peak_bytes": (300 + 50 * number) * 2**20, "gpu_bytes": 0, "checks": 20, "checks_passed": 20, "points": 41,
-        "max_points": 41, "figures": 4,
+        "key": entry.key,
+        "stage": entry.stage.folder,
+        "name": entry.name,
+        "title": entry.title,
+        "status": "ok",
+        "failures": [],
+        "warnings": [],
+        "seconds": 4.0 + number,
+        "grading_seconds": 3.0 + number / 4,
+        "peak_bytes": (300 + 50 * number) * 2**20,
+        "gpu_bytes": 0,
+        "checks": 20,
+        "checks_passed": 20,
+        "points": 41,
+        "max_points": 41,
+        "figures": 4,
         "slowest": {"cell": "code cell 40 of 51", "seconds": 2.5, "line": "losses = train(model, steps=400) " * 4},
         "stub": {"status": "ok", "failures": [], "checks": 20, "checks_failing": 20},
-    }  # fmt: skip
+    }
 
 
 @pytest.fixture(scope="module")
@@ -36,18 +48,29 @@ def result() -> dict:
     lessons[9]["stub"]["failures"] = [copy.deepcopy(FAILURE)]
     lessons[39]["warnings"] = ["the whole notebook takes 44.0 s, over the budget of 30.0 s"]
     return {
-        "created": "2026-11-20T22:00:00+00:00", "profile": "cpu", "jobs": 2, "seconds": 412.0, "strict_budgets": False,
-        "budgets": {"seconds": 30.0, "grading_seconds": 8.0, "peak_bytes": 2 * 2**30}, "status": "failed",
-        "versions": {"python": "3.11.7", "device": "a processor, 2 cores", "torch": "2.13.0+cpu", "triton": "3.7.1",
-                     "papermill": "2.7.0", "ipykernel": "7.4.0"},
+        "created": "2026-11-20T22:00:00+00:00",
+        "profile": "cpu",
+        "jobs": 2,
+        "seconds": 412.0,
+        "strict_budgets": False,
+        "budgets": {"seconds": 30.0, "grading_seconds": 8.0, "peak_bytes": 2 * 2**30},
+        "status": "failed",
+        "versions": {
+            "python": "3.11.7",
+            "device": "a processor, 2 cores",
+            "torch": "2.13.0+cpu",
+            "triton": "3.7.1",
+            "papermill": "2.7.0",
+            "ipykernel": "7.4.0",
+        },
         "lessons": lessons,
-    }  # fmt: skip
+    }
 
 
 @pytest.mark.parametrize("width", [1280, 400])
 def test_report_fits_the_window(browser, result, tmp_path, width, screenshot):
     page_file = tmp_path / "report.html"
-    page_file.write_text(report.run_html(result), encoding="utf-8")
+    page_file.write_text(report.render_html(result), encoding="utf-8")
     page = browser.new_page(viewport={"width": width, "height": 900})
     outside = []
     page.on("request", lambda request: request.url.startswith("file:") or outside.append(request.url))

@@ -18,9 +18,14 @@ def code(source, **marks):
     if name:
         check = "check" in marks
         cell.metadata["nbgrader"] = {
-            "grade": check, "solution": not check, "locked": check, "task": False, "schema_version": 3,
-            "grade_id": name, **({"points": marks.get("points", 1)} if check else {}),
-        }  # fmt: skip
+            "grade": check,
+            "solution": not check,
+            "locked": check,
+            "task": False,
+            "schema_version": 3,
+            "grade_id": name,
+            **({"points": marks.get("points", 1)} if check else {}),
+        }
     return cell
 
 

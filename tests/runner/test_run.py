@@ -13,7 +13,7 @@ import pytest
 from built_course import CHECK, SOLUTION, STUB, code
 
 from autograder import report, run
-from autograder.run import UsageError, run_course, select
+from autograder.run import run_course
 
 NAMES = ("01_ok", "02_exit", "03_dead", "04_slow", "05_error", "06_easy_check", "07_broken_stub", "08_dead_stub")
 
@@ -98,7 +98,7 @@ def test_a_failure_is_exit_code_1_and_the_other_lessons_go_on(ran):
     assert tuple(ran.lessons) == NAMES
     sound = {name for name, lesson in ran.lessons.items() if lesson["status"] == "ok"}
     assert sound == {"01_ok", "06_easy_check", "07_broken_stub", "08_dead_stub"}
-    assert {name for name, lesson in ran.lessons.items() if report.state(lesson) == "ok"} == {"01_ok"}
+    assert {name for name, lesson in ran.lessons.items() if report.find_state(lesson) == "ok"} == {"01_ok"}
 
 
 def test_a_lesson_that_ran(ran):
@@ -145,7 +145,7 @@ def test_the_failing_cell_is_shown_with_its_traceback_and_nothing_else(ran):
 
 def test_colors_are_kept_for_a_terminal(ran):
     lesson = ran.lessons["05_error"]
-    assert "\x1b[" in report.failure_text(lesson, lesson["failures"][0], color=True)
+    assert "\x1b[" in report.format_failure(lesson, lesson["failures"][0], color=True)
 
 
 def test_a_stub_whose_checks_all_fail_is_sound_and_skips_its_experiments(ran):
@@ -238,32 +238,6 @@ def test_nothing_of_the_class_is_needed_to_run_built_notebooks(course, tmp_path)
     )
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stdout + done.stderr
-
-
-KNOWN = ["stage1_a/01_one", "stage1_a/02_two", "stage2_b/12_twelve"]
-
-
-@pytest.mark.parametrize(
-    ("lesson", "stage", "chosen"),
-    [
-        (None, None, KNOWN),
-        ("2", None, KNOWN[1:2]),
-        ("02", None, KNOWN[1:2]),
-        ("12_twelve", None, KNOWN[2:]),
-        ("stage2_b/12_twelve.ipynb", None, KNOWN[2:]),
-        (None, "1", KNOWN[:2]),
-        (None, "stage2_b", KNOWN[2:]),
-        ("12", "2", KNOWN[2:]),
-    ],
-)
-def test_select(lesson, stage, chosen):
-    assert select(KNOWN, lesson, stage) == chosen
-
-
-@pytest.mark.parametrize(("lesson", "stage"), [("3", None), ("1", "2"), ("one", None), (None, "7")])
-def test_select_names_the_lessons_that_exist(lesson, stage):
-    with pytest.raises(UsageError, match="12_twelve"):
-        select(KNOWN, lesson, stage)
 
 
 def test_wrong_usage_is_exit_code_2(course, tmp_path):

@@ -1,3 +1,24 @@
+# %% wrong="share_near_surface" because="the share of the inner part"
+-     return 1 - (1 - thickness) ** d
++     return (1 - thickness) ** d
+
+# %% wrong="share_near_surface" because="surface instead of volume"
+-     return 1 - (1 - thickness) ** d
++     return 1 - (1 - thickness) ** (d - 1)
+
+# %% wrong="share_near_surface" because="first order only"
+-     return 1 - (1 - thickness) ** d
++     return min(1.0, d * thickness)
+
+# %% wrong="share_near_surface" because="the power of the peel"
+-     return 1 - (1 - thickness) ** d
++     return 1 - thickness**d
+
+# %% right="share_near_surface" because="through logarithms"
+def share_near_surface(d, thickness):
+    return 1.0 if thickness == 1 else -math.expm1(d * math.log1p(-thickness))
+
+
 # %% [markdown]
 # Answers to lesson 01. Each cell stands in for an exercise cell, whole.
 
@@ -16,7 +37,9 @@ def cosine_similarity_matrix(x: Tensor, y: Tensor) -> Tensor:
 # %% wrong="cosine_similarity_matrix" because="normalizes the columns, not the rows"
 def cosine_similarity_matrix(x: Tensor, y: Tensor) -> Tensor:
     x_length, y_length = x.norm(dim=0, keepdim=True), y.norm(dim=0, keepdim=True)
-    return (x / torch.where(x_length == 0, 1, x_length)) @ (y / torch.where(y_length == 0, 1, y_length)).T
+    return (x / torch.where(x_length == 0, 1, x_length)) @ (
+        y / torch.where(y_length == 0, 1, y_length)
+    ).T
 
 # %% wrong="cosine_similarity_matrix" because="normalizes x in place"
 def cosine_similarity_matrix(x: Tensor, y: Tensor) -> Tensor:
@@ -51,57 +74,68 @@ def cosine_similarity_matrix(x: Tensor, y: Tensor) -> Tensor:
 
 # %% right="cosine_similarity_matrix" because="F.normalize with a tiny eps"
 def cosine_similarity_matrix(x: Tensor, y: Tensor) -> Tensor:
-    return torch.nn.functional.normalize(x, dim=1, eps=1e-30) @ torch.nn.functional.normalize(y, dim=1, eps=1e-30).mT
+    return (
+        torch.nn.functional.normalize(x, dim=1, eps=1e-30)
+        @ torch.nn.functional.normalize(y, dim=1, eps=1e-30).mT
+    )
 
-# %% wrong="score_statistics" because="divides by d, not its root"
-def score_statistics(d: int, n: int, generator: torch.Generator) -> tuple[float, float, float, float]:
-    scores = (torch.randn(n, d, generator=generator) * torch.randn(n, d, generator=generator)).sum(1)
+# %% wrong="score_statistics" because="divides by d, not its root" base="divides-d"
+def score_statistics(
+    d: int, n: int, generator: torch.Generator
+) -> tuple[float, float, float, float]:
+    scores = (torch.randn(n, d, generator=generator) * torch.randn(n, d, generator=generator)).sum(
+        1
+    )
     scaled = scores / d
     return scores.mean().item(), scores.var().item(), scaled.mean().item(), scaled.var().item()
 
-# %% wrong="score_statistics" because="standard deviation instead of variance"
-def score_statistics(d: int, n: int, generator: torch.Generator) -> tuple[float, float, float, float]:
-    scores = (torch.randn(n, d, generator=generator) * torch.randn(n, d, generator=generator)).sum(1)
-    scaled = scores / math.sqrt(d)
-    return scores.mean().item(), scores.std().item(), scaled.mean().item(), scaled.std().item()
+# %% wrong="score_statistics" because="standard deviation instead of variance" of="divides-d"
+- scaled = scores / d
+- return scores.mean().item(), scores.var().item(), scaled.mean().item(), scaled.var().item()
++ scaled = scores / math.sqrt(d)
++ return scores.mean().item(), scores.std().item(), scaled.mean().item(), scaled.std().item()
 
 # %% wrong="score_statistics" because="returns the theory and draws nothing"
-def score_statistics(d: int, n: int, generator: torch.Generator) -> tuple[float, float, float, float]:
+def score_statistics(
+    d: int, n: int, generator: torch.Generator
+) -> tuple[float, float, float, float]:
     return 0.0, float(d), 0.0, 1.0
 
-# %% wrong="score_statistics" because="all queries with all keys: n² scores that are not independent"
-def score_statistics(d: int, n: int, generator: torch.Generator) -> tuple[float, float, float, float]:
+# %% wrong="score_statistics" because="all queries with all keys: n² scores that are not independent" base="all-queries"
+def score_statistics(
+    d: int, n: int, generator: torch.Generator
+) -> tuple[float, float, float, float]:
     rows = min(n, 400)
     scores = torch.randn(rows, d, generator=generator) @ torch.randn(rows, d, generator=generator).T
     scaled = scores / math.sqrt(d)
     return scores.mean().item(), scores.var().item(), scaled.mean().item(), scaled.var().item()
 
-# %% wrong="score_statistics" because="uses PyTorch's global generator"
-def score_statistics(d: int, n: int, generator: torch.Generator) -> tuple[float, float, float, float]:
-    scores = (torch.randn(n, d) * torch.randn(n, d)).sum(1)
-    scaled = scores / math.sqrt(d)
-    return scores.mean().item(), scores.var().item(), scaled.mean().item(), scaled.var().item()
+# %% wrong="score_statistics" because="uses PyTorch's global generator" of="all-queries"
+- rows = min(n, 400)
+- scores = torch.randn(rows, d, generator=generator) @ torch.randn(rows, d, generator=generator).T
++ scores = (torch.randn(n, d) * torch.randn(n, d)).sum(1)
 
-# %% wrong="score_statistics" because="divides by n, not n - 1"
-def score_statistics(d: int, n: int, generator: torch.Generator) -> tuple[float, float, float, float]:
-    scores = (torch.randn(n, d, generator=generator) * torch.randn(n, d, generator=generator)).sum(1)
-    variance = scores.var(correction=0).item()
-    return scores.mean().item(), variance, scores.mean().item() / math.sqrt(d), variance / d
+# %% wrong="score_statistics" because="divides by n, not n - 1" of="divides-d"
+- scaled = scores / d
+- return scores.mean().item(), scores.var().item(), scaled.mean().item(), scaled.var().item()
++ variance = scores.var(correction=0).item()
++ return scores.mean().item(), variance, scores.mean().item() / math.sqrt(d), variance / d
 
-# %% wrong="score_statistics" because="q with itself"
-def score_statistics(d: int, n: int, generator: torch.Generator) -> tuple[float, float, float, float]:
-    q = torch.randn(n, d, generator=generator)
-    scores = (q * q).sum(1)
-    scaled = scores / math.sqrt(d)
-    return scores.mean().item(), scores.var().item(), scaled.mean().item(), scaled.var().item()
+# %% wrong="score_statistics" because="q with itself" of="all-queries"
+- rows = min(n, 400)
+- scores = torch.randn(rows, d, generator=generator) @ torch.randn(rows, d, generator=generator).T
++ q = torch.randn(n, d, generator=generator)
++ scores = (q * q).sum(1)
 
 # %% right="score_statistics" because="float64, one draw for both, statistics by hand"
-def score_statistics(d: int, n: int, generator: torch.Generator) -> tuple[float, float, float, float]:
+def score_statistics(
+    d: int, n: int, generator: torch.Generator
+) -> tuple[float, float, float, float]:
     q, k = torch.randn(2, n, d, generator=generator, dtype=torch.float64)
     scores = torch.einsum("nd,nd->n", q, k)
     mean = scores.sum() / n
     variance = ((scores - mean) ** 2).sum() / (n - 1)
-    return float(mean), float(variance), float(mean / d ** 0.5), float(variance / d)
+    return float(mean), float(variance), float(mean / d**0.5), float(variance / d)
 
 # %% wrong="power_iteration" because="the length of Av, which has no sign"
 def power_iteration(a: Tensor, steps: int, generator: torch.Generator) -> tuple[Tensor, Tensor]:
@@ -241,34 +275,28 @@ def effective_rank(w: Tensor) -> Tensor:
         return sigma.sum()
     return torch.special.entr(sigma / sigma.sum()).sum().exp()
 
-# %% wrong="effective_rank" because="the entropy without the exponential"
+# %% wrong="effective_rank" because="the entropy without the exponential" base="entropy-without"
 def effective_rank(w: Tensor) -> Tensor:
     sigma = torch.linalg.svdvals(w)
     if sigma.sum() == 0:
         return sigma.sum()
     return torch.special.entr(sigma / sigma.sum()).sum()
 
-# %% wrong="effective_rank" because="0 log 0 is NaN"
+# %% wrong="effective_rank" because="0 log 0 is NaN" base="log-nan"
 def effective_rank(w: Tensor) -> Tensor:
     sigma = torch.linalg.svdvals(w)
     share = sigma / sigma.sum()
     return torch.exp(-(share * share.log()).sum())
 
-# %% wrong="effective_rank" because="an absolute threshold, which a small matrix falls under"
-def effective_rank(w: Tensor) -> Tensor:
-    sigma = torch.linalg.svdvals(w)
-    sigma = sigma[sigma > 1e-4]
-    if len(sigma) == 0:
-        return torch.zeros((), dtype=w.dtype)
-    share = sigma / sigma.sum()
-    return torch.exp(-(share * share.log()).sum())
+# %% wrong="effective_rank" because="an absolute threshold, which a small matrix falls under" of="log-nan"
+  sigma = torch.linalg.svdvals(w)
++ sigma = sigma[sigma > 1e-4]
++ if len(sigma) == 0:
++     return torch.zeros((), dtype=w.dtype)
 
-# %% wrong="effective_rank" because="the participation ratio"
-def effective_rank(w: Tensor) -> Tensor:
-    sigma = torch.linalg.svdvals(w)
-    if sigma.sum() == 0:
-        return sigma.sum()
-    return sigma.sum() ** 2 / sigma.square().sum()
+# %% wrong="effective_rank" because="the participation ratio" of="entropy-without"
+- return torch.special.entr(sigma / sigma.sum()).sum()
++ return sigma.sum() ** 2 / sigma.square().sum()
 
 # %% wrong="effective_rank" because="the rank"
 def effective_rank(w: Tensor) -> Tensor:
@@ -296,7 +324,9 @@ def johnson_lindenstrauss(x: Tensor, k: int, generator: torch.Generator) -> Tens
 
 # %% wrong="johnson_lindenstrauss" because="scaled by the root of D"
 def johnson_lindenstrauss(x: Tensor, k: int, generator: torch.Generator) -> Tensor:
-    return x @ torch.randn(x.shape[1], k, generator=generator, dtype=x.dtype) / math.sqrt(x.shape[1])
+    return (
+        x @ torch.randn(x.shape[1], k, generator=generator, dtype=x.dtype) / math.sqrt(x.shape[1])
+    )
 
 # %% wrong="johnson_lindenstrauss" because="scaled by k"
 def johnson_lindenstrauss(x: Tensor, k: int, generator: torch.Generator) -> Tensor:
@@ -314,7 +344,9 @@ def johnson_lindenstrauss(x: Tensor, k: int, generator: torch.Generator) -> Tens
 
 # %% wrong="johnson_lindenstrauss" because="one direction, repeated"
 def johnson_lindenstrauss(x: Tensor, k: int, generator: torch.Generator) -> Tensor:
-    return (x @ torch.randn(x.shape[1], 1, generator=generator, dtype=x.dtype) / math.sqrt(k)).repeat(1, k)
+    return (
+        x @ torch.randn(x.shape[1], 1, generator=generator, dtype=x.dtype) / math.sqrt(k)
+    ).repeat(1, k)
 
 # %% wrong="johnson_lindenstrauss" because="rescales every row to its exact length, which is not linear"
 def johnson_lindenstrauss(x: Tensor, k: int, generator: torch.Generator) -> Tensor:
@@ -333,7 +365,7 @@ def johnson_lindenstrauss(x: Tensor, k: int, generator: torch.Generator) -> Tens
 # %% right="johnson_lindenstrauss" because="random signs"
 def johnson_lindenstrauss(x: Tensor, k: int, generator: torch.Generator) -> Tensor:
     signs = 2 * torch.randint(2, (x.shape[1], k), generator=generator).to(x.dtype) - 1
-    return x @ signs * k ** -0.5
+    return x @ signs * k**-0.5
 
 # %% right="johnson_lindenstrauss" because="einsum, entries drawn transposed"
 def johnson_lindenstrauss(x: Tensor, k: int, generator: torch.Generator) -> Tensor:
@@ -341,22 +373,27 @@ def johnson_lindenstrauss(x: Tensor, k: int, generator: torch.Generator) -> Tens
     return torch.einsum("nd,kd->nk", x, r).div(math.sqrt(k))
 
 # %% wrong="randomized_low_rank" because="the exact SVD of the whole matrix"
-def randomized_low_rank(w: Tensor, rank: int, generator: torch.Generator, oversample: int = 8, passes: int = 2
-                        ) -> tuple[Tensor, Tensor]:
+def randomized_low_rank(
+    w: Tensor, rank: int, generator: torch.Generator, oversample: int = 8, passes: int = 2
+) -> tuple[Tensor, Tensor]:
     u, sigma, vh = torch.linalg.svd(w, full_matrices=False)
     return u[:, :rank] * sigma[:rank], vh[:rank].clone()
 
-# %% wrong="randomized_low_rank" because="no power iterations"
-def randomized_low_rank(w: Tensor, rank: int, generator: torch.Generator, oversample: int = 8, passes: int = 2
-                        ) -> tuple[Tensor, Tensor]:
+# %% wrong="randomized_low_rank" because="no power iterations" base="no-power"
+def randomized_low_rank(
+    w: Tensor, rank: int, generator: torch.Generator, oversample: int = 8, passes: int = 2
+) -> tuple[Tensor, Tensor]:
     directions = min(rank + oversample, *w.shape)
-    q = torch.linalg.qr(w @ torch.randn(w.shape[1], directions, generator=generator, dtype=w.dtype)).Q
+    q = torch.linalg.qr(
+        w @ torch.randn(w.shape[1], directions, generator=generator, dtype=w.dtype)
+    ).Q
     u, sigma, vh = torch.linalg.svd(q.T @ w, full_matrices=False)
     return q @ (u[:, :rank] * sigma[:rank]), vh[:rank].clone()
 
 # %% wrong="randomized_low_rank" because="no QR between the products"
-def randomized_low_rank(w: Tensor, rank: int, generator: torch.Generator, oversample: int = 8, passes: int = 2
-                        ) -> tuple[Tensor, Tensor]:
+def randomized_low_rank(
+    w: Tensor, rank: int, generator: torch.Generator, oversample: int = 8, passes: int = 2
+) -> tuple[Tensor, Tensor]:
     directions = min(rank + oversample, *w.shape)
     y = w @ torch.randn(w.shape[1], directions, generator=generator, dtype=w.dtype)
     for _ in range(passes):
@@ -365,130 +402,129 @@ def randomized_low_rank(w: Tensor, rank: int, generator: torch.Generator, oversa
     u, sigma, vh = torch.linalg.svd(q.T @ w, full_matrices=False)
     return q @ (u[:, :rank] * sigma[:rank]), vh[:rank].clone()
 
-# %% wrong="randomized_low_rank" because="projects onto the first rank columns of Q, oversampling wasted"
-def randomized_low_rank(w: Tensor, rank: int, generator: torch.Generator, oversample: int = 8, passes: int = 2
-                        ) -> tuple[Tensor, Tensor]:
-    directions = min(rank + oversample, *w.shape)
-    q = torch.linalg.qr(w @ torch.randn(w.shape[1], directions, generator=generator, dtype=w.dtype)).Q
-    for _ in range(passes):
-        q = torch.linalg.qr(w @ torch.linalg.qr(w.T @ q).Q).Q
-    return q[:, :rank].clone(), q[:, :rank].T @ w
+# %% wrong="randomized_low_rank" because="projects onto the first rank columns of Q, oversampling wasted" of="no-power"
+- u, sigma, vh = torch.linalg.svd(q.T @ w, full_matrices=False)
+- return q @ (u[:, :rank] * sigma[:rank]), vh[:rank].clone()
++ for _ in range(passes):
++     q = torch.linalg.qr(w @ torch.linalg.qr(w.T @ q).Q).Q
++ return q[:, :rank].clone(), q[:, :rank].T @ w
 
 # %% wrong="randomized_low_rank" because="the random matrix is not orthonormalized"
-def randomized_low_rank(w: Tensor, rank: int, generator: torch.Generator, oversample: int = 8, passes: int = 2
-                        ) -> tuple[Tensor, Tensor]:
+def randomized_low_rank(
+    w: Tensor, rank: int, generator: torch.Generator, oversample: int = 8, passes: int = 2
+) -> tuple[Tensor, Tensor]:
     directions = min(rank + oversample, *w.shape)
     y = w @ torch.randn(w.shape[1], directions, generator=generator, dtype=w.dtype)
     y = y / y.norm(dim=0)
     u, sigma, vh = torch.linalg.svd(y.T @ w, full_matrices=False)
     return y @ (u[:, :rank] * sigma[:rank]), vh[:rank].clone()
 
-# %% wrong="randomized_low_rank" because="the small u is not multiplied by Q, but cut to shape"
-def randomized_low_rank(w: Tensor, rank: int, generator: torch.Generator, oversample: int = 8, passes: int = 2
-                        ) -> tuple[Tensor, Tensor]:
-    directions = min(rank + oversample, *w.shape)
-    q = torch.linalg.qr(w @ torch.randn(w.shape[1], directions, generator=generator, dtype=w.dtype)).Q
-    for _ in range(passes):
-        q = torch.linalg.qr(w @ torch.linalg.qr(w.T @ q).Q).Q
-    _, sigma, vh = torch.linalg.svd(q.T @ w, full_matrices=False)
-    return q[:, :rank] * sigma[:rank], vh[:rank].clone()
+# %% wrong="randomized_low_rank" because="the small u is not multiplied by Q, but cut to shape" of="no-power"
+- u, sigma, vh = torch.linalg.svd(q.T @ w, full_matrices=False)
+- return q @ (u[:, :rank] * sigma[:rank]), vh[:rank].clone()
++ for _ in range(passes):
++     q = torch.linalg.qr(w @ torch.linalg.qr(w.T @ q).Q).Q
++ _, sigma, vh = torch.linalg.svd(q.T @ w, full_matrices=False)
++ return q[:, :rank] * sigma[:rank], vh[:rank].clone()
 
-# %% wrong="randomized_low_rank" because="forms w wᵀ, as large as the matrix"
-def randomized_low_rank(w: Tensor, rank: int, generator: torch.Generator, oversample: int = 8, passes: int = 2
-                        ) -> tuple[Tensor, Tensor]:
-    directions = min(rank + oversample, *w.shape)
-    square = w @ w.T
-    q = torch.linalg.qr(w @ torch.randn(w.shape[1], directions, generator=generator, dtype=w.dtype)).Q
-    for _ in range(passes):
-        q = torch.linalg.qr(square @ q).Q
-    u, sigma, vh = torch.linalg.svd(q.T @ w, full_matrices=False)
-    return q @ (u[:, :rank] * sigma[:rank]), vh[:rank].clone()
+# %% wrong="randomized_low_rank" because="forms w wᵀ, as large as the matrix" of="no-power"
+  directions = min(rank + oversample, *w.shape)
++ square = w @ w.T
+
+  ).Q
++ for _ in range(passes):
++     q = torch.linalg.qr(square @ q).Q
 
 # %% right="randomized_low_rank" because="works from the right: eigenvectors of the small (l, l) Gram matrix of QᵀW, by its SVD"
-def randomized_low_rank(w: Tensor, rank: int, generator: torch.Generator, oversample: int = 8, passes: int = 2
-                        ) -> tuple[Tensor, Tensor]:
+def randomized_low_rank(
+    w: Tensor, rank: int, generator: torch.Generator, oversample: int = 8, passes: int = 2
+) -> tuple[Tensor, Tensor]:
     l = min(rank + oversample, w.shape[0], w.shape[1])
     q, _ = torch.linalg.qr(w.matmul(torch.randn(w.shape[1], l, generator=generator, dtype=w.dtype)))
     for _ in range(passes):
         z, _ = torch.linalg.qr(w.mT.matmul(q))
         q, _ = torch.linalg.qr(w.matmul(z))
-    small = q.mT @ w                                  # (l, n)
+    small = q.mT @ w  # (l, n)
     u = torch.linalg.svd(small, full_matrices=False).U[:, :rank]
     return q @ u, u.mT @ small
 
-# %% wrong="share_near_surface" because="the share of the inner part"
-def share_near_surface(d: int, thickness: float) -> float:
-    return (1 - thickness) ** d
+# %% wrong="key_questions" because="counts vectors, not pairs"
+- "directions": math.exp(4096 * 0.1**2 / 4),
++ "directions": math.exp(4096 * 0.1**2 / 2),
 
-# %% wrong="share_near_surface" because="a share of the radius"
-def share_near_surface(d: int, thickness: float) -> float:
-    return thickness
+# %% wrong="key_questions" because="forgets the square of epsilon"
+- "directions": math.exp(4096 * 0.1**2 / 4),
++ "directions": math.exp(4096 * 0.1 / 4),
 
-# %% wrong="share_near_surface" because="first order only"
-def share_near_surface(d: int, thickness: float) -> float:
-    return min(1.0, d * thickness)
+# %% wrong="key_questions" because="less than the axes for small epsilon"
+- "few_directions": 64,  # exp(64 · 0.1² / 4) is 1.17: the axes are more
++ "few_directions": math.exp(64 * 0.1**2 / 4),
 
-# %% wrong="share_near_surface" because="surface instead of volume"
-def share_near_surface(d: int, thickness: float) -> float:
-    return 1 - (1 - thickness) ** (d - 1)
+# %% wrong="key_questions" because="the rank at which both are equal counts"
+- "saving_rank": (4096 * 4096 - 1) // (4096 + 4096),
++ "saving_rank": 4096 * 4096 // (4096 + 4096),
 
-# %% right="share_near_surface" because="through logarithms"
-def share_near_surface(d: int, thickness: float) -> float:
-    return 1.0 if thickness == 1 else -math.expm1(d * math.log1p(-thickness))
+# %% wrong="key_questions" because="half of the smaller side, right for squares only"
+- "wide_rank": (100 * 3 - 1) // (100 + 3),
++ "wide_rank": (min(100, 3) - 1) // 2,
 
-# %% wrong="nearly_orthogonal_directions" because="counts vectors, not pairs"
-def nearly_orthogonal_directions(d: int, epsilon: float) -> float:
-    return float(max(d, math.exp(d * epsilon ** 2 / 2)))
+# %% wrong="key_questions" because="a rank that is no whole number"
+- "saving_rank": (4096 * 4096 - 1) // (4096 + 4096),
++ "saving_rank": 2047.999,
 
-# %% wrong="nearly_orthogonal_directions" because="less than the axes for small epsilon"
-def nearly_orthogonal_directions(d: int, epsilon: float) -> float:
-    return math.exp(d * epsilon ** 2 / 4)
+# %% wrong="key_questions" because="the shift of the keys left out"
+- "score_variance": 64 * 0.5**2 * (3**2 + 4**2),
++ "score_variance": 64 * 0.5**2 * 3**2,
 
-# %% wrong="nearly_orthogonal_directions" because="forgets the square of epsilon"
-def nearly_orthogonal_directions(d: int, epsilon: float) -> float:
-    return max(float(d), math.exp(d * epsilon / 4))
+# %% wrong="key_questions" because="standard deviations not squared"
+- "score_variance": 64 * 0.5**2 * (3**2 + 4**2),
++ "score_variance": 64 * 0.5 * (3 + 4**2),
 
-# %% right="nearly_orthogonal_directions" because="root of the inverse chance"
-def nearly_orthogonal_directions(d: int, epsilon: float) -> float:
-    bad_pair = math.exp(-d * epsilon * epsilon / 2)
-    return max(1.0 * d, bad_pair ** -0.5)
+# %% wrong="key_questions" because="d squared, as for fully dependent terms"
+- "score_variance": 64 * 0.5**2 * (3**2 + 4**2),
++ "score_variance": 64**2 * 0.5**2 * (3**2 + 4**2),
 
-# %% wrong="largest_saving_rank" because="the rank at which both are equal counts"
-def largest_saving_rank(m: int, n: int) -> int:
-    return m * n // (m + n)
+# %% right="key_questions" because="by hand, to half a percent, and through logarithms"
+def key_questions():
+    return {
+        "directions": 28_000,
+        "few_directions": 64.0,
+        "saving_rank": 2047,
+        "wide_rank": 2,
+        "score_variance": 400,
+    }
 
-# %% wrong="largest_saving_rank" because="half of the smaller side, right for squares only"
-def largest_saving_rank(m: int, n: int) -> int:
-    return (min(m, n) - 1) // 2
+# %% wrong="cosine_similarity_matrix" because="float64 goes through float32"
+- return x_unit @ y_unit.T
++ return (x_unit.float() @ y_unit.float().T).to(x.dtype)
 
-# %% wrong="largest_saving_rank" because="the full rank"
-def largest_saving_rank(m: int, n: int) -> int:
-    return min(m, n)
+# %% wrong="score_statistics" because="uniform coordinates of variance 1"
+- q = torch.randn(n, d, generator=generator)
+- k = torch.randn(n, d, generator=generator)
++ q = (torch.rand(n, d, generator=generator) - 0.5) * math.sqrt(12)
++ k = (torch.rand(n, d, generator=generator) - 0.5) * math.sqrt(12)
 
-# %% right="largest_saving_rank" because="counts up"
-def largest_saving_rank(m: int, n: int) -> int:
-    r = 0
-    while (r + 1) * (m + n) < m * n:
-        r += 1
-    return r
+# %% wrong="score_statistics" because="the generator's seed in a new generator"
+- q = torch.randn(n, d, generator=generator)
++ generator = torch.Generator().manual_seed(generator.initial_seed())
++ q = torch.randn(n, d, generator=generator)
 
-# %% wrong="score_variance" because="the shift of the keys left out"
-def score_variance(d: int, q_std: float, k_std: float, k_mean: float = 0.0) -> float:
-    return d * q_std ** 2 * k_std ** 2
+# %% wrong="power_iteration" because="an absolute threshold takes a small matrix for the zero matrix"
+- if length == 0:  # v is mapped to zero: it is an eigenvector, of eigenvalue 0
++ if length < 1e-8:
 
-# %% wrong="score_variance" because="standard deviations not squared"
-def score_variance(d: int, q_std: float, k_std: float, k_mean: float = 0.0) -> float:
-    return d * q_std * (k_std + k_mean ** 2)
+# %% wrong="power_iteration" because="the start is drawn in float32 and converted"
+- v = torch.randn(a.shape[0], generator=generator, dtype=a.dtype)
++ v = torch.randn(a.shape[0], generator=generator).to(a.dtype)
 
-# %% wrong="score_variance" because="d squared, as for fully dependent terms"
-def score_variance(d: int, q_std: float, k_std: float, k_mean: float = 0.0) -> float:
-    return d ** 2 * q_std ** 2 * (k_std ** 2 + k_mean ** 2)
+# %% wrong="randomized_low_rank" because="one pass too many"
+- for _ in range(passes):
++ for _ in range(passes + 1):
 
-# %% wrong="score_variance" because="the square of the mean of k added outside"
-def score_variance(d: int, q_std: float, k_std: float, k_mean: float = 0.0) -> float:
-    return d * (q_std ** 2 * k_std ** 2 + k_mean ** 2)
+# %% wrong="randomized_low_rank" because="the number of directions is not bounded by the sides of w"
+- directions = min(rank + oversample, m, n)
++ directions = rank + oversample
 
-# %% right="score_variance" because="variance of a product, by the textbook formula"
-def score_variance(d: int, q_std: float, k_std: float, k_mean: float = 0.0) -> float:
-    q_var, k_var, q_mean = q_std ** 2, k_std ** 2, 0.0
-    return sum(q_var * k_var + q_var * k_mean ** 2 + k_var * q_mean ** 2 for _ in range(d))
+# %% wrong="randomized_low_rank" because="oversample is not used"
+- directions = min(rank + oversample, m, n)
++ directions = min(rank + 8, m, n)

@@ -4,7 +4,9 @@
 # %% wrong="sgd_momentum_step" because="averages gradients instead of summing them"
 def sgd_momentum_step(param, grad, state, lr, momentum=0.9, weight_decay=0.0, nesterov=False):
     grad = grad + weight_decay * param
-    buffer = momentum * state.get("momentum_buffer", torch.zeros_like(param)) + (1 - momentum) * grad
+    buffer = (
+        momentum * state.get("momentum_buffer", torch.zeros_like(param)) + (1 - momentum) * grad
+    )
     direction = grad + momentum * buffer if nesterov else buffer
     return param - lr * direction, {"momentum_buffer": buffer}
 
@@ -35,9 +37,9 @@ def sgd_momentum_step(param, grad, state, lr, momentum=0.9, weight_decay=0.0, ne
 # %% right="sgd_momentum_step" because="a velocity that already points downhill"
 def sgd_momentum_step(param, grad, state, lr, momentum=0.9, weight_decay=0.0, nesterov=False):
     g = torch.add(grad, param, alpha=weight_decay)
-    velocity = state["velocity"].mul(momentum).sub(g) if state else -g
+    velocity = state["momentum_buffer"].mul(-momentum).sub(g) if state else -g
     step = torch.sub(momentum * velocity, g) if nesterov else velocity
-    return torch.add(param, step, alpha=lr), {"velocity": velocity}
+    return torch.add(param, step, alpha=lr), {"momentum_buffer": -velocity}
 
 # %% wrong="adam_step" because="no bias correction"
 def adam_step(param, grad, state, lr=1e-3, betas=(0.9, 0.999), eps=1e-8, weight_decay=0.0):
@@ -84,14 +86,37 @@ def adam_step(param, grad, state, lr=1e-3, betas=(0.9, 0.999), eps=1e-8, weight_
 # %% right="adam_step" because="the correction folded into the learning rate and eps"
 def adam_step(param, grad, state, lr=1e-3, betas=(0.9, 0.999), eps=1e-8, weight_decay=0.0):
     if not state:
-        state = {"step": 0, "m": torch.zeros_like(param), "v": torch.zeros_like(param)}
+        zeros = torch.zeros_like(param)
+        state = {"step": 0, "exp_avg": zeros, "exp_avg_sq": zeros}
     t = state["step"] + 1
     grad = torch.add(grad, param, alpha=weight_decay)
-    m = torch.lerp(state["m"], grad, 1 - betas[0])
-    v = state["v"].mul(betas[1]).addcmul(grad, grad, value=1 - betas[1])
+    m = torch.lerp(state["exp_avg"], grad, 1 - betas[0])
+    v = state["exp_avg_sq"].mul(betas[1]).addcmul(grad, grad, value=1 - betas[1])
     root = math.sqrt(1 - betas[1] ** t)
     rate = lr * root / (1 - betas[0] ** t)
-    return torch.addcdiv(param, m, v.sqrt() + eps * root, value=-rate), {"step": t, "m": m, "v": v}
+    new = torch.addcdiv(param, m, v.sqrt() + eps * root, value=-rate)
+    return new, {"step": t, "exp_avg": m, "exp_avg_sq": v}
+
+# %% wrong="adam_step" because="other names in the state"
+- return param - lr * mean / (size + eps), {
+-     "step": t,
+-     "exp_avg": exp_avg,
+-     "exp_avg_sq": exp_avg_sq,
+- }
++ return param - lr * mean / (size + eps), {"step": t, "m": exp_avg, "v": exp_avg_sq}
+
+- exp_avg = beta1 * state.get("exp_avg", torch.zeros_like(param)) + (1 - beta1) * grad
+- exp_avg_sq = beta2 * state.get("exp_avg_sq", torch.zeros_like(param)) + (1 - beta2) * grad**2
++ exp_avg = beta1 * state.get("m", torch.zeros_like(param)) + (1 - beta1) * grad
++ exp_avg_sq = beta2 * state.get("v", torch.zeros_like(param)) + (1 - beta2) * grad**2
+
+# %% wrong="adam_step" because="counts updates in a tensor that broadcasts over the parameter"
+- t = state.get("step", 0) + 1
++ t = state.get("step", torch.zeros_like(param)) + 1
+
+# %% wrong="adam_step" because="averages in float32 whatever the parameter's format"
+- exp_avg = beta1 * state.get("exp_avg", torch.zeros_like(param)) + (1 - beta1) * grad
++ exp_avg = beta1 * state.get("exp_avg", torch.zeros(param.shape)) + (1 - beta1) * grad.float()
 
 # %% wrong="adamw_step" because="L2 through the gradient"
 def adamw_step(param, grad, state, lr=1e-3, betas=(0.9, 0.999), eps=1e-8, weight_decay=0.01):
@@ -115,7 +140,9 @@ def adamw_step(param, grad, state, lr=1e-3, betas=(0.9, 0.999), eps=1e-8, weight
 def lion_step(param, grad, state, lr=1e-4, betas=(0.9, 0.99), weight_decay=0.0):
     m = state.get("exp_avg", torch.zeros_like(param))
     direction = (betas[1] * m + (1 - betas[1]) * grad).sign()
-    return param - lr * (direction + weight_decay * param), {"exp_avg": betas[0] * m + (1 - betas[0]) * grad}
+    return param - lr * (direction + weight_decay * param), {
+        "exp_avg": betas[0] * m + (1 - betas[0]) * grad
+    }
 
 # %% wrong="lion_step" because="the sign of the updated average"
 def lion_step(param, grad, state, lr=1e-4, betas=(0.9, 0.99), weight_decay=0.0):
@@ -135,12 +162,13 @@ def lion_step(param, grad, state, lr=1e-4, betas=(0.9, 0.99), weight_decay=0.0):
 
 # %% right="lion_step" because="decay first, lerp, comparisons in place of sign"
 def lion_step(param, grad, state, lr=1e-4, betas=(0.9, 0.99), weight_decay=0.0):
-    m = state["m"] if state else torch.zeros_like(grad)
+    m = state["exp_avg"] if state else torch.zeros_like(grad)
     c = torch.lerp(grad, m, betas[0])
     direction = (c > 0).to(c.dtype) - (c < 0).to(c.dtype)
-    return param * (1 - lr * weight_decay) - lr * direction, {"m": torch.lerp(grad, m, betas[1])}
+    new = param * (1 - lr * weight_decay) - lr * direction
+    return new, {"exp_avg": torch.lerp(grad, m, betas[1])}
 
-# %% wrong="newton_schulz" because="always multiplies out the rows"
+# %% wrong="newton_schulz" because="always multiplies out the rows" base="always-multiplies"
 def newton_schulz(g, steps=5, eps=1e-7):
     x = g / (g.norm() + eps)
     for _ in range(steps):
@@ -183,14 +211,9 @@ def newton_schulz(g, steps=5, eps=1e-7):
         x = 3.4445 * x + (-4.7750 * gram + 2.0315 * gram @ gram) @ x
     return x.T if tall else x
 
-# %% wrong="newton_schulz" because="forgets to transpose back"
-def newton_schulz(g, steps=5, eps=1e-7):
-    x = g / (g.norm() + eps)
-    x = x.T if g.shape[0] > g.shape[1] else x
-    for _ in range(steps):
-        gram = x @ x.T
-        x = 3.4445 * x + (-4.7750 * gram + 2.0315 * gram @ gram) @ x
-    return x
+# %% wrong="newton_schulz" because="forgets to transpose back" of="always-multiplies"
+  x = g / (g.norm() + eps)
++ x = x.T if g.shape[0] > g.shape[1] else x
 
 # %% right="newton_schulz" because="multiplies from the right by the smaller square"
 def newton_schulz(g, steps=5, eps=1e-7):
@@ -205,73 +228,128 @@ def newton_schulz(g, steps=5, eps=1e-7):
             x = torch.addmm(x, x, torch.addmm(a, a, a, beta=-4.7750, alpha=2.0315), beta=3.4445)
     return x
 
-# %% wrong="muon_step" because="the scale is cols / rows"
-def muon_step(param, grad, state, lr=0.02, momentum=0.95, weight_decay=0.0, nesterov=True, adjust_lr_fn="original",
-              orthogonalize=newton_schulz):
+# %% wrong="muon_step" because="the scale is cols / rows" base="scale-cols"
+def muon_step(
+    param,
+    grad,
+    state,
+    lr=0.02,
+    momentum=0.95,
+    weight_decay=0.0,
+    nesterov=True,
+    adjust_lr_fn="original",
+    orthogonalize=newton_schulz,
+):
     if param.dim() != 2:
         raise ValueError(f"no matrix: {tuple(param.shape)}")
     rows, cols = param.shape
-    scales = {"original": max(1, cols / rows) ** 0.5, "match_rms_adamw": 0.2 * max(rows, cols) ** 0.5}
+    scales = {
+        "original": max(1, cols / rows) ** 0.5,
+        "match_rms_adamw": 0.2 * max(rows, cols) ** 0.5,
+    }
     if adjust_lr_fn not in scales:
         raise ValueError(adjust_lr_fn)
-    buffer = momentum * state.get("momentum_buffer", torch.zeros_like(param)) + (1 - momentum) * grad
+    buffer = (
+        momentum * state.get("momentum_buffer", torch.zeros_like(param)) + (1 - momentum) * grad
+    )
     direction = momentum * buffer + (1 - momentum) * grad if nesterov else buffer
-    return ((1 - lr * weight_decay) * param - lr * scales[adjust_lr_fn] * orthogonalize(direction),
-            {"momentum_buffer": buffer})
+    return (
+        (1 - lr * weight_decay) * param - lr * scales[adjust_lr_fn] * orthogonalize(direction),
+        {"momentum_buffer": buffer},
+    )
 
-# %% wrong="muon_step" because="decays with the scaled learning rate"
-def muon_step(param, grad, state, lr=0.02, momentum=0.95, weight_decay=0.0, nesterov=True, adjust_lr_fn="original",
-              orthogonalize=newton_schulz):
-    if param.dim() != 2:
-        raise ValueError(f"no matrix: {tuple(param.shape)}")
-    rows, cols = param.shape
-    scales = {"original": max(1, rows / cols) ** 0.5, "match_rms_adamw": 0.2 * max(rows, cols) ** 0.5}
-    if adjust_lr_fn not in scales:
-        raise ValueError(adjust_lr_fn)
-    rate = lr * scales[adjust_lr_fn]
-    buffer = momentum * state.get("momentum_buffer", torch.zeros_like(param)) + (1 - momentum) * grad
-    direction = momentum * buffer + (1 - momentum) * grad if nesterov else buffer
-    return (1 - rate * weight_decay) * param - rate * orthogonalize(direction), {"momentum_buffer": buffer}
+# %% wrong="muon_step" because="decays with the scaled learning rate" of="scale-cols"
+- "original": max(1, cols / rows) ** 0.5,
++ "original": max(1, rows / cols) ** 0.5,
+
+      raise ValueError(adjust_lr_fn)
++ rate = lr * scales[adjust_lr_fn]
+
+- return (
+-     (1 - lr * weight_decay) * param - lr * scales[adjust_lr_fn] * orthogonalize(direction),
+-     {"momentum_buffer": buffer},
+- )
++ return (1 - rate * weight_decay) * param - rate * orthogonalize(direction), {
++     "momentum_buffer": buffer
++ }
 
 # %% wrong="muon_step" because="momentum after orthogonalization"
-def muon_step(param, grad, state, lr=0.02, momentum=0.95, weight_decay=0.0, nesterov=True, adjust_lr_fn="original",
-              orthogonalize=newton_schulz):
+def muon_step(
+    param,
+    grad,
+    state,
+    lr=0.02,
+    momentum=0.95,
+    weight_decay=0.0,
+    nesterov=True,
+    adjust_lr_fn="original",
+    orthogonalize=newton_schulz,
+):
     if param.dim() != 2:
         raise ValueError(f"no matrix: {tuple(param.shape)}")
     rows, cols = param.shape
-    scales = {"original": max(1, rows / cols) ** 0.5, "match_rms_adamw": 0.2 * max(rows, cols) ** 0.5}
+    scales = {
+        "original": max(1, rows / cols) ** 0.5,
+        "match_rms_adamw": 0.2 * max(rows, cols) ** 0.5,
+    }
     if adjust_lr_fn not in scales:
         raise ValueError(adjust_lr_fn)
     flat = orthogonalize(grad)
-    buffer = momentum * state.get("momentum_buffer", torch.zeros_like(param)) + (1 - momentum) * flat
+    buffer = (
+        momentum * state.get("momentum_buffer", torch.zeros_like(param)) + (1 - momentum) * flat
+    )
     direction = momentum * buffer + (1 - momentum) * flat if nesterov else buffer
-    return (1 - lr * weight_decay) * param - lr * scales[adjust_lr_fn] * direction, {"momentum_buffer": buffer}
+    return (1 - lr * weight_decay) * param - lr * scales[adjust_lr_fn] * direction, {
+        "momentum_buffer": buffer
+    }
 
 # %% wrong="muon_step" because="the first axis of any tensor taken for rows"
-def muon_step(param, grad, state, lr=0.02, momentum=0.95, weight_decay=0.0, nesterov=True, adjust_lr_fn="original",
-              orthogonalize=newton_schulz):
+def muon_step(
+    param,
+    grad,
+    state,
+    lr=0.02,
+    momentum=0.95,
+    weight_decay=0.0,
+    nesterov=True,
+    adjust_lr_fn="original",
+    orthogonalize=newton_schulz,
+):
     rows, cols = param.shape[0], param.shape[-1]
-    scale = 0.2 * max(rows, cols) ** 0.5 if adjust_lr_fn == "match_rms_adamw" else max(1, rows / cols) ** 0.5
-    buffer = momentum * state.get("momentum_buffer", torch.zeros_like(param)) + (1 - momentum) * grad
+    scale = (
+        0.2 * max(rows, cols) ** 0.5
+        if adjust_lr_fn == "match_rms_adamw"
+        else max(1, rows / cols) ** 0.5
+    )
+    buffer = (
+        momentum * state.get("momentum_buffer", torch.zeros_like(param)) + (1 - momentum) * grad
+    )
     direction = momentum * buffer + (1 - momentum) * grad if nesterov else buffer
-    return (1 - lr * weight_decay) * param - lr * scale * orthogonalize(direction), {"momentum_buffer": buffer}
+    return (1 - lr * weight_decay) * param - lr * scale * orthogonalize(direction), {
+        "momentum_buffer": buffer
+    }
 
-# %% wrong="muon_step" because="ignores nesterov"
-def muon_step(param, grad, state, lr=0.02, momentum=0.95, weight_decay=0.0, nesterov=True, adjust_lr_fn="original",
-              orthogonalize=newton_schulz):
-    if param.dim() != 2:
-        raise ValueError(f"no matrix: {tuple(param.shape)}")
-    rows, cols = param.shape
-    scales = {"original": max(1, rows / cols) ** 0.5, "match_rms_adamw": 0.2 * max(rows, cols) ** 0.5}
-    if adjust_lr_fn not in scales:
-        raise ValueError(adjust_lr_fn)
-    buffer = momentum * state.get("momentum_buffer", torch.zeros_like(param)) + (1 - momentum) * grad
-    return ((1 - lr * weight_decay) * param - lr * scales[adjust_lr_fn] * orthogonalize(buffer),
-            {"momentum_buffer": buffer})
+# %% wrong="muon_step" because="ignores nesterov" of="scale-cols"
+- "original": max(1, cols / rows) ** 0.5,
++ "original": max(1, rows / cols) ** 0.5,
+
+- direction = momentum * buffer + (1 - momentum) * grad if nesterov else buffer
+
+- (1 - lr * weight_decay) * param - lr * scales[adjust_lr_fn] * orthogonalize(direction),
++ (1 - lr * weight_decay) * param - lr * scales[adjust_lr_fn] * orthogonalize(buffer),
 
 # %% right="muon_step" because="lerp, as PyTorch writes it"
-def muon_step(param, grad, state, lr=0.02, momentum=0.95, weight_decay=0.0, nesterov=True, adjust_lr_fn="original",
-              orthogonalize=newton_schulz):
+def muon_step(
+    param,
+    grad,
+    state,
+    lr=0.02,
+    momentum=0.95,
+    weight_decay=0.0,
+    nesterov=True,
+    adjust_lr_fn="original",
+    orthogonalize=newton_schulz,
+):
     if param.ndim != 2:
         raise ValueError(f"expected a matrix, got shape {list(param.shape)}")
     rows, cols = param.shape
@@ -282,10 +360,10 @@ def muon_step(param, grad, state, lr=0.02, momentum=0.95, weight_decay=0.0, nest
             rate = lr * (0.04 * max(rows, cols)) ** 0.5
         case other:
             raise ValueError(f"unknown adjust_lr_fn {other}")
-    old = state["buf"] if "buf" in state else torch.zeros_like(grad)
+    old = state["momentum_buffer"] if state else torch.zeros_like(grad)
     buf = torch.lerp(old, grad, 1 - momentum)
     update = orthogonalize(torch.lerp(grad, buf, momentum) if nesterov else buf)
-    return param.mul(1 - lr * weight_decay).sub(update, alpha=rate), {"buf": buf}
+    return param.mul(1 - lr * weight_decay).sub(update, alpha=rate), {"momentum_buffer": buf}
 
 # %% wrong="clip_grad_norm" because="clips each tensor by its own norm"
 def clip_grad_norm(params, max_norm):
@@ -300,7 +378,9 @@ def clip_grad_norm(params, max_norm):
 
 # %% wrong="clip_grad_norm" because="walks through a generator twice"
 def clip_grad_norm(params, max_norm):
-    total = torch.tensor(sum(float(p.grad.double().square().sum()) for p in params if p.grad is not None) ** 0.5)
+    total = torch.tensor(
+        sum(float(p.grad.double().square().sum()) for p in params if p.grad is not None) ** 0.5
+    )
     if not torch.isfinite(total):
         raise RuntimeError(f"the norm is {total}")
     for p in params:
@@ -308,7 +388,7 @@ def clip_grad_norm(params, max_norm):
             p.grad.mul_(max_norm / total)
     return total
 
-# %% wrong="clip_grad_norm" because="a NaN passes in silence"
+# %% wrong="clip_grad_norm" because="a NaN passes in silence" base="nan-passes"
 def clip_grad_norm(params, max_norm):
     grads = [p.grad for p in params if p.grad is not None]
     total = torch.tensor(sum(float(g.float().square().sum()) for g in grads) ** 0.5)
@@ -326,15 +406,11 @@ def clip_grad_norm(params, max_norm):
         g.mul_(max_norm / total)
     return total
 
-# %% wrong="clip_grad_norm" because="squares half-precision gradients in half precision"
-def clip_grad_norm(params, max_norm):
-    grads = [p.grad for p in params if p.grad is not None]
-    total = sum([(g**2).sum() for g in grads], torch.tensor(0.0)).sqrt()
-    if not torch.isfinite(total):
-        raise RuntimeError(f"the norm is {total}")
-    for g in grads:
-        g.mul_(torch.clamp(max_norm / (total + 1e-6), max=1.0))
-    return total
+# %% wrong="clip_grad_norm" because="squares half-precision gradients in half precision" of="nan-passes"
+- total = torch.tensor(sum(float(g.float().square().sum()) for g in grads) ** 0.5)
++ total = sum([(g**2).sum() for g in grads], torch.tensor(0.0)).sqrt()
++ if not torch.isfinite(total):
++     raise RuntimeError(f"the norm is {total}")
 
 # %% wrong="clip_grad_norm" because="returns the norm after clipping"
 def clip_grad_norm(params, max_norm):
@@ -350,11 +426,14 @@ def clip_grad_norm(params, max_norm):
 # %% right="clip_grad_norm" because="a clamped factor, as PyTorch has it, and a sum of squares"
 def clip_grad_norm(params, max_norm):
     params = [p for p in params if p.grad is not None]
-    squares = [p.grad.float().square().sum() if p.grad.dtype != torch.float64 else p.grad.square().sum() for p in params]
+    squares = [
+        p.grad.float().square().sum() if p.grad.dtype != torch.float64 else p.grad.square().sum()
+        for p in params
+    ]
     total = torch.sqrt(torch.stack(squares).sum()) if squares else torch.zeros(())
     if total.isnan() or total.isinf():
         raise RuntimeError("the gradient is not finite")
-    factor = min(1.0, max_norm / (float(total) + 1e-6))
+    factor = min(1.0, max_norm / (float(total) + 1e-6)) if total > max_norm else 1.0
     for p in params:
         p.grad *= factor
     return total
@@ -367,7 +446,9 @@ def warmup_cosine(step, lr, warmup_steps, total_steps, min_lr=0.0):
         return lr * (step + 1) / warmup_steps
     if step >= total_steps:
         return min_lr
-    return min_lr + 0.5 * (lr - min_lr) * (1 + math.cos(math.pi * (step - warmup_steps) / (total_steps - warmup_steps)))
+    return min_lr + 0.5 * (lr - min_lr) * (
+        1 + math.cos(math.pi * (step - warmup_steps) / (total_steps - warmup_steps))
+    )
 
 
 def warmup_stable_decay(step, lr, warmup_steps, decay_steps, total_steps, min_lr=0.0):
@@ -454,7 +535,7 @@ def accumulate_gradients(model, micro_batches):
         raise ValueError("no target")
     return total
 
-# %% wrong="accumulate_gradients" because="padding counts as tokens"
+# %% wrong="accumulate_gradients" because="padding counts as tokens" base="padding-counts"
 def accumulate_gradients(model, micro_batches):
     tokens = sum(targets.numel() for _, targets in micro_batches)
     if not any((targets != -100).any() for _, targets in micro_batches):
@@ -462,7 +543,10 @@ def accumulate_gradients(model, micro_batches):
     model.zero_grad()
     total = 0.0
     for inputs, targets in micro_batches:
-        loss = F.cross_entropy(model(inputs).flatten(0, -2), targets.flatten(), reduction="sum") / tokens
+        loss = (
+            F.cross_entropy(model(inputs).flatten(0, -2), targets.flatten(), reduction="sum")
+            / tokens
+        )
         loss.backward()
         total += loss.item()
     return total
@@ -473,22 +557,23 @@ def accumulate_gradients(model, micro_batches):
     if tokens == 0:
         raise ValueError("no target")
     model.zero_grad()
-    loss = sum(F.cross_entropy(model(inputs).flatten(0, -2), targets.flatten(), reduction="sum")
-               for inputs, targets in micro_batches) / tokens
+    loss = (
+        sum(
+            F.cross_entropy(model(inputs).flatten(0, -2), targets.flatten(), reduction="sum")
+            for inputs, targets in micro_batches
+        )
+        / tokens
+    )
     loss.backward()
     return loss.item()
 
-# %% wrong="accumulate_gradients" because="adds to the gradients of the last update"
-def accumulate_gradients(model, micro_batches):
-    tokens = sum(int((targets != -100).sum()) for _, targets in micro_batches)
-    if tokens == 0:
-        raise ValueError("no target")
-    total = 0.0
-    for inputs, targets in micro_batches:
-        loss = F.cross_entropy(model(inputs).flatten(0, -2), targets.flatten(), reduction="sum") / tokens
-        loss.backward()
-        total += loss.item()
-    return total
+# %% wrong="accumulate_gradients" because="adds to the gradients of the last update" of="padding-counts"
+- tokens = sum(targets.numel() for _, targets in micro_batches)
+- if not any((targets != -100).any() for _, targets in micro_batches):
++ tokens = sum(int((targets != -100).sum()) for _, targets in micro_batches)
++ if tokens == 0:
+
+- model.zero_grad()
 
 # %% wrong="accumulate_gradients" because="keeps the gradient of the last micro-batch only"
 def accumulate_gradients(model, micro_batches):
@@ -498,22 +583,29 @@ def accumulate_gradients(model, micro_batches):
     total = 0.0
     for inputs, targets in micro_batches:
         model.zero_grad()
-        loss = F.cross_entropy(model(inputs).flatten(0, -2), targets.flatten(), reduction="sum") / tokens
+        loss = (
+            F.cross_entropy(model(inputs).flatten(0, -2), targets.flatten(), reduction="sum")
+            / tokens
+        )
         loss.backward()
         total += loss.item()
     return total
 
-# %% right="accumulate_gradients" because="sums first, divides at the end"
+# %% right="accumulate_gradients" because="sums first, divides at the end" base="sums-first"
 def accumulate_gradients(model, micro_batches):
     params, count, total = [p for p in model.parameters() if p.requires_grad], 0, 0.0
-    for p in params:
+    for p in model.parameters():
         p.grad = torch.zeros_like(p)
     for inputs, targets in micro_batches:
         log_p = model(inputs).log_softmax(-1)
         keep = targets != -100
-        loss = -log_p.gather(-1, targets.masked_fill(~keep, 0).unsqueeze(-1)).squeeze(-1)[keep].sum()
-        for p, grad in zip(params, torch.autograd.grad(loss, params), strict=True):
-            p.grad += grad
+        loss = (
+            -log_p.gather(-1, targets.masked_fill(~keep, 0).unsqueeze(-1)).squeeze(-1)[keep].sum()
+        )
+        grads = torch.autograd.grad(loss, params, allow_unused=True)
+        for p, grad in zip(params, grads, strict=True):
+            if grad is not None:
+                p.grad += grad
         count += int(keep.sum())
         total += float(loss.detach())
         del log_p, loss
@@ -523,18 +615,91 @@ def accumulate_gradients(model, micro_batches):
         p.grad /= count
     return total / count
 
-# %% wrong="train" because="counts updates from zero"
+# %% wrong="accumulate_gradients" of="sums-first" because="a parameter that no loss depends on raises"
+- grads = torch.autograd.grad(loss, params, allow_unused=True)
++ grads = torch.autograd.grad(loss, params)
+
+# %% wrong="accumulate_gradients" of="sums-first" because="the old gradient of a frozen parameter stays"
+- for p in model.parameters():
+-     p.grad = torch.zeros_like(p)
++ for p in params:
++     p.grad = torch.zeros_like(p)
+
+# %% wrong="accumulate_gradients" because="puts the model into training mode"
+- model.zero_grad(set_to_none=True)
++ model.train()
++ model.zero_grad(set_to_none=True)
+
+# %% wrong="accumulate_gradients" because="a tensor for the mean loss"
+- total += loss.item()
++ total += loss.detach()
+
+# %% wrong="clip_grad_norm" because="PyTorch's clamped factor, which shortens a norm of exactly max_norm"
+- if total > max_norm:
+-     for grad in grads:
+-         grad.mul_(max_norm / total)
++ factor = torch.clamp(max_norm / (total + 1e-6), max=1.0)
++ for grad in grads:
++     grad.mul_(factor)
+
+# %% wrong="clip_grad_norm" because="widens float16 only"
+- torch.linalg.vector_norm(grad, dtype=torch.promote_types(grad.dtype, torch.float32))
++ torch.linalg.vector_norm(grad.float() if grad.dtype == torch.float16 else grad)
+
+# %% wrong="newton_schulz" because="an eps of its own"
+- x = g / (g.norm() + eps)
++ x = g / (g.norm() + 1e-7)
+
+# %% wrong="newton_schulz" because="float32 throughout"
+- x = g / (g.norm() + eps)
++ x = g.float() / (g.float().norm() + eps)
+
+# %% right="newton_schulz" because="the norm clamped, the square of the smaller side by addmm"
+def newton_schulz(g, steps=5, eps=1e-7):
+    rows, cols = g.shape
+    x = (g.mT if rows > cols else g) / torch.clamp(torch.linalg.matrix_norm(g), min=eps)
+    for _ in range(steps):
+        gram = x @ x.mT
+        inner = torch.addmm(gram, gram, gram, beta=-4.7750, alpha=2.0315)
+        x = torch.addmm(x, inner, x, beta=3.4445)
+    return x.mT if rows > cols else x
+
+# %% wrong="sgd_momentum_step" because="the buffer under a name of its own"
+- buffer = momentum * state.get("momentum_buffer", torch.zeros_like(param)) + grad
++ buffer = momentum * state.get("velocity", torch.zeros_like(param)) + grad
+
+- return param - lr * direction, {"momentum_buffer": buffer}
++ return param - lr * direction, {"velocity": buffer}
+
+# %% wrong="train" because="decays matrices only, not what has more axes"
+- {"params": [p for p in params if p.dim() >= 2], "weight_decay": weight_decay},
+- {"params": [p for p in params if p.dim() < 2], "weight_decay": 0.0},
++ {"params": [p for p in params if p.dim() == 2], "weight_decay": weight_decay},
++ {"params": [p for p in params if p.dim() != 2], "weight_decay": 0.0},
+
+# %% wrong="train" because="tensors in the history"
+- history["grad_norm"].append(norm.item())
++ history["grad_norm"].append(norm)
+
+# %% wrong="train" because="counts updates from zero" base="counts-updates"
 def train(model, batches, lr, warmup_steps=0, weight_decay=0.1, max_norm=1.0):
     params = list(model.parameters())
-    optimizer = torch.optim.AdamW([{"params": [p for p in params if p.dim() >= 2], "weight_decay": weight_decay},
-                                   {"params": [p for p in params if p.dim() < 2], "weight_decay": 0.0}], betas=(0.9, 0.95))
+    optimizer = torch.optim.AdamW(
+        [
+            {"params": [p for p in params if p.dim() >= 2], "weight_decay": weight_decay},
+            {"params": [p for p in params if p.dim() < 2], "weight_decay": 0.0},
+        ],
+        betas=(0.9, 0.95),
+    )
     history = {"loss": [], "grad_norm": [], "lr": []}
     for t, micro_batches in enumerate(batches):
         rate = warmup_cosine(t, lr, warmup_steps, len(batches))
         for group in optimizer.param_groups:
             group["lr"] = rate
         history["loss"].append(accumulate_gradients(model, micro_batches))
-        history["grad_norm"].append(nn.utils.clip_grad_norm_(params, max_norm, error_if_nonfinite=True).item())
+        history["grad_norm"].append(
+            nn.utils.clip_grad_norm_(params, max_norm, error_if_nonfinite=True).item()
+        )
         history["lr"].append(rate)
         optimizer.step()
     return history
@@ -552,27 +717,25 @@ def train(model, batches, lr, warmup_steps=0, weight_decay=0.1, max_norm=1.0):
         optimizer.step()
     return history
 
-# %% wrong="train" because="clips after the update"
-def train(model, batches, lr, warmup_steps=0, weight_decay=0.1, max_norm=1.0):
-    params = list(model.parameters())
-    optimizer = torch.optim.AdamW([{"params": [p for p in params if p.dim() >= 2], "weight_decay": weight_decay},
-                                   {"params": [p for p in params if p.dim() < 2], "weight_decay": 0.0}], betas=(0.9, 0.95))
-    history = {"loss": [], "grad_norm": [], "lr": []}
-    for t, micro_batches in enumerate(batches, 1):
-        rate = warmup_cosine(t, lr, warmup_steps, len(batches))
-        for group in optimizer.param_groups:
-            group["lr"] = rate
-        history["loss"].append(accumulate_gradients(model, micro_batches))
-        optimizer.step()
-        history["grad_norm"].append(nn.utils.clip_grad_norm_(params, max_norm, error_if_nonfinite=True).item())
-        history["lr"].append(rate)
-    return history
+# %% wrong="train" because="clips after the update" of="counts-updates"
+- for t, micro_batches in enumerate(batches):
++ for t, micro_batches in enumerate(batches, 1):
+
+  history["loss"].append(accumulate_gradients(model, micro_batches))
++ optimizer.step()
+
+- optimizer.step()
 
 # %% wrong="train" because="an update for every micro-batch"
 def train(model, batches, lr, warmup_steps=0, weight_decay=0.1, max_norm=1.0):
     params = list(model.parameters())
-    optimizer = torch.optim.AdamW([{"params": [p for p in params if p.dim() >= 2], "weight_decay": weight_decay},
-                                   {"params": [p for p in params if p.dim() < 2], "weight_decay": 0.0}], betas=(0.9, 0.95))
+    optimizer = torch.optim.AdamW(
+        [
+            {"params": [p for p in params if p.dim() >= 2], "weight_decay": weight_decay},
+            {"params": [p for p in params if p.dim() < 2], "weight_decay": 0.0},
+        ],
+        betas=(0.9, 0.95),
+    )
     history = {"loss": [], "grad_norm": [], "lr": []}
     for t, micro_batches in enumerate(batches, 1):
         rate = warmup_cosine(t, lr, warmup_steps, len(batches))
@@ -599,7 +762,9 @@ def train(model, batches, lr, warmup_steps=0, weight_decay=0.1, max_norm=1.0):
         with torch.no_grad():
             for name, param in model.named_parameters():
                 decay = weight_decay if param.dim() > 1 else 0.0
-                new, states[name] = adamw_step(param, param.grad, states.get(name, {}), rate, (0.9, 0.95), 1e-8, decay)
+                new, states[name] = adamw_step(
+                    param, param.grad, states.get(name, {}), rate, (0.9, 0.95), 1e-8, decay
+                )
                 param.copy_(new)
     return history
 
@@ -607,9 +772,14 @@ def train(model, batches, lr, warmup_steps=0, weight_decay=0.1, max_norm=1.0):
 def train(model, batches, lr, warmup_steps=0, weight_decay=0.1, max_norm=1.0):
     matrices = [p for p in model.parameters() if p.dim() >= 2]
     vectors = [p for p in model.parameters() if p.dim() < 2]
-    optimizer = torch.optim.AdamW([dict(params=matrices, weight_decay=weight_decay), dict(params=vectors, weight_decay=0)],
-                                  lr=lr, betas=(0.9, 0.95))
-    scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda t: warmup_cosine(t + 1, 1.0, warmup_steps, len(batches)))
+    optimizer = torch.optim.AdamW(
+        [dict(params=matrices, weight_decay=weight_decay), dict(params=vectors, weight_decay=0)],
+        lr=lr,
+        betas=(0.9, 0.95),
+    )
+    scheduler = torch.optim.lr_scheduler.LambdaLR(
+        optimizer, lambda t: warmup_cosine(t + 1, 1.0, warmup_steps, len(batches))
+    )
     losses, norms, rates = [], [], []
     for micro_batches in batches:
         losses.append(accumulate_gradients(model, micro_batches))
@@ -619,52 +789,53 @@ def train(model, batches, lr, warmup_steps=0, weight_decay=0.1, max_norm=1.0):
         scheduler.step()
     return dict(loss=losses, grad_norm=norms, lr=rates)
 
-# %% wrong="largest_stable_lr" because="the limit of plain gradient descent"
-def largest_stable_lr(curvature, momentum):
-    return 2 / curvature
+# %% wrong="key_questions" because="the limit of plain gradient descent"
+- return 2 * (1 + momentum) / curvature
++ return 2 / curvature
 
-# %% wrong="largest_stable_lr" because="thinks momentum only speeds up, so the limit shrinks"
-def largest_stable_lr(curvature, momentum):
-    return 2 * (1 - momentum) / curvature
+# %% wrong="key_questions" because="thinks momentum only speeds up, so the limit shrinks"
+- return 2 * (1 + momentum) / curvature
++ return 2 * (1 - momentum) / curvature
 
-# %% right="largest_stable_lr" because="written as a sum"
+# %% wrong="key_questions" because="counts numbers"
+- return 4 * parameters * {"sgd": 0, "momentum": 1, "adamw": 2, "lion": 1, "muon": 1}[optimizer]
++ return parameters * {"sgd": 0, "momentum": 1, "adamw": 2, "lion": 1, "muon": 1}[optimizer]
+
+# %% wrong="key_questions" because="gives Lion and Muon two buffers"
+- return 4 * parameters * {"sgd": 0, "momentum": 1, "adamw": 2, "lion": 1, "muon": 1}[optimizer]
++ return 4 * parameters * {"sgd": 0, "momentum": 1, "adamw": 2, "lion": 2, "muon": 2}[optimizer]
+
+# %% wrong="key_questions" because="Adam with L2 too"
+- return {"clipped_sgd", "adam", "adamw", "muon"}
++ return {"clipped_sgd", "adam", "adam_l2", "adamw", "muon"}
+
+# %% wrong="key_questions" because="forgets that clipping normalizes"
+- return {"clipped_sgd", "adam", "adamw", "muon"}
++ return {"adam", "adamw", "muon"}
+
+# %% wrong="key_questions" because="the inverse ratio"
+- return lr * math.sqrt(max(1, rows / cols)) / (0.2 * math.sqrt(max(rows, cols)))
++ return lr * (0.2 * math.sqrt(max(rows, cols))) / math.sqrt(max(1, rows / cols))
+
+# %% wrong="key_questions" because="right for square weights only"
+- return lr * math.sqrt(max(1, rows / cols)) / (0.2 * math.sqrt(max(rows, cols)))
++ return lr / (0.2 * math.sqrt(max(rows, cols)))
+
+# %% right="key_questions" because="sums, cases, the complement, and only the columns left"
 def largest_stable_lr(curvature, momentum):
     return 2.0 / curvature + 2.0 * momentum / curvature
 
-# %% wrong="state_bytes" because="counts numbers"
-def state_bytes(parameters, optimizer):
-    return parameters * {"sgd": 0, "momentum": 1, "adamw": 2, "lion": 1, "muon": 1}[optimizer]
 
-# %% wrong="state_bytes" because="gives Lion and Muon two buffers"
-def state_bytes(parameters, optimizer):
-    return 4 * parameters * {"sgd": 0, "momentum": 1, "adamw": 2, "lion": 2, "muon": 2}[optimizer]
-
-# %% right="state_bytes" because="by cases"
 def state_bytes(parameters, optimizer):
     if optimizer == "sgd":
         return 0
     return parameters * (8 if optimizer == "adamw" else 4)
 
-# %% wrong="unchanged_by_loss_scale" because="Adam with L2 too"
+
 def unchanged_by_loss_scale():
-    return {"clipped_sgd", "adam", "adam_l2", "adamw", "muon"}
+    rules = {"sgd", "momentum", "clipped_sgd", "adam", "adam_l2", "adamw", "muon"}
+    return rules - {"sgd", "momentum", "adam_l2"}
 
-# %% wrong="unchanged_by_loss_scale" because="forgets that clipping normalizes"
-def unchanged_by_loss_scale():
-    return {"adam", "adamw", "muon"}
 
-# %% right="unchanged_by_loss_scale" because="the complement"
-def unchanged_by_loss_scale():
-    return {"sgd", "momentum", "clipped_sgd", "adam", "adam_l2", "adamw", "muon"} - {"sgd", "momentum", "adam_l2"}
-
-# %% wrong="equivalent_lr" because="the inverse ratio"
-def equivalent_lr(lr, rows, cols):
-    return lr * (0.2 * math.sqrt(max(rows, cols))) / math.sqrt(max(1, rows / cols))
-
-# %% wrong="equivalent_lr" because="right for square weights only"
-def equivalent_lr(lr, rows, cols):
-    return lr / (0.2 * math.sqrt(max(rows, cols)))
-
-# %% right="equivalent_lr" because="the two roots divided out: only the columns are left"
 def equivalent_lr(lr, rows, cols):
     return 5 * lr / math.sqrt(cols)

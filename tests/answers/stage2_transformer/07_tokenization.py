@@ -4,8 +4,7 @@
 def utf8_encode(code_point):
     return chr(code_point).encode("utf-8", "surrogatepass")
 
-
-# %% wrong="utf8_encode" because="four bytes from 0xFFFF on"
+# %% wrong="utf8_encode" because="four bytes from 0xFFFF on" base="four-bytes"
 def utf8_encode(code_point):
     c = code_point
     if not 0 <= c <= 0x10FFFF or 0xD800 <= c <= 0xDFFF:
@@ -18,27 +17,19 @@ def utf8_encode(code_point):
         return bytes([0xE0 | c >> 12, 0x80 | c >> 6 & 0x3F, 0x80 | c & 0x3F])
     return bytes([0xF0 | c >> 18, 0x80 | c >> 12 & 0x3F, 0x80 | c >> 6 & 0x3F, 0x80 | c & 0x3F])
 
-
 # %% wrong="utf8_encode" because="Latin-1: one byte up to 0xFF"
 def utf8_encode(code_point):
     if not 0 <= code_point <= 0x10FFFF or 0xD800 <= code_point <= 0xDFFF:
         raise ValueError("no character")
     return bytes([code_point]) if code_point < 0x100 else chr(code_point).encode()
 
-
-# %% wrong="utf8_encode" because="the last bits come first"
-def utf8_encode(code_point):
-    c = code_point
-    if not 0 <= c <= 0x10FFFF or 0xD800 <= c <= 0xDFFF:
-        raise ValueError("no character")
-    if c < 0x80:
-        return bytes([c])
-    if c < 0x800:
-        return bytes([0xC0 | c >> 6, 0x80 | c & 0x3F])
-    if c < 0x10000:
-        return bytes([0xE0 | c >> 12, 0x80 | c & 0x3F, 0x80 | c >> 6 & 0x3F])
-    return bytes([0xF0 | c >> 18, 0x80 | c & 0x3F, 0x80 | c >> 6 & 0x3F, 0x80 | c >> 12 & 0x3F])
-
+# %% wrong="utf8_encode" because="the last bits come first" of="four-bytes"
+- if c < 0xFFFF:
+-     return bytes([0xE0 | c >> 12, 0x80 | c >> 6 & 0x3F, 0x80 | c & 0x3F])
+- return bytes([0xF0 | c >> 18, 0x80 | c >> 12 & 0x3F, 0x80 | c >> 6 & 0x3F, 0x80 | c & 0x3F])
++ if c < 0x10000:
++     return bytes([0xE0 | c >> 12, 0x80 | c & 0x3F, 0x80 | c >> 6 & 0x3F])
++ return bytes([0xF0 | c >> 18, 0x80 | c & 0x3F, 0x80 | c >> 6 & 0x3F, 0x80 | c >> 12 & 0x3F])
 
 # %% wrong="utf8_encode" because="numbers beyond Unicode are accepted"
 def utf8_encode(code_point):
@@ -53,31 +44,21 @@ def utf8_encode(code_point):
         return bytes([0xE0 | c >> 12, 0x80 | c >> 6 & 0x3F, 0x80 | c & 0x3F])
     return bytes([0xF0 | c >> 18, 0x80 | c >> 12 & 0x3F, 0x80 | c >> 6 & 0x3F, 0x80 | c & 0x3F])
 
+# %% right="utf8_encode" because="a case for each length" of="four-bytes"
+- if not 0 <= c <= 0x10FFFF or 0xD800 <= c <= 0xDFFF:
++ if c < 0 or c > 0x10FFFF or c // 0x800 == 0x1B:
 
-# %% right="utf8_encode" because="a case for each length"
-def utf8_encode(code_point):
-    c = code_point
-    if c < 0 or c > 0x10FFFF or c // 0x800 == 0x1B:
-        raise ValueError("no character")
-    if c < 0x80:
-        return bytes([c])
-    if c < 0x800:
-        return bytes([0xC0 | c >> 6, 0x80 | c & 0x3F])
-    if c < 0x10000:
-        return bytes([0xE0 | c >> 12, 0x80 | c >> 6 & 0x3F, 0x80 | c & 0x3F])
-    return bytes([0xF0 | c >> 18, 0x80 | c >> 12 & 0x3F, 0x80 | c >> 6 & 0x3F, 0x80 | c & 0x3F])
-
+- if c < 0xFFFF:
++ if c < 0x10000:
 
 # %% wrong="byte_symbols" because="chr of the byte"
 def byte_symbols():
     return {byte: chr(byte) for byte in range(256)}
 
-
 # %% wrong="byte_symbols" because="256 + byte instead of a running number"
 def byte_symbols():
     keep = {*range(33, 127), *range(161, 173), *range(174, 256)}
     return {byte: chr(byte if byte in keep else 256 + byte) for byte in range(256)}
-
 
 # %% wrong="byte_symbols" because="the soft hyphen stays"
 def byte_symbols():
@@ -85,13 +66,11 @@ def byte_symbols():
     rest = [byte for byte in range(256) if byte not in keep]
     return {byte: chr(byte) for byte in keep} | {byte: chr(256 + i) for i, byte in enumerate(rest)}
 
-
 # %% wrong="byte_symbols" because="the tilde is replaced (a range that ends one early)"
 def byte_symbols():
     keep = {*range(33, 126), *range(161, 173), *range(174, 256)}
     rest = [byte for byte in range(256) if byte not in keep]
     return {byte: chr(byte) for byte in keep} | {byte: chr(256 + i) for i, byte in enumerate(rest)}
-
 
 # %% right="byte_symbols" because="what Python prints as it is, and the rest counted"
 def byte_symbols():
@@ -99,72 +78,78 @@ def byte_symbols():
     rest = [byte for byte in range(256) if byte not in keep]
     return {byte: chr(byte) for byte in keep} | {byte: chr(256 + i) for i, byte in enumerate(rest)}
 
-
 # %% wrong="pre_tokenize" because="split at white space: the spaces are lost"
 def pre_tokenize(text):
     return text.split()
 
-
-# %% wrong="pre_tokenize" because="words and signs, without the leading space"
+# %% wrong="pre_tokenize" because="words and signs, without the leading space" base="words-signs"
 def pre_tokenize(text):
-    return re.findall(rf"'(?:[sdmt]|ll|ve|re)|[{LETTERS}]+|[{NUMBERS}]+|[^{SPACES}{LETTERS}{NUMBERS}]+|[{SPACES}]+", text)
+    return re.findall(
+        rf"'(?:[sdmt]|ll|ve|re)|[{LETTERS}]+|[{NUMBERS}]+|[^{SPACES}{LETTERS}{NUMBERS}]+|[{SPACES}]+",
+        text,
+    )
 
-
-# %% wrong="pre_tokenize" because="the white space takes the space of the next word as well"
-def pre_tokenize(text):
-    return re.findall(rf"'(?:[sdmt]|ll|ve|re)| ?[{LETTERS}]+| ?[{NUMBERS}]+| ?[^{SPACES}{LETTERS}{NUMBERS}]+|[{SPACES}]+", text)
-
+# %% wrong="pre_tokenize" because="the white space takes the space of the next word as well" of="words-signs"
+- rf"'(?:[sdmt]|ll|ve|re)|[{LETTERS}]+|[{NUMBERS}]+|[^{SPACES}{LETTERS}{NUMBERS}]+|[{SPACES}]+",
++ rf"'(?:[sdmt]|ll|ve|re)| ?[{LETTERS}]+| ?[{NUMBERS}]+| ?[^{SPACES}{LETTERS}{NUMBERS}]+|[{SPACES}]+",
 
 # %% wrong="pre_tokenize" because="only ASCII letters and digits"
 def pre_tokenize(text):
-    return re.findall(r"'(?:[sdmt]|ll|ve|re)| ?[A-Za-z]+| ?[0-9]+| ?[^\sA-Za-z0-9]+|\s+(?!\S)|\s+", text)
-
+    return re.findall(
+        r"'(?:[sdmt]|ll|ve|re)| ?[A-Za-z]+| ?[0-9]+| ?[^\sA-Za-z0-9]+|\s+(?!\S)|\s+", text
+    )
 
 # %% wrong="pre_tokenize" because="Python's word characters without digits for letters"
 def pre_tokenize(text):
-    return re.findall(r"'(?:[sdmt]|ll|ve|re)| ?[^\W\d_]+| ?\d+| ?(?:[^\s\w]|_)+|\s+(?!\S)|\s+", text)
+    return re.findall(
+        r"'(?:[sdmt]|ll|ve|re)| ?[^\W\d_]+| ?\d+| ?(?:[^\s\w]|_)+|\s+(?!\S)|\s+", text
+    )
 
-
-# %% wrong="pre_tokenize" because="Python's white space, which counts four control characters"
-def pre_tokenize(text):
-    return re.findall(rf"'(?:[sdmt]|ll|ve|re)| ?[{LETTERS}]+| ?[{NUMBERS}]+| ?[^\s{LETTERS}{NUMBERS}]+|\s+(?!\S)|\s+", text)
-
+# %% wrong="pre_tokenize" because="Python's white space, which counts four control characters" of="words-signs"
+- rf"'(?:[sdmt]|ll|ve|re)|[{LETTERS}]+|[{NUMBERS}]+|[^{SPACES}{LETTERS}{NUMBERS}]+|[{SPACES}]+",
++ rf"'(?:[sdmt]|ll|ve|re)| ?[{LETTERS}]+| ?[{NUMBERS}]+| ?[^\s{LETTERS}{NUMBERS}]+|\s+(?!\S)|\s+",
 
 # %% wrong="pre_tokenize" because="contractions in capitals too"
 def pre_tokenize(text):
     pattern = rf"(?i:'(?:[sdmt]|ll|ve|re))| ?[{LETTERS}]+| ?[{NUMBERS}]+| ?[^{SPACES}{LETTERS}{NUMBERS}]+|[{SPACES}]+(?![^{SPACES}])|[{SPACES}]+"
     return re.findall(pattern, text)
 
-
-# %% wrong="pre_tokenize" because="no contractions"
-def pre_tokenize(text):
-    return re.findall(rf" ?[{LETTERS}]+| ?[{NUMBERS}]+| ?[^{SPACES}{LETTERS}{NUMBERS}]+|[{SPACES}]+(?![^{SPACES}])|[{SPACES}]+", text)
-
+# %% wrong="pre_tokenize" because="no contractions" of="words-signs"
+- rf"'(?:[sdmt]|ll|ve|re)|[{LETTERS}]+|[{NUMBERS}]+|[^{SPACES}{LETTERS}{NUMBERS}]+|[{SPACES}]+",
++ rf" ?[{LETTERS}]+| ?[{NUMBERS}]+| ?[^{SPACES}{LETTERS}{NUMBERS}]+|[{SPACES}]+(?![^{SPACES}])|[{SPACES}]+",
 
 # %% wrong="pre_tokenize" because="the library's own"
 def pre_tokenize(text):
     return library_pieces(text)
 
-
-# %% wrong="pre_tokenize" because="a capturing group: findall returns the groups"
-def pre_tokenize(text):
-    return re.findall(rf"'([sdmt]|ll|ve|re)| ?[{LETTERS}]+| ?[{NUMBERS}]+| ?[^{SPACES}{LETTERS}{NUMBERS}]+|[{SPACES}]+(?![^{SPACES}])|[{SPACES}]+", text)
-
+# %% wrong="pre_tokenize" because="a capturing group: findall returns the groups" of="words-signs"
+- rf"'(?:[sdmt]|ll|ve|re)|[{LETTERS}]+|[{NUMBERS}]+|[^{SPACES}{LETTERS}{NUMBERS}]+|[{SPACES}]+",
++ rf"'([sdmt]|ll|ve|re)| ?[{LETTERS}]+| ?[{NUMBERS}]+| ?[^{SPACES}{LETTERS}{NUMBERS}]+|[{SPACES}]+(?![^{SPACES}])|[{SPACES}]+",
 
 # %% right="pre_tokenize" because="a scanner by hand"
 def pre_tokenize(text):
     def kind(c):
-        if c in "\t\n\v\f\r \x85\xa0\u1680\u2028\u2029\u202f\u205f\u3000" or "\u2000" <= c <= "\u200a":
+        if (
+            c in "\t\n\v\f\r \x85\xa0\u1680\u2028\u2029\u202f\u205f\u3000"
+            or "\u2000" <= c <= "\u200a"
+        ):
             return "space"
         return {"L": "letter", "N": "number"}.get(unicodedata.category(c)[0], "sign")
 
     pieces, i = [], 0
     while i < len(text):
-        contraction = next((c for c in ("'s", "'d", "'m", "'t", "'ll", "'ve", "'re") if text.startswith(c, i)), None)
+        contraction = next(
+            (c for c in ("'s", "'d", "'m", "'t", "'ll", "'ve", "'re") if text.startswith(c, i)),
+            None,
+        )
         if contraction:
             end = i + len(contraction)
         else:
-            start = i + 1 if text[i] == " " and i + 1 < len(text) and kind(text[i + 1]) != "space" else i
+            start = (
+                i + 1
+                if text[i] == " " and i + 1 < len(text) and kind(text[i + 1]) != "space"
+                else i
+            )
             first, end = kind(text[start]), start
             while end < len(text) and kind(text[end]) == first:
                 end += 1
@@ -174,35 +159,31 @@ def pre_tokenize(text):
         i = end
     return pieces
 
-
 # %% wrong="merge_pair" because="overlapping occurrences are merged twice"
 def merge_pair(symbols, pair, merged):
     out = []
     for i, symbol in enumerate(symbols):
-        if tuple(symbols[i:i + 2]) == pair:
+        if tuple(symbols[i : i + 2]) == pair:
             out.append(merged)
-        elif not (i and tuple(symbols[i - 1:i + 1]) == pair):
+        elif not (i and tuple(symbols[i - 1 : i + 1]) == pair):
             out.append(symbol)
     return out
-
 
 # %% wrong="merge_pair" because="only the first occurrence"
 def merge_pair(symbols, pair, merged):
     for i in range(len(symbols) - 1):
         if (symbols[i], symbols[i + 1]) == pair:
-            return symbols[:i] + [merged] + symbols[i + 2:]
+            return symbols[:i] + [merged] + symbols[i + 2 :]
     return list(symbols)
-
 
 # %% wrong="merge_pair" because="the list is changed in place"
 def merge_pair(symbols, pair, merged):
     i = 0
     while i + 1 < len(symbols):
         if (symbols[i], symbols[i + 1]) == pair:
-            symbols[i:i + 2] = [merged]
+            symbols[i : i + 2] = [merged]
         i += 1
     return symbols
-
 
 # %% wrong="merge_pair" because="from right to left"
 def merge_pair(symbols, pair, merged):
@@ -216,18 +197,16 @@ def merge_pair(symbols, pair, merged):
             i -= 1
     return out[::-1]
 
-
 # %% wrong="merge_pair" because="the merged symbol is looked at again"
 def merge_pair(symbols, pair, merged):
     out = list(symbols)
     i = 0
     while i + 1 < len(out):
         if (out[i], out[i + 1]) == pair:
-            out[i:i + 2] = [merged]
+            out[i : i + 2] = [merged]
         else:
             i += 1
     return out
-
 
 # %% wrong="merge_pair" because="the last symbol is lost"
 def merge_pair(symbols, pair, merged):
@@ -241,7 +220,6 @@ def merge_pair(symbols, pair, merged):
             i += 1
     return out
 
-
 # %% right="merge_pair" because="a stack of what is still to come"
 def merge_pair(symbols, pair, merged):
     out, rest = [], list(symbols)[::-1]
@@ -253,13 +231,18 @@ def merge_pair(symbols, pair, merged):
         out.append(symbol)
     return out
 
-
-# %% wrong="train_bpe" because="everything is counted again before each merge"
+# %% wrong="train_bpe" because="everything is counted again before each merge" base="everything-counted"
 def train_bpe(text, vocab_size, special_tokens):
     wanted = vocab_size - 256 - len(special_tokens)
     if wanted < 0:
         raise ValueError("too small")
-    parts = re.split("|".join(re.escape(t) for t in sorted(special_tokens, key=len, reverse=True)), text) if special_tokens else [text]
+    parts = (
+        re.split(
+            "|".join(re.escape(t) for t in sorted(special_tokens, key=len, reverse=True)), text
+        )
+        if special_tokens
+        else [text]
+    )
     frequency = Counter(piece for part in parts for piece in pre_tokenize(part))
     words = {piece: list(piece.encode()) for piece in frequency}
     tokens, merges = [bytes([b]) for b in range(256)], []
@@ -277,13 +260,18 @@ def train_bpe(text, vocab_size, special_tokens):
         tokens.append(tokens[best[0]] + tokens[best[1]])
     return merges
 
-
 # %% wrong="train_bpe" because="counts are updated, but all words are searched for the pair"
 def train_bpe(text, vocab_size, special_tokens):
     wanted = vocab_size - 256 - len(special_tokens)
     if wanted < 0:
         raise ValueError("too small")
-    parts = re.split("|".join(re.escape(t) for t in sorted(special_tokens, key=len, reverse=True)), text) if special_tokens else [text]
+    parts = (
+        re.split(
+            "|".join(re.escape(t) for t in sorted(special_tokens, key=len, reverse=True)), text
+        )
+        if special_tokens
+        else [text]
+    )
     frequency = Counter(piece for part in parts for piece in pre_tokenize(part))
     words = [(list(piece.encode()), n) for piece, n in frequency.items()]
     counts = Counter()
@@ -308,59 +296,38 @@ def train_bpe(text, vocab_size, special_tokens):
         tokens.append(tokens[best[0]] + tokens[best[1]])
     return merges
 
+# %% wrong="train_bpe" because="the pair seen first wins a tie" of="everything-counted"
+- best = min(counts, key=lambda p: (-counts[p], p))
++ best = max(counts, key=counts.get)
 
-# %% wrong="train_bpe" because="the pair seen first wins a tie"
-def train_bpe(text, vocab_size, special_tokens):
-    wanted = vocab_size - 256 - len(special_tokens)
-    if wanted < 0:
-        raise ValueError("too small")
-    parts = re.split("|".join(re.escape(t) for t in sorted(special_tokens, key=len, reverse=True)), text) if special_tokens else [text]
-    frequency = Counter(piece for part in parts for piece in pre_tokenize(part))
-    words = {piece: list(piece.encode()) for piece in frequency}
-    tokens, merges = [bytes([b]) for b in range(256)], []
-    while len(merges) < wanted:
-        counts = Counter()
-        for piece, word in words.items():
-            for pair in pairwise(word):
-                counts[pair] += frequency[piece]
-        counts = {p: c for p, c in counts.items() if tokens[p[0]] + tokens[p[1]] not in tokens}
-        if not counts:
-            break
-        best = max(counts, key=counts.get)
-        merges.append((tokens[best[0]], tokens[best[1]]))
-        words = {piece: merge_pair(word, best, len(tokens)) for piece, word in words.items()}
-        tokens.append(tokens[best[0]] + tokens[best[1]])
-    return merges
+# %% wrong="train_bpe" because="ties by the bytes, the greatest pair first (CS336's rule)" of="everything-counted"
+- words = {piece: list(piece.encode()) for piece in frequency}
+- tokens, merges = [bytes([b]) for b in range(256)], []
++ words = {piece: [bytes([b]) for b in piece.encode()] for piece in frequency}
++ merges = []
 
+- counts = {p: c for p, c in counts.items() if tokens[p[0]] + tokens[p[1]] not in tokens}
 
-# %% wrong="train_bpe" because="ties by the bytes, the greatest pair first (CS336's rule)"
-def train_bpe(text, vocab_size, special_tokens):
-    wanted = vocab_size - 256 - len(special_tokens)
-    if wanted < 0:
-        raise ValueError("too small")
-    parts = re.split("|".join(re.escape(t) for t in sorted(special_tokens, key=len, reverse=True)), text) if special_tokens else [text]
-    frequency = Counter(piece for part in parts for piece in pre_tokenize(part))
-    words = {piece: [bytes([b]) for b in piece.encode()] for piece in frequency}
-    merges = []
-    while len(merges) < wanted:
-        counts = Counter()
-        for piece, word in words.items():
-            for pair in pairwise(word):
-                counts[pair] += frequency[piece]
-        if not counts:
-            break
-        best = max(counts, key=lambda p: (counts[p], p))
-        merges.append(best)
-        words = {piece: merge_pair(word, best, best[0] + best[1]) for piece, word in words.items()}
-    return merges
-
+- best = min(counts, key=lambda p: (-counts[p], p))
+- merges.append((tokens[best[0]], tokens[best[1]]))
+- words = {piece: merge_pair(word, best, len(tokens)) for piece, word in words.items()}
+- tokens.append(tokens[best[0]] + tokens[best[1]])
++ best = max(counts, key=lambda p: (counts[p], p))
++ merges.append(best)
++ words = {piece: merge_pair(word, best, best[0] + best[1]) for piece, word in words.items()}
 
 # %% wrong="train_bpe" because="the neighbors that a merge destroys keep their counts"
 def train_bpe(text, vocab_size, special_tokens):
     wanted = vocab_size - 256 - len(special_tokens)
     if wanted < 0:
         raise ValueError("too small")
-    parts = re.split("|".join(re.escape(t) for t in sorted(special_tokens, key=len, reverse=True)), text) if special_tokens else [text]
+    parts = (
+        re.split(
+            "|".join(re.escape(t) for t in sorted(special_tokens, key=len, reverse=True)), text
+        )
+        if special_tokens
+        else [text]
+    )
     frequency = Counter(piece for part in parts for piece in pre_tokenize(part))
     words, times = [list(piece.encode()) for piece in frequency], list(frequency.values())
     counts, where = Counter(), defaultdict(set)
@@ -386,14 +353,22 @@ def train_bpe(text, vocab_size, special_tokens):
                     where[pair].add(w)
     return merges
 
-
-# %% wrong="train_bpe" because="words are counted once, however often they occur"
+# %% wrong="train_bpe" because="words are counted once, however often they occur" base="words-are"
 def train_bpe(text, vocab_size, special_tokens):
     wanted = vocab_size - 256 - len(special_tokens)
     if wanted < 0:
         raise ValueError("too small")
-    parts = re.split("|".join(re.escape(t) for t in sorted(special_tokens, key=len, reverse=True)), text) if special_tokens else [text]
-    words = [list(piece.encode()) for piece in dict.fromkeys(piece for part in parts for piece in pre_tokenize(part))]
+    parts = (
+        re.split(
+            "|".join(re.escape(t) for t in sorted(special_tokens, key=len, reverse=True)), text
+        )
+        if special_tokens
+        else [text]
+    )
+    words = [
+        list(piece.encode())
+        for piece in dict.fromkeys(piece for part in parts for piece in pre_tokenize(part))
+    ]
     tokens, merges = [bytes([b]) for b in range(256)], []
     while len(merges) < wanted:
         counts = Counter(pair for word in words for pair in pairwise(word))
@@ -405,150 +380,72 @@ def train_bpe(text, vocab_size, special_tokens):
         tokens.append(tokens[best[0]] + tokens[best[1]])
     return merges
 
+# %% wrong="train_bpe" because="merges cross the borders of the pieces" of="words-are"
+- words = [
+-     list(piece.encode())
+-     for piece in dict.fromkeys(piece for part in parts for piece in pre_tokenize(part))
+- ]
++ words = [list(part.encode()) for part in parts]
 
-# %% wrong="train_bpe" because="merges cross the borders of the pieces"
-def train_bpe(text, vocab_size, special_tokens):
-    wanted = vocab_size - 256 - len(special_tokens)
-    if wanted < 0:
-        raise ValueError("too small")
-    parts = re.split("|".join(re.escape(t) for t in sorted(special_tokens, key=len, reverse=True)), text) if special_tokens else [text]
-    words = [list(part.encode()) for part in parts]
-    tokens, merges = [bytes([b]) for b in range(256)], []
-    while len(merges) < wanted:
-        counts = Counter(pair for word in words for pair in pairwise(word))
-        if not counts:
-            break
-        best = min(counts, key=lambda p: (-counts[p], p))
-        merges.append((tokens[best[0]], tokens[best[1]]))
-        words = [merge_pair(word, best, len(tokens)) for word in words]
-        tokens.append(tokens[best[0]] + tokens[best[1]])
-    return merges
+# %% wrong="train_bpe" because="overlaps are counted once: aaa has one pair (a, a)" of="everything-counted"
+- for pair in pairwise(word):
+-     counts[pair] += frequency[piece]
++ for pair in set(pairwise(word)):
++     counts[pair] += frequency[piece] * (len(word) - len(merge_pair(word, pair, None)))
 
+# %% wrong="train_bpe" because="special tokens are ordinary text in training" of="everything-counted"
+- parts = (
+-     re.split(
+-         "|".join(re.escape(t) for t in sorted(special_tokens, key=len, reverse=True)), text
+-     )
+-     if special_tokens
+-     else [text]
+- )
+- frequency = Counter(piece for part in parts for piece in pre_tokenize(part))
++ frequency = Counter(pre_tokenize(text))
 
-# %% wrong="train_bpe" because="overlaps are counted once: aaa has one pair (a, a)"
-def train_bpe(text, vocab_size, special_tokens):
-    wanted = vocab_size - 256 - len(special_tokens)
-    if wanted < 0:
-        raise ValueError("too small")
-    parts = re.split("|".join(re.escape(t) for t in sorted(special_tokens, key=len, reverse=True)), text) if special_tokens else [text]
-    frequency = Counter(piece for part in parts for piece in pre_tokenize(part))
-    words = {piece: list(piece.encode()) for piece in frequency}
-    tokens, merges = [bytes([b]) for b in range(256)], []
-    while len(merges) < wanted:
-        counts = Counter()
-        for piece, word in words.items():
-            for pair in set(pairwise(word)):
-                counts[pair] += frequency[piece] * (len(word) - len(merge_pair(word, pair, None)))
-        counts = {p: c for p, c in counts.items() if tokens[p[0]] + tokens[p[1]] not in tokens}
-        if not counts:
-            break
-        best = min(counts, key=lambda p: (-counts[p], p))
-        merges.append((tokens[best[0]], tokens[best[1]]))
-        words = {piece: merge_pair(word, best, len(tokens)) for piece, word in words.items()}
-        tokens.append(tokens[best[0]] + tokens[best[1]])
-    return merges
+# %% wrong="train_bpe" because="special tokens are not escaped in the expression" of="everything-counted"
+- parts = (
+-     re.split(
+-         "|".join(re.escape(t) for t in sorted(special_tokens, key=len, reverse=True)), text
+-     )
+-     if special_tokens
+-     else [text]
+- )
++ parts = re.split("|".join(special_tokens), text) if special_tokens else [text]
 
+# %% wrong="train_bpe" because="the shorter of two special tokens is cut out first" of="everything-counted"
+- parts = (
+-     re.split(
+-         "|".join(re.escape(t) for t in sorted(special_tokens, key=len, reverse=True)), text
+-     )
+-     if special_tokens
+-     else [text]
+- )
++ parts = [text]
++ for special in sorted(special_tokens, key=len):
++     parts = [piece for part in parts for piece in part.split(special)]
 
-# %% wrong="train_bpe" because="special tokens are ordinary text in training"
-def train_bpe(text, vocab_size, special_tokens):
-    wanted = vocab_size - 256 - len(special_tokens)
-    if wanted < 0:
-        raise ValueError("too small")
-    frequency = Counter(pre_tokenize(text))
-    words = {piece: list(piece.encode()) for piece in frequency}
-    tokens, merges = [bytes([b]) for b in range(256)], []
-    while len(merges) < wanted:
-        counts = Counter()
-        for piece, word in words.items():
-            for pair in pairwise(word):
-                counts[pair] += frequency[piece]
-        counts = {p: c for p, c in counts.items() if tokens[p[0]] + tokens[p[1]] not in tokens}
-        if not counts:
-            break
-        best = min(counts, key=lambda p: (-counts[p], p))
-        merges.append((tokens[best[0]], tokens[best[1]]))
-        words = {piece: merge_pair(word, best, len(tokens)) for piece, word in words.items()}
-        tokens.append(tokens[best[0]] + tokens[best[1]])
-    return merges
+# %% wrong="train_bpe" because="special tokens take no place in the vocabulary" of="everything-counted"
+- wanted = vocab_size - 256 - len(special_tokens)
+- if wanted < 0:
+-     raise ValueError("too small")
 
-
-# %% wrong="train_bpe" because="special tokens are not escaped in the expression"
-def train_bpe(text, vocab_size, special_tokens):
-    wanted = vocab_size - 256 - len(special_tokens)
-    if wanted < 0:
-        raise ValueError("too small")
-    parts = re.split("|".join(special_tokens), text) if special_tokens else [text]
-    frequency = Counter(piece for part in parts for piece in pre_tokenize(part))
-    words = {piece: list(piece.encode()) for piece in frequency}
-    tokens, merges = [bytes([b]) for b in range(256)], []
-    while len(merges) < wanted:
-        counts = Counter()
-        for piece, word in words.items():
-            for pair in pairwise(word):
-                counts[pair] += frequency[piece]
-        counts = {p: c for p, c in counts.items() if tokens[p[0]] + tokens[p[1]] not in tokens}
-        if not counts:
-            break
-        best = min(counts, key=lambda p: (-counts[p], p))
-        merges.append((tokens[best[0]], tokens[best[1]]))
-        words = {piece: merge_pair(word, best, len(tokens)) for piece, word in words.items()}
-        tokens.append(tokens[best[0]] + tokens[best[1]])
-    return merges
-
-
-# %% wrong="train_bpe" because="the shorter of two special tokens is cut out first"
-def train_bpe(text, vocab_size, special_tokens):
-    wanted = vocab_size - 256 - len(special_tokens)
-    if wanted < 0:
-        raise ValueError("too small")
-    parts = [text]
-    for special in sorted(special_tokens, key=len):
-        parts = [piece for part in parts for piece in part.split(special)]
-    frequency = Counter(piece for part in parts for piece in pre_tokenize(part))
-    words = {piece: list(piece.encode()) for piece in frequency}
-    tokens, merges = [bytes([b]) for b in range(256)], []
-    while len(merges) < wanted:
-        counts = Counter()
-        for piece, word in words.items():
-            for pair in pairwise(word):
-                counts[pair] += frequency[piece]
-        counts = {p: c for p, c in counts.items() if tokens[p[0]] + tokens[p[1]] not in tokens}
-        if not counts:
-            break
-        best = min(counts, key=lambda p: (-counts[p], p))
-        merges.append((tokens[best[0]], tokens[best[1]]))
-        words = {piece: merge_pair(word, best, len(tokens)) for piece, word in words.items()}
-        tokens.append(tokens[best[0]] + tokens[best[1]])
-    return merges
-
-
-# %% wrong="train_bpe" because="special tokens take no place in the vocabulary"
-def train_bpe(text, vocab_size, special_tokens):
-    parts = re.split("|".join(re.escape(t) for t in sorted(special_tokens, key=len, reverse=True)), text) if special_tokens else [text]
-    frequency = Counter(piece for part in parts for piece in pre_tokenize(part))
-    words = {piece: list(piece.encode()) for piece in frequency}
-    tokens, merges = [bytes([b]) for b in range(256)], []
-    while len(tokens) < vocab_size:
-        counts = Counter()
-        for piece, word in words.items():
-            for pair in pairwise(word):
-                counts[pair] += frequency[piece]
-        counts = {p: c for p, c in counts.items() if tokens[p[0]] + tokens[p[1]] not in tokens}
-        if not counts:
-            break
-        best = min(counts, key=lambda p: (-counts[p], p))
-        merges.append((tokens[best[0]], tokens[best[1]]))
-        words = {piece: merge_pair(word, best, len(tokens)) for piece, word in words.items()}
-        tokens.append(tokens[best[0]] + tokens[best[1]])
-    return merges
-
+- while len(merges) < wanted:
++ while len(tokens) < vocab_size:
 
 # %% wrong="train_bpe" because="characters instead of bytes"
 def train_bpe(text, vocab_size, special_tokens):
     wanted = vocab_size - 256 - len(special_tokens)
     if wanted < 0:
         raise ValueError("too small")
-    parts = re.split("|".join(re.escape(t) for t in sorted(special_tokens, key=len, reverse=True)), text) if special_tokens else [text]
+    parts = (
+        re.split(
+            "|".join(re.escape(t) for t in sorted(special_tokens, key=len, reverse=True)), text
+        )
+        if special_tokens
+        else [text]
+    )
     frequency = Counter(piece for part in parts for piece in pre_tokenize(part))
     words = {piece: [c.encode() for c in piece] for piece in frequency}
     age = {bytes([b]): b for b in range(256)}
@@ -569,7 +466,6 @@ def train_bpe(text, vocab_size, special_tokens):
         merges.append(best)
         words = {piece: merge_pair(word, best, best[0] + best[1]) for piece, word in words.items()}
     return merges
-
 
 # %% right="train_bpe" because="a max over all pairs, and only the five changes around each place"
 def train_bpe(text, vocab_size, special_tokens):
@@ -625,10 +521,18 @@ def train_bpe(text, vocab_size, special_tokens):
         del counts[best]
     return merges
 
-
-# %% wrong="encode" because="the first pair from the left"
+# %% wrong="encode" because="the first pair from the left" base="first-pair"
 def encode(text, tokenizer, special=True):
-    parts = re.split("(" + "|".join(re.escape(t) for t in sorted(tokenizer.special, key=len, reverse=True)) + ")", text) if special and tokenizer.special else [text]
+    parts = (
+        re.split(
+            "("
+            + "|".join(re.escape(t) for t in sorted(tokenizer.special, key=len, reverse=True))
+            + ")",
+            text,
+        )
+        if special and tokenizer.special
+        else [text]
+    )
     ids = []
     for i, part in enumerate(parts):
         if i % 2:
@@ -644,54 +548,43 @@ def encode(text, tokenizer, special=True):
             ids += [tokenizer.ids[s] for s in symbols]
     return ids
 
+# %% wrong="encode" because="the longest token that fits, from the left" of="first-pair"
+- symbols = [bytes([b]) for b in piece.encode()]
+- while True:
+-     pair = next((p for p in pairwise(symbols) if p in tokenizer.ranks), None)
+-     if pair is None:
+-         break
+-     symbols = merge_pair(symbols, pair, pair[0] + pair[1])
+- ids += [tokenizer.ids[s] for s in symbols]
++ raw = piece.encode()
++ while raw:
++     n = next(n for n in range(len(raw), 0, -1) if raw[:n] in tokenizer.ids)
++     ids.append(tokenizer.ids[raw[:n]])
++     raw = raw[n:]
 
-# %% wrong="encode" because="the longest token that fits, from the left"
-def encode(text, tokenizer, special=True):
-    parts = re.split("(" + "|".join(re.escape(t) for t in sorted(tokenizer.special, key=len, reverse=True)) + ")", text) if special and tokenizer.special else [text]
-    ids = []
-    for i, part in enumerate(parts):
-        if i % 2:
-            ids.append(tokenizer.special[part])
-            continue
-        for piece in pre_tokenize(part):
-            raw = piece.encode()
-            while raw:
-                n = next(n for n in range(len(raw), 0, -1) if raw[:n] in tokenizer.ids)
-                ids.append(tokenizer.ids[raw[:n]])
-                raw = raw[n:]
-    return ids
+# %% wrong="encode" because="merges cross the borders of the pieces" of="first-pair"
+- for piece in pre_tokenize(part):
+-     symbols = [bytes([b]) for b in piece.encode()]
+-     while True:
+-         pair = next((p for p in pairwise(symbols) if p in tokenizer.ranks), None)
+-         if pair is None:
+-             break
+-         symbols = merge_pair(symbols, pair, pair[0] + pair[1])
+-     ids += [tokenizer.ids[s] for s in symbols]
++ symbols = [bytes([b]) for b in part.encode()]
++ for pair in tokenizer.merges:
++     symbols = merge_pair(symbols, pair, pair[0] + pair[1])
++ ids += [tokenizer.ids[s] for s in symbols]
 
+# %% wrong="encode" because="special tokens are found even where special is False" of="first-pair"
+- if special and tokenizer.special
++ if tokenizer.special
 
-# %% wrong="encode" because="merges cross the borders of the pieces"
-def encode(text, tokenizer, special=True):
-    parts = re.split("(" + "|".join(re.escape(t) for t in sorted(tokenizer.special, key=len, reverse=True)) + ")", text) if special and tokenizer.special else [text]
-    ids = []
-    for i, part in enumerate(parts):
-        if i % 2:
-            ids.append(tokenizer.special[part])
-            continue
-        symbols = [bytes([b]) for b in part.encode()]
-        for pair in tokenizer.merges:
-            symbols = merge_pair(symbols, pair, pair[0] + pair[1])
-        ids += [tokenizer.ids[s] for s in symbols]
-    return ids
-
-
-# %% wrong="encode" because="special tokens are found even where special is False"
-def encode(text, tokenizer, special=True):
-    parts = re.split("(" + "|".join(re.escape(t) for t in sorted(tokenizer.special, key=len, reverse=True)) + ")", text) if tokenizer.special else [text]
-    ids = []
-    for i, part in enumerate(parts):
-        if i % 2:
-            ids.append(tokenizer.special[part])
-            continue
-        for piece in pre_tokenize(part):
-            symbols = [bytes([b]) for b in piece.encode()]
-            for pair in tokenizer.merges:
-                symbols = merge_pair(symbols, pair, pair[0] + pair[1])
-            ids += [tokenizer.ids[s] for s in symbols]
-    return ids
-
+- while True:
+-     pair = next((p for p in pairwise(symbols) if p in tokenizer.ranks), None)
+-     if pair is None:
+-         break
++ for pair in tokenizer.merges:
 
 # %% wrong="encode" because="special tokens are split by the expression before they are looked for"
 def encode(text, tokenizer, special=True):
@@ -706,26 +599,26 @@ def encode(text, tokenizer, special=True):
         ids += [tokenizer.ids[s] for s in symbols]
     return ids
 
+# %% wrong="encode" because="the shorter special token first" of="first-pair"
+- "("
+- + "|".join(re.escape(t) for t in sorted(tokenizer.special, key=len, reverse=True))
+- + ")",
+- text,
++ "(" + "|".join(re.escape(t) for t in sorted(tokenizer.special, key=len)) + ")", text
 
-# %% wrong="encode" because="the shorter special token first"
-def encode(text, tokenizer, special=True):
-    parts = re.split("(" + "|".join(re.escape(t) for t in sorted(tokenizer.special, key=len)) + ")", text) if special and tokenizer.special else [text]
-    ids = []
-    for i, part in enumerate(parts):
-        if i % 2:
-            ids.append(tokenizer.special[part])
-            continue
-        for piece in pre_tokenize(part):
-            symbols = [bytes([b]) for b in piece.encode()]
-            for pair in tokenizer.merges:
-                symbols = merge_pair(symbols, pair, pair[0] + pair[1])
-            ids += [tokenizer.ids[s] for s in symbols]
-    return ids
-
+- while True:
+-     pair = next((p for p in pairwise(symbols) if p in tokenizer.ranks), None)
+-     if pair is None:
+-         break
++ for pair in tokenizer.merges:
 
 # %% wrong="encode" because="special tokens are not escaped"
 def encode(text, tokenizer, special=True):
-    parts = re.split("(" + "|".join(sorted(tokenizer.special, key=len, reverse=True)) + ")", text) if special and tokenizer.special else [text]
+    parts = (
+        re.split("(" + "|".join(sorted(tokenizer.special, key=len, reverse=True)) + ")", text)
+        if special and tokenizer.special
+        else [text]
+    )
     ids = []
     for part in parts:
         if special and part in tokenizer.special:
@@ -738,60 +631,38 @@ def encode(text, tokenizer, special=True):
             ids += [tokenizer.ids[s] for s in symbols]
     return ids
 
+# %% wrong="encode" because="characters that are no single byte are dropped" of="first-pair"
+- symbols = [bytes([b]) for b in piece.encode()]
+- while True:
+-     pair = next((p for p in pairwise(symbols) if p in tokenizer.ranks), None)
+-     if pair is None:
+-         break
++ symbols = [c.encode() for c in piece]
++ for pair in tokenizer.merges:
 
-# %% wrong="encode" because="characters that are no single byte are dropped"
-def encode(text, tokenizer, special=True):
-    parts = re.split("(" + "|".join(re.escape(t) for t in sorted(tokenizer.special, key=len, reverse=True)) + ")", text) if special and tokenizer.special else [text]
-    ids = []
-    for i, part in enumerate(parts):
-        if i % 2:
-            ids.append(tokenizer.special[part])
-            continue
-        for piece in pre_tokenize(part):
-            symbols = [c.encode() for c in piece]
-            for pair in tokenizer.merges:
-                symbols = merge_pair(symbols, pair, pair[0] + pair[1])
-            ids += [tokenizer.ids[s] for s in symbols if s in tokenizer.ids]
-    return ids
+- ids += [tokenizer.ids[s] for s in symbols]
++ ids += [tokenizer.ids[s] for s in symbols if s in tokenizer.ids]
 
+# %% wrong="encode" because="one merge for each piece, then it stops" of="first-pair"
+- while True:
+-     pair = next((p for p in pairwise(symbols) if p in tokenizer.ranks), None)
+-     if pair is None:
+-         break
+-     symbols = merge_pair(symbols, pair, pair[0] + pair[1])
++ pairs = [p for p in pairwise(symbols) if p in tokenizer.ranks]
++ if pairs:
++     best = min(pairs, key=tokenizer.ranks.get)
++     symbols = merge_pair(symbols, best, best[0] + best[1])
 
-# %% wrong="encode" because="one merge for each piece, then it stops"
-def encode(text, tokenizer, special=True):
-    parts = re.split("(" + "|".join(re.escape(t) for t in sorted(tokenizer.special, key=len, reverse=True)) + ")", text) if special and tokenizer.special else [text]
-    ids = []
-    for i, part in enumerate(parts):
-        if i % 2:
-            ids.append(tokenizer.special[part])
-            continue
-        for piece in pre_tokenize(part):
-            symbols = [bytes([b]) for b in piece.encode()]
-            pairs = [p for p in pairwise(symbols) if p in tokenizer.ranks]
-            if pairs:
-                best = min(pairs, key=tokenizer.ranks.get)
-                symbols = merge_pair(symbols, best, best[0] + best[1])
-            ids += [tokenizer.ids[s] for s in symbols]
-    return ids
+# %% wrong="encode" because="the highest rank first" of="first-pair"
+- pair = next((p for p in pairwise(symbols) if p in tokenizer.ranks), None)
+- if pair is None:
++ pairs = [p for p in pairwise(symbols) if p in tokenizer.ranks]
++ if not pairs:
 
-
-# %% wrong="encode" because="the highest rank first"
-def encode(text, tokenizer, special=True):
-    parts = re.split("(" + "|".join(re.escape(t) for t in sorted(tokenizer.special, key=len, reverse=True)) + ")", text) if special and tokenizer.special else [text]
-    ids = []
-    for i, part in enumerate(parts):
-        if i % 2:
-            ids.append(tokenizer.special[part])
-            continue
-        for piece in pre_tokenize(part):
-            symbols = [bytes([b]) for b in piece.encode()]
-            while True:
-                pairs = [p for p in pairwise(symbols) if p in tokenizer.ranks]
-                if not pairs:
-                    break
-                best = max(pairs, key=tokenizer.ranks.get)
-                symbols = merge_pair(symbols, best, best[0] + best[1])
-            ids += [tokenizer.ids[s] for s in symbols]
-    return ids
-
+- symbols = merge_pair(symbols, pair, pair[0] + pair[1])
++ best = max(pairs, key=tokenizer.ranks.get)
++ symbols = merge_pair(symbols, best, best[0] + best[1])
 
 # %% right="encode" because="every merge of the list, in order"
 def encode(text, tokenizer, special=True):
@@ -803,7 +674,7 @@ def encode(text, tokenizer, special=True):
                 i = 0
                 while i + 1 < len(symbols):
                     if symbols[i] == left and symbols[i + 1] == right:
-                        symbols[i:i + 2] = [left + right]
+                        symbols[i : i + 2] = [left + right]
                     i += 1
             ids += [tokenizer.ids[symbol] for symbol in symbols]
         return ids
@@ -822,30 +693,27 @@ def encode(text, tokenizer, special=True):
         start = i
     return ids + ordinary(text[start:])
 
-
-# %% wrong="decode" because="errors='strict' raises"
+# %% wrong="decode" because="errors='strict' raises" base="errors-strict"
 def decode(ids, tokenizer):
     texts = {i: t.encode() for t, i in tokenizer.special.items()}
     if any(not 0 <= i < len(tokenizer) for i in ids):
         raise ValueError("no such id")
     return b"".join(texts[i] if i in texts else tokenizer.tokens[i] for i in ids).decode()
 
-
-# %% wrong="decode" because="errors='ignore' drops the broken bytes"
-def decode(ids, tokenizer):
-    texts = {i: t.encode() for t, i in tokenizer.special.items()}
-    if any(not 0 <= i < len(tokenizer) for i in ids):
-        raise ValueError("no such id")
-    return b"".join(texts[i] if i in texts else tokenizer.tokens[i] for i in ids).decode(errors="ignore")
-
+# %% wrong="decode" because="errors='ignore' drops the broken bytes" of="errors-strict"
+- return b"".join(texts[i] if i in texts else tokenizer.tokens[i] for i in ids).decode()
++ return b"".join(texts[i] if i in texts else tokenizer.tokens[i] for i in ids).decode(
++     errors="ignore"
++ )
 
 # %% wrong="decode" because="each token is decoded by itself"
 def decode(ids, tokenizer):
     texts = {i: t for t, i in tokenizer.special.items()}
     if any(not 0 <= i < len(tokenizer) for i in ids):
         raise ValueError("no such id")
-    return "".join(texts[i] if i in texts else tokenizer.tokens[i].decode(errors="replace") for i in ids)
-
+    return "".join(
+        texts[i] if i in texts else tokenizer.tokens[i].decode(errors="replace") for i in ids
+    )
 
 # %% wrong="decode" because="a negative id counts from the end"
 def decode(ids, tokenizer):
@@ -855,27 +723,26 @@ def decode(ids, tokenizer):
     except IndexError:
         raise ValueError("no such id") from None
 
-
 # %% wrong="decode" because="special tokens are left out"
 def decode(ids, tokenizer):
     if any(not 0 <= i < len(tokenizer) for i in ids):
         raise ValueError("no such id")
-    return b"".join(tokenizer.tokens[i] for i in ids if i < len(tokenizer.tokens)).decode(errors="replace")
+    return b"".join(tokenizer.tokens[i] for i in ids if i < len(tokenizer.tokens)).decode(
+        errors="replace"
+    )
 
-
-# %% wrong="decode" because="unknown ids are skipped"
+# %% wrong="decode" because="unknown ids are skipped" base="unknown-ids"
 def decode(ids, tokenizer):
-    tokens = dict(enumerate(tokenizer.tokens)) | {i: t.encode() for t, i in tokenizer.special.items()}
+    tokens = dict(enumerate(tokenizer.tokens)) | {
+        i: t.encode() for t, i in tokenizer.special.items()
+    }
     return b"".join(tokens.get(i, b"") for i in ids).decode(errors="replace")
 
-
-# %% wrong="decode" because="Latin-1"
-def decode(ids, tokenizer):
-    tokens = dict(enumerate(tokenizer.tokens)) | {i: t.encode() for t, i in tokenizer.special.items()}
-    if any(i not in tokens for i in ids):
-        raise ValueError("no such id")
-    return b"".join(tokens[i] for i in ids).decode("latin-1")
-
+# %% wrong="decode" because="Latin-1" of="unknown-ids"
+- return b"".join(tokens.get(i, b"") for i in ids).decode(errors="replace")
++ if any(i not in tokens for i in ids):
++     raise ValueError("no such id")
++ return b"".join(tokens[i] for i in ids).decode("latin-1")
 
 # %% right="decode" because="a bytearray and an incremental decoder"
 def decode(ids, tokenizer):
@@ -893,7 +760,6 @@ def decode(ids, tokenizer):
             raise ValueError(f"no id {i}")
     return "".join(out) + decoder.decode(b"", final=True)
 
-
 # %% wrong="encode_chat" because="one string, encoded with its special tokens"
 def encode_chat(messages, tokenizer):
     for message in messages:
@@ -901,7 +767,6 @@ def encode_chat(messages, tokenizer):
             raise ValueError(message["role"])
     text = "".join(f"<|start|>{m['role']}\n{m['content']}<|end|>" for m in messages)
     return encode(text, tokenizer)
-
 
 # %% wrong="encode_chat" because="control tokens are removed from the content"
 def encode_chat(messages, tokenizer):
@@ -912,39 +777,44 @@ def encode_chat(messages, tokenizer):
         content = message["content"]
         for token in tokenizer.special:
             content = content.replace(token, "")
-        ids += [tokenizer.special["<|start|>"], *encode(message["role"] + "\n", tokenizer, False), *encode(content, tokenizer, True), tokenizer.special["<|end|>"]]
+        ids += [
+            tokenizer.special["<|start|>"],
+            *encode(message["role"] + "\n", tokenizer, False),
+            *encode(content, tokenizer, True),
+            tokenizer.special["<|end|>"],
+        ]
     return ids
-
 
 # %% wrong="encode_chat" because="control tokens are encoded as text as well"
 def encode_chat(messages, tokenizer):
     for message in messages:
         if message["role"] not in ("system", "user", "assistant"):
             raise ValueError(message["role"])
-    return encode("".join(f"<|start|>{m['role']}\n{m['content']}<|end|>" for m in messages), tokenizer, special=False)
+    return encode(
+        "".join(f"<|start|>{m['role']}\n{m['content']}<|end|>" for m in messages),
+        tokenizer,
+        special=False,
+    )
 
-
-# %% wrong="encode_chat" because="any role is accepted"
+# %% wrong="encode_chat" because="any role is accepted" base="any-role"
 def encode_chat(messages, tokenizer):
     ids = []
     for message in messages:
         text = message["role"] + "\n" + message["content"]
-        ids += [tokenizer.special["<|start|>"], *encode(text, tokenizer, False), tokenizer.special["<|end|>"]]
+        ids += [
+            tokenizer.special["<|start|>"],
+            *encode(text, tokenizer, False),
+            tokenizer.special["<|end|>"],
+        ]
     return ids
 
+# %% wrong="encode_chat" because="the newline after the role is missing" of="any-role"
+- text = message["role"] + "\n" + message["content"]
++ if message["role"] not in ("system", "user", "assistant"):
++     raise ValueError(message["role"])
++ text = message["role"] + message["content"]
 
-# %% wrong="encode_chat" because="the newline after the role is missing"
-def encode_chat(messages, tokenizer):
-    ids = []
-    for message in messages:
-        if message["role"] not in ("system", "user", "assistant"):
-            raise ValueError(message["role"])
-        text = message["role"] + message["content"]
-        ids += [tokenizer.special["<|start|>"], *encode(text, tokenizer, False), tokenizer.special["<|end|>"]]
-    return ids
-
-
-# %% right="encode_chat" because="role and content in one text"
+# %% wrong="encode_chat" because="role and content in one text, where a token may join the two"
 def encode_chat(messages, tokenizer):
     ids = []
     for message in messages:
@@ -955,22 +825,27 @@ def encode_chat(messages, tokenizer):
         ids.append(tokenizer.special["<|end|>"])
     return ids
 
-
 # %% wrong="wordpiece_tokenize" because="continuations without ##"
 def wordpiece_tokenize(word, vocab, unknown="[UNK]", max_characters=100):
     if len(word) > max_characters:
         return [unknown]
     pieces, start = [], 0
     while start < len(word):
-        end = next((e for e in range(len(word), start, -1) if word[start:e] in vocab or (start and "##" + word[start:e] in vocab)), None)
+        end = next(
+            (
+                e
+                for e in range(len(word), start, -1)
+                if word[start:e] in vocab or (start and "##" + word[start:e] in vocab)
+            ),
+            None,
+        )
         if end is None:
             return [unknown]
         pieces.append(word[start:end])
         start = end
     return pieces
 
-
-# %% wrong="wordpiece_tokenize" because="only the rest becomes unknown"
+# %% wrong="wordpiece_tokenize" because="only the rest becomes unknown" base="only-rest"
 def wordpiece_tokenize(word, vocab, unknown="[UNK]", max_characters=100):
     if len(word) > max_characters:
         return [unknown]
@@ -984,21 +859,14 @@ def wordpiece_tokenize(word, vocab, unknown="[UNK]", max_characters=100):
         start = end
     return pieces
 
+# %% wrong="wordpiece_tokenize" because="the shortest match" of="only-rest"
+- end = next((e for e in range(len(word), start, -1) if mark + word[start:e] in vocab), None)
++ end = next(
++     (e for e in range(start + 1, len(word) + 1) if mark + word[start:e] in vocab), None
++ )
 
-# %% wrong="wordpiece_tokenize" because="the shortest match"
-def wordpiece_tokenize(word, vocab, unknown="[UNK]", max_characters=100):
-    if len(word) > max_characters:
-        return [unknown]
-    pieces, start = [], 0
-    while start < len(word):
-        mark = "##" if start else ""
-        end = next((e for e in range(start + 1, len(word) + 1) if mark + word[start:e] in vocab), None)
-        if end is None:
-            return [unknown]
-        pieces.append(mark + word[start:end])
-        start = end
-    return pieces
-
+- return pieces + [unknown]
++ return [unknown]
 
 # %% wrong="wordpiece_tokenize" because="goes back when the longest leads nowhere"
 def wordpiece_tokenize(word, vocab, unknown="[UNK]", max_characters=100):
@@ -1017,60 +885,44 @@ def wordpiece_tokenize(word, vocab, unknown="[UNK]", max_characters=100):
     found = cut(0)
     return [unknown] if found is None else found
 
+# %% wrong="wordpiece_tokenize" because="a single character is skipped where nothing fits" of="only-rest"
+- return pieces + [unknown]
++ start += 1
++ continue
 
-# %% wrong="wordpiece_tokenize" because="a single character is skipped where nothing fits"
-def wordpiece_tokenize(word, vocab, unknown="[UNK]", max_characters=100):
-    if len(word) > max_characters:
-        return [unknown]
-    pieces, start = [], 0
-    while start < len(word):
-        mark = "##" if start else ""
-        end = next((e for e in range(len(word), start, -1) if mark + word[start:e] in vocab), None)
-        if end is None:
-            start += 1
-            continue
-        pieces.append(mark + word[start:end])
-        start = end
-    return pieces or ([unknown] if word else [])
+- return pieces
++ return pieces or ([unknown] if word else [])
 
+# %% wrong="wordpiece_tokenize" because="words of exactly the longest length are unknown" of="only-rest"
+- if len(word) > max_characters:
++ if len(word) >= max_characters:
 
-# %% wrong="wordpiece_tokenize" because="words of exactly the longest length are unknown"
-def wordpiece_tokenize(word, vocab, unknown="[UNK]", max_characters=100):
-    if len(word) >= max_characters:
-        return [unknown]
-    pieces, start = [], 0
-    while start < len(word):
-        mark = "##" if start else ""
-        end = next((e for e in range(len(word), start, -1) if mark + word[start:e] in vocab), None)
-        if end is None:
-            return [unknown]
-        pieces.append(mark + word[start:end])
-        start = end
-    return pieces
-
+- return pieces + [unknown]
++ return [unknown]
 
 # %% right="wordpiece_tokenize" because="shortening the rest from its end"
 def wordpiece_tokenize(word, vocab, unknown="[UNK]", max_characters=100):
     if len(word) > max_characters:
         return [unknown]
-    pieces, rest = [], word
-    while rest not in ("", "##"):
+    pieces, mark, rest = [], "", word
+    while rest:
         prefix = rest
-        while prefix not in vocab and prefix not in ("", "##"):
+        while prefix and mark + prefix not in vocab:
             prefix = prefix[:-1]
-        if prefix in ("", "##"):
+        if not prefix:
             return [unknown]
-        pieces.append(prefix)
-        rest = "##" + rest[len(prefix):]
+        pieces.append(mark + prefix)
+        mark, rest = "##", rest[len(prefix) :]
     return pieces
-
 
 # %% wrong="unigram_viterbi" because="greedy: the longest token from the left"
 def unigram_viterbi(text, log_probs):
     tokens, score, i = [], 0.0, 0
     longest = max(map(len, log_probs), default=0)
     while i < len(text):
-        j = next((j for j in range(min(len(text), i + longest), i, -1) if text[i:j] in log_probs), None)
+        j = next(
+            (j for j in range(min(len(text), i + longest), i, -1) if text[i:j] in log_probs), None
+        )
         if j is None:
             raise ValueError("no segmentation")
         tokens.append(text[i:j])
@@ -1078,13 +930,16 @@ def unigram_viterbi(text, log_probs):
         i = j
     return tokens, score
 
-
 # %% wrong="unigram_viterbi" because="greedy: the most probable token from the left"
 def unigram_viterbi(text, log_probs):
     tokens, score, i = [], 0.0, 0
     longest = max(map(len, log_probs), default=0)
     while i < len(text):
-        fits = [text[i:j] for j in range(i + 1, min(len(text), i + longest) + 1) if text[i:j] in log_probs]
+        fits = [
+            text[i:j]
+            for j in range(i + 1, min(len(text), i + longest) + 1)
+            if text[i:j] in log_probs
+        ]
         if not fits:
             raise ValueError("no segmentation")
         token = max(fits, key=log_probs.get)
@@ -1092,7 +947,6 @@ def unigram_viterbi(text, log_probs):
         score += log_probs[token]
         i += len(token)
     return tokens, score
-
 
 # %% wrong="unigram_viterbi" because="log-probabilities are multiplied"
 def unigram_viterbi(text, log_probs):
@@ -1109,30 +963,36 @@ def unigram_viterbi(text, log_probs):
         raise ValueError("no segmentation")
     return best[n]
 
-
 # %% wrong="unigram_viterbi" because="unreachable places score 0"
 def unigram_viterbi(text, log_probs):
     longest = max(map(len, log_probs), default=0)
     score, begin = [0.0] * (len(text) + 1), [None] * (len(text) + 1)
     for j in range(1, len(text) + 1):
-        fits = [(score[i] + log_probs[text[i:j]], i) for i in range(max(0, j - longest), j) if text[i:j] in log_probs]
+        fits = [
+            (score[i] + log_probs[text[i:j]], i)
+            for i in range(max(0, j - longest), j)
+            if text[i:j] in log_probs
+        ]
         if fits:
             score[j], begin[j] = max(fits)
     tokens, j = [], len(text)
     while j:
         if begin[j] is None:
             raise ValueError("no segmentation")
-        tokens.append(text[begin[j]:j])
+        tokens.append(text[begin[j] : j])
         j = begin[j]
     return tokens[::-1], score[-1]
-
 
 # %% wrong="unigram_viterbi" because="fewest tokens instead of most probable"
 def unigram_viterbi(text, log_probs):
     longest = max(map(len, log_probs), default=0)
     best = [(0, 0.0, None)] + [None] * len(text)
     for j in range(1, len(text) + 1):
-        fits = [(best[i][0] + 1, -best[i][1] - log_probs[text[i:j]], i) for i in range(max(0, j - longest), j) if best[i] and text[i:j] in log_probs]
+        fits = [
+            (best[i][0] + 1, -best[i][1] - log_probs[text[i:j]], i)
+            for i in range(max(0, j - longest), j)
+            if best[i] and text[i:j] in log_probs
+        ]
         if fits:
             n, minus, i = min(fits)
             best[j] = (n, -minus, i)
@@ -1140,10 +1000,9 @@ def unigram_viterbi(text, log_probs):
         raise ValueError("no segmentation")
     tokens, j = [], len(text)
     while j:
-        tokens.append(text[best[j][2]:j])
+        tokens.append(text[best[j][2] : j])
         j = best[j][2]
     return tokens[::-1], best[-1][1]
-
 
 # %% wrong="unigram_viterbi" because="recursive, without a memory"
 def unigram_viterbi(text, log_probs):
@@ -1162,7 +1021,6 @@ def unigram_viterbi(text, log_probs):
         raise ValueError("no segmentation")
     return best
 
-
 # %% wrong="unigram_viterbi" because="all starting points, not only those within the longest token"
 def unigram_viterbi(text, log_probs):
     score = [0.0] + [-math.inf] * len(text)
@@ -1176,10 +1034,9 @@ def unigram_viterbi(text, log_probs):
         raise ValueError("no segmentation")
     tokens, j = [], len(text)
     while j:
-        tokens.append(text[begin[j]:j])
+        tokens.append(text[begin[j] : j])
         j = begin[j]
     return tokens[::-1], score[-1]
-
 
 # %% wrong="unigram_viterbi" because="a probability instead of its logarithm"
 def unigram_viterbi(text, log_probs):
@@ -1194,10 +1051,9 @@ def unigram_viterbi(text, log_probs):
         raise ValueError("no segmentation")
     tokens, j = [], len(text)
     while j:
-        tokens.append(text[begin[j]:j])
+        tokens.append(text[begin[j] : j])
         j = begin[j]
     return tokens[::-1], math.exp(score[-1])
-
 
 # %% right="unigram_viterbi" because="forwards: each place hands its score on"
 def unigram_viterbi(text, log_probs):
@@ -1207,7 +1063,7 @@ def unigram_viterbi(text, log_probs):
         if i not in best:
             continue
         for n in lengths:
-            token = text[i:i + n]
+            token = text[i : i + n]
             if len(token) == n and token in log_probs:
                 score = best[i][0] + log_probs[token]
                 if i + n not in best or score > best[i + n][0]:
@@ -1220,12 +1076,10 @@ def unigram_viterbi(text, log_probs):
         j -= len(best[j][1])
     return tokens, best[len(text)][0]
 
-
 # %% wrong="unigram_expected_counts" because="the counts of the best segmentation"
 def unigram_expected_counts(text, log_probs):
     tokens, score = unigram_viterbi(text, log_probs)
     return score, dict(Counter(tokens))
-
 
 # %% wrong="unigram_expected_counts" because="not divided by Z"
 def unigram_expected_counts(text, log_probs):
@@ -1245,7 +1099,6 @@ def unigram_expected_counts(text, log_probs):
                 counts[text[i:j]] += alpha[i] * p[text[i:j]] * beta[j]
     return math.log(alpha[n]), dict(counts)
 
-
 # %% wrong="unigram_expected_counts" because="probabilities without logarithms underflow"
 def unigram_expected_counts(text, log_probs):
     n, longest = len(text), max(map(len, log_probs), default=0)
@@ -1254,7 +1107,9 @@ def unigram_expected_counts(text, log_probs):
     for j in range(1, n + 1):
         alpha[j] = sum(alpha[i] * p.get(text[i:j], 0.0) for i in range(max(0, j - longest), j))
     for i in range(n - 1, -1, -1):
-        beta[i] = sum(p.get(text[i:j], 0.0) * beta[j] for j in range(i + 1, min(n, i + longest) + 1))
+        beta[i] = sum(
+            p.get(text[i:j], 0.0) * beta[j] for j in range(i + 1, min(n, i + longest) + 1)
+        )
     if not alpha[n]:
         raise ValueError("no segmentation")
     counts = defaultdict(float)
@@ -1264,14 +1119,17 @@ def unigram_expected_counts(text, log_probs):
                 counts[text[i:j]] += alpha[i] * p[text[i:j]] * beta[j] / alpha[n]
     return math.log(alpha[n]), dict(counts)
 
-
 # %% wrong="unigram_expected_counts" because="counts over places that lead nowhere: no backward pass"
 def unigram_expected_counts(text, log_probs):
     n, longest = len(text), max(map(len, log_probs), default=0)
     alpha = [0.0] + [-math.inf] * n
     counts = defaultdict(float)
     for j in range(1, n + 1):
-        terms = {text[i:j]: alpha[i] + log_probs[text[i:j]] for i in range(max(0, j - longest), j) if text[i:j] in log_probs and alpha[i] > -math.inf}
+        terms = {
+            text[i:j]: alpha[i] + log_probs[text[i:j]]
+            for i in range(max(0, j - longest), j)
+            if text[i:j] in log_probs and alpha[i] > -math.inf
+        }
         if terms:
             top = max(terms.values())
             alpha[j] = top + math.log(sum(math.exp(t - top) for t in terms.values()))
@@ -1280,7 +1138,6 @@ def unigram_expected_counts(text, log_probs):
     if alpha[n] == -math.inf:
         raise ValueError("no segmentation")
     return alpha[n], dict(counts)
-
 
 # %% wrong="unigram_expected_counts" because="a token counts once, however often it occurs"
 def unigram_expected_counts(text, log_probs):
@@ -1292,9 +1149,21 @@ def unigram_expected_counts(text, log_probs):
 
     alpha, beta = [0.0] * (n + 1), [0.0] * (n + 1)
     for j in range(1, n + 1):
-        alpha[j] = log_sum([alpha[i] + log_probs[text[i:j]] for i in range(max(0, j - longest), j) if text[i:j] in log_probs])
+        alpha[j] = log_sum(
+            [
+                alpha[i] + log_probs[text[i:j]]
+                for i in range(max(0, j - longest), j)
+                if text[i:j] in log_probs
+            ]
+        )
     for i in range(n - 1, -1, -1):
-        beta[i] = log_sum([log_probs[text[i:j]] + beta[j] for j in range(i + 1, min(n, i + longest) + 1) if text[i:j] in log_probs])
+        beta[i] = log_sum(
+            [
+                log_probs[text[i:j]] + beta[j]
+                for j in range(i + 1, min(n, i + longest) + 1)
+                if text[i:j] in log_probs
+            ]
+        )
     if alpha[n] == -math.inf:
         raise ValueError("no segmentation")
     counts = {}
@@ -1304,17 +1173,22 @@ def unigram_expected_counts(text, log_probs):
                 counts[text[i:j]] = math.exp(alpha[i] + log_probs[text[i:j]] + beta[j] - alpha[n])
     return alpha[n], counts
 
-
 # %% right="unigram_expected_counts" because="the gradient of log Z by autograd"
 def unigram_expected_counts(text, log_probs):
     names = list(log_probs)
     place = {token: i for i, token in enumerate(names)}
-    values = torch.tensor([log_probs[token] for token in names], dtype=torch.float64, requires_grad=True)
+    values = torch.tensor(
+        [log_probs[token] for token in names], dtype=torch.float64, requires_grad=True
+    )
     longest = max(map(len, names), default=0)
     single = values.unbind() if names else ()
     alpha = [torch.zeros((), dtype=torch.float64)]
     for j in range(1, len(text) + 1):
-        terms = [alpha[i] + single[place[text[i:j]]] for i in range(max(0, j - longest), j) if text[i:j] in place and alpha[i] is not None]
+        terms = [
+            alpha[i] + single[place[text[i:j]]]
+            for i in range(max(0, j - longest), j)
+            if text[i:j] in place and alpha[i] is not None
+        ]
         alpha.append(torch.stack(terms).logsumexp(0) if terms else None)
     if alpha[-1] is None:
         raise ValueError("no segmentation")
@@ -1323,74 +1197,113 @@ def unigram_expected_counts(text, log_probs):
     (counts,) = torch.autograd.grad(alpha[-1], values)
     return float(alpha[-1].detach()), dict(zip(names, counts.tolist()))
 
+# %% wrong="key_questions" because="from left to right"
+- return ["t", "here"]
++ return ["the", "re"]
 
-# %% wrong="question_order" because="from left to right"
-def question_order():
-    return ["the", "re"]
+# %% wrong="key_questions" because="stops after the first merge"
+- return ["t", "here"]
++ return ["t", "he", "r", "e"]
 
+# %% wrong="key_questions" because="bits per token"
+- return math.log2(20) / 4.0, math.log2(15) / 3.0
++ return math.log2(20), math.log2(15)
 
-# %% wrong="question_order" because="stops after the first merge"
-def question_order():
-    return ["t", "he", "r", "e"]
+# %% wrong="key_questions" because="nats"
+- return math.log2(20) / 4.0, math.log2(15) / 3.0
++ return math.log(20) / 4, math.log(15) / 3
 
+# %% wrong="key_questions" because="perplexity divided by the bytes"
+- return math.log2(20) / 4.0, math.log2(15) / 3.0
++ return 20 / 4, 15 / 3
 
-# %% right="question_order" because="the merges replayed"
+# %% wrong="key_questions" because="attention linear in the length"
+- return 2500 / 1000, (2500 / 1000) ** 2
++ return 2.5, 2.5
+
+# %% wrong="key_questions" because="upside down"
+- return 2500 / 1000, (2500 / 1000) ** 2
++ return 0.4, 0.16
+
+# %% wrong="key_questions" because="the bytes are forgotten"
+- return 50_257 - 256 - 1
++ return 50_256
+
+# %% wrong="key_questions" because="the special token is forgotten"
+- return 50_257 - 256 - 1
++ return 50_001
+
+# %% right="key_questions" because="replayed, per byte first, and numbers"
 def question_order():
     symbols = list("there")
     for pair in [("h", "e"), ("t", "h"), ("th", "e"), ("r", "e"), ("he", "re")]:
         i = 0
         while i + 1 < len(symbols):
             if (symbols[i], symbols[i + 1]) == pair:
-                symbols[i:i + 2] = ["".join(pair)]
+                symbols[i : i + 2] = ["".join(pair)]
             i += 1
     return symbols
 
 
-# %% wrong="question_compare" because="bits per token"
-def question_compare():
-    return math.log2(20), math.log2(15)
-
-
-# %% wrong="question_compare" because="nats"
-def question_compare():
-    return math.log(20) / 4, math.log(15) / 3
-
-
-# %% wrong="question_compare" because="perplexity divided by the bytes"
-def question_compare():
-    return 20 / 4, 15 / 3
-
-
-# %% right="question_compare" because="perplexity per byte first"
 def question_compare():
     return math.log2(20 ** (1 / 4)), math.log2(15 ** (1 / 3))
 
 
-# %% wrong="question_premium" because="attention linear in the length"
-def question_premium():
-    return 2.5, 2.5
-
-
-# %% wrong="question_premium" because="upside down"
-def question_premium():
-    return 0.4, 0.16
-
-
-# %% right="question_premium" because="numbers"
 def question_premium():
     return 2.5, 6.25
 
 
-# %% wrong="question_vocabulary" because="the bytes are forgotten"
-def question_vocabulary():
-    return 50_256
-
-
-# %% wrong="question_vocabulary" because="the special token is forgotten"
-def question_vocabulary():
-    return 50_001
-
-
-# %% right="question_vocabulary" because="the number"
 def question_vocabulary():
     return 50_000
+
+# %% right="encode_chat" because="two texts, one after the other"
+def encode_chat(messages, tokenizer):
+    roles = {"system", "user", "assistant"}
+    start, end = tokenizer.special["<|start|>"], tokenizer.special["<|end|>"]
+    ids = []
+    for message in messages:
+        if message["role"] not in roles:
+            raise ValueError(message["role"])
+        ids.append(start)
+        for text in (message["role"] + "\n", message["content"]):
+            ids.extend(encode(text, tokenizer, False))
+        ids.append(end)
+    return ids
+
+# %% wrong="merge_pair" because="the id 0 is taken for no symbol"
+def merge_pair(symbols: list, pair: tuple, merged) -> list:
+    out, held = [], None
+    for symbol in symbols:
+        if held and (held, symbol) == pair:
+            out.append(merged)
+            held = None
+        else:
+            if held is not None:
+                out.append(held)
+            held = symbol
+    if held is not None:
+        out.append(held)
+    return out
+
+# %% wrong="merge_pair" because="compared with is, which holds for small numbers and single bytes only"
+- if i + 1 < len(symbols) and (symbols[i], symbols[i + 1]) == pair:
++ if i + 1 < len(symbols) and symbols[i] is pair[0] and symbols[i + 1] is pair[1]:
+
+# %% wrong="wordpiece_tokenize" because="the longest word is measured in bytes"
+- if len(word) > max_characters:
++ if len(word.encode()) > max_characters:
+
+# %% wrong="wordpiece_tokenize" because="nothing is left of a word that is ##"
+def wordpiece_tokenize(word, vocab, unknown="[UNK]", max_characters=100):
+    if len(word) > max_characters:
+        return [unknown]
+    pieces, rest = [], word
+    while rest not in ("", "##"):
+        prefix = rest
+        while prefix not in vocab and prefix not in ("", "##"):
+            prefix = prefix[:-1]
+        if prefix in ("", "##"):
+            return [unknown]
+        pieces.append(prefix)
+        rest = "##" + rest[len(prefix) :]
+    return pieces

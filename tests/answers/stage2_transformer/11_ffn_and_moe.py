@@ -5,24 +5,20 @@ def feed_forward(x, keys, values, gates=None):
     coefficients = x @ keys.T if gates is None else (x @ gates.T) * (x @ keys.T)
     return coefficients @ values, coefficients
 
-
 # %% wrong="feed_forward" because="softmax over the cells, as in attention"
 def feed_forward(x, keys, values, gates=None):
     coefficients = (x @ keys.T).softmax(-1) if gates is None else F.silu(x @ gates.T) * (x @ keys.T)
     return coefficients @ values, coefficients
-
 
 # %% wrong="feed_forward" because="the activation on the keys, not on the gates"
 def feed_forward(x, keys, values, gates=None):
     coefficients = F.relu(x @ keys.T) if gates is None else F.silu(x @ keys.T) * (x @ gates.T)
     return coefficients @ values, coefficients
 
-
 # %% wrong="feed_forward" because="gates ignored"
 def feed_forward(x, keys, values, gates=None):
     coefficients = F.relu(x @ keys.T)
     return coefficients @ values, coefficients
-
 
 # %% right="feed_forward" because="einsum over cells"
 def feed_forward(x, keys, values, gates=None):
@@ -34,7 +30,6 @@ def feed_forward(x, keys, values, gates=None):
         m = g * g.sigmoid() * match
     return F.linear(m, values.mT), m
 
-
 # %% wrong="top_k_router" because="uniform weights"
 def top_k_router(logits, k, renormalize=True, scoring="softmax", bias=None):
     logits = logits if logits.dtype == torch.float64 else logits.float()
@@ -42,9 +37,12 @@ def top_k_router(logits, k, renormalize=True, scoring="softmax", bias=None):
     if scores is None or not 1 <= k <= logits.shape[-1]:
         raise ValueError(scoring)
     scores = scores(logits)
-    indices = (scores if bias is None else scores + bias).sort(dim=-1, descending=True, stable=True).indices[:, :k]
+    indices = (
+        (scores if bias is None else scores + bias)
+        .sort(dim=-1, descending=True, stable=True)
+        .indices[:, :k]
+    )
     return torch.full_like(scores[:, :k], 1 / k), indices
-
 
 # %% wrong="top_k_router" because="always the first experts"
 def top_k_router(logits, k, renormalize=True, scoring="softmax", bias=None):
@@ -52,29 +50,28 @@ def top_k_router(logits, k, renormalize=True, scoring="softmax", bias=None):
     weights = logits.float().softmax(-1).gather(1, indices)
     return (weights / weights.sum(-1, keepdim=True) if renormalize else weights), indices
 
-
-# %% wrong="top_k_router" because="softmax after top-k, whatever renormalize says"
+# %% wrong="top_k_router" because="softmax after top-k, whatever renormalize says" base="softmax-after"
 def top_k_router(logits, k, renormalize=True, scoring="softmax", bias=None):
     if scoring not in ("softmax", "sigmoid") or not 1 <= k <= logits.shape[-1]:
         raise ValueError(scoring)
     logits = logits if logits.dtype == torch.float64 else logits.float()
     scores = logits.softmax(-1) if scoring == "softmax" else logits.sigmoid()
-    indices = (scores if bias is None else scores + bias).sort(dim=-1, descending=True, stable=True).indices[:, :k]
+    indices = (
+        (scores if bias is None else scores + bias)
+        .sort(dim=-1, descending=True, stable=True)
+        .indices[:, :k]
+    )
     if scoring == "softmax":
         return logits.gather(-1, indices).softmax(-1), indices
     weights = scores.gather(-1, indices)
     return (weights / weights.sum(-1, keepdim=True) if renormalize else weights), indices
 
-
-# %% wrong="top_k_router" because="not renormalized"
-def top_k_router(logits, k, renormalize=True, scoring="softmax", bias=None):
-    if scoring not in ("softmax", "sigmoid") or not 1 <= k <= logits.shape[-1]:
-        raise ValueError(scoring)
-    logits = logits if logits.dtype == torch.float64 else logits.float()
-    scores = logits.softmax(-1) if scoring == "softmax" else logits.sigmoid()
-    indices = (scores if bias is None else scores + bias).sort(dim=-1, descending=True, stable=True).indices[:, :k]
-    return scores.gather(-1, indices), indices
-
+# %% wrong="top_k_router" because="not renormalized" of="softmax-after"
+- if scoring == "softmax":
+-     return logits.gather(-1, indices).softmax(-1), indices
+- weights = scores.gather(-1, indices)
+- return (weights / weights.sum(-1, keepdim=True) if renormalize else weights), indices
++ return scores.gather(-1, indices), indices
 
 # %% wrong="top_k_router" because="the gate value contains the bias"
 def top_k_router(logits, k, renormalize=True, scoring="softmax", bias=None):
@@ -88,7 +85,6 @@ def top_k_router(logits, k, renormalize=True, scoring="softmax", bias=None):
     weights = values[:, :k]
     return (weights / weights.sum(-1, keepdim=True) if renormalize else weights), indices[:, :k]
 
-
 # %% wrong="top_k_router" because="the bias is added to the logits"
 def top_k_router(logits, k, renormalize=True, scoring="softmax", bias=None):
     if scoring not in ("softmax", "sigmoid") or not 1 <= k <= logits.shape[-1]:
@@ -100,51 +96,38 @@ def top_k_router(logits, k, renormalize=True, scoring="softmax", bias=None):
     weights = scores.gather(-1, indices)
     return (weights / weights.sum(-1, keepdim=True) if renormalize else weights), indices
 
+# %% wrong="top_k_router" because="ties broken toward the higher number" of="softmax-after"
+- .sort(dim=-1, descending=True, stable=True)
+- .indices[:, :k]
++ .sort(dim=-1, stable=True)
++ .indices.flip(-1)[:, :k]
 
-# %% wrong="top_k_router" because="ties broken toward the higher number"
-def top_k_router(logits, k, renormalize=True, scoring="softmax", bias=None):
-    if scoring not in ("softmax", "sigmoid") or not 1 <= k <= logits.shape[-1]:
-        raise ValueError(scoring)
-    logits = logits if logits.dtype == torch.float64 else logits.float()
-    scores = logits.softmax(-1) if scoring == "softmax" else logits.sigmoid()
-    indices = (scores if bias is None else scores + bias).sort(dim=-1, stable=True).indices.flip(-1)[:, :k]
-    weights = scores.gather(-1, indices)
-    return (weights / weights.sum(-1, keepdim=True) if renormalize else weights), indices
+- if scoring == "softmax":
+-     return logits.gather(-1, indices).softmax(-1), indices
 
+# %% wrong="top_k_router" because="sigmoid scores put through a softmax" of="softmax-after"
+- if scoring == "softmax":
+-     return logits.gather(-1, indices).softmax(-1), indices
 
-# %% wrong="top_k_router" because="sigmoid scores put through a softmax"
-def top_k_router(logits, k, renormalize=True, scoring="softmax", bias=None):
-    if scoring not in ("softmax", "sigmoid") or not 1 <= k <= logits.shape[-1]:
-        raise ValueError(scoring)
-    logits = logits if logits.dtype == torch.float64 else logits.float()
-    scores = logits.softmax(-1) if scoring == "softmax" else logits.sigmoid()
-    indices = (scores if bias is None else scores + bias).sort(dim=-1, descending=True, stable=True).indices[:, :k]
-    weights = scores.gather(-1, indices)
-    if renormalize:
-        weights = weights.softmax(-1) if scoring == "sigmoid" else weights / weights.sum(-1, keepdim=True)
-    return weights, indices
+- return (weights / weights.sum(-1, keepdim=True) if renormalize else weights), indices
++ if renormalize:
++     weights = (
++         weights.softmax(-1) if scoring == "sigmoid" else weights / weights.sum(-1, keepdim=True)
++     )
++ return weights, indices
 
+# %% wrong="top_k_router" because="the weights are detached, so the router never learns" of="softmax-after"
+- logits = logits if logits.dtype == torch.float64 else logits.float()
++ logits = logits.detach() if logits.dtype == torch.float64 else logits.detach().float()
 
-# %% wrong="top_k_router" because="the weights are detached, so the router never learns"
-def top_k_router(logits, k, renormalize=True, scoring="softmax", bias=None):
-    if scoring not in ("softmax", "sigmoid") or not 1 <= k <= logits.shape[-1]:
-        raise ValueError(scoring)
-    logits = logits.detach() if logits.dtype == torch.float64 else logits.detach().float()
-    scores = logits.softmax(-1) if scoring == "softmax" else logits.sigmoid()
-    indices = (scores if bias is None else scores + bias).sort(dim=-1, descending=True, stable=True).indices[:, :k]
-    weights = scores.gather(-1, indices)
-    return (weights / weights.sum(-1, keepdim=True) if renormalize else weights), indices
+- if scoring == "softmax":
+-     return logits.gather(-1, indices).softmax(-1), indices
 
+# %% wrong="top_k_router" because="computed in the logits' own half precision" of="softmax-after"
+- logits = logits if logits.dtype == torch.float64 else logits.float()
 
-# %% wrong="top_k_router" because="computed in the logits' own half precision"
-def top_k_router(logits, k, renormalize=True, scoring="softmax", bias=None):
-    if scoring not in ("softmax", "sigmoid") or not 1 <= k <= logits.shape[-1]:
-        raise ValueError(scoring)
-    scores = logits.softmax(-1) if scoring == "softmax" else logits.sigmoid()
-    indices = (scores if bias is None else scores + bias).sort(dim=-1, descending=True, stable=True).indices[:, :k]
-    weights = scores.gather(-1, indices)
-    return (weights / weights.sum(-1, keepdim=True) if renormalize else weights), indices
-
+- if scoring == "softmax":
+-     return logits.gather(-1, indices).softmax(-1), indices
 
 # %% right="top_k_router" because="argsort of the negated scores, softmax of the chosen logarithms"
 def top_k_router(logits, k, renormalize=True, scoring="softmax", bias=None):
@@ -163,8 +146,7 @@ def top_k_router(logits, k, renormalize=True, scoring="softmax", bias=None):
     chosen = log_scores.gather(-1, indices)
     return (F.softmax(chosen, -1) if renormalize else chosen.exp()), indices
 
-
-# %% wrong="moe_forward" because="writes where it should add"
+# %% wrong="moe_forward" because="writes where it should add" base="writes-where"
 def moe_forward(x, router, experts):
     tokens = x.reshape(-1, x.shape[-1])
     weights, indices = router(tokens)
@@ -175,33 +157,19 @@ def moe_forward(x, router, experts):
             out[token] = (expert(tokens[token]) * weights[token, choice, None]).to(out.dtype)
     return out.view(x.shape)
 
+# %% wrong="moe_forward" because="gate values applied twice" of="writes-where"
+- out[token] = (expert(tokens[token]) * weights[token, choice, None]).to(out.dtype)
++ gate = weights[token, choice, None]
++ out = out.index_add(0, token, (expert(tokens[token]) * gate * gate).to(out.dtype))
 
-# %% wrong="moe_forward" because="gate values applied twice"
-def moe_forward(x, router, experts):
-    tokens = x.reshape(-1, x.shape[-1])
-    weights, indices = router(tokens)
-    out = torch.zeros_like(tokens)
-    for e, expert in enumerate(experts):
-        token, choice = torch.where(indices == e)
-        if len(token):
-            gate = weights[token, choice, None]
-            out = out.index_add(0, token, (expert(tokens[token]) * gate * gate).to(out.dtype))
-    return out.view(x.shape)
+# %% wrong="moe_forward" because="gate values ignored" of="writes-where"
+- token, choice = torch.where(indices == e)
++ token, _ = torch.where(indices == e)
 
+- out[token] = (expert(tokens[token]) * weights[token, choice, None]).to(out.dtype)
++ out = out.index_add(0, token, expert(tokens[token]))
 
-# %% wrong="moe_forward" because="gate values ignored"
-def moe_forward(x, router, experts):
-    tokens = x.reshape(-1, x.shape[-1])
-    weights, indices = router(tokens)
-    out = torch.zeros_like(tokens)
-    for e, expert in enumerate(experts):
-        token, _ = torch.where(indices == e)
-        if len(token):
-            out = out.index_add(0, token, expert(tokens[token]))
-    return out.view(x.shape)
-
-
-# %% wrong="moe_forward" because="the assignment taken for the token, tok for tok // k"
+# %% wrong="moe_forward" because="the assignment taken for the token, tok for tok // k" base="assignment-taken"
 def moe_forward(x, router, experts):
     tokens = x.reshape(-1, x.shape[-1])
     weights, indices = router(tokens)
@@ -211,29 +179,22 @@ def moe_forward(x, router, experts):
     dropped, *sizes = torch.bincount(chosen + 1, minlength=len(experts) + 1).tolist()
     order = order[dropped:]
     token = order % len(tokens)
-    results = [expert(group) for expert, group in zip(experts, tokens[token].split(sizes)) if len(group)]
+    results = [
+        expert(group) for expert, group in zip(experts, tokens[token].split(sizes)) if len(group)
+    ]
     out = torch.zeros_like(tokens)
     if results:
-        out = out.index_add(0, token, (torch.cat(results) * weights.reshape(-1)[order, None]).to(out.dtype))
+        out = out.index_add(
+            0, token, (torch.cat(results) * weights.reshape(-1)[order, None]).to(out.dtype)
+        )
     return out.view(x.shape)
 
+# %% wrong="moe_forward" because="gate values left in the unsorted order" of="assignment-taken"
+- token = order % len(tokens)
++ token = order // k
 
-# %% wrong="moe_forward" because="gate values left in the unsorted order"
-def moe_forward(x, router, experts):
-    tokens = x.reshape(-1, x.shape[-1])
-    weights, indices = router(tokens)
-    k = indices.shape[1]
-    chosen = indices.reshape(-1)
-    order = chosen.argsort(stable=True)
-    dropped, *sizes = torch.bincount(chosen + 1, minlength=len(experts) + 1).tolist()
-    order = order[dropped:]
-    token = order // k
-    results = [expert(group) for expert, group in zip(experts, tokens[token].split(sizes)) if len(group)]
-    out = torch.zeros_like(tokens)
-    if results:
-        out = out.index_add(0, token, (torch.cat(results) * weights.reshape(-1)[dropped:, None]).to(out.dtype))
-    return out.view(x.shape)
-
+- 0, token, (torch.cat(results) * weights.reshape(-1)[order, None]).to(out.dtype)
++ 0, token, (torch.cat(results) * weights.reshape(-1)[dropped:, None]).to(out.dtype)
 
 # %% wrong="moe_forward" because="an expert without tokens shifts the ones after it"
 def moe_forward(x, router, experts):
@@ -242,15 +203,16 @@ def moe_forward(x, router, experts):
     k = indices.shape[1]
     chosen = indices.reshape(-1)
     order = chosen.argsort(stable=True)
-    order = order[int((chosen < 0).sum()):]
+    order = order[int((chosen < 0).sum()) :]
     sizes = chosen[chosen >= 0].unique(return_counts=True)[1].tolist()
     token = order // k
     results = [expert(group) for expert, group in zip(experts, tokens[token].split(sizes))]
     out = torch.zeros_like(tokens)
     if results:
-        out = out.index_add(0, token, (torch.cat(results) * weights.reshape(-1)[order, None]).to(out.dtype))
+        out = out.index_add(
+            0, token, (torch.cat(results) * weights.reshape(-1)[order, None]).to(out.dtype)
+        )
     return out.view(x.shape)
-
 
 # %% wrong="moe_forward" because="a loop over tokens"
 def moe_forward(x, router, experts):
@@ -261,10 +223,9 @@ def moe_forward(x, router, experts):
         row = torch.zeros_like(tokens[t])
         for j, e in enumerate(chosen):
             if e >= 0:
-                row = row + (weights[t, j] * experts[e](tokens[t:t + 1])[0]).to(row.dtype)
+                row = row + (weights[t, j] * experts[e](tokens[t : t + 1])[0]).to(row.dtype)
         rows.append(row)
     return torch.stack(rows).view(x.shape)
-
 
 # %% wrong="moe_forward" because="lists of tokens made in Python"
 def moe_forward(x, router, experts):
@@ -280,9 +241,10 @@ def moe_forward(x, router, experts):
     for expert, (token, choice) in zip(experts, lists):
         if token:
             token, choice = torch.tensor(token), torch.tensor(choice)
-            out = out.index_add(0, token, (expert(tokens[token]) * weights[token, choice, None]).to(out.dtype))
+            out = out.index_add(
+                0, token, (expert(tokens[token]) * weights[token, choice, None]).to(out.dtype)
+            )
     return out.view(x.shape)
-
 
 # %% wrong="moe_forward" because="every expert computes every token"
 def moe_forward(x, router, experts):
@@ -294,7 +256,6 @@ def moe_forward(x, router, experts):
         out = out + (expert(tokens) * gate).to(out.dtype)
     return out.view(x.shape)
 
-
 # %% wrong="moe_forward" because="a dropped choice goes to the last expert"
 def moe_forward(x, router, experts):
     tokens = x.reshape(-1, x.shape[-1])
@@ -304,10 +265,11 @@ def moe_forward(x, router, experts):
     order = chosen.argsort(stable=True)
     sizes = torch.bincount(chosen, minlength=len(experts)).tolist()
     token = order // k
-    results = [expert(group) for expert, group in zip(experts, tokens[token].split(sizes)) if len(group)]
+    results = [
+        expert(group) for expert, group in zip(experts, tokens[token].split(sizes)) if len(group)
+    ]
     gated = torch.cat(results) * weights.reshape(-1)[order, None]
     return torch.zeros_like(tokens).index_add(0, token, gated.to(x.dtype)).view(x.shape)
-
 
 # %% wrong="moe_forward" because="what is left of a token's weights is renormalized after dropping"
 def moe_forward(x, router, experts):
@@ -320,9 +282,10 @@ def moe_forward(x, router, experts):
     for e, expert in enumerate(experts):
         token, choice = torch.where(indices == e)
         if len(token):
-            out = out.index_add(0, token, (expert(tokens[token]) * weights[token, choice, None]).to(out.dtype))
+            out = out.index_add(
+                0, token, (expert(tokens[token]) * weights[token, choice, None]).to(out.dtype)
+            )
     return out.view(x.shape)
-
 
 # %% wrong="moe_forward" because="the residual connection is added inside"
 def moe_forward(x, router, experts):
@@ -332,21 +295,16 @@ def moe_forward(x, router, experts):
     for e, expert in enumerate(experts):
         token, choice = torch.where(indices == e)
         if len(token):
-            out = out.index_add(0, token, (expert(tokens[token]) * weights[token, choice, None]).to(out.dtype))
+            out = out.index_add(
+                0, token, (expert(tokens[token]) * weights[token, choice, None]).to(out.dtype)
+            )
     return out.view(x.shape)
 
-
-# %% right="moe_forward" because="torch.where for each expert"
-def moe_forward(x, router, experts):
-    tokens = x.reshape(-1, x.shape[-1])
-    weights, indices = router(tokens)
-    out = torch.zeros_like(tokens)
-    for e, expert in enumerate(experts):
-        token, choice = torch.where(indices == e)
-        if len(token):
-            out = out.index_add(0, token, (expert(tokens[token]) * weights[token, choice, None]).to(out.dtype))
-    return out.view(x.shape)
-
+# %% right="moe_forward" because="torch.where for each expert" of="writes-where"
+- out[token] = (expert(tokens[token]) * weights[token, choice, None]).to(out.dtype)
++ out = out.index_add(
++     0, token, (expert(tokens[token]) * weights[token, choice, None]).to(out.dtype)
++ )
 
 # %% right="moe_forward" because="results put back in the order of the assignments, then summed over the choices"
 def moe_forward(x, router, experts):
@@ -355,7 +313,9 @@ def moe_forward(x, router, experts):
     count, k = indices.shape
     chosen, order = torch.sort(indices.flatten(), stable=True)
     edges = torch.searchsorted(chosen, torch.arange(len(experts) + 1, device=x.device)).tolist()
-    results = torch.zeros(count * k, x.shape[-1], dtype=torch.promote_types(x.dtype, weights.dtype), device=x.device)
+    results = torch.zeros(
+        count * k, x.shape[-1], dtype=torch.promote_types(x.dtype, weights.dtype), device=x.device
+    )
     parts = [(order[a:b], expert) for a, b, expert in zip(edges, edges[1:], experts) if b > a]
     if parts:
         where = torch.cat([p for p, _ in parts])
@@ -363,8 +323,7 @@ def moe_forward(x, router, experts):
         results = results.index_copy(0, where, done.to(results.dtype))
     return (results.view(count, k, -1) * weights[..., None]).sum(1).to(x.dtype).view(x.shape)
 
-
-# %% wrong="balance_losses" because="no factor N"
+# %% wrong="balance_losses" because="no factor N" base="no-factor"
 def load_balancing_loss(probs, indices, alpha=1.0):
     f = torch.bincount(indices.reshape(-1), minlength=probs.shape[-1]).to(probs) / indices.numel()
     return alpha * (f * probs.mean(0)).sum()
@@ -373,59 +332,34 @@ def load_balancing_loss(probs, indices, alpha=1.0):
 def router_z_loss(logits):
     return logits.to(torch.promote_types(logits.dtype, torch.float32)).logsumexp(-1).square().mean()
 
+# %% wrong="balance_losses" because="loads taken from the probabilities" of="no-factor"
+- f = torch.bincount(indices.reshape(-1), minlength=probs.shape[-1]).to(probs) / indices.numel()
+- return alpha * (f * probs.mean(0)).sum()
++ p = probs.mean(0)
++ return alpha * probs.shape[-1] * (p * p).sum()
 
-# %% wrong="balance_losses" because="loads taken from the probabilities"
-def load_balancing_loss(probs, indices, alpha=1.0):
-    p = probs.mean(0)
-    return alpha * probs.shape[-1] * (p * p).sum()
+# %% wrong="balance_losses" because="P is detached with f" of="no-factor"
+- return alpha * (f * probs.mean(0)).sum()
++ return alpha * probs.shape[-1] * (f * probs.detach().mean(0)).sum()
 
+# %% wrong="balance_losses" because="the gradient flows through a soft f, straight-through" of="no-factor"
+- return alpha * (f * probs.mean(0)).sum()
++ f = f + probs.mean(0) - probs.mean(0).detach()
++ return alpha * probs.shape[-1] * (f * probs.mean(0)).sum()
 
-def router_z_loss(logits):
-    return logits.to(torch.promote_types(logits.dtype, torch.float32)).logsumexp(-1).square().mean()
+# %% wrong="balance_losses" because="divides by tokens, not by assignments" of="no-factor"
+- f = torch.bincount(indices.reshape(-1), minlength=probs.shape[-1]).to(probs) / indices.numel()
+- return alpha * (f * probs.mean(0)).sum()
++ f = torch.bincount(indices.reshape(-1), minlength=probs.shape[-1]).to(probs) / len(indices)
++ return alpha * probs.shape[-1] * (f * probs.mean(0)).sum()
 
+# %% wrong="balance_losses" because="only the first choice is counted" of="no-factor"
+- f = torch.bincount(indices.reshape(-1), minlength=probs.shape[-1]).to(probs) / indices.numel()
+- return alpha * (f * probs.mean(0)).sum()
++ f = torch.bincount(indices[:, 0], minlength=probs.shape[-1]).to(probs) / len(indices)
++ return alpha * probs.shape[-1] * (f * probs.mean(0)).sum()
 
-# %% wrong="balance_losses" because="P is detached with f"
-def load_balancing_loss(probs, indices, alpha=1.0):
-    f = torch.bincount(indices.reshape(-1), minlength=probs.shape[-1]).to(probs) / indices.numel()
-    return alpha * probs.shape[-1] * (f * probs.detach().mean(0)).sum()
-
-
-def router_z_loss(logits):
-    return logits.to(torch.promote_types(logits.dtype, torch.float32)).logsumexp(-1).square().mean()
-
-
-# %% wrong="balance_losses" because="the gradient flows through a soft f, straight-through"
-def load_balancing_loss(probs, indices, alpha=1.0):
-    f = torch.bincount(indices.reshape(-1), minlength=probs.shape[-1]).to(probs) / indices.numel()
-    f = f + probs.mean(0) - probs.mean(0).detach()
-    return alpha * probs.shape[-1] * (f * probs.mean(0)).sum()
-
-
-def router_z_loss(logits):
-    return logits.to(torch.promote_types(logits.dtype, torch.float32)).logsumexp(-1).square().mean()
-
-
-# %% wrong="balance_losses" because="divides by tokens, not by assignments"
-def load_balancing_loss(probs, indices, alpha=1.0):
-    f = torch.bincount(indices.reshape(-1), minlength=probs.shape[-1]).to(probs) / len(indices)
-    return alpha * probs.shape[-1] * (f * probs.mean(0)).sum()
-
-
-def router_z_loss(logits):
-    return logits.to(torch.promote_types(logits.dtype, torch.float32)).logsumexp(-1).square().mean()
-
-
-# %% wrong="balance_losses" because="only the first choice is counted"
-def load_balancing_loss(probs, indices, alpha=1.0):
-    f = torch.bincount(indices[:, 0], minlength=probs.shape[-1]).to(probs) / len(indices)
-    return alpha * probs.shape[-1] * (f * probs.mean(0)).sum()
-
-
-def router_z_loss(logits):
-    return logits.to(torch.promote_types(logits.dtype, torch.float32)).logsumexp(-1).square().mean()
-
-
-# %% wrong="balance_losses" because="the z-loss is not squared"
+# %% wrong="balance_losses" because="the z-loss is not squared" base="z-loss"
 def load_balancing_loss(probs, indices, alpha=1.0):
     f = torch.bincount(indices.reshape(-1), minlength=probs.shape[-1]).to(probs) / indices.numel()
     return alpha * probs.shape[-1] * (f * probs.mean(0)).sum()
@@ -434,7 +368,6 @@ def load_balancing_loss(probs, indices, alpha=1.0):
 def router_z_loss(logits):
     return logits.to(torch.promote_types(logits.dtype, torch.float32)).logsumexp(-1).mean()
 
-
 # %% wrong="balance_losses" because="the z-loss overflows"
 def load_balancing_loss(probs, indices, alpha=1.0):
     f = torch.bincount(indices.reshape(-1), minlength=probs.shape[-1]).to(probs) / indices.numel()
@@ -442,18 +375,18 @@ def load_balancing_loss(probs, indices, alpha=1.0):
 
 
 def router_z_loss(logits):
-    return logits.to(torch.promote_types(logits.dtype, torch.float32)).exp().sum(-1).log().square().mean()
+    return (
+        logits.to(torch.promote_types(logits.dtype, torch.float32))
+        .exp()
+        .sum(-1)
+        .log()
+        .square()
+        .mean()
+    )
 
-
-# %% wrong="balance_losses" because="the z-loss in half precision"
-def load_balancing_loss(probs, indices, alpha=1.0):
-    f = torch.bincount(indices.reshape(-1), minlength=probs.shape[-1]).to(probs) / indices.numel()
-    return alpha * probs.shape[-1] * (f * probs.mean(0)).sum()
-
-
-def router_z_loss(logits):
-    return logits.logsumexp(-1).square().mean()
-
+# %% wrong="balance_losses" because="the z-loss in half precision" of="z-loss"
+- return logits.to(torch.promote_types(logits.dtype, torch.float32)).logsumexp(-1).mean()
++ return logits.logsumexp(-1).square().mean()
 
 # %% right="balance_losses" because="one-hot means, and the maximum taken out by hand"
 def load_balancing_loss(probs, indices, alpha=1.0):
@@ -467,7 +400,6 @@ def router_z_loss(logits):
     top = z.amax(-1, keepdim=True).detach()
     return ((z - top).exp().sum(-1).log() + top[..., 0]).pow(2).mean()
 
-
 # %% wrong="apply_capacity" because="serves token by token, both choices at once"
 def apply_capacity(indices, capacity):
     queue = indices.reshape(-1)
@@ -477,8 +409,7 @@ def apply_capacity(indices, capacity):
     kept[order] = ordered.masked_fill(place >= capacity, -1)
     return kept.view(indices.shape)
 
-
-# %% wrong="apply_capacity" because="all of a token's choices are dropped with one"
+# %% wrong="apply_capacity" because="all of a token's choices are dropped with one" base="all-token"
 def apply_capacity(indices, capacity):
     tokens, k = indices.shape
     queue = indices.T.reshape(-1)
@@ -488,7 +419,6 @@ def apply_capacity(indices, capacity):
     kept[order] = ordered.masked_fill(place >= capacity, -1)
     kept = kept.view(k, tokens).T
     return torch.where((kept == indices).all(1, keepdim=True), kept, -1)
-
 
 # %% wrong="apply_capacity" because="drops by the order of the experts: later experts get what room is left in all"
 def apply_capacity(indices, capacity):
@@ -500,7 +430,6 @@ def apply_capacity(indices, capacity):
     kept[order[:room]] = chosen[order[:room]]
     return kept.view(tokens, k)
 
-
 # %% wrong="apply_capacity" because="the last come are served first"
 def apply_capacity(indices, capacity):
     tokens, k = indices.shape
@@ -511,7 +440,6 @@ def apply_capacity(indices, capacity):
     kept[order] = ordered.masked_fill(place >= capacity, -1)
     return kept.view(k, tokens).T.flip(0)
 
-
 # %% wrong="apply_capacity" because="room for one more"
 def apply_capacity(indices, capacity):
     tokens, k = indices.shape
@@ -521,7 +449,6 @@ def apply_capacity(indices, capacity):
     kept = torch.empty_like(queue)
     kept[order] = ordered.masked_fill(place > capacity, -1)
     return kept.view(k, tokens).T
-
 
 # %% wrong="apply_capacity" because="each choice has the whole capacity to itself"
 def apply_capacity(indices, capacity):
@@ -534,7 +461,6 @@ def apply_capacity(indices, capacity):
         columns.append(kept)
     return torch.stack(columns, 1)
 
-
 # %% wrong="apply_capacity" because="an unstable order among the tokens: the busiest rows by number of the expert, not by place"
 def apply_capacity(indices, capacity):
     tokens, k = indices.shape
@@ -546,17 +472,10 @@ def apply_capacity(indices, capacity):
     kept[order] = ordered.masked_fill(place >= capacity, -1)
     return kept.view(k, tokens).T
 
-
-# %% wrong="apply_capacity" because="in place"
-def apply_capacity(indices, capacity):
-    tokens, k = indices.shape
-    queue = indices.T.reshape(-1)
-    ordered, order = queue.sort(stable=True)
-    place = torch.arange(len(queue)) - torch.searchsorted(ordered, ordered)
-    kept = torch.empty_like(queue)
-    kept[order] = ordered.masked_fill(place >= capacity, -1)
-    return indices.copy_(kept.view(k, tokens).T)
-
+# %% wrong="apply_capacity" because="in place" of="all-token"
+- kept = kept.view(k, tokens).T
+- return torch.where((kept == indices).all(1, keepdim=True), kept, -1)
++ return indices.copy_(kept.view(k, tokens).T)
 
 # %% wrong="apply_capacity" because="a loop over the tokens"
 def apply_capacity(indices, capacity):
@@ -569,7 +488,6 @@ def apply_capacity(indices, capacity):
                 out[t, j] = e
     return out
 
-
 # %% right="apply_capacity" because="one-hot rows and a cumulative sum"
 def apply_capacity(indices, capacity):
     tokens, k = indices.shape
@@ -580,8 +498,7 @@ def apply_capacity(indices, capacity):
     came = F.one_hot(compact, len(experts)).cumsum(0).gather(1, compact[:, None])[:, 0]
     return torch.where(came <= capacity, queue, -1).view(k, tokens).T
 
-
-# %% wrong="deepseek_moe" because="the shared expert has a gate value"
+# %% wrong="deepseek_moe" because="the shared expert has a gate value" base="shared-expert"
 class DeepSeekMoE(nn.Module):
     def __init__(self, dim, hidden, num_experts, k, shared=1, scoring="softmax", renormalize=True):
         super().__init__()
@@ -601,71 +518,34 @@ class DeepSeekMoE(nn.Module):
 
     def parameter_counts(self):
         total = sum(p.numel() for p in self.parameters())
-        return total, total - (len(self.experts) - self.k) * sum(p.numel() for p in self.experts[0].parameters())
+        return total, total - (len(self.experts) - self.k) * sum(
+            p.numel() for p in self.experts[0].parameters()
+        )
 
+# %% wrong="deepseek_moe" because="the shared experts are routed like the others" of="shared-expert"
+- self.k, self.scoring, self.renormalize = k, scoring, renormalize
++ self.k, self.scoring, self.renormalize, self.n_shared = k, scoring, renormalize, shared
 
-# %% wrong="deepseek_moe" because="the shared experts are routed like the others"
-class DeepSeekMoE(nn.Module):
-    def __init__(self, dim, hidden, num_experts, k, shared=1, scoring="softmax", renormalize=True):
-        super().__init__()
-        self.k, self.scoring, self.renormalize, self.n_shared = k, scoring, renormalize, shared
-        self.router = nn.Linear(dim, num_experts, bias=False)
-        self.experts = nn.ModuleList(Expert(dim, hidden) for _ in range(num_experts))
-        self.shared = Expert(dim, shared * hidden) if shared else None
-        self.register_buffer("bias", torch.zeros(num_experts))
+- if self.shared is not None:
+-     out = out + self.shared(x) * weights[:, :1].view(*x.shape[:-1], 1)
 
-    def forward(self, x):
-        logits = self.router(x.reshape(-1, x.shape[-1]))
-        weights, indices = top_k_router(logits, self.k, self.renormalize, self.scoring, self.bias)
-        out = moe_forward(x, lambda tokens: (weights, indices), self.experts)
-        return out, logits, indices
+# %% wrong="deepseek_moe" because="the bias is a parameter" of="shared-expert"
+- self.register_buffer("bias", torch.zeros(num_experts))
++ self.bias = nn.Parameter(torch.zeros(num_experts))
 
-    def parameter_counts(self):
-        total = sum(p.numel() for p in self.parameters())
-        return total, total - (len(self.experts) - self.k) * sum(p.numel() for p in self.experts[0].parameters())
+- if self.shared is not None:
+-     out = out + self.shared(x) * weights[:, :1].view(*x.shape[:-1], 1)
+- return out, logits, indices
++ return (out if self.shared is None else out + self.shared(x)), logits, indices
 
+# %% wrong="deepseek_moe" because="the bias is kept and never used" of="shared-expert"
+- weights, indices = top_k_router(logits, self.k, self.renormalize, self.scoring, self.bias)
++ weights, indices = top_k_router(logits, self.k, self.renormalize, self.scoring)
 
-# %% wrong="deepseek_moe" because="the bias is a parameter"
-class DeepSeekMoE(nn.Module):
-    def __init__(self, dim, hidden, num_experts, k, shared=1, scoring="softmax", renormalize=True):
-        super().__init__()
-        self.k, self.scoring, self.renormalize = k, scoring, renormalize
-        self.router = nn.Linear(dim, num_experts, bias=False)
-        self.experts = nn.ModuleList(Expert(dim, hidden) for _ in range(num_experts))
-        self.shared = Expert(dim, shared * hidden) if shared else None
-        self.bias = nn.Parameter(torch.zeros(num_experts))
-
-    def forward(self, x):
-        logits = self.router(x.reshape(-1, x.shape[-1]))
-        weights, indices = top_k_router(logits, self.k, self.renormalize, self.scoring, self.bias)
-        out = moe_forward(x, lambda tokens: (weights, indices), self.experts)
-        return (out if self.shared is None else out + self.shared(x)), logits, indices
-
-    def parameter_counts(self):
-        total = sum(p.numel() for p in self.parameters())
-        return total, total - (len(self.experts) - self.k) * sum(p.numel() for p in self.experts[0].parameters())
-
-
-# %% wrong="deepseek_moe" because="the bias is kept and never used"
-class DeepSeekMoE(nn.Module):
-    def __init__(self, dim, hidden, num_experts, k, shared=1, scoring="softmax", renormalize=True):
-        super().__init__()
-        self.k, self.scoring, self.renormalize = k, scoring, renormalize
-        self.router = nn.Linear(dim, num_experts, bias=False)
-        self.experts = nn.ModuleList(Expert(dim, hidden) for _ in range(num_experts))
-        self.shared = Expert(dim, shared * hidden) if shared else None
-        self.register_buffer("bias", torch.zeros(num_experts))
-
-    def forward(self, x):
-        logits = self.router(x.reshape(-1, x.shape[-1]))
-        weights, indices = top_k_router(logits, self.k, self.renormalize, self.scoring)
-        out = moe_forward(x, lambda tokens: (weights, indices), self.experts)
-        return (out if self.shared is None else out + self.shared(x)), logits, indices
-
-    def parameter_counts(self):
-        total = sum(p.numel() for p in self.parameters())
-        return total, total - (len(self.experts) - self.k) * sum(p.numel() for p in self.experts[0].parameters())
-
+- if self.shared is not None:
+-     out = out + self.shared(x) * weights[:, :1].view(*x.shape[:-1], 1)
+- return out, logits, indices
++ return (out if self.shared is None else out + self.shared(x)), logits, indices
 
 # %% wrong="deepseek_moe" because="active parameters without the shared experts"
 class DeepSeekMoE(nn.Module):
@@ -687,7 +567,6 @@ class DeepSeekMoE(nn.Module):
         one = sum(p.numel() for p in self.experts[0].parameters())
         return sum(p.numel() for p in self.parameters()), self.k * one + self.router.weight.numel()
 
-
 # %% wrong="deepseek_moe" because="one shared expert, however many are asked for, and renormalize forgotten"
 class DeepSeekMoE(nn.Module):
     def __init__(self, dim, hidden, num_experts, k, shared=1, scoring="softmax", renormalize=True):
@@ -706,8 +585,9 @@ class DeepSeekMoE(nn.Module):
 
     def parameter_counts(self):
         total = sum(p.numel() for p in self.parameters())
-        return total, total - (len(self.experts) - self.k) * sum(p.numel() for p in self.experts[0].parameters())
-
+        return total, total - (len(self.experts) - self.k) * sum(
+            p.numel() for p in self.experts[0].parameters()
+        )
 
 # %% right="deepseek_moe" because="torch.where for each expert, counts by formula"
 class DeepSeekMoE(nn.Module):
@@ -735,33 +615,28 @@ class DeepSeekMoE(nn.Module):
         d, h, n, s = self.sizes
         return n * d + 3 * d * h * (n + s), n * d + 3 * d * h * (self.k + s)
 
-
-# %% wrong="group_limit" because="a group judged by its best score alone"
+# %% wrong="group_limit" because="a group judged by its best score alone" base="group-judged"
 def group_limit(scores, groups, keep):
     if scores.shape[-1] % groups:
         raise ValueError(groups)
     size = scores.shape[-1] // groups
     worth = scores.unflatten(-1, (groups, size)).amax(-1)
-    return torch.zeros_like(worth, dtype=torch.bool).scatter(-1, worth.topk(keep).indices, True).repeat_interleave(size, -1)
+    return (
+        torch.zeros_like(worth, dtype=torch.bool)
+        .scatter(-1, worth.topk(keep).indices, True)
+        .repeat_interleave(size, -1)
+    )
 
+# %% wrong="group_limit" because="a group judged by its sum" of="group-judged"
+- worth = scores.unflatten(-1, (groups, size)).amax(-1)
++ worth = scores.unflatten(-1, (groups, size)).sum(-1)
 
-# %% wrong="group_limit" because="a group judged by its sum"
-def group_limit(scores, groups, keep):
-    if scores.shape[-1] % groups:
-        raise ValueError(groups)
-    size = scores.shape[-1] // groups
-    worth = scores.unflatten(-1, (groups, size)).sum(-1)
-    return torch.zeros_like(worth, dtype=torch.bool).scatter(-1, worth.topk(keep).indices, True).repeat_interleave(size, -1)
+# %% wrong="group_limit" because="groups dealt out in turn, e mod groups" of="group-judged"
+- worth = scores.unflatten(-1, (groups, size)).amax(-1)
++ worth = scores.unflatten(-1, (size, groups)).topk(2, dim=-2).values.sum(-2)
 
-
-# %% wrong="group_limit" because="groups dealt out in turn, e mod groups"
-def group_limit(scores, groups, keep):
-    if scores.shape[-1] % groups:
-        raise ValueError(groups)
-    size = scores.shape[-1] // groups
-    worth = scores.unflatten(-1, (size, groups)).topk(2, dim=-2).values.sum(-2)
-    return torch.zeros_like(worth, dtype=torch.bool).scatter(-1, worth.topk(keep).indices, True).repeat(1, size)
-
+- .repeat_interleave(size, -1)
++ .repeat(1, size)
 
 # %% right="group_limit" because="a threshold on the sorted worth"
 def group_limit(scores, groups, keep):
@@ -769,33 +644,28 @@ def group_limit(scores, groups, keep):
     if experts % groups != 0:
         raise ValueError(f"{experts} experts, {groups} groups")
     best = scores.view(tokens, groups, -1).sort(dim=-1, descending=True).values[..., :2].sum(-1)
-    allowed = best >= best.sort(dim=-1, descending=True).values[:, keep - 1:keep]
+    allowed = best >= best.sort(dim=-1, descending=True).values[:, keep - 1 : keep]
     return allowed[..., None].expand(-1, -1, experts // groups).reshape(tokens, experts)
-
 
 # %% wrong="update_bias" because="the wrong sign"
 def update_bias(bias, load, rate):
     load = load.double()
     return bias.detach() + rate * (load - load.mean()).sign().to(bias.dtype)
 
-
 # %% wrong="update_bias" because="in proportion to the excess"
 def update_bias(bias, load, rate):
     load = load.double()
     return bias.detach() + rate * (load.mean() - load).to(bias.dtype)
-
 
 # %% wrong="update_bias" because="the old bias is forgotten"
 def update_bias(bias, load, rate):
     load = load.double()
     return rate * (load.mean() - load).sign().to(bias.dtype)
 
-
 # %% wrong="update_bias" because="compares with the median"
 def update_bias(bias, load, rate):
     load = load.double()
     return bias.detach() + rate * (load.median() - load).sign().to(bias.dtype)
-
 
 # %% wrong="update_bias" because="in place"
 def update_bias(bias, load, rate):
@@ -804,12 +674,10 @@ def update_bias(bias, load, rate):
         bias += rate * (load.mean() - load).sign().to(bias.dtype)
     return bias
 
-
 # %% wrong="update_bias" because="only lowers"
 def update_bias(bias, load, rate):
     load = load.double()
     return bias.detach() - rate * (load > load.mean()).to(bias.dtype)
-
 
 # %% right="update_bias" because="two comparisons with the total"
 def update_bias(bias, load, rate):
@@ -817,11 +685,26 @@ def update_bias(bias, load, rate):
     step = (scaled < total - 1e-9).to(bias.dtype) - (scaled > total + 1e-9).to(bias.dtype)
     return torch.add(bias.detach(), step, alpha=rate)
 
-
-# %% wrong="grouped_gemm" because="rows beyond the group are stored too: padding not masked"
+# %% wrong="grouped_gemm" because="rows beyond the group are stored too: padding not masked" base="rows-beyond"
 @triton.jit
-def grouped_gemm_kernel(x_ptr, w_ptr, sizes_ptr, out_ptr, n_rows, n_groups, n_cols, n_inner, x_row, w_group, w_col, out_row,
-                        GROUPS: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr):
+def grouped_gemm_kernel(
+    x_ptr,
+    w_ptr,
+    sizes_ptr,
+    out_ptr,
+    n_rows,
+    n_groups,
+    n_cols,
+    n_inner,
+    x_row,
+    w_group,
+    w_col,
+    out_row,
+    GROUPS: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+):
     col_tiles = tl.cdiv(n_cols, BLOCK_N)
     tile, col_tile = tl.program_id(0) // col_tiles, tl.program_id(0) % col_tiles
 
@@ -831,7 +714,7 @@ def grouped_gemm_kernel(x_ptr, w_ptr, sizes_ptr, out_ptr, n_rows, n_groups, n_co
     tiles = tl.cdiv(sizes, BLOCK_M)
     ends = tl.cumsum(tiles, 0)
     group = tl.sum((ends <= tile).to(tl.int32), 0)
-    if group >= n_groups:                               # a surplus program
+    if group >= n_groups:  # a surplus program
         return
     before = lanes < group
     size = tl.sum(tl.where(lanes == group, sizes, 0), 0)
@@ -844,676 +727,203 @@ def grouped_gemm_kernel(x_ptr, w_ptr, sizes_ptr, out_ptr, n_rows, n_groups, n_co
     safe_cols = tl.minimum(cols, n_cols - 1)
     inner = tl.arange(0, BLOCK_K)
     x_ptrs = x_ptr + safe_rows[:, None] * x_row + inner[None, :]
-    w_ptrs = w_ptr + group.to(tl.int64) * w_group + safe_cols[None, :].to(tl.int64) * w_col + inner[:, None]
+    w_ptrs = (
+        w_ptr
+        + group.to(tl.int64) * w_group
+        + safe_cols[None, :].to(tl.int64) * w_col
+        + inner[:, None]
+    )
     acc = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
     full = n_inner // BLOCK_K * BLOCK_K
-    for _ in range(0, full, BLOCK_K):                   # whole blocks of K need no mask
+    for _ in range(0, full, BLOCK_K):  # whole blocks of K need no mask
         acc = tl.dot(tl.load(x_ptrs), tl.load(w_ptrs), acc, input_precision="ieee")
         x_ptrs += BLOCK_K
         w_ptrs += BLOCK_K
-    if full < n_inner:                                  # the rest of K: zeros beyond the edge add nothing
+    if full < n_inner:  # the rest of K: zeros beyond the edge add nothing
         x = tl.load(x_ptrs, mask=inner[None, :] < n_inner - full, other=0.0)
         w = tl.load(w_ptrs, mask=inner[:, None] < n_inner - full, other=0.0)
         acc = tl.dot(x, w, acc, input_precision="ieee")
     inside = (rows < n_rows)[:, None] & (cols < n_cols)[None, :]
-    tl.store(out_ptr + rows[:, None] * out_row + cols[None, :], acc.to(out_ptr.dtype.element_ty), mask=inside)
-
-
-# %% wrong="grouped_gemm" because="no mask at the end of the rows"
-@triton.jit
-def grouped_gemm_kernel(x_ptr, w_ptr, sizes_ptr, out_ptr, n_rows, n_groups, n_cols, n_inner, x_row, w_group, w_col, out_row,
-                        GROUPS: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr):
-    col_tiles = tl.cdiv(n_cols, BLOCK_N)
-    tile, col_tile = tl.program_id(0) // col_tiles, tl.program_id(0) % col_tiles
-
-    # Which group: the number of groups whose tiles end at or before this one.
-    lanes = tl.arange(0, GROUPS)
-    sizes = tl.load(sizes_ptr + lanes, mask=lanes < n_groups, other=0)
-    tiles = tl.cdiv(sizes, BLOCK_M)
-    ends = tl.cumsum(tiles, 0)
-    group = tl.sum((ends <= tile).to(tl.int32), 0)
-    if group >= n_groups:                               # a surplus program
-        return
-    before = lanes < group
-    size = tl.sum(tl.where(lanes == group, sizes, 0), 0)
-    within = (tile - tl.sum(tl.where(before, tiles, 0), 0)) * BLOCK_M + tl.arange(0, BLOCK_M)
-    rows = (tl.sum(tl.where(before, sizes, 0), 0) + within).to(tl.int64)
-    cols = col_tile * BLOCK_N + tl.arange(0, BLOCK_N)
-
-    # Rows and columns beyond the edge read the last valid one, so that the loop needs no mask for them; they are not stored.
-    safe_rows = tl.minimum(rows, n_rows - 1)
-    safe_cols = tl.minimum(cols, n_cols - 1)
-    inner = tl.arange(0, BLOCK_K)
-    x_ptrs = x_ptr + safe_rows[:, None] * x_row + inner[None, :]
-    w_ptrs = w_ptr + group.to(tl.int64) * w_group + safe_cols[None, :].to(tl.int64) * w_col + inner[:, None]
-    acc = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
-    full = n_inner // BLOCK_K * BLOCK_K
-    for _ in range(0, full, BLOCK_K):                   # whole blocks of K need no mask
-        acc = tl.dot(tl.load(x_ptrs), tl.load(w_ptrs), acc, input_precision="ieee")
-        x_ptrs += BLOCK_K
-        w_ptrs += BLOCK_K
-    if full < n_inner:                                  # the rest of K: zeros beyond the edge add nothing
-        x = tl.load(x_ptrs, mask=inner[None, :] < n_inner - full, other=0.0)
-        w = tl.load(w_ptrs, mask=inner[:, None] < n_inner - full, other=0.0)
-        acc = tl.dot(x, w, acc, input_precision="ieee")
-    inside = (within < size)[:, None] & (cols >= 0)[None, :]
-    tl.store(out_ptr + rows[:, None] * out_row + cols[None, :], acc.to(out_ptr.dtype.element_ty), mask=inside)
-
-
-# %% wrong="grouped_gemm" because="an empty group counts as a tile and shifts the offsets"
-@triton.jit
-def grouped_gemm_kernel(x_ptr, w_ptr, sizes_ptr, out_ptr, n_rows, n_groups, n_cols, n_inner, x_row, w_group, w_col, out_row,
-                        GROUPS: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr):
-    col_tiles = tl.cdiv(n_cols, BLOCK_N)
-    tile, col_tile = tl.program_id(0) // col_tiles, tl.program_id(0) % col_tiles
-
-    # Which group: the number of groups whose tiles end at or before this one.
-    lanes = tl.arange(0, GROUPS)
-    sizes = tl.load(sizes_ptr + lanes, mask=lanes < n_groups, other=0)
-    tiles = tl.maximum(tl.cdiv(sizes, BLOCK_M), (lanes < n_groups).to(tl.int32))
-    ends = tl.cumsum(tiles, 0)
-    group = tl.sum((ends <= tile).to(tl.int32), 0)
-    if group >= n_groups:                               # a surplus program
-        return
-    before = lanes < group - 1
-    size = tl.sum(tl.where(lanes == group, sizes, 0), 0)
-    within = (tile - tl.sum(tl.where(before, tiles, 0), 0)) * BLOCK_M + tl.arange(0, BLOCK_M)
-    rows = (tl.sum(tl.where(before, sizes, 0), 0) + within).to(tl.int64)
-    cols = col_tile * BLOCK_N + tl.arange(0, BLOCK_N)
-
-    # Rows and columns beyond the edge read the last valid one, so that the loop needs no mask for them; they are not stored.
-    safe_rows = tl.minimum(rows, n_rows - 1)
-    safe_cols = tl.minimum(cols, n_cols - 1)
-    inner = tl.arange(0, BLOCK_K)
-    x_ptrs = x_ptr + safe_rows[:, None] * x_row + inner[None, :]
-    w_ptrs = w_ptr + group.to(tl.int64) * w_group + safe_cols[None, :].to(tl.int64) * w_col + inner[:, None]
-    acc = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
-    full = n_inner // BLOCK_K * BLOCK_K
-    for _ in range(0, full, BLOCK_K):                   # whole blocks of K need no mask
-        acc = tl.dot(tl.load(x_ptrs), tl.load(w_ptrs), acc, input_precision="ieee")
-        x_ptrs += BLOCK_K
-        w_ptrs += BLOCK_K
-    if full < n_inner:                                  # the rest of K: zeros beyond the edge add nothing
-        x = tl.load(x_ptrs, mask=inner[None, :] < n_inner - full, other=0.0)
-        w = tl.load(w_ptrs, mask=inner[:, None] < n_inner - full, other=0.0)
-        acc = tl.dot(x, w, acc, input_precision="ieee")
-    inside = (within < size)[:, None] & (cols < n_cols)[None, :]
-    tl.store(out_ptr + rows[:, None] * out_row + cols[None, :], acc.to(out_ptr.dtype.element_ty), mask=inside)
-
-
-# %% wrong="grouped_gemm" because="group boundaries taken at multiples of the block"
-@triton.jit
-def grouped_gemm_kernel(x_ptr, w_ptr, sizes_ptr, out_ptr, n_rows, n_groups, n_cols, n_inner, x_row, w_group, w_col, out_row,
-                        GROUPS: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr):
-    col_tiles = tl.cdiv(n_cols, BLOCK_N)
-    tile, col_tile = tl.program_id(0) // col_tiles, tl.program_id(0) % col_tiles
-
-    # Which group: the number of groups whose tiles end at or before this one.
-    lanes = tl.arange(0, GROUPS)
-    sizes = tl.load(sizes_ptr + lanes, mask=lanes < n_groups, other=0)
-    tiles = tl.cdiv(sizes, BLOCK_M)
-    ends = tl.cumsum(tiles, 0)
-    group = tl.sum((ends <= tile).to(tl.int32), 0)
-    if group >= n_groups:                               # a surplus program
-        return
-    before = lanes < group
-    size = tl.sum(tl.where(lanes == group, sizes, 0), 0)
-    within = (tile - tl.sum(tl.where(before, tiles, 0), 0)) * BLOCK_M + tl.arange(0, BLOCK_M)
-    rows = (tl.sum(tl.where(before, tiles, 0), 0) * BLOCK_M + within).to(tl.int64)
-    cols = col_tile * BLOCK_N + tl.arange(0, BLOCK_N)
-
-    # Rows and columns beyond the edge read the last valid one, so that the loop needs no mask for them; they are not stored.
-    safe_rows = tl.minimum(rows, n_rows - 1)
-    safe_cols = tl.minimum(cols, n_cols - 1)
-    inner = tl.arange(0, BLOCK_K)
-    x_ptrs = x_ptr + safe_rows[:, None] * x_row + inner[None, :]
-    w_ptrs = w_ptr + group.to(tl.int64) * w_group + safe_cols[None, :].to(tl.int64) * w_col + inner[:, None]
-    acc = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
-    full = n_inner // BLOCK_K * BLOCK_K
-    for _ in range(0, full, BLOCK_K):                   # whole blocks of K need no mask
-        acc = tl.dot(tl.load(x_ptrs), tl.load(w_ptrs), acc, input_precision="ieee")
-        x_ptrs += BLOCK_K
-        w_ptrs += BLOCK_K
-    if full < n_inner:                                  # the rest of K: zeros beyond the edge add nothing
-        x = tl.load(x_ptrs, mask=inner[None, :] < n_inner - full, other=0.0)
-        w = tl.load(w_ptrs, mask=inner[:, None] < n_inner - full, other=0.0)
-        acc = tl.dot(x, w, acc, input_precision="ieee")
-    inside = ((within < size) & (rows < n_rows))[:, None] & (cols < n_cols)[None, :]
-    tl.store(out_ptr + rows[:, None] * out_row + cols[None, :], acc.to(out_ptr.dtype.element_ty), mask=inside)
-
-
-# %% wrong="grouped_gemm" because="the first tile of each group only"
-@triton.jit
-def grouped_gemm_kernel(x_ptr, w_ptr, sizes_ptr, out_ptr, n_rows, n_groups, n_cols, n_inner, x_row, w_group, w_col, out_row,
-                        GROUPS: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr):
-    col_tiles = tl.cdiv(n_cols, BLOCK_N)
-    tile, col_tile = tl.program_id(0) // col_tiles, tl.program_id(0) % col_tiles
-
-    # Which group: the number of groups whose tiles end at or before this one.
-    lanes = tl.arange(0, GROUPS)
-    sizes = tl.load(sizes_ptr + lanes, mask=lanes < n_groups, other=0)
-    tiles = (sizes > 0).to(tl.int32)
-    ends = tl.cumsum(tiles, 0)
-    group = tl.sum((ends <= tile).to(tl.int32), 0)
-    if group >= n_groups:                               # a surplus program
-        return
-    before = lanes < group
-    size = tl.sum(tl.where(lanes == group, sizes, 0), 0)
-    within = (tile - tl.sum(tl.where(before, tiles, 0), 0)) * BLOCK_M + tl.arange(0, BLOCK_M)
-    rows = (tl.sum(tl.where(before, sizes, 0), 0) + within).to(tl.int64)
-    cols = col_tile * BLOCK_N + tl.arange(0, BLOCK_N)
-
-    # Rows and columns beyond the edge read the last valid one, so that the loop needs no mask for them; they are not stored.
-    safe_rows = tl.minimum(rows, n_rows - 1)
-    safe_cols = tl.minimum(cols, n_cols - 1)
-    inner = tl.arange(0, BLOCK_K)
-    x_ptrs = x_ptr + safe_rows[:, None] * x_row + inner[None, :]
-    w_ptrs = w_ptr + group.to(tl.int64) * w_group + safe_cols[None, :].to(tl.int64) * w_col + inner[:, None]
-    acc = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
-    full = n_inner // BLOCK_K * BLOCK_K
-    for _ in range(0, full, BLOCK_K):                   # whole blocks of K need no mask
-        acc = tl.dot(tl.load(x_ptrs), tl.load(w_ptrs), acc, input_precision="ieee")
-        x_ptrs += BLOCK_K
-        w_ptrs += BLOCK_K
-    if full < n_inner:                                  # the rest of K: zeros beyond the edge add nothing
-        x = tl.load(x_ptrs, mask=inner[None, :] < n_inner - full, other=0.0)
-        w = tl.load(w_ptrs, mask=inner[:, None] < n_inner - full, other=0.0)
-        acc = tl.dot(x, w, acc, input_precision="ieee")
-    inside = (within < size)[:, None] & (cols < n_cols)[None, :]
-    tl.store(out_ptr + rows[:, None] * out_row + cols[None, :], acc.to(out_ptr.dtype.element_ty), mask=inside)
-
-
-# %% wrong="grouped_gemm" because="the weights of the group before"
-@triton.jit
-def grouped_gemm_kernel(x_ptr, w_ptr, sizes_ptr, out_ptr, n_rows, n_groups, n_cols, n_inner, x_row, w_group, w_col, out_row,
-                        GROUPS: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr):
-    col_tiles = tl.cdiv(n_cols, BLOCK_N)
-    tile, col_tile = tl.program_id(0) // col_tiles, tl.program_id(0) % col_tiles
-
-    # Which group: the number of groups whose tiles end at or before this one.
-    lanes = tl.arange(0, GROUPS)
-    sizes = tl.load(sizes_ptr + lanes, mask=lanes < n_groups, other=0)
-    tiles = tl.cdiv(sizes, BLOCK_M)
-    ends = tl.cumsum(tiles, 0)
-    group = tl.sum((ends <= tile).to(tl.int32), 0)
-    if group >= n_groups:                               # a surplus program
-        return
-    before = lanes < group
-    size = tl.sum(tl.where(lanes == group, sizes, 0), 0)
-    within = (tile - tl.sum(tl.where(before, tiles, 0), 0)) * BLOCK_M + tl.arange(0, BLOCK_M)
-    rows = (tl.sum(tl.where(before, sizes, 0), 0) + within).to(tl.int64)
-    cols = col_tile * BLOCK_N + tl.arange(0, BLOCK_N)
-
-    # Rows and columns beyond the edge read the last valid one, so that the loop needs no mask for them; they are not stored.
-    safe_rows = tl.minimum(rows, n_rows - 1)
-    safe_cols = tl.minimum(cols, n_cols - 1)
-    inner = tl.arange(0, BLOCK_K)
-    x_ptrs = x_ptr + safe_rows[:, None] * x_row + inner[None, :]
-    w_ptrs = w_ptr + tl.maximum(group - 1, 0).to(tl.int64) * w_group + safe_cols[None, :].to(tl.int64) * w_col + inner[:, None]
-    acc = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
-    full = n_inner // BLOCK_K * BLOCK_K
-    for _ in range(0, full, BLOCK_K):                   # whole blocks of K need no mask
-        acc = tl.dot(tl.load(x_ptrs), tl.load(w_ptrs), acc, input_precision="ieee")
-        x_ptrs += BLOCK_K
-        w_ptrs += BLOCK_K
-    if full < n_inner:                                  # the rest of K: zeros beyond the edge add nothing
-        x = tl.load(x_ptrs, mask=inner[None, :] < n_inner - full, other=0.0)
-        w = tl.load(w_ptrs, mask=inner[:, None] < n_inner - full, other=0.0)
-        acc = tl.dot(x, w, acc, input_precision="ieee")
-    inside = (within < size)[:, None] & (cols < n_cols)[None, :]
-    tl.store(out_ptr + rows[:, None] * out_row + cols[None, :], acc.to(out_ptr.dtype.element_ty), mask=inside)
-
-
-# %% wrong="grouped_gemm" because="the first group's weights for all"
-@triton.jit
-def grouped_gemm_kernel(x_ptr, w_ptr, sizes_ptr, out_ptr, n_rows, n_groups, n_cols, n_inner, x_row, w_group, w_col, out_row,
-                        GROUPS: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr):
-    col_tiles = tl.cdiv(n_cols, BLOCK_N)
-    tile, col_tile = tl.program_id(0) // col_tiles, tl.program_id(0) % col_tiles
-
-    # Which group: the number of groups whose tiles end at or before this one.
-    lanes = tl.arange(0, GROUPS)
-    sizes = tl.load(sizes_ptr + lanes, mask=lanes < n_groups, other=0)
-    tiles = tl.cdiv(sizes, BLOCK_M)
-    ends = tl.cumsum(tiles, 0)
-    group = tl.sum((ends <= tile).to(tl.int32), 0)
-    if group >= n_groups:                               # a surplus program
-        return
-    before = lanes < group
-    size = tl.sum(tl.where(lanes == group, sizes, 0), 0)
-    within = (tile - tl.sum(tl.where(before, tiles, 0), 0)) * BLOCK_M + tl.arange(0, BLOCK_M)
-    rows = (tl.sum(tl.where(before, sizes, 0), 0) + within).to(tl.int64)
-    cols = col_tile * BLOCK_N + tl.arange(0, BLOCK_N)
-
-    # Rows and columns beyond the edge read the last valid one, so that the loop needs no mask for them; they are not stored.
-    safe_rows = tl.minimum(rows, n_rows - 1)
-    safe_cols = tl.minimum(cols, n_cols - 1)
-    inner = tl.arange(0, BLOCK_K)
-    x_ptrs = x_ptr + safe_rows[:, None] * x_row + inner[None, :]
-    w_ptrs = w_ptr + safe_cols[None, :].to(tl.int64) * w_col + inner[:, None]
-    acc = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
-    full = n_inner // BLOCK_K * BLOCK_K
-    for _ in range(0, full, BLOCK_K):                   # whole blocks of K need no mask
-        acc = tl.dot(tl.load(x_ptrs), tl.load(w_ptrs), acc, input_precision="ieee")
-        x_ptrs += BLOCK_K
-        w_ptrs += BLOCK_K
-    if full < n_inner:                                  # the rest of K: zeros beyond the edge add nothing
-        x = tl.load(x_ptrs, mask=inner[None, :] < n_inner - full, other=0.0)
-        w = tl.load(w_ptrs, mask=inner[:, None] < n_inner - full, other=0.0)
-        acc = tl.dot(x, w, acc, input_precision="ieee")
-    inside = (within < size)[:, None] & (cols < n_cols)[None, :]
-    tl.store(out_ptr + rows[:, None] * out_row + cols[None, :], acc.to(out_ptr.dtype.element_ty), mask=inside)
-
-
-# %% wrong="grouped_gemm" because="a group ends after its tile, not at it"
-@triton.jit
-def grouped_gemm_kernel(x_ptr, w_ptr, sizes_ptr, out_ptr, n_rows, n_groups, n_cols, n_inner, x_row, w_group, w_col, out_row,
-                        GROUPS: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr):
-    col_tiles = tl.cdiv(n_cols, BLOCK_N)
-    tile, col_tile = tl.program_id(0) // col_tiles, tl.program_id(0) % col_tiles
-
-    # Which group: the number of groups whose tiles end at or before this one.
-    lanes = tl.arange(0, GROUPS)
-    sizes = tl.load(sizes_ptr + lanes, mask=lanes < n_groups, other=0)
-    tiles = tl.cdiv(sizes, BLOCK_M)
-    ends = tl.cumsum(tiles, 0)
-    group = tl.sum((ends < tile).to(tl.int32), 0)
-    if group >= n_groups:                               # a surplus program
-        return
-    before = lanes < group
-    size = tl.sum(tl.where(lanes == group, sizes, 0), 0)
-    within = (tile - tl.sum(tl.where(before, tiles, 0), 0)) * BLOCK_M + tl.arange(0, BLOCK_M)
-    rows = (tl.sum(tl.where(before, sizes, 0), 0) + within).to(tl.int64)
-    cols = col_tile * BLOCK_N + tl.arange(0, BLOCK_N)
-
-    # Rows and columns beyond the edge read the last valid one, so that the loop needs no mask for them; they are not stored.
-    safe_rows = tl.minimum(rows, n_rows - 1)
-    safe_cols = tl.minimum(cols, n_cols - 1)
-    inner = tl.arange(0, BLOCK_K)
-    x_ptrs = x_ptr + safe_rows[:, None] * x_row + inner[None, :]
-    w_ptrs = w_ptr + group.to(tl.int64) * w_group + safe_cols[None, :].to(tl.int64) * w_col + inner[:, None]
-    acc = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
-    full = n_inner // BLOCK_K * BLOCK_K
-    for _ in range(0, full, BLOCK_K):                   # whole blocks of K need no mask
-        acc = tl.dot(tl.load(x_ptrs), tl.load(w_ptrs), acc, input_precision="ieee")
-        x_ptrs += BLOCK_K
-        w_ptrs += BLOCK_K
-    if full < n_inner:                                  # the rest of K: zeros beyond the edge add nothing
-        x = tl.load(x_ptrs, mask=inner[None, :] < n_inner - full, other=0.0)
-        w = tl.load(w_ptrs, mask=inner[:, None] < n_inner - full, other=0.0)
-        acc = tl.dot(x, w, acc, input_precision="ieee")
-    inside = (within < size)[:, None] & (cols < n_cols)[None, :]
-    tl.store(out_ptr + rows[:, None] * out_row + cols[None, :], acc.to(out_ptr.dtype.element_ty), mask=inside)
-
-
-# %% wrong="grouped_gemm" because="the weights not transposed"
-@triton.jit
-def grouped_gemm_kernel(x_ptr, w_ptr, sizes_ptr, out_ptr, n_rows, n_groups, n_cols, n_inner, x_row, w_group, w_col, out_row,
-                        GROUPS: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr):
-    col_tiles = tl.cdiv(n_cols, BLOCK_N)
-    tile, col_tile = tl.program_id(0) // col_tiles, tl.program_id(0) % col_tiles
-
-    # Which group: the number of groups whose tiles end at or before this one.
-    lanes = tl.arange(0, GROUPS)
-    sizes = tl.load(sizes_ptr + lanes, mask=lanes < n_groups, other=0)
-    tiles = tl.cdiv(sizes, BLOCK_M)
-    ends = tl.cumsum(tiles, 0)
-    group = tl.sum((ends <= tile).to(tl.int32), 0)
-    if group >= n_groups:                               # a surplus program
-        return
-    before = lanes < group
-    size = tl.sum(tl.where(lanes == group, sizes, 0), 0)
-    within = (tile - tl.sum(tl.where(before, tiles, 0), 0)) * BLOCK_M + tl.arange(0, BLOCK_M)
-    rows = (tl.sum(tl.where(before, sizes, 0), 0) + within).to(tl.int64)
-    cols = col_tile * BLOCK_N + tl.arange(0, BLOCK_N)
-
-    # Rows and columns beyond the edge read the last valid one, so that the loop needs no mask for them; they are not stored.
-    safe_rows = tl.minimum(rows, n_rows - 1)
-    safe_cols = tl.minimum(cols, n_cols - 1)
-    inner = tl.arange(0, BLOCK_K)
-    x_ptrs = x_ptr + safe_rows[:, None] * x_row + inner[None, :]
-    w_ptrs = w_ptr + group.to(tl.int64) * w_group + safe_cols[None, :] + inner[:, None].to(tl.int64) * w_col
-    acc = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
-    full = n_inner // BLOCK_K * BLOCK_K
-    for _ in range(0, full, BLOCK_K):                   # whole blocks of K need no mask
-        acc = tl.dot(tl.load(x_ptrs), tl.load(w_ptrs), acc, input_precision="ieee")
-        x_ptrs += BLOCK_K
-        w_ptrs += BLOCK_K * w_col
-    if full < n_inner:                                  # the rest of K: zeros beyond the edge add nothing
-        x = tl.load(x_ptrs, mask=inner[None, :] < n_inner - full, other=0.0)
-        w = tl.load(w_ptrs, mask=inner[:, None] < n_inner - full, other=0.0)
-        acc = tl.dot(x, w, acc, input_precision="ieee")
-    inside = (within < size)[:, None] & (cols < n_cols)[None, :]
-    tl.store(out_ptr + rows[:, None] * out_row + cols[None, :], acc.to(out_ptr.dtype.element_ty), mask=inside)
-
-
-# %% wrong="grouped_gemm" because="the rest of K is left out"
-@triton.jit
-def grouped_gemm_kernel(x_ptr, w_ptr, sizes_ptr, out_ptr, n_rows, n_groups, n_cols, n_inner, x_row, w_group, w_col, out_row,
-                        GROUPS: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr):
-    col_tiles = tl.cdiv(n_cols, BLOCK_N)
-    tile, col_tile = tl.program_id(0) // col_tiles, tl.program_id(0) % col_tiles
-
-    # Which group: the number of groups whose tiles end at or before this one.
-    lanes = tl.arange(0, GROUPS)
-    sizes = tl.load(sizes_ptr + lanes, mask=lanes < n_groups, other=0)
-    tiles = tl.cdiv(sizes, BLOCK_M)
-    ends = tl.cumsum(tiles, 0)
-    group = tl.sum((ends <= tile).to(tl.int32), 0)
-    if group >= n_groups:                               # a surplus program
-        return
-    before = lanes < group
-    size = tl.sum(tl.where(lanes == group, sizes, 0), 0)
-    within = (tile - tl.sum(tl.where(before, tiles, 0), 0)) * BLOCK_M + tl.arange(0, BLOCK_M)
-    rows = (tl.sum(tl.where(before, sizes, 0), 0) + within).to(tl.int64)
-    cols = col_tile * BLOCK_N + tl.arange(0, BLOCK_N)
-
-    # Rows and columns beyond the edge read the last valid one, so that the loop needs no mask for them; they are not stored.
-    safe_rows = tl.minimum(rows, n_rows - 1)
-    safe_cols = tl.minimum(cols, n_cols - 1)
-    inner = tl.arange(0, BLOCK_K)
-    x_ptrs = x_ptr + safe_rows[:, None] * x_row + inner[None, :]
-    w_ptrs = w_ptr + group.to(tl.int64) * w_group + safe_cols[None, :].to(tl.int64) * w_col + inner[:, None]
-    acc = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
-    full = n_inner // BLOCK_K * BLOCK_K
-    for _ in range(0, full, BLOCK_K):                   # whole blocks of K need no mask
-        acc = tl.dot(tl.load(x_ptrs), tl.load(w_ptrs), acc, input_precision="ieee")
-        x_ptrs += BLOCK_K
-        w_ptrs += BLOCK_K
-    if full > n_inner:                                  # the rest of K: zeros beyond the edge add nothing
-        x = tl.load(x_ptrs, mask=inner[None, :] < n_inner - full, other=0.0)
-        w = tl.load(w_ptrs, mask=inner[:, None] < n_inner - full, other=0.0)
-        acc = tl.dot(x, w, acc, input_precision="ieee")
-    inside = (within < size)[:, None] & (cols < n_cols)[None, :]
-    tl.store(out_ptr + rows[:, None] * out_row + cols[None, :], acc.to(out_ptr.dtype.element_ty), mask=inside)
-
-
-# %% wrong="grouped_gemm" because="the rest of K is not masked"
-@triton.jit
-def grouped_gemm_kernel(x_ptr, w_ptr, sizes_ptr, out_ptr, n_rows, n_groups, n_cols, n_inner, x_row, w_group, w_col, out_row,
-                        GROUPS: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr):
-    col_tiles = tl.cdiv(n_cols, BLOCK_N)
-    tile, col_tile = tl.program_id(0) // col_tiles, tl.program_id(0) % col_tiles
-
-    # Which group: the number of groups whose tiles end at or before this one.
-    lanes = tl.arange(0, GROUPS)
-    sizes = tl.load(sizes_ptr + lanes, mask=lanes < n_groups, other=0)
-    tiles = tl.cdiv(sizes, BLOCK_M)
-    ends = tl.cumsum(tiles, 0)
-    group = tl.sum((ends <= tile).to(tl.int32), 0)
-    if group >= n_groups:                               # a surplus program
-        return
-    before = lanes < group
-    size = tl.sum(tl.where(lanes == group, sizes, 0), 0)
-    within = (tile - tl.sum(tl.where(before, tiles, 0), 0)) * BLOCK_M + tl.arange(0, BLOCK_M)
-    rows = (tl.sum(tl.where(before, sizes, 0), 0) + within).to(tl.int64)
-    cols = col_tile * BLOCK_N + tl.arange(0, BLOCK_N)
-
-    # Rows and columns beyond the edge read the last valid one, so that the loop needs no mask for them; they are not stored.
-    safe_rows = tl.minimum(rows, n_rows - 1)
-    safe_cols = tl.minimum(cols, n_cols - 1)
-    inner = tl.arange(0, BLOCK_K)
-    x_ptrs = x_ptr + safe_rows[:, None] * x_row + inner[None, :]
-    w_ptrs = w_ptr + group.to(tl.int64) * w_group + safe_cols[None, :].to(tl.int64) * w_col + inner[:, None]
-    acc = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
-    full = n_inner // BLOCK_K * BLOCK_K
-    for _ in range(0, full, BLOCK_K):                   # whole blocks of K need no mask
-        acc = tl.dot(tl.load(x_ptrs), tl.load(w_ptrs), acc, input_precision="ieee")
-        x_ptrs += BLOCK_K
-        w_ptrs += BLOCK_K
-    if full < n_inner:                                  # the rest of K: zeros beyond the edge add nothing
-        x = tl.load(x_ptrs, mask=inner[None, :] >= 0, other=0.0)
-        w = tl.load(w_ptrs, mask=inner[:, None] >= 0, other=0.0)
-        acc = tl.dot(x, w, acc, input_precision="ieee")
-    inside = (within < size)[:, None] & (cols < n_cols)[None, :]
-    tl.store(out_ptr + rows[:, None] * out_row + cols[None, :], acc.to(out_ptr.dtype.element_ty), mask=inside)
-
-
-# %% wrong="grouped_gemm" because="the pointers do not move on along K"
-@triton.jit
-def grouped_gemm_kernel(x_ptr, w_ptr, sizes_ptr, out_ptr, n_rows, n_groups, n_cols, n_inner, x_row, w_group, w_col, out_row,
-                        GROUPS: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr):
-    col_tiles = tl.cdiv(n_cols, BLOCK_N)
-    tile, col_tile = tl.program_id(0) // col_tiles, tl.program_id(0) % col_tiles
-
-    # Which group: the number of groups whose tiles end at or before this one.
-    lanes = tl.arange(0, GROUPS)
-    sizes = tl.load(sizes_ptr + lanes, mask=lanes < n_groups, other=0)
-    tiles = tl.cdiv(sizes, BLOCK_M)
-    ends = tl.cumsum(tiles, 0)
-    group = tl.sum((ends <= tile).to(tl.int32), 0)
-    if group >= n_groups:                               # a surplus program
-        return
-    before = lanes < group
-    size = tl.sum(tl.where(lanes == group, sizes, 0), 0)
-    within = (tile - tl.sum(tl.where(before, tiles, 0), 0)) * BLOCK_M + tl.arange(0, BLOCK_M)
-    rows = (tl.sum(tl.where(before, sizes, 0), 0) + within).to(tl.int64)
-    cols = col_tile * BLOCK_N + tl.arange(0, BLOCK_N)
-
-    # Rows and columns beyond the edge read the last valid one, so that the loop needs no mask for them; they are not stored.
-    safe_rows = tl.minimum(rows, n_rows - 1)
-    safe_cols = tl.minimum(cols, n_cols - 1)
-    inner = tl.arange(0, BLOCK_K)
-    x_ptrs = x_ptr + safe_rows[:, None] * x_row + inner[None, :]
-    w_ptrs = w_ptr + group.to(tl.int64) * w_group + safe_cols[None, :].to(tl.int64) * w_col + inner[:, None]
-    acc = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
-    full = n_inner // BLOCK_K * BLOCK_K
-    for _ in range(0, full, BLOCK_K):                   # whole blocks of K need no mask
-        acc = tl.dot(tl.load(x_ptrs), tl.load(w_ptrs), acc, input_precision="ieee")
-    if full < n_inner:                                  # the rest of K: zeros beyond the edge add nothing
-        x = tl.load(x_ptrs, mask=inner[None, :] < n_inner - full, other=0.0)
-        w = tl.load(w_ptrs, mask=inner[:, None] < n_inner - full, other=0.0)
-        acc = tl.dot(x, w, acc, input_precision="ieee")
-    inside = (within < size)[:, None] & (cols < n_cols)[None, :]
-    tl.store(out_ptr + rows[:, None] * out_row + cols[None, :], acc.to(out_ptr.dtype.element_ty), mask=inside)
-
-
-# %% wrong="grouped_gemm" because="32-bit offsets for the weights"
-@triton.jit
-def grouped_gemm_kernel(x_ptr, w_ptr, sizes_ptr, out_ptr, n_rows, n_groups, n_cols, n_inner, x_row, w_group, w_col, out_row,
-                        GROUPS: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr):
-    col_tiles = tl.cdiv(n_cols, BLOCK_N)
-    tile, col_tile = tl.program_id(0) // col_tiles, tl.program_id(0) % col_tiles
-
-    # Which group: the number of groups whose tiles end at or before this one.
-    lanes = tl.arange(0, GROUPS)
-    sizes = tl.load(sizes_ptr + lanes, mask=lanes < n_groups, other=0)
-    tiles = tl.cdiv(sizes, BLOCK_M)
-    ends = tl.cumsum(tiles, 0)
-    group = tl.sum((ends <= tile).to(tl.int32), 0)
-    if group >= n_groups:                               # a surplus program
-        return
-    before = lanes < group
-    size = tl.sum(tl.where(lanes == group, sizes, 0), 0)
-    within = (tile - tl.sum(tl.where(before, tiles, 0), 0)) * BLOCK_M + tl.arange(0, BLOCK_M)
-    rows = (tl.sum(tl.where(before, sizes, 0), 0) + within).to(tl.int64)
-    cols = col_tile * BLOCK_N + tl.arange(0, BLOCK_N)
-
-    # Rows and columns beyond the edge read the last valid one, so that the loop needs no mask for them; they are not stored.
-    safe_rows = tl.minimum(rows, n_rows - 1)
-    safe_cols = tl.minimum(cols, n_cols - 1)
-    inner = tl.arange(0, BLOCK_K)
-    x_ptrs = x_ptr + safe_rows[:, None] * x_row + inner[None, :]
-    w_ptrs = w_ptr + group * w_group + safe_cols[None, :].to(tl.int64) * w_col + inner[:, None]
-    acc = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
-    full = n_inner // BLOCK_K * BLOCK_K
-    for _ in range(0, full, BLOCK_K):                   # whole blocks of K need no mask
-        acc = tl.dot(tl.load(x_ptrs), tl.load(w_ptrs), acc, input_precision="ieee")
-        x_ptrs += BLOCK_K
-        w_ptrs += BLOCK_K
-    if full < n_inner:                                  # the rest of K: zeros beyond the edge add nothing
-        x = tl.load(x_ptrs, mask=inner[None, :] < n_inner - full, other=0.0)
-        w = tl.load(w_ptrs, mask=inner[:, None] < n_inner - full, other=0.0)
-        acc = tl.dot(x, w, acc, input_precision="ieee")
-    inside = (within < size)[:, None] & (cols < n_cols)[None, :]
-    tl.store(out_ptr + rows[:, None] * out_row + cols[None, :], acc.to(out_ptr.dtype.element_ty), mask=inside)
-
-
-# %% wrong="grouped_gemm" because="32-bit rows"
-@triton.jit
-def grouped_gemm_kernel(x_ptr, w_ptr, sizes_ptr, out_ptr, n_rows, n_groups, n_cols, n_inner, x_row, w_group, w_col, out_row,
-                        GROUPS: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr):
-    col_tiles = tl.cdiv(n_cols, BLOCK_N)
-    tile, col_tile = tl.program_id(0) // col_tiles, tl.program_id(0) % col_tiles
-
-    # Which group: the number of groups whose tiles end at or before this one.
-    lanes = tl.arange(0, GROUPS)
-    sizes = tl.load(sizes_ptr + lanes, mask=lanes < n_groups, other=0)
-    tiles = tl.cdiv(sizes, BLOCK_M)
-    ends = tl.cumsum(tiles, 0)
-    group = tl.sum((ends <= tile).to(tl.int32), 0)
-    if group >= n_groups:                               # a surplus program
-        return
-    before = lanes < group
-    size = tl.sum(tl.where(lanes == group, sizes, 0), 0)
-    within = (tile - tl.sum(tl.where(before, tiles, 0), 0)) * BLOCK_M + tl.arange(0, BLOCK_M)
-    rows = (tl.sum(tl.where(before, sizes, 0), 0) + within)
-    cols = col_tile * BLOCK_N + tl.arange(0, BLOCK_N)
-
-    # Rows and columns beyond the edge read the last valid one, so that the loop needs no mask for them; they are not stored.
-    safe_rows = tl.minimum(rows, n_rows - 1)
-    safe_cols = tl.minimum(cols, n_cols - 1)
-    inner = tl.arange(0, BLOCK_K)
-    x_ptrs = x_ptr + safe_rows[:, None] * x_row + inner[None, :]
-    w_ptrs = w_ptr + group.to(tl.int64) * w_group + safe_cols[None, :].to(tl.int64) * w_col + inner[:, None]
-    acc = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
-    full = n_inner // BLOCK_K * BLOCK_K
-    for _ in range(0, full, BLOCK_K):                   # whole blocks of K need no mask
-        acc = tl.dot(tl.load(x_ptrs), tl.load(w_ptrs), acc, input_precision="ieee")
-        x_ptrs += BLOCK_K
-        w_ptrs += BLOCK_K
-    if full < n_inner:                                  # the rest of K: zeros beyond the edge add nothing
-        x = tl.load(x_ptrs, mask=inner[None, :] < n_inner - full, other=0.0)
-        w = tl.load(w_ptrs, mask=inner[:, None] < n_inner - full, other=0.0)
-        acc = tl.dot(x, w, acc, input_precision="ieee")
-    inside = (within < size)[:, None] & (cols < n_cols)[None, :]
-    tl.store(out_ptr + rows[:, None] * out_row + cols[None, :], acc.to(out_ptr.dtype.element_ty), mask=inside)
-
-
-# %% wrong="grouped_gemm" because="row stride of out taken for its width"
-@triton.jit
-def grouped_gemm_kernel(x_ptr, w_ptr, sizes_ptr, out_ptr, n_rows, n_groups, n_cols, n_inner, x_row, w_group, w_col, out_row,
-                        GROUPS: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr):
-    col_tiles = tl.cdiv(n_cols, BLOCK_N)
-    tile, col_tile = tl.program_id(0) // col_tiles, tl.program_id(0) % col_tiles
-
-    # Which group: the number of groups whose tiles end at or before this one.
-    lanes = tl.arange(0, GROUPS)
-    sizes = tl.load(sizes_ptr + lanes, mask=lanes < n_groups, other=0)
-    tiles = tl.cdiv(sizes, BLOCK_M)
-    ends = tl.cumsum(tiles, 0)
-    group = tl.sum((ends <= tile).to(tl.int32), 0)
-    if group >= n_groups:                               # a surplus program
-        return
-    before = lanes < group
-    size = tl.sum(tl.where(lanes == group, sizes, 0), 0)
-    within = (tile - tl.sum(tl.where(before, tiles, 0), 0)) * BLOCK_M + tl.arange(0, BLOCK_M)
-    rows = (tl.sum(tl.where(before, sizes, 0), 0) + within).to(tl.int64)
-    cols = col_tile * BLOCK_N + tl.arange(0, BLOCK_N)
-
-    # Rows and columns beyond the edge read the last valid one, so that the loop needs no mask for them; they are not stored.
-    safe_rows = tl.minimum(rows, n_rows - 1)
-    safe_cols = tl.minimum(cols, n_cols - 1)
-    inner = tl.arange(0, BLOCK_K)
-    x_ptrs = x_ptr + safe_rows[:, None] * x_row + inner[None, :]
-    w_ptrs = w_ptr + group.to(tl.int64) * w_group + safe_cols[None, :].to(tl.int64) * w_col + inner[:, None]
-    acc = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
-    full = n_inner // BLOCK_K * BLOCK_K
-    for _ in range(0, full, BLOCK_K):                   # whole blocks of K need no mask
-        acc = tl.dot(tl.load(x_ptrs), tl.load(w_ptrs), acc, input_precision="ieee")
-        x_ptrs += BLOCK_K
-        w_ptrs += BLOCK_K
-    if full < n_inner:                                  # the rest of K: zeros beyond the edge add nothing
-        x = tl.load(x_ptrs, mask=inner[None, :] < n_inner - full, other=0.0)
-        w = tl.load(w_ptrs, mask=inner[:, None] < n_inner - full, other=0.0)
-        acc = tl.dot(x, w, acc, input_precision="ieee")
-    inside = (within < size)[:, None] & (cols < n_cols)[None, :]
-    tl.store(out_ptr + rows[:, None] * n_cols + cols[None, :], acc.to(out_ptr.dtype.element_ty), mask=inside)
-
-
-# %% wrong="grouped_gemm" because="accumulates in the dtype of x"
-@triton.jit
-def grouped_gemm_kernel(x_ptr, w_ptr, sizes_ptr, out_ptr, n_rows, n_groups, n_cols, n_inner, x_row, w_group, w_col, out_row,
-                        GROUPS: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr):
-    col_tiles = tl.cdiv(n_cols, BLOCK_N)
-    tile, col_tile = tl.program_id(0) // col_tiles, tl.program_id(0) % col_tiles
-
-    # Which group: the number of groups whose tiles end at or before this one.
-    lanes = tl.arange(0, GROUPS)
-    sizes = tl.load(sizes_ptr + lanes, mask=lanes < n_groups, other=0)
-    tiles = tl.cdiv(sizes, BLOCK_M)
-    ends = tl.cumsum(tiles, 0)
-    group = tl.sum((ends <= tile).to(tl.int32), 0)
-    if group >= n_groups:                               # a surplus program
-        return
-    before = lanes < group
-    size = tl.sum(tl.where(lanes == group, sizes, 0), 0)
-    within = (tile - tl.sum(tl.where(before, tiles, 0), 0)) * BLOCK_M + tl.arange(0, BLOCK_M)
-    rows = (tl.sum(tl.where(before, sizes, 0), 0) + within).to(tl.int64)
-    cols = col_tile * BLOCK_N + tl.arange(0, BLOCK_N)
-
-    # Rows and columns beyond the edge read the last valid one, so that the loop needs no mask for them; they are not stored.
-    safe_rows = tl.minimum(rows, n_rows - 1)
-    safe_cols = tl.minimum(cols, n_cols - 1)
-    inner = tl.arange(0, BLOCK_K)
-    x_ptrs = x_ptr + safe_rows[:, None] * x_row + inner[None, :]
-    w_ptrs = w_ptr + group.to(tl.int64) * w_group + safe_cols[None, :].to(tl.int64) * w_col + inner[:, None]
-    acc = tl.zeros((BLOCK_M, BLOCK_N), x_ptr.dtype.element_ty)
-    full = n_inner // BLOCK_K * BLOCK_K
-    for _ in range(0, full, BLOCK_K):                   # whole blocks of K need no mask
-        acc += tl.dot(tl.load(x_ptrs), tl.load(w_ptrs), input_precision="ieee").to(x_ptr.dtype.element_ty)
-        x_ptrs += BLOCK_K
-        w_ptrs += BLOCK_K
-    if full < n_inner:                                  # the rest of K: zeros beyond the edge add nothing
-        x = tl.load(x_ptrs, mask=inner[None, :] < n_inner - full, other=0.0)
-        w = tl.load(w_ptrs, mask=inner[:, None] < n_inner - full, other=0.0)
-        acc += tl.dot(x, w, input_precision="ieee").to(x_ptr.dtype.element_ty)
-    inside = (within < size)[:, None] & (cols < n_cols)[None, :]
-    tl.store(out_ptr + rows[:, None] * out_row + cols[None, :], acc.to(out_ptr.dtype.element_ty), mask=inside)
-
-
-# %% right="grouped_gemm" because="masks on every load, one loop over K"
-@triton.jit
-def grouped_gemm_kernel(x_ptr, w_ptr, sizes_ptr, out_ptr, n_rows, n_groups, n_cols, n_inner, x_row, w_group, w_col, out_row,
-                        GROUPS: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr):
-    col_tiles = tl.cdiv(n_cols, BLOCK_N)
-    tile, col_tile = tl.program_id(0) // col_tiles, tl.program_id(0) % col_tiles
-
-    # Which group: the number of groups whose tiles end at or before this one.
-    lanes = tl.arange(0, GROUPS)
-    sizes = tl.load(sizes_ptr + lanes, mask=lanes < n_groups, other=0)
-    tiles = tl.cdiv(sizes, BLOCK_M)
-    ends = tl.cumsum(tiles, 0)
-    group = tl.sum((ends <= tile).to(tl.int32), 0)
-    if group >= n_groups:                               # a surplus program
-        return
-    before = lanes < group
-    size = tl.sum(tl.where(lanes == group, sizes, 0), 0)
-    within = (tile - tl.sum(tl.where(before, tiles, 0), 0)) * BLOCK_M + tl.arange(0, BLOCK_M)
-    rows = (tl.sum(tl.where(before, sizes, 0), 0) + within).to(tl.int64)
-    cols = col_tile * BLOCK_N + tl.arange(0, BLOCK_N)
-
-    # Rows and columns beyond the edge read the last valid one, so that the loop needs no mask for them; they are not stored.
-    safe_rows = rows
-    safe_cols = cols
-    inner = tl.arange(0, BLOCK_K)
-    x_ptrs = x_ptr + safe_rows[:, None] * x_row + inner[None, :]
-    w_ptrs = w_ptr + group.to(tl.int64) * w_group + safe_cols[None, :].to(tl.int64) * w_col + inner[:, None]
-    acc = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
-    for start in range(0, n_inner, BLOCK_K):
-        x = tl.load(x_ptrs, mask=(within < size)[:, None] & (inner[None, :] < n_inner - start), other=0.0)
-        w = tl.load(w_ptrs, mask=(cols < n_cols)[None, :] & (inner[:, None] < n_inner - start), other=0.0)
-        acc += tl.dot(x, w, input_precision="ieee")
-        x_ptrs += BLOCK_K
-        w_ptrs += BLOCK_K
-    inside = (within < size)[:, None] & (cols < n_cols)[None, :]
-    tl.store(out_ptr + rows[:, None] * out_row + cols[None, :], acc.to(out_ptr.dtype.element_ty), mask=inside)
-
+    tl.store(
+        out_ptr + rows[:, None] * out_row + cols[None, :],
+        acc.to(out_ptr.dtype.element_ty),
+        mask=inside,
+    )
+
+# %% wrong="grouped_gemm" because="no mask at the end of the rows" of="rows-beyond"
+- inside = (rows < n_rows)[:, None] & (cols < n_cols)[None, :]
++ inside = (within < size)[:, None] & (cols >= 0)[None, :]
+
+# %% wrong="grouped_gemm" because="an empty group counts as a tile and shifts the offsets" of="rows-beyond"
+- tiles = tl.cdiv(sizes, BLOCK_M)
++ tiles = tl.maximum(tl.cdiv(sizes, BLOCK_M), (lanes < n_groups).to(tl.int32))
+
+- before = lanes < group
++ before = lanes < group - 1
+
+- inside = (rows < n_rows)[:, None] & (cols < n_cols)[None, :]
++ inside = (within < size)[:, None] & (cols < n_cols)[None, :]
+
+# %% wrong="grouped_gemm" because="group boundaries taken at multiples of the block" of="rows-beyond"
+- rows = (tl.sum(tl.where(before, sizes, 0), 0) + within).to(tl.int64)
++ rows = (tl.sum(tl.where(before, tiles, 0), 0) * BLOCK_M + within).to(tl.int64)
+
+- inside = (rows < n_rows)[:, None] & (cols < n_cols)[None, :]
++ inside = ((within < size) & (rows < n_rows))[:, None] & (cols < n_cols)[None, :]
+
+# %% wrong="grouped_gemm" because="the first tile of each group only" of="rows-beyond"
+- tiles = tl.cdiv(sizes, BLOCK_M)
++ tiles = (sizes > 0).to(tl.int32)
+
+- inside = (rows < n_rows)[:, None] & (cols < n_cols)[None, :]
++ inside = (within < size)[:, None] & (cols < n_cols)[None, :]
+
+# %% wrong="grouped_gemm" because="the weights of the group before" of="rows-beyond"
+- + group.to(tl.int64) * w_group
++ + tl.maximum(group - 1, 0).to(tl.int64) * w_group
+
+- inside = (rows < n_rows)[:, None] & (cols < n_cols)[None, :]
++ inside = (within < size)[:, None] & (cols < n_cols)[None, :]
+
+# %% wrong="grouped_gemm" because="the first group's weights for all" of="rows-beyond"
+- w_ptrs = (
+-     w_ptr
+-     + group.to(tl.int64) * w_group
+-     + safe_cols[None, :].to(tl.int64) * w_col
+-     + inner[:, None]
+- )
++ w_ptrs = w_ptr + safe_cols[None, :].to(tl.int64) * w_col + inner[:, None]
+
+- inside = (rows < n_rows)[:, None] & (cols < n_cols)[None, :]
++ inside = (within < size)[:, None] & (cols < n_cols)[None, :]
+
+# %% wrong="grouped_gemm" because="a group ends after its tile, not at it" of="rows-beyond"
+- group = tl.sum((ends <= tile).to(tl.int32), 0)
++ group = tl.sum((ends < tile).to(tl.int32), 0)
+
+- inside = (rows < n_rows)[:, None] & (cols < n_cols)[None, :]
++ inside = (within < size)[:, None] & (cols < n_cols)[None, :]
+
+# %% wrong="grouped_gemm" because="the weights not transposed" of="rows-beyond"
+- + safe_cols[None, :].to(tl.int64) * w_col
+- + inner[:, None]
++ + safe_cols[None, :]
++ + inner[:, None].to(tl.int64) * w_col
+
+- w_ptrs += BLOCK_K
++ w_ptrs += BLOCK_K * w_col
+
+- inside = (rows < n_rows)[:, None] & (cols < n_cols)[None, :]
++ inside = (within < size)[:, None] & (cols < n_cols)[None, :]
+
+# %% wrong="grouped_gemm" because="the rest of K is left out" of="rows-beyond"
+- if full < n_inner:  # the rest of K: zeros beyond the edge add nothing
++ if full > n_inner:  # the rest of K: zeros beyond the edge add nothing
+
+- inside = (rows < n_rows)[:, None] & (cols < n_cols)[None, :]
++ inside = (within < size)[:, None] & (cols < n_cols)[None, :]
+
+# %% wrong="grouped_gemm" because="the rest of K is not masked" of="rows-beyond"
+- x = tl.load(x_ptrs, mask=inner[None, :] < n_inner - full, other=0.0)
+- w = tl.load(w_ptrs, mask=inner[:, None] < n_inner - full, other=0.0)
++ x = tl.load(x_ptrs, mask=inner[None, :] >= 0, other=0.0)
++ w = tl.load(w_ptrs, mask=inner[:, None] >= 0, other=0.0)
+
+- inside = (rows < n_rows)[:, None] & (cols < n_cols)[None, :]
++ inside = (within < size)[:, None] & (cols < n_cols)[None, :]
+
+# %% wrong="grouped_gemm" because="the pointers do not move on along K" of="rows-beyond"
+- x_ptrs += BLOCK_K
+- w_ptrs += BLOCK_K
+
+- inside = (rows < n_rows)[:, None] & (cols < n_cols)[None, :]
++ inside = (within < size)[:, None] & (cols < n_cols)[None, :]
+
+# %% wrong="grouped_gemm" because="32-bit offsets for the weights" of="rows-beyond"
+- w_ptrs = (
+-     w_ptr
+-     + group.to(tl.int64) * w_group
+-     + safe_cols[None, :].to(tl.int64) * w_col
+-     + inner[:, None]
+- )
++ w_ptrs = w_ptr + group * w_group + safe_cols[None, :].to(tl.int64) * w_col + inner[:, None]
+
+- inside = (rows < n_rows)[:, None] & (cols < n_cols)[None, :]
++ inside = (within < size)[:, None] & (cols < n_cols)[None, :]
+
+# %% wrong="grouped_gemm" because="32-bit rows" of="rows-beyond"
+- rows = (tl.sum(tl.where(before, sizes, 0), 0) + within).to(tl.int64)
++ rows = tl.sum(tl.where(before, sizes, 0), 0) + within
+
+- inside = (rows < n_rows)[:, None] & (cols < n_cols)[None, :]
++ inside = (within < size)[:, None] & (cols < n_cols)[None, :]
+
+# %% wrong="grouped_gemm" because="row stride of out taken for its width" of="rows-beyond"
+- inside = (rows < n_rows)[:, None] & (cols < n_cols)[None, :]
++ inside = (within < size)[:, None] & (cols < n_cols)[None, :]
+
+- out_ptr + rows[:, None] * out_row + cols[None, :],
++ out_ptr + rows[:, None] * n_cols + cols[None, :],
+
+# %% wrong="grouped_gemm" because="accumulates in the dtype of x" of="rows-beyond"
+- acc = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
++ acc = tl.zeros((BLOCK_M, BLOCK_N), x_ptr.dtype.element_ty)
+
+- acc = tl.dot(tl.load(x_ptrs), tl.load(w_ptrs), acc, input_precision="ieee")
++ acc += tl.dot(tl.load(x_ptrs), tl.load(w_ptrs), input_precision="ieee").to(
++     x_ptr.dtype.element_ty
++ )
+
+-     acc = tl.dot(x, w, acc, input_precision="ieee")
+- inside = (rows < n_rows)[:, None] & (cols < n_cols)[None, :]
++     acc += tl.dot(x, w, input_precision="ieee").to(x_ptr.dtype.element_ty)
++ inside = (within < size)[:, None] & (cols < n_cols)[None, :]
+
+# %% right="grouped_gemm" because="masks on every load, one loop over K" of="rows-beyond"
+- safe_rows = tl.minimum(rows, n_rows - 1)
+- safe_cols = tl.minimum(cols, n_cols - 1)
++ safe_rows = rows
++ safe_cols = cols
+
+- full = n_inner // BLOCK_K * BLOCK_K
+- for _ in range(0, full, BLOCK_K):  # whole blocks of K need no mask
+-     acc = tl.dot(tl.load(x_ptrs), tl.load(w_ptrs), acc, input_precision="ieee")
++ for start in range(0, n_inner, BLOCK_K):
++     x = tl.load(
++         x_ptrs, mask=(within < size)[:, None] & (inner[None, :] < n_inner - start), other=0.0
++     )
++     w = tl.load(
++         w_ptrs, mask=(cols < n_cols)[None, :] & (inner[:, None] < n_inner - start), other=0.0
++     )
++     acc += tl.dot(x, w, input_precision="ieee")
+
+- if full < n_inner:  # the rest of K: zeros beyond the edge add nothing
+-     x = tl.load(x_ptrs, mask=inner[None, :] < n_inner - full, other=0.0)
+-     w = tl.load(w_ptrs, mask=inner[:, None] < n_inner - full, other=0.0)
+-     acc = tl.dot(x, w, acc, input_precision="ieee")
+- inside = (rows < n_rows)[:, None] & (cols < n_cols)[None, :]
++ inside = (within < size)[:, None] & (cols < n_cols)[None, :]
 
 # %% right="grouped_gemm" because="a loop over the groups in the kernel"
 @triton.jit
-def grouped_gemm_kernel(x_ptr, w_ptr, sizes_ptr, out_ptr, n_rows, n_groups, n_cols, n_inner, x_row, w_group, w_col, out_row,
-                        GROUPS: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr):
+def grouped_gemm_kernel(
+    x_ptr,
+    w_ptr,
+    sizes_ptr,
+    out_ptr,
+    n_rows,
+    n_groups,
+    n_cols,
+    n_inner,
+    x_row,
+    w_group,
+    w_col,
+    out_row,
+    GROUPS: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+):
     col_tiles = tl.cdiv(n_cols, BLOCK_N)
     tile, col_tile = tl.program_id(0) // col_tiles, tl.program_id(0) % col_tiles
 
@@ -1538,67 +948,163 @@ def grouped_gemm_kernel(x_ptr, w_ptr, sizes_ptr, out_ptr, n_rows, n_groups, n_co
         acc = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
         for start in range(0, n_inner, BLOCK_K):
             inner = start + tl.arange(0, BLOCK_K)
-            x = tl.load(x_ptr + rows[:, None].to(tl.int64) * x_row + inner[None, :], mask=(within < size)[:, None] & (inner < n_inner)[None, :], other=0.0)
-            w = tl.load(w_ptr + tl.cast(group, tl.int64) * w_group + cols[None, :].to(tl.int64) * w_col + inner[:, None], mask=(cols < n_cols)[None, :] & (inner < n_inner)[:, None], other=0.0)
+            x = tl.load(
+                x_ptr + rows[:, None].to(tl.int64) * x_row + inner[None, :],
+                mask=(within < size)[:, None] & (inner < n_inner)[None, :],
+                other=0.0,
+            )
+            w = tl.load(
+                w_ptr
+                + tl.cast(group, tl.int64) * w_group
+                + cols[None, :].to(tl.int64) * w_col
+                + inner[:, None],
+                mask=(cols < n_cols)[None, :] & (inner < n_inner)[:, None],
+                other=0.0,
+            )
             acc = tl.dot(x, w, acc, input_precision="ieee")
-        tl.store(out_ptr + rows[:, None].to(tl.int64) * out_row + cols[None, :], acc.to(out_ptr.dtype.element_ty), mask=(within < size)[:, None] & (cols < n_cols)[None, :])
+        tl.store(
+            out_ptr + rows[:, None].to(tl.int64) * out_row + cols[None, :],
+            acc.to(out_ptr.dtype.element_ty),
+            mask=(within < size)[:, None] & (cols < n_cols)[None, :],
+        )
 
+# %% wrong="moe_numbers" because="the experts that are used"
+- "unused": 32 * (8 - 2) * 3 * 4096 * 14336 / 1e9,
++ "unused": 32 * 2 * 3 * 4096 * 14336 / 1e9,
 
-# %% wrong="question_mixtral" because="the experts that are used"
-def question_mixtral():
-    return 11.27
+# %% wrong="moe_numbers" because="two matrices an expert"
+- "unused": 32 * (8 - 2) * 3 * 4096 * 14336 / 1e9,
++ "unused": 32 * (8 - 2) * 2 * 4096 * 14336 / 1e9,
 
+# %% wrong="moe_numbers" because="collapsed"
+- "uniform": 1.0,
++ "uniform": 64.0,
 
-# %% wrong="question_mixtral" because="two matrices an expert"
-def question_mixtral():
-    return 32 * 6 * 2 * 4096 * 14336 / 1e9
+# %% wrong="moe_numbers" because="no factor N"
+- "uniform": 1.0,
++ "uniform": 1 / 64,
 
+# %% wrong="moe_numbers" because="as for one token"
+- "decode": 8 * (1 - (1 - 2 / 8) ** 8),
++ "decode": 2,
 
-# %% right="question_mixtral" because="from the totals"
-def question_mixtral():
-    return 45.1 * 3 / 4
+# %% wrong="moe_numbers" because="one choice a token"
+- "decode": 8 * (1 - (1 - 2 / 8) ** 8),
++ "decode": 8 * (1 - (7 / 8) ** 8),
 
+# %% wrong="moe_numbers" because="two draws with repetition for each token"
+- "decode": 8 * (1 - (1 - 2 / 8) ** 8),
++ "decode": 8 * (1 - (7 / 8) ** 16),
 
-# %% wrong="question_uniform" because="collapsed"
-def question_uniform():
-    return 64.0
+# %% wrong="moe_numbers" because="token order leaks"
+- "leak": "c",
++ "leak": "b",
 
+# %% wrong="moe_numbers" because="the bias leaks"
+- "leak": "c",
++ "leak": "d",
 
-# %% wrong="question_uniform" because="no factor N"
-def question_uniform():
-    return 1 / 64
+# %% right="moe_numbers" because="the numbers, the first from the totals"
+def moe_numbers():
+    return {"unused": 45.1 * 0.75, "uniform": 1, "decode": 7.199, "leak": "c"}
 
+# %% wrong="top_k_router" because="equals are separated by a millionth an expert, which reorders scores that differ by less"
+- choose_by = scores if bias is None else scores + bias
++ choose_by = (scores if bias is None else scores + bias) - 1e-6 * torch.arange(experts, device=logits.device)
 
-# %% right="question_uniform" because="an integer"
-def question_uniform():
-    return 1
+# %% wrong="top_k_router" because="without a bias the logits are sorted, not the scores: saturated sigmoids are equals"
+- choose_by = scores if bias is None else scores + bias
++ choose_by = logits if bias is None else scores + bias
 
+# %% wrong="top_k_router" because="bfloat16 is not widened where float16 is"
+- logits = logits if logits.dtype == torch.float64 else logits.float()
++ logits = logits.float() if logits.dtype == torch.float16 else logits
 
-# %% wrong="question_decode" because="as for one token"
-def question_decode():
-    return 2.0
+# %% wrong="top_k_router" because="float64 through float32"
+- logits = logits if logits.dtype == torch.float64 else logits.float()
++ logits = logits.float().to(torch.float64 if logits.dtype == torch.float64 else torch.float32)
 
+# %% wrong="balance_losses" because="bfloat16 is not widened where float16 is"
+- logits = logits if logits.dtype == torch.float64 else logits.float()
++ logits = logits.float() if logits.dtype == torch.float16 else logits
 
-# %% wrong="question_decode" because="one choice a token"
-def question_decode():
-    return 8 * (1 - (7 / 8) ** 8)
+# %% wrong="deepseek_moe" because="k is kept under another name"
+- self.k, self.scoring, self.renormalize = k, scoring, renormalize
++ self.top_k, self.scoring, self.renormalize = k, scoring, renormalize
 
+- weights, indices = top_k_router(logits, self.k, self.renormalize, self.scoring, self.bias)
++ weights, indices = top_k_router(logits, self.top_k, self.renormalize, self.scoring, self.bias)
 
-# %% right="question_decode" because="the number"
-def question_decode():
-    return 7.2
+- return total, total - (len(self.experts) - self.k) * per_expert
++ return total, total - (len(self.experts) - self.top_k) * per_expert
 
+# %% wrong="deepseek_moe" because="the bias is missing from checkpoints"
+- self.register_buffer("bias", torch.zeros(num_experts))
++ self.register_buffer("bias", torch.zeros(num_experts), persistent=False)
 
-# %% wrong="question_leak" because="token order"
-def question_leak():
-    return "b"
+# %% wrong="group_limit" because="numbers 0 and 1 where True and False are asked for"
+- closed = torch.zeros_like(worth, dtype=torch.bool)
+- open_groups = closed.scatter(-1, worth.topk(keep, dim=-1).indices, True)
++ closed = torch.zeros_like(worth)
++ open_groups = closed.scatter(-1, worth.topk(keep, dim=-1).indices, 1)
 
+# %% wrong="update_bias" because="the dtype becomes float32"
+- return bias.detach() + rate * (load.mean() - load).sign().to(bias.dtype)
++ return bias.detach().float() + rate * (load.mean() - load).sign().float()
 
-# %% wrong="question_leak" because="the bias"
-def question_leak():
-    return "d"
+# %% wrong="update_bias" because="counts in float32"
+- load = load.detach().double()
++ load = load.detach().float()
 
+# %% wrong="feed_forward" because="the gates are detached"
+- coefficients = F.relu(match) if gates is None else F.silu(x @ gates.T) * match
++ coefficients = F.relu(match) if gates is None else F.silu(x @ gates.T).detach() * match
 
-# %% right="question_leak" because="as a constant"
-def question_leak():
-    return str("c")
+# %% wrong="grouped_gemm" because="a loop over a list, which only the interpreter takes"
+- acc = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
++ for acc in [tl.zeros((BLOCK_M, BLOCK_N), tl.float32)]:
++     w_ptrs = w_ptrs
+
+# %% wrong="feed_forward" because="SiLU as g exp(g) / (1 + exp(g)): inf / inf for large g"
+- coefficients = F.relu(match) if gates is None else F.silu(x @ gates.T) * match
++ if gates is None:
++     coefficients = F.relu(match)
++ else:
++     gate = x @ gates.T
++     coefficients = gate * gate.exp() / (1 + gate.exp()) * match
+
+# %% wrong="feed_forward" because="the coefficients handed out are detached"
+- return coefficients @ values, coefficients
++ return coefficients @ values, coefficients.detach()
+
+# %% wrong="top_k_router" because="what is taken is masked with −inf, which a bias of −inf equals: one expert twice"
+- indices = choose_by.detach().sort(dim=-1, descending=True, stable=True).indices[:, :k]
++ choose_by, chosen = choose_by.detach(), []
++ for _ in range(k):
++     chosen.append(choose_by.argmax(-1, keepdim=True))
++     choose_by = choose_by.scatter(-1, chosen[-1], -math.inf)
++ indices = torch.cat(chosen, -1)
+
+# %% wrong="top_k_router" because="the sum of the weights is clamped from below"
+- return weights / weights.sum(-1, keepdim=True) if renormalize else weights, indices
++ total = weights.sum(-1, keepdim=True).clamp(min=1e-6)
++ return weights / total if renormalize else weights, indices
+
+# %% wrong="moe_forward" because="dropped choices go to expert 0 with weight 0"
+- chosen = indices.reshape(-1)
++ weights = weights * (indices >= 0)
++ chosen = indices.clamp(min=0).reshape(-1)
+
+# %% wrong="moe_forward" because="the router gets x in its own shape"
+- weights, indices = router(tokens)
+- k = indices.shape[1]
++ weights, indices = router(x)
++ k = indices.shape[-1]
+
+# %% wrong="moe_forward" because="takes x for two axes or more: one token of shape (dim,) is refused"
+- tokens = x.reshape(-1, x.shape[-1])
++ tokens = x.flatten(0, -2)
+
+# %% wrong="deepseek_moe" because="out is float32, whatever the layer is"
+- return out, logits, indices
++ return out.float(), logits, indices

@@ -3,7 +3,7 @@
 The same weights and inputs on both sides.
 
 The kernel runs in Triton's interpreter here, over a sweep of shapes; on a machine with a GPU the same tests run there.
-As a script (`python test_10_mla_sparse.py`) the file compiles the kernels for a Hopper GPU, which takes no GPU.
+As a script (`python test_10_attention_mla_sparse.py`) the file compiles the kernels for a Hopper GPU; that takes none.
 """
 
 import math
@@ -39,9 +39,18 @@ def deepseek(version: str, **more) -> tuple[nn.Module, nn.Module]:
     """transformers' attention layer with random weights, and its rotary embedding."""
     name = f"Deepseek{version.upper()}"
     module = pytest.importorskip(f"transformers.models.deepseek_{version}.modeling_deepseek_{version}")
-    sizes = {"hidden_size": WIDTH, "num_attention_heads": HEADS, "num_key_value_heads": HEADS, "q_lora_rank": Q_RANK,
-             "kv_lora_rank": KV_RANK, "qk_nope_head_dim": NOPE, "qk_rope_head_dim": ROPE, "v_head_dim": V_DIM,
-             "num_hidden_layers": 1, "attn_implementation": "eager"}  # fmt: skip
+    sizes = {
+        "hidden_size": WIDTH,
+        "num_attention_heads": HEADS,
+        "num_key_value_heads": HEADS,
+        "q_lora_rank": Q_RANK,
+        "kv_lora_rank": KV_RANK,
+        "qk_nope_head_dim": NOPE,
+        "qk_rope_head_dim": ROPE,
+        "v_head_dim": V_DIM,
+        "num_hidden_layers": 1,
+        "attn_implementation": "eager",
+    }
     config = getattr(module, f"{name}Config")(**sizes, **more)
     torch.manual_seed(0)
     layer = getattr(module, f"{name}Attention")(config, layer_idx=0).double().eval()
@@ -66,12 +75,17 @@ def with_weights_of(lesson, theirs: nn.Module, interleaved: bool) -> nn.Module:
     kv = theirs.kv_b_proj.weight.unflatten(0, (HEADS, NOPE + V_DIM))
     down = theirs.kv_a_proj_with_mqa.weight
     for parameter, value in (
-        (mine.w_dq.weight, theirs.q_a_proj.weight), (mine.q_norm.weight, theirs.q_a_layernorm.weight),
-        (mine.w_uq.weight, q[:, :NOPE].flatten(0, 1)), (mine.w_qr.weight, reorder(q[:, NOPE:]).flatten(0, 1)),
-        (mine.w_dkv.weight, down[:KV_RANK]), (mine.w_kr.weight, reorder(down[KV_RANK:])),
-        (mine.kv_norm.weight, theirs.kv_a_layernorm.weight), (mine.w_uk.weight, kv[:, :NOPE].flatten(0, 1)),
-        (mine.w_uv.weight, kv[:, NOPE:].flatten(0, 1)), (mine.w_o.weight, theirs.o_proj.weight),
-    ):  # fmt: skip
+        (mine.w_dq.weight, theirs.q_a_proj.weight),
+        (mine.q_norm.weight, theirs.q_a_layernorm.weight),
+        (mine.w_uq.weight, q[:, :NOPE].flatten(0, 1)),
+        (mine.w_qr.weight, reorder(q[:, NOPE:]).flatten(0, 1)),
+        (mine.w_dkv.weight, down[:KV_RANK]),
+        (mine.w_kr.weight, reorder(down[KV_RANK:])),
+        (mine.kv_norm.weight, theirs.kv_a_layernorm.weight),
+        (mine.w_uk.weight, kv[:, :NOPE].flatten(0, 1)),
+        (mine.w_uv.weight, kv[:, NOPE:].flatten(0, 1)),
+        (mine.w_o.weight, theirs.o_proj.weight),
+    ):
         parameter.copy_(value)
     return mine
 
@@ -196,9 +210,17 @@ def test_window_in_mistral(lesson, agrees):
     from transformers import DynamicCache
 
     window, seq, dim = 4, 13, 8
-    config = mistral.MistralConfig(hidden_size=24, num_attention_heads=6, num_key_value_heads=2, head_dim=dim,
-                                   vocab_size=11, intermediate_size=16,
-                                   num_hidden_layers=1, sliding_window=window, attn_implementation="eager")  # fmt: skip
+    config = mistral.MistralConfig(
+        hidden_size=24,
+        num_attention_heads=6,
+        num_key_value_heads=2,
+        head_dim=dim,
+        vocab_size=11,
+        intermediate_size=16,
+        num_hidden_layers=1,
+        sliding_window=window,
+        attn_implementation="eager",
+    )
     torch.manual_seed(0)
     model = mistral.MistralModel(config).double().eval()
     tokens = torch.randint(0, 11, (2, seq), generator=torch.Generator().manual_seed(5))
@@ -235,9 +257,13 @@ def test_window_in_mistral(lesson, agrees):
 def test_longformer(lesson, agrees, special):
     longformer = pytest.importorskip("transformers.models.longformer.modeling_longformer")
     seq, window = 16, 4
-    config = longformer.LongformerConfig(hidden_size=24, num_attention_heads=3, num_hidden_layers=1,
-                                         attention_window=[window],
-                                         attention_probs_dropout_prob=0.0)  # fmt: skip
+    config = longformer.LongformerConfig(
+        hidden_size=24,
+        num_attention_heads=3,
+        num_hidden_layers=1,
+        attention_window=[window],
+        attention_probs_dropout_prob=0.0,
+    )
     torch.manual_seed(0)
     theirs = longformer.LongformerSelfAttention(config, layer_id=0).double().eval()
     for part in ("query", "key", "value"):  # one projection for local and global attention

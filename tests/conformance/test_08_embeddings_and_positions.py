@@ -48,7 +48,9 @@ def test_sinusoids(lesson, agrees, dim):
 
 
 @pytest.mark.parametrize("bidirectional", [True, False])
-@pytest.mark.parametrize(("buckets", "max_distance"), [(32, 128), (16, 100), (12, 77), (64, 500), (20, 300)])
+@pytest.mark.parametrize(
+    ("buckets", "max_distance"), [(32, 128), (16, 100), (12, 77), (64, 500), (20, 300), (8, 5), (4, 9)]
+)
 def test_t5_buckets(lesson, agrees, bidirectional, buckets, max_distance):
     rel = torch.arange(-1000, 1001).view(3, -1)
     theirs = modeling("t5").T5Attention._relative_position_bucket(rel, bidirectional, buckets, max_distance)

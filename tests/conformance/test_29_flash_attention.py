@@ -1,7 +1,7 @@
 """Lesson 29: attention and its Triton kernels against PyTorch's scaled_dot_product_attention in float64.
 
 The kernels run in Triton's interpreter here, over a sweep of shapes; on a machine with a GPU the same tests run there.
-As a script (`python test_29_flash.py`) the file compiles the kernels for a Hopper GPU, which takes no GPU.
+As a script (`python test_29_flash_attention.py`) the file compiles the kernels for a Hopper GPU, which takes no GPU.
 """
 
 import math
@@ -41,8 +41,11 @@ def sweep() -> list[tuple]:
         return deck.pop()
 
     lengths = (LENGTHS * 3)[:24]
-    return [(deal(BATCHES) if q_len < 60 else 1, *deal(HEADS), q_len, k_len, deal(HEAD_DIMS), causal, deal(BLOCKS))
-            for causal in (False, True) for q_len, k_len in lengths]
+    return [
+        (deal(BATCHES) if q_len < 60 else 1, *deal(HEADS), q_len, k_len, deal(HEAD_DIMS), causal, deal(BLOCKS))
+        for causal in (False, True)
+        for q_len, k_len in lengths
+    ]
 
 
 def inputs(batch, heads, kv_heads, q_len, k_len, head_dim, seed=0, dtype=torch.float32) -> list[Tensor]:
@@ -85,8 +88,12 @@ def test_kernels_over_shapes(case, reference, agrees) -> None:
     dq, dk, dv = lesson.flash_backward(q, k, v, o, lse, do, causal, blocks)
     # A softmax over one key has no gradient in q and k: the exact value is 0, and nothing can be relative to it.
     lone = shape[4] == 1
-    for name, actual, expected, limit in (("o", o, o_exact, FORWARD_LIMIT), ("dv", dv, dv_exact, BACKWARD_LIMIT),
-                                          ("dq", dq, dq_exact, BACKWARD_LIMIT), ("dk", dk, dk_exact, BACKWARD_LIMIT)):
+    for name, actual, expected, limit in (
+        ("o", o, o_exact, FORWARD_LIMIT),
+        ("dv", dv, dv_exact, BACKWARD_LIMIT),
+        ("dq", dq, dq_exact, BACKWARD_LIMIT),
+        ("dk", dk, dk_exact, BACKWARD_LIMIT),
+    ):
         if lone and name in ("dq", "dk"):
             assert float(actual.abs().max()) < 1e-5, name
             continue
@@ -155,8 +162,12 @@ def test_hbm_bytes_follow_the_theorem(reference) -> None:
 @pytest.mark.skipif(profile.name == "gpu", reason="the kernels run on the GPU itself")
 def test_kernels_compile_for_a_gpu() -> None:
     """What the interpreter forgives (types that change in a loop, operands of two dtypes) the compiler does not."""
-    done = subprocess.run([sys.executable, __file__], capture_output=True, text=True,
-                          env=os.environ | {"PYTHONPATH": str(Path(__file__).parents[2])})
+    done = subprocess.run(
+        [sys.executable, __file__],
+        capture_output=True,
+        text=True,
+        env=os.environ | {"PYTHONPATH": str(Path(__file__).parents[2])},
+    )
     assert done.returncode == 0, done.stderr[-3000:]
     for kernel in ("flash_forward_kernel", "flash_dq_kernel", "flash_dkdv_kernel"):
         assert f"{kernel} bf16: tensor cores" in done.stdout, done.stdout

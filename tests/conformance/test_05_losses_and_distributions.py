@@ -1,7 +1,7 @@
 """Lesson 05: losses, recurrent cells and the fused kernel against PyTorch, in float64 where the format allows.
 
 The kernel runs in Triton's interpreter here, over a sweep of shapes; on a machine with a GPU the same tests run there.
-As a script (`python test_05_losses.py`) the file compiles the kernel for a Hopper GPU, which takes no GPU.
+As a script (`python test_05_losses_and_distributions.py`) the file compiles the kernel for a Hopper GPU, without one.
 """
 
 import math
@@ -106,7 +106,7 @@ def test_kernel_over_shapes(rows, vocab, block, reference, agrees) -> None:
     losses, gradient = reference("05").run_fused(logits, targets, block)
     leaf = logits.double().requires_grad_()
     exact = F.cross_entropy(leaf, targets, reduction="none")
-    exact_gradient, = torch.autograd.grad(F.cross_entropy(leaf, targets), leaf)
+    (exact_gradient,) = torch.autograd.grad(F.cross_entropy(leaf, targets), leaf)
     for name, actual, expected in (("losses", losses, exact.detach()), ("gradient", gradient, exact_gradient)):
         agrees(f"05 Triton kernel, {name}", "F.cross_entropy in float64", actual, expected, 1e-5)
         assert float((actual.double() - expected).norm() / expected.norm()) <= 2e-6, name
@@ -119,8 +119,8 @@ def test_kernel_in_half_precision(reference) -> None:
     targets = torch.tensor([0, 699, 350, 11], device=profile.device)
     losses, gradient = reference("05").run_fused(logits, targets, 256)
     exact, theirs = (x.requires_grad_() for x in (logits.double(), logits.clone()))
-    exact_gradient, = torch.autograd.grad(F.cross_entropy(exact, targets), exact)
-    their_gradient, = torch.autograd.grad(F.cross_entropy(theirs, targets), theirs)
+    (exact_gradient,) = torch.autograd.grad(F.cross_entropy(exact, targets), exact)
+    (their_gradient,) = torch.autograd.grad(F.cross_entropy(theirs, targets), theirs)
     errors = [float((g.double() - exact_gradient).norm()) for g in (gradient, their_gradient)]
     assert errors[0] <= 2 * errors[1]
     expected = F.cross_entropy(logits.double(), targets, reduction="none")
@@ -131,8 +131,12 @@ def test_kernel_in_half_precision(reference) -> None:
 @pytest.mark.skipif(profile.name == "gpu", reason="the kernel runs on the GPU itself")
 def test_kernel_compiles_for_a_gpu() -> None:
     """What the interpreter forgives (types that change in a loop) the compiler does not."""
-    done = subprocess.run([sys.executable, __file__], capture_output=True, text=True,
-                          env=os.environ | {"PYTHONPATH": str(Path(__file__).parents[2])})
+    done = subprocess.run(
+        [sys.executable, __file__],
+        capture_output=True,
+        text=True,
+        env=os.environ | {"PYTHONPATH": str(Path(__file__).parents[2])},
+    )
     assert done.returncode == 0, done.stderr[-3000:]
     assert done.stdout.splitlines()[-2:] == ["bf16: compiled", "fp32: compiled"], done.stdout
 
@@ -145,13 +149,14 @@ def compile_for_hopper() -> None:
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource
 
-    kernel = _reference("05").cross_entropy_kernel
+    lesson = _reference("05")
     for dtype in ("bf16", "fp32"):
-        types = {"logits_ptr": f"*{dtype}", "targets_ptr": "*i64", "losses_ptr": "*fp32", "scale_ptr": "*fp32",
-                 "BLOCK": "constexpr"}
-        signature = {name: types.get(name, "i32") for name in kernel.arg_names}
-        source = ASTSource(fn=kernel, signature=signature, constexprs={"BLOCK": 4096})
-        triton.compile(source, target=GPUTarget("cuda", 90, 32), options={"num_warps": 8})
+        types = {"logits_ptr": f"*{dtype}", "targets_ptr": "*i64", "BLOCK": "constexpr"}
+        types |= {f"{name}_ptr": "*fp32" for name in ("losses", "max", "sum", "scale")}
+        for kernel in (lesson.loss_kernel, lesson.gradient_kernel):
+            signature = {name: types.get(name, "i32") for name in kernel.arg_names}
+            source = ASTSource(fn=kernel, signature=signature, constexprs={"BLOCK": 4096})
+            triton.compile(source, target=GPUTarget("cuda", 90, 32), options={"num_warps": 8})
         print(f"{dtype}: compiled")
 
 

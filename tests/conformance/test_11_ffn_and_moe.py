@@ -2,7 +2,7 @@
 
 The kernel runs in Triton's interpreter here, over many layouts of groups; on a machine with a GPU the same tests run
 there.
-As a script (`python test_11_moe.py`) the file compiles the kernel for a Hopper GPU, which takes no GPU.
+As a script (`python test_11_ffn_and_moe.py`) the file compiles the kernel for a Hopper GPU, which takes no GPU.
 """
 
 import os
@@ -48,8 +48,13 @@ def test_mixtral_block(experts, k, reference, agrees) -> None:
     from transformers import MixtralConfig
     from transformers.models.mixtral.modeling_mixtral import MixtralSparseMoeBlock
 
-    config = MixtralConfig(hidden_size=24, intermediate_size=40, num_local_experts=experts, num_experts_per_tok=k,
-                           experts_implementation="eager")
+    config = MixtralConfig(
+        hidden_size=24,
+        intermediate_size=40,
+        num_local_experts=experts,
+        num_experts_per_tok=k,
+        experts_implementation="eager",
+    )
     theirs = MixtralSparseMoeBlock(config).eval()
     randomize(theirs, 1)
     mine = reference("11").DeepSeekMoE(24, 40, experts, k, shared=0)
@@ -85,9 +90,18 @@ def test_deepseek_v3_block(groups, keep, renormalize, reference, agrees) -> None
     from transformers import DeepseekV3Config
     from transformers.models.deepseek_v3.modeling_deepseek_v3 import DeepseekV3MoE
 
-    config = DeepseekV3Config(hidden_size=20, moe_intermediate_size=12, n_routed_experts=32, n_shared_experts=2,
-                              num_experts_per_tok=6, n_group=groups, topk_group=keep, norm_topk_prob=renormalize,
-                              routed_scaling_factor=1.0, experts_implementation="eager")
+    config = DeepseekV3Config(
+        hidden_size=20,
+        moe_intermediate_size=12,
+        n_routed_experts=32,
+        n_shared_experts=2,
+        num_experts_per_tok=6,
+        n_group=groups,
+        topk_group=keep,
+        norm_topk_prob=renormalize,
+        routed_scaling_factor=1.0,
+        experts_implementation="eager",
+    )
     theirs = DeepseekV3MoE(config).eval()
     randomize(theirs, 4)
     theirs.gate.e_score_correction_bias.copy_(drawn(32, seed=5) * 0.2)
@@ -107,8 +121,13 @@ def test_deepseek_v3_block(groups, keep, renormalize, reference, agrees) -> None
     my_weights, my_indices = lesson.top_k_router(logits, 6, renormalize, "sigmoid", bias)
     rank, my_rank = indices.argsort(-1), my_indices.argsort(-1)  # theirs come in no order
     assert torch.equal(my_indices.gather(1, my_rank), indices.gather(1, rank))
-    agrees("11 top_k_router, bias and groups", "transformers deepseek_v3", my_weights.gather(1, my_rank),
-           weights.gather(1, rank), 1e-6)
+    agrees(
+        "11 top_k_router, bias and groups",
+        "transformers deepseek_v3",
+        my_weights.gather(1, my_rank),
+        weights.gather(1, rank),
+        1e-6,
+    )
     mine.bias = bias
     agrees("11 DeepSeekMoE, shared experts", "transformers deepseek_v3", mine(x)[0], theirs(x), 1e-5)
     assert sum(p.numel() for p in theirs.parameters()) == mine.parameter_counts()[0]
@@ -146,12 +165,17 @@ def test_switch_losses(reference, agrees) -> None:
     probs = logits.softmax(-1)
     _, indices = lesson.top_k_router(logits.flatten(0, 1), 1)
     if hasattr(switch, "router_z_loss_func"):
-        agrees("11 router_z_loss", "transformers switch_transformers", lesson.router_z_loss(logits.flatten(0, 1)),
-               switch.router_z_loss_func(logits), 1e-6)
+        agrees(
+            "11 router_z_loss",
+            "transformers switch_transformers",
+            lesson.router_z_loss(logits.flatten(0, 1)),
+            switch.router_z_loss_func(logits),
+            1e-6,
+        )
     if hasattr(switch, "load_balancing_loss_func"):
         # Theirs is a mean over the sequences of a batch: one at a time.
         for b in range(2):
-            theirs = switch.load_balancing_loss_func(probs[b:b + 1], indices.view(2, 50, 1)[b:b + 1])
+            theirs = switch.load_balancing_loss_func(probs[b : b + 1], indices.view(2, 50, 1)[b : b + 1])
             mine = lesson.load_balancing_loss(probs[b], indices.view(2, 50, 1)[b])
             agrees("11 load_balancing_loss, k = 1", "transformers switch_transformers", mine, theirs, 1e-6)
 
@@ -189,8 +213,14 @@ def test_bias_balances_a_trained_router(reference) -> None:
 def layouts() -> list[tuple]:
     """(sizes, K, N, blocks): 40 cases, many with empty groups, one row, all rows in one group."""
     draw = random.Random(11)
-    fixed = [([1], 1, 1), ([0, 0, 1], 3, 2), ([17], 16, 16), ([0, 64, 0], 33, 31), ([16, 16, 16], 16, 48),
-             ([0] * 30 + [5], 20, 9)]
+    fixed = [
+        ([1], 1, 1),
+        ([0, 0, 1], 3, 2),
+        ([17], 16, 16),
+        ([0, 64, 0], 33, 31),
+        ([16, 16, 16], 16, 48),
+        ([0] * 30 + [5], 20, 9),
+    ]
     cases = []
     for i in range(40):
         if i < len(fixed):
@@ -243,8 +273,12 @@ def test_kernel_in_half_precision(reference) -> None:
 @pytest.mark.skipif(profile.name == "gpu", reason="the kernel runs on the GPU itself")
 def test_kernel_compiles_for_a_gpu() -> None:
     """What the interpreter forgives (types that change in a loop, operands of two dtypes) the compiler does not."""
-    done = subprocess.run([sys.executable, __file__], capture_output=True, text=True,
-                          env=os.environ | {"PYTHONPATH": str(Path(__file__).parents[2])})
+    done = subprocess.run(
+        [sys.executable, __file__],
+        capture_output=True,
+        text=True,
+        env=os.environ | {"PYTHONPATH": str(Path(__file__).parents[2])},
+    )
     assert done.returncode == 0, done.stderr[-3000:]
     assert done.stdout.splitlines()[-2:] == ["bf16: tensor cores", "fp32: compiled"], done.stdout
 

@@ -68,9 +68,12 @@ def test_whole_transformer(lesson, agrees):
     source[1, 3:] = 0
     table, positions = mine.embedding.weight, lesson.sinusoids(8, 24).double()
     hidden = theirs(
-        F.embedding(source, table) * 24**0.5 + positions, F.embedding(target, table) * 24**0.5 + positions[:6],
-        tgt_mask=torch.ones(6, 6).triu(1).bool(), src_key_padding_mask=source == 0, memory_key_padding_mask=source == 0,
-    )  # fmt: skip
+        F.embedding(source, table) * 24**0.5 + positions,
+        F.embedding(target, table) * 24**0.5 + positions[:6],
+        tgt_mask=torch.ones(6, 6).triu(1).bool(),
+        src_key_padding_mask=source == 0,
+        memory_key_padding_mask=source == 0,
+    )
     agrees("Transformer", "nn.Transformer", mine(source, target), F.linear(hidden, table), TOLERANCE)
 
 
@@ -80,17 +83,25 @@ def test_bert_layer(lesson, agrees, transformers):
     from transformers.models.bert.modeling_bert import BertLayer
 
     config = transformers.BertConfig(
-        hidden_size=24, num_attention_heads=4, intermediate_size=40, hidden_dropout_prob=0.0,
-        attention_probs_dropout_prob=0.0, attn_implementation="eager",
-    )  # fmt: skip
+        hidden_size=24,
+        num_attention_heads=4,
+        intermediate_size=40,
+        hidden_dropout_prob=0.0,
+        attention_probs_dropout_prob=0.0,
+        attn_implementation="eager",
+    )
     theirs = randomized(lesson, BertLayer(config)).eval()
     mine = lesson.EncoderLayer(24, 4, 40, activation=F.gelu).double()
     pairs = (
-        (mine.self_attn.q_proj, theirs.attention.self.query), (mine.self_attn.k_proj, theirs.attention.self.key),
-        (mine.self_attn.v_proj, theirs.attention.self.value), (mine.self_attn.out_proj, theirs.attention.output.dense),
-        (mine.norm1, theirs.attention.output.LayerNorm), (mine.linear1, theirs.intermediate.dense),
-        (mine.linear2, theirs.output.dense), (mine.norm2, theirs.output.LayerNorm),
-    )  # fmt: skip
+        (mine.self_attn.q_proj, theirs.attention.self.query),
+        (mine.self_attn.k_proj, theirs.attention.self.key),
+        (mine.self_attn.v_proj, theirs.attention.self.value),
+        (mine.self_attn.out_proj, theirs.attention.output.dense),
+        (mine.norm1, theirs.attention.output.LayerNorm),
+        (mine.linear1, theirs.intermediate.dense),
+        (mine.linear2, theirs.output.dense),
+        (mine.norm2, theirs.output.LayerNorm),
+    )
     for here, there in pairs:
         here.load_state_dict(there.state_dict())
     mine.norm1.eps = mine.norm2.eps = config.layer_norm_eps
@@ -105,8 +116,11 @@ def test_bert_layer(lesson, agrees, transformers):
 def test_visibility_in_gpt2_and_bert(lesson, agrees, transformers):
     """Which positions of the input move which outputs, found by changing one token at a time."""
     gpt2 = transformers.GPT2Model(transformers.GPT2Config(n_embd=16, n_layer=2, n_head=2, vocab_size=20, n_positions=8))
-    bert = transformers.BertModel(transformers.BertConfig(
-        hidden_size=16, num_hidden_layers=2, num_attention_heads=2, intermediate_size=20, vocab_size=20))  # fmt: skip
+    bert = transformers.BertModel(
+        transformers.BertConfig(
+            hidden_size=16, num_hidden_layers=2, num_attention_heads=2, intermediate_size=20, vocab_size=20
+        )
+    )
     tokens = torch.arange(1, 7)[None]
     for model, kind in ((gpt2.eval(), "decoder"), (bert.eval(), "encoder")):
         before = model(tokens).last_hidden_state[0]
@@ -115,16 +129,28 @@ def test_visibility_in_gpt2_and_bert(lesson, agrees, transformers):
             changed = tokens.clone()
             changed[0, j] = 15
             columns.append((model(changed).last_hidden_state[0] - before).abs().amax(-1) > 1e-6)
-        agrees(f"visibility {kind}", f"transformers {type(model).__name__}", lesson.visibility(kind, 0, 6),
-               torch.stack(columns, 1), 0.0)  # fmt: skip
+        agrees(
+            f"visibility {kind}",
+            f"transformers {type(model).__name__}",
+            lesson.visibility(kind, 0, 6),
+            torch.stack(columns, 1),
+            0.0,
+        )
 
 
 def small_t5(transformers) -> nn.Module:
     torch.manual_seed(0)
     config = transformers.T5Config(
-        vocab_size=20, d_model=16, d_kv=8, d_ff=24, num_layers=2, num_heads=2, dropout_rate=0.0,
-        decoder_start_token_id=0, pad_token_id=0,
-    )  # fmt: skip
+        vocab_size=20,
+        d_model=16,
+        d_kv=8,
+        d_ff=24,
+        num_layers=2,
+        num_heads=2,
+        dropout_rate=0.0,
+        decoder_start_token_id=0,
+        pad_token_id=0,
+    )
     return transformers.T5ForConditionalGeneration(config).double().eval()
 
 
@@ -142,8 +168,13 @@ def test_visibility_in_t5(lesson, agrees, transformers):
         changed = [source.clone(), target.clone()]
         changed[j >= 4][0, j - 4 * (j >= 4)] = 15
         columns.append((states(*changed) - states(source, target)).abs().amax(-1) > 1e-9)
-    agrees("visibility prefix", "transformers T5, encoder and decoder", lesson.visibility("prefix", 4, 7),
-           torch.stack(columns, 1), 0.0)  # fmt: skip
+    agrees(
+        "visibility prefix",
+        "transformers T5, encoder and decoder",
+        lesson.visibility("prefix", 4, 7),
+        torch.stack(columns, 1),
+        0.0,
+    )
 
 
 def test_teacher_forcing_and_loss_in_t5(lesson, agrees, transformers):
@@ -165,10 +196,15 @@ def test_teacher_forcing_and_loss_in_t5(lesson, agrees, transformers):
 
     expected_inputs = model._shift_right(labels)
     losses = lesson.train(
-        Recorder(), source, target, steps=1, batch=64,
-        generator=torch.Generator().manual_seed(2), rate_fn=lambda k: 0.0,
+        Recorder(),
+        source,
+        target,
+        steps=1,
+        batch=64,
+        generator=torch.Generator().manual_seed(2),
+        rate_fn=lambda k: 0.0,
         loss_fn=lambda logits, labels: lesson.smoothed_loss(logits, labels, pad=0, smoothing=0.0),
-    )  # fmt: skip
+    )
     rows = torch.randint(3, (64,), generator=torch.Generator().manual_seed(2))
     agrees("train, decoder inputs", "transformers T5 _shift_right", seen[0][1], expected_inputs[rows], 0.0)
     with torch.no_grad():
@@ -205,10 +241,18 @@ def test_beam_search(lesson, agrees, transformers):
     with torch.no_grad():
         mine = lesson.beam_search(step_fn, 40, 0.0, bos=1, eos=2, max_len=3)[:5]
         theirs = model.generate(
-            torch.tensor([[1]]), num_beams=40, num_return_sequences=40, max_new_tokens=3, length_penalty=0.0,
+            torch.tensor([[1]]),
+            num_beams=40,
+            num_return_sequences=40,
+            max_new_tokens=3,
+            length_penalty=0.0,
             do_sample=False,
-            eos_token_id=2, pad_token_id=0, early_stopping=False, return_dict_in_generate=True, output_scores=True,
-        )  # fmt: skip
+            eos_token_id=2,
+            pad_token_id=0,
+            early_stopping=False,
+            return_dict_in_generate=True,
+            output_scores=True,
+        )
     ended = [
         (row, score)
         for row, score in zip(theirs.sequences.tolist(), theirs.sequences_scores.tolist(), strict=True)
@@ -300,9 +344,17 @@ def variations(lesson) -> list[dict]:
     }
     gpt2, llama = lesson.CONFIGS["GPT-2"], lesson.CONFIGS["LLaMA-7B"]
     mixtral, deepseek = lesson.CONFIGS["Mixtral-8x7B"], lesson.CONFIGS["DeepSeek-V3"]
-    mla = {"num_hidden_layers": 3, "first_k_dense_replace": 1, "moe_intermediate_size": 10,
-           "q_lora_rank": 9, "kv_lora_rank": 7,
-           "qk_nope_head_dim": 5, "qk_rope_head_dim": 4, "v_head_dim": 6, "num_key_value_heads": 6}  # fmt: skip
+    mla = {
+        "num_hidden_layers": 3,
+        "first_k_dense_replace": 1,
+        "moe_intermediate_size": 10,
+        "q_lora_rank": 9,
+        "kv_lora_rank": 7,
+        "qk_nope_head_dim": 5,
+        "qk_rope_head_dim": 4,
+        "v_head_dim": 6,
+        "num_key_value_heads": 6,
+    }
     return [
         gpt2 | {"vocab_size": 41, "n_positions": 32, "n_embd": 12, "n_layer": 3, "n_head": 3},
         gpt2 | {"vocab_size": 41, "n_positions": 32, "n_embd": 12, "n_layer": 2, "n_head": 2, "n_inner": 17},

@@ -19,12 +19,24 @@ def lesson(reference):
 def hugging_face(config) -> transformers.LlamaForCausalLM:
     """transformers' model of one of our configurations, with its own random weights."""
     torch.manual_seed(14)
-    return transformers.LlamaForCausalLM(transformers.LlamaConfig(
-        vocab_size=config.vocab_size, hidden_size=config.hidden_size, intermediate_size=config.mlp_size,
-        num_hidden_layers=config.layers, num_attention_heads=config.heads, num_key_value_heads=config.kv_heads,
-        rms_norm_eps=config.eps, rope_parameters={"rope_type": "default", "rope_theta": config.rope_theta},
-        tie_word_embeddings=config.tied, initializer_range=0.2, max_position_embeddings=256,
-        bos_token_id=None, eos_token_id=None, pad_token_id=0)).eval()  # fmt: skip
+    return transformers.LlamaForCausalLM(
+        transformers.LlamaConfig(
+            vocab_size=config.vocab_size,
+            hidden_size=config.hidden_size,
+            intermediate_size=config.mlp_size,
+            num_hidden_layers=config.layers,
+            num_attention_heads=config.heads,
+            num_key_value_heads=config.kv_heads,
+            rms_norm_eps=config.eps,
+            rope_parameters={"rope_type": "default", "rope_theta": config.rope_theta},
+            tie_word_embeddings=config.tied,
+            initializer_range=0.2,
+            max_position_embeddings=256,
+            bos_token_id=None,
+            eos_token_id=None,
+            pad_token_id=0,
+        )
+    ).eval()
 
 
 class Angles(torch.nn.Module):
@@ -166,10 +178,17 @@ def test_greedy_generation(lesson, agrees, heads, kv_heads, tied):
 
 
 SETTINGS = [
-    (0.7, None, None, None), (1.8, None, None, None), (1.0, 5, None, None), (1.0, 1000, None, None),
-    (1.0, None, 0.8, None), (1.0, None, 0.05, None), (1.0, None, None, 0.1), (1.0, None, None, 0.9),
-    (0.6, 20, 0.9, 0.05), (1.5, 8, 0.6, 0.2),
-]  # fmt: skip
+    (0.7, None, None, None),
+    (1.8, None, None, None),
+    (1.0, 5, None, None),
+    (1.0, 1000, None, None),
+    (1.0, None, 0.8, None),
+    (1.0, None, 0.05, None),
+    (1.0, None, None, 0.1),
+    (1.0, None, None, 0.9),
+    (0.6, 20, 0.9, 0.05),
+    (1.5, 8, 0.6, 0.2),
+]
 
 
 @pytest.mark.parametrize(("temperature", "top_k", "top_p", "min_p"), SETTINGS)

@@ -85,8 +85,13 @@ def test_grouped_query(lesson, agrees, heads, kv_heads):
 
 def llama_attention(heads: int, kv_heads: int, head_dim: int) -> nn.Module:
     llama = pytest.importorskip("transformers.models.llama.modeling_llama")
-    config = llama.LlamaConfig(hidden_size=heads * head_dim, num_attention_heads=heads, num_key_value_heads=kv_heads,
-                               head_dim=head_dim, attn_implementation="eager")  # fmt: skip
+    config = llama.LlamaConfig(
+        hidden_size=heads * head_dim,
+        num_attention_heads=heads,
+        num_key_value_heads=kv_heads,
+        head_dim=head_dim,
+        attn_implementation="eager",
+    )
     torch.manual_seed(0)
     return llama.LlamaAttention(config, layer_idx=0).double().eval()
 
@@ -129,8 +134,15 @@ def test_pooled_heads_in_llama(lesson, agrees):
 def test_cache_bytes(lesson, agrees):
     """The bytes that transformers' cache holds for a small Llama, counted in the tensors themselves."""
     transformers = pytest.importorskip("transformers")
-    config = transformers.LlamaConfig(hidden_size=48, intermediate_size=32, num_hidden_layers=3, num_attention_heads=6,
-                                      num_key_value_heads=2, head_dim=8, vocab_size=10)  # fmt: skip
+    config = transformers.LlamaConfig(
+        hidden_size=48,
+        intermediate_size=32,
+        num_hidden_layers=3,
+        num_attention_heads=6,
+        num_key_value_heads=2,
+        head_dim=8,
+        vocab_size=10,
+    )
     model = transformers.LlamaForCausalLM(config).eval()
     cache = transformers.DynamicCache(config=config)
     with torch.no_grad():
