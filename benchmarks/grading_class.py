@@ -7,15 +7,20 @@ smaller class, or one over fewer lessons, has the same notebooks.
 
 import random
 import shutil
+import sys
 from collections.abc import Sequence
 from pathlib import Path
 
 from tqdm import tqdm
 
-from autograder.build import ROOT, Layout
 from autograder.catalog import Entry
-from autograder.lesson import percent_cells, read_text
-from autograder.sample_class.make import dumps, read_lesson
+from autograder.layout import ROOT, Layout
+
+sys.path.append(str(ROOT / "tests"))
+sys.path.append(str(ROOT / "tests" / "support"))
+
+from answers_file import read_answers
+from sample_class import Lesson, dumps, read_lesson
 
 SHARES = {"reference": 0.6, "right": 0.1, "wrong": 0.2, "stub": 0.1}  # of the exercises
 MISSING = 0.05  # of the notebooks
@@ -33,12 +38,11 @@ def students(count: int) -> list[str]:
     return found
 
 
-def written_answers(entry: Entry, root: Path) -> dict[str, dict[str, list[str]]]:
+def written_answers(entry: Entry, lesson: Lesson, root: Path) -> dict[str, dict[str, list[str]]]:
     """All answers of a lesson's file in tests/answers/: {"right": {exercise: [source, …]}, "wrong": …}."""
     found: dict[str, dict[str, list[str]]] = {"right": {}, "wrong": {}}
-    for _, marks, source, _ in percent_cells(read_text(root / "tests" / "answers" / f"{entry.key}.py")):
-        for kind in found.keys() & marks.keys():
-            found[kind].setdefault(marks[kind], []).append(source)
+    for answer in read_answers(root / "tests" / "answers" / f"{entry.key}.py", lesson.solution):
+        found[answer.kind].setdefault(answer.exercise, []).append(answer.source)
     return found
 
 
@@ -48,7 +52,7 @@ def make_class(folder: Path, entries: Sequence[Entry], count: int, seed: int, ro
     made = []
     for entry in tqdm(entries, unit="lesson", desc="generating", dynamic_ncols=True):
         lesson = read_lesson(entry, Layout(root))
-        written = written_answers(entry, root)
+        written = written_answers(entry, lesson, root)
         for number, student in enumerate(students(count)):
             path = folder / student / f"{entry.key}.ipynb"
             path.parent.mkdir(parents=True, exist_ok=True)  # also of a student who hands in nothing

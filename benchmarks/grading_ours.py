@@ -2,6 +2,8 @@
 
 import json
 import multiprocessing
+import subprocess
+import sys
 import threading
 import time
 from collections.abc import Iterable, Iterator
@@ -14,9 +16,11 @@ import nbformat
 import psutil
 
 from autograder.grading.engine import run_tasks
-from autograder.grading.grade import SEED, find_class, grade_folder, read_masters
+from autograder.grading.grade import SEED, find_class, grade_folder
+from autograder.grading.masters import read_masters
 from autograder.grading.task import Result, Task, grade
 from autograder.kernels.manager import Kernels
+from autograder.layout import ROOT
 
 SPAWN = multiprocessing.get_context("spawn")  # a fresh Python, as from the command line
 MIB = 2**20
@@ -34,8 +38,12 @@ class Run:
 
 def verdict(result: Result) -> dict:
     """All that a learner is told by a result, as it left the task."""
-    return {"status": result.status, "score": result.score, "flags": list(result.flags),
-            "checks": [asdict(check) for check in result.checks]}  # fmt: skip
+    return {
+        "status": result.status,
+        "score": result.score,
+        "flags": list(result.flags),
+        "checks": [asdict(check) for check in result.checks],
+    }
 
 
 # --- a class --------------------------------------------------------------------------------------------------
@@ -72,6 +80,16 @@ def _grade_class(submitted: Path, out: Path, source: Path, jobs: int, log: Path)
                 file.write(json.dumps(record) + "\n")
 
         grade_folder(submitted, out, source, jobs=jobs, engine=logged, show=lambda line: None)
+
+
+def time_command(submitted: Path, out: Path) -> float:
+    """Seconds of `python -m autograder grade`, from its start to its end: what an instructor waits for."""
+    command = [sys.executable, "-m", "autograder", "grade", "--submitted", str(submitted), "--out", str(out)]
+    began = time.monotonic()
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
+    if done.returncode:
+        raise RuntimeError(f"{' '.join(command)} ended with exit code {done.returncode}: {done.stderr[-2000:]}")
+    return time.monotonic() - began
 
 
 @contextmanager
@@ -142,5 +160,5 @@ def grade_alone(submitted: Path, source: Path, student: str, lesson: str) -> dic
 def _grade_alone(submitted: Path, source: Path, student: str, lesson: str) -> dict:
     [handed], _ = find_class(submitted, read_masters(source), lesson, student)
     master = nbformat.writes(handed.lesson.master).encode()
-    task = Task(student, handed.lesson.stage, lesson, handed.path.read_bytes(), master, seed=SEED, kernels=Kernels())
+    task = Task(student, handed.lesson.stage, lesson, handed.read(), master, seed=SEED, kernels=Kernels())
     return verdict(grade(task))

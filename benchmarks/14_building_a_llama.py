@@ -1,6 +1,6 @@
 """Trains lesson 14's LLaMA-160M on this GPU for a few minutes: tokens per second, MFU and the loss.
 
-    python -m benchmarks.llama_160m --out benchmarks/results/llama_160m.json
+    python -m benchmarks.14_building_a_llama
 
 bfloat16 autocast over float32 weights, torch.compile, PyTorch's fused attention, sequences of 1,024 tokens, AdamW with
 the lesson's parameter groups, clipping and schedule. The text is the course's own corpus in the course's tokenizer
@@ -11,9 +11,6 @@ bfloat16 product measured in the same run. Before any timing the compiled bfloat
 
 import argparse
 import itertools
-import json
-import platform
-import sys
 import time
 from datetime import UTC, datetime
 from pathlib import Path
@@ -23,11 +20,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from benchmarks import flash_attention
+from benchmarks.kernels import interleave, machine, need_gpu, reference
+from benchmarks.rows import RESULTS, describe, write
 from llm40 import models, profile
 from llm40.models.corpus import corpus
 
-LESSON = Path(__file__).parents[1] / "solutions" / "stage2_transformer" / "14_building_a_llama.py"
 CONTEXT = 1024
 PEAKS = {"H100": 989e12, "H200": 989e12, "A100": 312e12}  # dense bfloat16 FLOP/s of the SXM versions, from data sheets
 
@@ -41,10 +38,9 @@ def tokens() -> Tensor:
 
 def product_peak(size: int = 8192) -> float:
     """FLOP/s of a bfloat16 product of two (size, size) matrices."""
-    import triton
-
     a, b = torch.randn(2, size, size, device=profile.device, dtype=torch.bfloat16)
-    return 2 * size**3 / (triton.testing.do_bench(lambda: a @ b, quantiles=[0.5]) / 1e3)
+    times, _ = interleave({"product": lambda: a @ b})
+    return 2 * size**3 / (times["product"][0] / 1e3)
 
 
 def loss_of(model: nn.Module, windows: Tensor) -> Tensor:
@@ -82,7 +78,7 @@ def train(lesson: SimpleNamespace, text: Tensor, batch: int, minutes: float, war
 
     errors = difference(model, compiled, windows()[:4])
     if not errors["logits"] < 0.05:
-        sys.exit(f"the compiled bfloat16 model's logits are off by {errors['logits']:.1e}")
+        raise AssertionError(f"the compiled bfloat16 model's logits are off by {errors['logits']:.1e}")
 
     def step(rate: float) -> Tensor:
         loss = loss_of(compiled, windows())
@@ -114,51 +110,52 @@ def train(lesson: SimpleNamespace, text: Tensor, batch: int, minutes: float, war
     quantiles = torch.quantile(ms, torch.tensor([0.5, 0.2, 0.8], dtype=torch.float64)).tolist()
     values = torch.stack(losses).tolist()
     return {
-        "steps": steps, "batch": batch, "context": CONTEXT, "minutes": float(ms.sum()) / 6e4, "ms_per_step": quantiles,
-        "tokens_per_second": batch * CONTEXT / quantiles[0] * 1e3, "tokens": steps * batch * CONTEXT,
+        "steps": steps,
+        "batch": batch,
+        "context": CONTEXT,
+        "minutes": float(ms.sum()) / 6e4,
+        "ms_per_step": quantiles,
+        "tokens_per_second": batch * CONTEXT / quantiles[0] * 1e3,
+        "tokens": steps * batch * CONTEXT,
         "passes_over_the_text": steps * batch * CONTEXT / len(text),
         "memory_gib": torch.cuda.max_memory_allocated() / 2**30,
-        "relative_errors": errors, "loss": {"first": values[0], "last 20, mean": sum(values[-20:]) / 20},
+        "relative_errors": errors,
+        "loss": {"first": values[0], "last 20, mean": sum(values[-20:]) / 20},
         "losses": [round(v, 4) for v in values[:: max(1, steps // 200)]],
-    }  # fmt: skip
+    }
+
+
+def measure(minutes: float, batch: int = 32) -> dict:
+    """What a run of so many minutes gives: speed, MFU, memory, the loss."""
+    torch.set_float32_matmul_precision("highest")
+    lesson = reference("14")
+    measured = train(lesson, tokens(), batch, minutes)
+    device, peak = torch.cuda.get_device_name(), product_peak()
+    sheet = next((value for name, value in PEAKS.items() if name in device), None)
+    speed = measured["tokens_per_second"]
+    mfu = {"of the measured product": lesson.mfu(speed, lesson.LLAMA_160M, CONTEXT, peak)}
+    if sheet:
+        mfu["of the data sheet"] = lesson.mfu(speed, lesson.LLAMA_160M, CONTEXT, sheet)
+    return {
+        "key": f"LLaMA-160M, batch {batch} × {CONTEXT}",
+        "flops_per_token": lesson.flops_per_token(lesson.LLAMA_160M, CONTEXT),
+        "product_tflops": round(peak / 1e12, 1),
+        "mfu": {name: round(share, 4) for name, share in mfu.items()},
+        **measured,
+    }
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--out", type=Path, required=True, help="the JSON file to write")
+    parser.add_argument("--out", type=Path, default=RESULTS / "14_building_a_llama.json", help="the JSON file to write")
     parser.add_argument("--minutes", type=float, default=3.0, help="of training, compilation not counted")
     parser.add_argument("--batch", type=int, default=32, help="sequences of 1,024 tokens in a step")
     options = parser.parse_args()
-    if profile.name != "gpu":
-        sys.exit("This measures a GPU and PyTorch sees none here.")
-    import triton
-
-    torch.set_float32_matmul_precision("highest")
-    lesson = flash_attention.reference(LESSON)
-    measured = train(lesson, tokens(), options.batch, options.minutes)
-    device, peak = torch.cuda.get_device_name(), product_peak()
-    sheet = next((value for name, value in PEAKS.items() if name in device), None)
-    mfu = {
-        "of the measured product": lesson.mfu(measured["tokens_per_second"], lesson.LLAMA_160M, CONTEXT, peak),
-        "of the data sheet": sheet and lesson.mfu(measured["tokens_per_second"], lesson.LLAMA_160M, CONTEXT, sheet),
-    }
-    result = {
-        "what": "LLaMA-160M trained in bfloat16 with torch.compile and SDPA",
-        "date": datetime.now(UTC).isoformat(timespec="seconds"), "device": device,
-        "capability": torch.cuda.get_device_capability(), "torch": torch.__version__, "triton": triton.__version__,
-        "cuda": torch.version.cuda, "cudnn": torch.backends.cudnn.version(), "python": platform.python_version(),
-        "quantiles": [0.5, 0.2, 0.8], "flops_per_token": lesson.flops_per_token(lesson.LLAMA_160M, CONTEXT),
-        "product_tflops": peak / 1e12, "data_sheet_tflops": sheet and sheet / 1e12, "mfu": mfu, **measured,
-    }  # fmt: skip
-    options.out.parent.mkdir(parents=True, exist_ok=True)
-    options.out.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
-    speed, minutes = measured["tokens_per_second"], measured["minutes"]
-    print(f"{device}: {speed:,.0f} tokens/s, {measured['steps']} steps in {minutes:.1f} min")
-    against = {"measured": (mfu["of the measured product"], peak), "data sheet": (mfu["of the data sheet"], sheet)}
-    for name, (share, top) in against.items():
-        if share is not None:
-            print(f"MFU {100 * share:.1f} % of {top / 1e12:.0f} TFLOP/s ({name})")
-    print(f"loss {measured['loss']['first']:.2f} → {measured['loss']['last 20, mean']:.2f} nats per token")
+    need_gpu()
+    row = measure(options.minutes, options.batch)
+    print(describe(row))
+    what = "LLaMA-160M trained in bfloat16 with torch.compile and SDPA"
+    write(options.out, {"what": what, "date": datetime.now(UTC).isoformat(timespec="seconds"), **machine(), **row})
 
 
 if __name__ == "__main__":
