@@ -8,9 +8,17 @@ LLM40_GRADES=folder to look at that one.
 import os
 from pathlib import Path
 
+from nbconvert.preprocessors import CSSHTMLHeaderPreprocessor
+from nbgrader.converters import Autograde
+from nbgrader.converters.base import NbGraderException
+from nbgrader.preprocessors import ClearHiddenTests, ClearOutput, GetGrades
+
+from autograder.learner.validate import follow_grading
+
 c = get_config()  # noqa: F821  given by traitlets, which runs this file
 
 root = Path(__file__).resolve().parent
+follow_grading(root)  # `nbgrader validate`, and its button, accept what grading accepts
 grades = (root / os.environ.get("LLM40_GRADES", "grades")).resolve()
 grades.mkdir(parents=True, exist_ok=True)  # SQLite makes the file, but not its folder
 
@@ -21,7 +29,9 @@ c.CourseDirectory.release_directory = "course"
 # nbgrader joins these to the root; an absolute folder stays what it is.
 c.CourseDirectory.submitted_directory = str(grades / "submitted")
 c.CourseDirectory.autograded_directory = str(grades / "autograded")
-c.CourseDirectory.feedback_directory = str(grades / "feedback")
+# grades/feedback is the grader's: `nbgrader generate_feedback` writes elsewhere, and without hidden tests.
+c.CourseDirectory.feedback_directory = str(grades / "nbgrader" / "feedback")
+c.GenerateFeedback.preprocessors = [GetGrades, ClearHiddenTests, ClearOutput, CSSHTMLHeaderPreprocessor]
 c.CourseDirectory.db_url = f"sqlite:///{(grades / 'gradebook.db').as_posix()}"
 
 # What a learner sees in the place of an answer: the line that autograder/lesson.py puts into its stubs.
@@ -29,5 +39,15 @@ c.ClearSolutions.code_stub = {"python": 'raise NotImplementedError("your turn: r
 # Model answers to open questions are prose that nobody grades; nbgrader knows no such cell and would complain.
 c.ClearSolutions.enforce_metadata = False
 
-# Validate and autograde stop a cell that hangs, and go on.
+# Validate stops a cell that hangs, and goes on.
 c.ExecutePreprocessor.timeout = 120
+
+
+def refuse(self):
+    """`nbgrader autograde` would put grades of its own over the grader's, and run learners' code without a sandbox."""
+    message = "This class is graded by `make grade` (python -m autograder grade): run that instead."
+    self.log.error(message)
+    raise NbGraderException(message)
+
+
+Autograde.start = refuse
