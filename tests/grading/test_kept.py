@@ -192,10 +192,10 @@ def lay(folder: Path, files: dict[str, str]) -> None:
 @pytest.fixture
 def validated(course, tmp_path, monkeypatch):
     """What Validate finds in a notebook, for a learner whose JupyterLab was started by `make lab`."""
-    monkeypatch.setattr(validate, "ROOT", course)
+    monkeypatch.setattr(validate.AsGraded, "root", validate.AsGraded.root)  # put back at the end
     monkeypatch.setattr(validate, "BY_KEY", {f"{tiny.STAGE}/{tiny.LESSON}": None})
     monkeypatch.setattr(Validator, "_preprocess", Validator._preprocess)  # put back at the end
-    validate.follow_grading()
+    validate.follow_grading(course)
     monkeypatch.setenv("PATH", os.pathsep.join([str(Path(os.sys.executable).parent), os.environ["PATH"]]))
 
     def look(notebook: Notebook) -> dict:
