@@ -371,7 +371,7 @@ def main() -> None:
     parser.add_argument("--keep", action="store_true", help=f"write the result to {KEPT.relative_to(ROOT)} too")
     given = parser.parse_args()
     print_anything()
-    for name in THREADS:  # every grader by its own default
+    for name in (*THREADS, "PYTHONDONTWRITEBYTECODE"):  # every grader by its own default, and compiled once
         os.environ.pop(name, None)
     try:
         entries = lessons(given.lessons)

@@ -15,11 +15,11 @@ it when the connection that asked for it is closed.
 
     python -m autograder.kernels.warm SOCKET MODULE... [--later MODULE...]
 
-imports the modules, those after --later when there is nothing else to do or after a few kernels: the first kernel need
-not wait for what few cells use. It listens on a socket (an inherited descriptor) until its standard input ends, and
-then removes the socket's folder. A request is one message: JSON, and the descriptors of standard output, standard error
-and, for a sandbox, of a process in it; `groups` are the files by which a process enters its control group. The answers
-are {"pid": …} or {"error": …}, then {"exit": …}; what may be sent besides is {"signal": …}.
+imports the modules, those after --later when it has forked a few kernels: what few cells use is not for one notebook.
+It listens on a socket (an inherited descriptor) until its standard input ends, and then removes the socket's folder. A
+request is one message: JSON, and the descriptors of standard output, standard error and, for a sandbox, of a process in
+it; `groups` are the files by which a process enters its control group. The answers are {"pid": …} or {"error": …}, then
+{"exit": …}; what may be sent besides is {"signal": …}.
 """
 
 import ctypes
@@ -40,7 +40,6 @@ from autograder.kernels import seccomp
 
 MESSAGE = 2**17  # bytes at most
 LATER = "--later"
-IDLE = 0.5  # seconds without a request, after which a module is imported that can wait
 FEW = 4  # kernels for which nothing more is imported: those of two notebooks, with their judges
 # Linux's numbers, from its headers sched.h, prctl.h and capability.h.
 NEW_NS, NEW_UTS, NEW_IPC, NEW_USER, NEW_PID, NEW_NET = 0x20000, 0x4000000, 0x8000000, 0x10000000, 0x20000000, 0x40000000
@@ -59,6 +58,7 @@ def main() -> None:
     listener = socket.socket(fileno=int(sys.argv[1]))
     address = listener.getsockname()
     sys.path[:] = [path for path in sys.path if path not in ("", os.getcwd())]  # what `-m` adds
+    gc.disable()  # until a kernel has been forked: while modules are imported it finds little, and takes its time
     first, _, later = " ".join(sys.argv[2:]).partition(LATER)
     waiting = later.split()
     load(first.split())
@@ -68,8 +68,8 @@ def main() -> None:
     poll.register(listener, select.POLLIN)
     poll.register(0, select.POLLIN)
     served = 0
-    while 0 not in (ready := dict(poll.poll(IDLE * 1000 if waiting else None))):
-        if waiting and (not ready or served >= FEW):
+    while 0 not in dict(poll.poll(0 if waiting and served >= FEW else None)):
+        if waiting and served >= FEW:
             load([waiting.pop(0)])
             continue
         connection = listener.accept()[0]
@@ -85,7 +85,6 @@ def load(names: list[str]) -> None:
     for name in names:
         with suppress(ImportError):  # seaborn is not everywhere
             importlib.import_module(name)
-    gc.collect()
     gc.freeze()  # so that the collector does not copy every page into every kernel
 
 
@@ -174,6 +173,7 @@ def run_kernel(request: dict, files: list[int], groups: list[int], door: int) ->
             os._exit(1)
         signal.signal(signal.SIGINT, signal.default_int_handler)
         signal.signal(signal.SIGCHLD, signal.SIG_DFL)
+        gc.enable()
         random.seed()
         if "numpy" in sys.modules:
             sys.modules["numpy"].random.seed()
