@@ -126,6 +126,24 @@ def counted_steps(limit: float = math.inf, because: str = "") -> Iterator[Steps]
         sys.settrace(before)
 
 
+@checks.measured
+@contextmanager
+def called_builtins() -> Iterator[set[str]]:
+    """The names of the built-in functions and methods that are called inside the block."""
+    names = set()
+
+    def note(frame, event, called):
+        if event == "c_call":
+            names.add(called.__name__)
+
+    before = sys.getprofile()
+    sys.setprofile(note)
+    try:
+        yield names
+    finally:
+        sys.setprofile(before)
+
+
 # %% tags=["support"]
 # Support: the library's trainer, and what keeps libraries out of an answer
 def library_merges(pieces: list[str], number: int) -> list[tuple[bytes, bytes]]:
@@ -204,7 +222,7 @@ def utf8_encode(code_point: int) -> bytes:
     which is "é".
 
     Raises ValueError for surrogates (0xD800 to 0xDFFF) and for numbers outside 0 to 0x10FFFF.
-    Integer arithmetic only: str.encode is what this function builds.
+    Integer arithmetic only: neither chr nor str.encode, which is what this function builds.
     """
     ### BEGIN SOLUTION
     if not 0 <= code_point <= 0x10FFFF or 0xD800 <= code_point <= 0xDFFF:
@@ -242,6 +260,11 @@ for code_point in edges + [c for c in draws if not 0xD800 <= c <= 0xDFFF]:
     assert got == chr(code_point).encode(), (
         f"code point {code_point:#x}: Python writes {chr(code_point).encode()!r}, yours is {got!r}"
     )
+with called_builtins() as used:
+    utf8_encode(0x20AC)
+assert not used & {"chr", "encode"}, (
+    "utf8_encode calls chr or str.encode, which does what it should build: integer arithmetic only"
+)
 for wrong in (0xD800, 0xDABC, 0xDFFF, -1, 0x110000):
     checks.raises(
         ValueError, utf8_encode, wrong, because=f"{wrong:#x} is not a character's code point"
@@ -1224,6 +1247,11 @@ for text, expected in listed:
     assert got == library_encoding(text), (
         f"{text!r} with special=False is the ordinary text {library_encoding(text)}; yours: {got!r}"
     )
+inside = Tokenizer([(b"e", b"e"), (b"b", b"ee")], ["ee"])  # a special token within a word
+assert (encode("bee", inside), encode("bee", inside, special=False)) == ([98, 258], [257]), (
+    "with special=False a special token is text like any other and cuts no piece in two: 'bee' "
+    f"with the merges ee and bee is [257]; yours: {encode('bee', inside, special=False)!r}"
+)
 odd = Tokenizer([], [".", "a+", "(x)"])  # characters that mean something in a regular expression
 assert encode("aa", odd) == [97, 97], (
     "special tokens are literal text: escape them in a regular expression"
@@ -1415,13 +1443,14 @@ checks.raises(
     tokenizer,
     because="only three roles exist",
 )
-checks.raises(
-    ValueError,
-    encode_chat,
-    [{"role": "tool", "content": ""}],
-    tokenizer,
-    because="only three roles exist",
-)
+for role in ("tool", "use", "", "User", "user ", "system user"):
+    checks.raises(
+        ValueError,
+        encode_chat,
+        [{"role": role, "content": ""}],
+        tokenizer,
+        because="only three roles exist",
+    )
 joining = Tokenizer([(b"\n", b"\n")], ["<|start|>", "<|end|>"])
 got = encode_chat([{"role": "user", "content": "\n"}, {"role": "user", "content": ""}], joining)
 assert got == [257, *b"user\n\n", 258, 257, *b"user\n", 258], (
@@ -1982,6 +2011,12 @@ tokens, score = unigram_viterbi("a", {"aa": -0.1, "a": -3.0, "aaaa": -0.1})
 assert tokens == ["a"], f"'a' is one token, yours: {tokens!r}"
 checks.close(score, -3.0, what="the log-probability of 'a'")
 checks.raises(ValueError, unigram_viterbi, "a", {}, because="no token exists")
+result = unigram_viterbi("baa" * 20, {"a": 0.0, "b": -1.0, "baa" * 20: -21.0})
+assert result == (["b", "a", "a"] * 20, -20.0), (
+    f"a token may be certain (log-probability 0), and long: b·a·a… has -20; yours: {result!r:.90}"
+)
+result = unigram_viterbi("baa" * 20, {"a": 0.0, "b": -1.0, "baa" * 20: -19.0})
+assert result == (["baa" * 20], -19.0), f"one token of 60 letters has -19; yours: {result!r:.90}"
 ### END HIDDEN TESTS
 
 # %% check="unigram_viterbi" points=1
@@ -2180,6 +2215,16 @@ for _ in range(100):
     got = torch.tensor([float(expected.get(entry, 0.0)) for entry in entries], dtype=torch.float64)
     checks.close(got, gradient, what=f"the expected counts of {entries} in {text!r}")
 assert reached["some"] > 20, f"the draws of this check are lopsided: {reached}"
+# One token of 60 letters (0.1), or sixty of one: "a" is certain, twenty times "b" are 0.9^20.
+sixty = 0.9**20
+long_table = {"a": 0.0, "b": math.log(0.9), "baa" * 20: math.log(0.1)}
+log_z, expected = unigram_expected_counts("baa" * 20, long_table)
+checks.close(log_z, math.log(0.1 + sixty), what="log Z with a certain token, and one of 60 letters")
+checks.close(
+    torch.tensor([float(expected.get(token, 0.0)) for token in long_table]),
+    torch.tensor([40 * sixty, 20 * sixty, 0.1]) / (0.1 + sixty),
+    what="the expected counts of a, b and the token of 60 letters",
+)
 log_z, expected = unigram_expected_counts("", {"a": -1.0})
 assert (log_z, any(expected.values())) == (0, False), (
     "an empty text has probability 1 and no tokens"

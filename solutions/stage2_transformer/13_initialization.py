@@ -885,7 +885,7 @@ assert not torch.equal(first, second), "two blocks have the same weights"
 # A gradient that vanishes or explodes shows in one picture: the norm of $\partial\ell/\partial y$
 # at the output $y$ of each layer. PyTorch hands you these outputs through **hooks**, functions that
 # a module calls after each forward pass. A hook stays until it is removed. One that is left behind
-# keeps every activation alive and runs in every later step; it is a common reason why a notebook
+# runs in every later step and keeps alive what it has stored; it is a common reason why a notebook
 # grows slower and runs out of memory.
 
 
@@ -2045,9 +2045,9 @@ for name, lines in final.items():
 #
 # $$ \operatorname{sr}(X) = \frac{\lVert X\rVert_F^2}{\lVert X\rVert_2^2} = \frac{\sum_i s_i^2}{s_1^2}, \qquad 1 \le \operatorname{sr}(X) \le \operatorname{rank}(X). $$
 #
-# It is 1 when all tokens point the same way, and $k$ when $k$ directions are equally strong. Close
-# to 1 it is blunt (it says 1.0000 for a thousandth as for a millionth), so a second number tells
-# how far the tokens are from being *the same* vector $\bar x$, their mean:
+# It is 1 when all tokens lie on one line through 0, and $k$ when $k$ directions are equally strong.
+# Close to 1 it is blunt (it says 1.0000 for a thousandth as for a millionth), so a second number
+# tells how far the tokens are from being *the same* vector $\bar x$, their mean:
 #
 # $$ \operatorname{spread}(X) = \frac{\lVert X - \mathbf 1\bar x^\top\rVert_F}{\lVert X\rVert_F}. $$
 #
@@ -2538,8 +2538,8 @@ plot.plt.show()
 # \frac\gamma\sigma\Big(G - \frac{\langle G, W\rangle}{\sigma}\,uv^\top\Big). $$
 #
 # The second term is the part of the gradient that would only scale the leading direction, and it is
-# taken out. Leave it out by detaching $\sigma$ and the loss is still differentiated, but not the
-# function that is computed.
+# taken out. Whoever detaches $\sigma$ loses this term, and has the gradient of another function
+# than the one that is computed.
 
 
 # %% exercise="sigma_reparam" minutes=30 difficulty=3

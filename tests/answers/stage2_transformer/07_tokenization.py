@@ -1307,3 +1307,29 @@ def wordpiece_tokenize(word, vocab, unknown="[UNK]", max_characters=100):
         pieces.append(prefix)
         rest = "##" + rest[len(prefix) :]
     return pieces
+
+# %% wrong="utf8_encode" because="str.encode, guarded by chr"
+def utf8_encode(code_point: int) -> bytes:
+    if 0xD800 <= code_point <= 0xDFFF:
+        raise ValueError("a surrogate is no character")
+    return chr(code_point).encode("utf-8")  # chr raises ValueError outside 0 to 0x10FFFF
+
+
+# %% wrong="encode" because="with special False the text is still cut at special tokens"
+- if special and tokenizer.special:
++ if tokenizer.special:
+
+- if i % 2:
++ if i % 2 and special:
+
+# %% wrong="encode_chat" because="a role is looked for as a part of a string"
+- if message["role"] not in ("system", "user", "assistant"):
++ if message["role"] not in "system user assistant":
+
+# %% wrong="unigram_viterbi" because="a certain token is taken for one that is missing"
+- candidate = score[i] + log_probs.get(text[i:j], -math.inf)
++ candidate = score[i] + (log_probs.get(text[i:j]) or -math.inf)
+
+# %% wrong="unigram_expected_counts" because="no token of more than 16 characters"
+- longest, n = max(map(len, log_probs), default=0), len(text)
++ longest, n = 16, len(text)
