@@ -642,8 +642,9 @@ assert merge_pair([b"l", b"o", b"w"], (b"l", b"o"), b"lo") == [b"lo", b"w"], (
 # same too, the smaller id on the right. Ids: byte $b$ has id $b$, and each merge gets the next
 # number, so a token made earlier has a smaller id.
 #
-# One more rule makes the vocabulary a list without repetitions: a pair whose two tokens together
-# spell a token that already exists (`ab·c` when `a·bc` was made before) is passed over.
+# No token is made twice. Wherever a string stands with no token across its ends, the same joins
+# have been made in it, in the same order. So when `a·bc` is joined, it is joined at every such
+# place, and no `ab·c` is left anywhere.
 
 
 # %% exercise="train_bpe" minutes=50 difficulty=3
@@ -657,8 +658,7 @@ def train_bpe(text: str, vocab_size: int, special_tokens: list[str]) -> list[tup
     Each step takes the pair of neighbors that occurs most often in the text, counted at every place
     (overlaps included: "aaa" has (a, a) twice), joins it everywhere from left to right, and appends
     (left, right) to the list. Ties: the smaller id of the left token, then of the right one; byte b
-    has id b, merge number i makes id 256 + i. A pair that spells a token which exists already is
-    passed over.
+    has id b, merge number i makes id 256 + i.
 
     vocab_size = 256 bytes + merges + special tokens, so vocab_size − 256 − len(special_tokens)
     merges are made, or fewer when no pair is left. Raises ValueError if vocab_size is less than
@@ -690,15 +690,14 @@ def train_bpe(text: str, vocab_size: int, special_tokens: list[str]) -> list[tup
     heapq.heapify(heap)
 
     tokens = [bytes([byte]) for byte in range(256)]
-    known, merges = set(tokens), []
+    merges = []
     while heap and len(merges) < wanted:
         negative, pair = heapq.heappop(heap)
-        left, right = tokens[pair[0]], tokens[pair[1]]
-        if -negative != counts[pair] or not counts[pair] or left + right in known:
+        if -negative != counts[pair] or not counts[pair]:
             continue  # an old entry of the heap: the true one, if there is any, is in it as well
+        left, right = tokens[pair[0]], tokens[pair[1]]
         merged, changed = len(tokens), set()
         tokens.append(left + right)
-        known.add(left + right)
         merges.append((left, right))
         for w in where.pop(pair):
             for old in pairwise(words[w]):
