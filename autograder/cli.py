@@ -41,7 +41,7 @@ Verbose = Annotated[bool, typer.Option("--verbose", help="Log every step on stan
 Jobs = Annotated[int | None, typer.Option(min=1, help="Processes at once; by default one per core.")]
 
 
-def expanded(path: Path | None) -> Path | None:
+def expand(path: Path | None) -> Path | None:
     """`~/class` as the shell would have it, which quotes in a Makefile keep it from seeing."""
     return path.expanduser() if path else None
 
@@ -52,7 +52,7 @@ def prepare() -> None:
     print_anything()
 
 
-def in_mb(name: str) -> int:
+def count_mb(name: str) -> int:
     """A limit's default as the command line states it."""
     return getattr(Limits, name) // MB
 
@@ -97,7 +97,7 @@ def run(
             stage=stage,
             profile=profile,
             jobs=jobs,
-            notebooks=expanded(notebooks),
+            notebooks=expand(notebooks),
             timeout=timeout,
             strict_budgets=strict_budgets,
         )
@@ -140,10 +140,14 @@ def grade(
     ] = False,
     cell_seconds: Annotated[float, typer.Option(min=1, help="Time that one cell may take.")] = Limits.cell,
     notebook_seconds: Annotated[float, typer.Option(min=1, help="Time that a notebook may take.")] = Limits.notebook,
-    memory: Annotated[int, typer.Option(min=1200, help="MB of memory for each process of a kernel.")] = in_mb("memory"),
+    memory: Annotated[int, typer.Option(min=1200, help="MB of memory for each process of a kernel.")] = count_mb(
+        "memory"
+    ),
     processes: Annotated[int, typer.Option(min=16, help="Processes and threads of a kernel.")] = Limits.processes,
-    file_size: Annotated[int, typer.Option(min=1, help="MB that a file may have.")] = in_mb("file"),
-    folder_size: Annotated[int, typer.Option(min=1, help="MB that all files of a kernel may have.")] = in_mb("folder"),
+    file_size: Annotated[int, typer.Option(min=1, help="MB that a file may have.")] = count_mb("file"),
+    folder_size: Annotated[int, typer.Option(min=1, help="MB that all files of a kernel may have.")] = count_mb(
+        "folder"
+    ),
 ) -> None:
     """Grade a class."""
     limits = Limits(
@@ -157,21 +161,21 @@ def grade(
     if not scheduler:
         from autograder.kernels.forking import start_early
 
-        start_early(limits, sandbox=not unsafe)  # what it imports takes as long as what we do
+        start_early(limits, sandbox=not unsafe)  # its imports take as long as those here
     with for_good():
         from autograder.grading.grade import grade_class
 
     raise typer.Exit(
         grade_class(
-            submitted=expanded(submitted),
-            out=expanded(out),
+            submitted=expand(submitted),
+            out=expand(out),
             lesson=lesson,
             student=student,
             jobs=jobs,
             scheduler=scheduler,
             db=db,
             again=again,
-            late=expanded(late),
+            late=expand(late),
             compare=compare,
             limits=limits,
             unsafe=unsafe,

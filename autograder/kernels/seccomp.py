@@ -26,7 +26,7 @@ SET_SECCOMP, FILTER = 22, 2  # of linux/prctl.h and linux/seccomp.h
 
 
 @cache
-def program(counted: bool) -> bytes:
+def make_program(counted: bool) -> bytes:
     """The filter's instructions; `counted` says whether there is a control group.
 
     On a machine whose numbers are not known here it refuses nothing.

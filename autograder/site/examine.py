@@ -22,11 +22,11 @@ TEXTS = (".html", ".js", ".txt", ".json", ".ipynb", ".svg", ".inv", ".xml")
 def find_problems(site: Path, layout: Layout, solutions: bool) -> list[str]:
     """One line for each thing that is wrong with a site; none for a good one."""
     found = {path.relative_to(site).as_posix(): read_page(path) for path in sorted(site.rglob("*.html"))}
-    leaks = [] if solutions else find_leaks(site, found, layout)
+    leaks = [] if solutions else find_page_leaks(site, found, layout)
     return [*leaks, *find_broken_links(site, found), *find_heavy_pages(site, found)]
 
 
-def describe(site: Path) -> str:
+def describe_site(site: Path) -> str:
     """A site's size in words."""
     sizes = {path: path.stat().st_size for path in site.rglob("*") if path.is_file()}
     pages = {path: weigh(site, path, read_page(path)) for path in sizes if path.suffix == ".html"}
@@ -93,7 +93,7 @@ def read_page(path: Path) -> Page:
 # --- leaks ----------------------------------------------------------------------------------------------------
 
 
-def find_leaks(site: Path, pages: dict[str, Page], layout: Layout) -> list[str]:
+def find_page_leaks(site: Path, pages: dict[str, Page], layout: Layout) -> list[str]:
     """Every place at which an answer or a hidden test can be read.
 
     Of an answer any three statements in a row (autograder/leaks.py), in code of any page; of every hidden region and
@@ -132,8 +132,8 @@ def _read_secrets(layout: Layout) -> tuple[dict[str, list[tuple[str, list[str]]]
     """All that must not be told: runs of statements by their first, and texts as letters; each with its cell's name."""
     runs: dict[str, list[tuple[str, list[str]]]] = {}
     wholes = []
-    for entry in layout.written():
-        for cell in lesson.read_lesson(layout.source(entry)).cells:
+    for entry in layout.list_written():
+        for cell in lesson.read_lesson(layout.find_source(entry)).cells:
             where = f"{entry.name}, {cell.label}"
             if cell.role != "answer":
                 for run in find_telling_lines(cell):
