@@ -197,7 +197,7 @@ def generate(masters: dict[Entry, str]) -> dict[Entry, str]:
 
 
 def _collect_expected(layout: Layout, entries: Iterable[Entry]) -> dict[Path, str]:
-    """What course/ should hold for these lessons, the pages that belong to all, and what README says of them."""
+    """The texts that course/ should hold for these lessons, those of the pages of all lessons, and README's."""
     texts = {e: (layout.learners / f"{e.key}.ipynb").read_text(encoding="utf-8") for e in entries}
     minutes = {e: _read_minutes(layout, e, texts.get(e)) for e in layout.list_written()}
     return {

@@ -381,7 +381,7 @@ class KernelPair:
         return self.kernel.count_cpu_seconds() + judged
 
     async def step(self, step: Step, limit: float, budget: int, seed: int) -> Outcome:
-        """Runs a step. KernelLost as `Kernel.run`."""
+        """Runs a step. Raises KernelLost as `NotebookKernel.run` does."""
         if not self.judge or step.kind == "learner":
             return await self.kernel.run(step.source, limit, budget)
         if step.kind == "given":

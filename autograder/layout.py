@@ -1,4 +1,4 @@
-"""Where the project's folders are, and how a file is written."""
+"""The project's folders, and a way to write a file whole."""
 
 import os
 from dataclasses import dataclass

@@ -391,7 +391,7 @@ def remove_hidden(source: str) -> str:
 
 
 def secrets(cell: Cell) -> list[str]:
-    """What a learner must not see of a cell: the dedented text of each of its hidden regions."""
+    """The texts of a cell that a learner must not see: each of its hidden regions, dedented."""
     if cell.role == "answer":
         return [cell.source]
     markers = {"exercise": (BEGIN_SOLUTION, END_SOLUTION), "check": (BEGIN_HIDDEN, END_HIDDEN)}.get(cell.role)

@@ -77,7 +77,7 @@ def draw_roadmap(
 ) -> str:
     """The SVG of the forty lessons; those in `written` are solid, and a line shows the share of one that is done.
 
-    `links` makes lessons' boxes links: (address, what the pointer is told).
+    `links` makes lessons' boxes links: (address, text for the pointer).
     """
     left = min(x for x, _, _ in PLACES.values())
     wide = int((max(x for x, _, _ in PLACES.values()) - left) * PITCH_X) + WIDTH + 2 * MARGIN

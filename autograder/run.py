@@ -102,7 +102,7 @@ def run_course(
 
 
 def _find_folders(notebooks: Path | None) -> tuple[Path, Path]:
-    """Where the notebooks with answers lie, and where the stubs."""
+    """The folder of the notebooks with answers, and that of the stubs."""
     if notebooks is None:
         return ROOT / "build" / "source", ROOT / "course"
     notebooks = notebooks.resolve()
@@ -188,10 +188,10 @@ def _collect_versions(device: str) -> dict[str, str | None]:
 
 
 def _make_environment(profile: str, jobs: int) -> dict[str, str]:
-    """What kernels are told: the profile, their share of the cores, and where `llm40` lies when it is not installed.
+    """The kernels' environment: the profile, their share of the cores, and the place of `llm40` if it is not installed.
 
-    Threads that have to wait do so asleep: where other programs hold the cores too, spinning ones make a lesson of
-    40 s take many minutes.
+    Threads wait asleep: where other programs hold the cores too, spinning ones make a lesson of 40 s take many
+    minutes.
     """
     threads = str(max(1, count_cores() // jobs))
     env = {
@@ -310,7 +310,7 @@ def _collect_failures(record: dict) -> list[dict]:
 
 
 def _compare_with_budgets(record: dict) -> list[str]:
-    """What a lesson took beyond its budgets, in words."""
+    """A sentence for each budget that a lesson exceeds."""
     words = {
         "seconds": ("the whole notebook takes", report.format_seconds),
         "grading_seconds": ("without experiments it takes", report.format_seconds),

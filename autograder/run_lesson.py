@@ -1,4 +1,4 @@
-"""One notebook executed by papermill, in a process of its own: what `run` starts for every lesson and for every stub.
+"""Executes one notebook by papermill, in a process of its own: `run` starts one for every lesson and every stub.
 
 A process each, because papermill changes the whole process's directory and because a run must be able to end at once:
 when it is told to (SIGTERM), or when the process that started it is gone, its kernel and its sockets go with it.
@@ -38,7 +38,7 @@ _QUESTION = (
 
 @dataclass(frozen=True)
 class RunTask:
-    """What a process is given. `stub` is a learner's notebook: experiments are skipped and errors expected."""
+    """A notebook for a process to run. `stub` is a learner's notebook: experiments are skipped and errors expected."""
 
     key: str  # stage2_transformer/09_attention_mha_mqa_gqa
     notebook: str

@@ -49,7 +49,7 @@ def _is_import(statement: ast.stmt) -> bool:
 
 
 def _is_part_of_an_import(statement: ast.stmt) -> bool:
-    """What stands around imports: `np = None`, `pass`, `raise`."""
+    """Whether a statement may stand around imports: `np = None`, `pass`, `raise`."""
     small = isinstance(statement, ast.Assign) and isinstance(statement.value, (ast.Constant, ast.Name))
     return small or isinstance(statement, (ast.Pass, ast.Raise)) or _is_import(statement)
 

@@ -30,7 +30,7 @@ class BadArchive(ValueError):
 
 @dataclass
 class Budget:
-    """What may still be read of an archive and of those inside it."""
+    """How much may still be read of an archive and of those inside it."""
 
     members: int = MAX_MEMBERS
     bytes: int = MAX_BYTES

@@ -47,7 +47,7 @@ class Mark:
 
     @property
     def sign(self) -> str:
-        """What stands in the grid where there is no score; empty where there is one."""
+        """The sign in the grid in place of a score; empty where there is a score."""
         return SIGNS.get(self.result.status) or ("?" if self.result.waits else "")
 
     @property
@@ -83,7 +83,7 @@ class Row:
 
     @property
     def words(self) -> str:
-        """What the search looks at."""
+        """The words that the search looks at."""
         found = dict.fromkeys(mark.result.status for mark in self.marks.values())
         if any(mark.result.flags for mark in self.marks.values()):
             found["flagged"] = None
@@ -146,7 +146,7 @@ class Class:
         return scores[len(scores) // 2] if scores else None
 
     def tally_exercises(self, lesson: MasterLesson) -> list[ExerciseTally]:
-        """In the lesson's own order."""
+        """How each exercise went, in the lesson's own order."""
         found: dict[str, ExerciseTally] = {}
         for mark in self.by_lesson[lesson.key]:
             if mark.result.status not in ("graded", "incomplete", "withheld"):

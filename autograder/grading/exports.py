@@ -147,7 +147,7 @@ def _is_usual(file: File) -> bool:
 
 
 def tell_files(files: Sequence[File]) -> list[str]:
-    """What the terminal says about the files: how many became what, and each that is not where one expects it."""
+    """The terminal's lines about the files: how many became what, and each that is not where one expects it."""
     counts = Counter(file.became for file in files)
     odd = [file for file in files if not _is_usual(file)]
     lines = [f"{len(files)} files: " + ", ".join(f"{count} {became}" for became, count in counts.most_common()) + "."]

@@ -93,7 +93,7 @@ def decode_names(names: list[str]) -> dict[str, str]:
 
 
 def may_be_notebook(file: str) -> bool:
-    """By a file's name; browsers add to it (`09_x.ipynb.txt`), and some systems write it in capitals."""
+    """Whether a file may be a notebook, by its name: browsers add to it (`09_x.ipynb.txt`), some systems use capitals."""
     return ".ipynb" in file.lower()
 
 

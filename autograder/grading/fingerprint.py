@@ -1,4 +1,4 @@
-"""What a result depends on, as a hash: while it is the same, so is the grade, and the notebook is not run again."""
+"""A hash of all that a result depends on: while it stays the same, so does the grade, and no notebook is run again."""
 
 import hashlib
 import json

@@ -55,14 +55,14 @@ log = logging.getLogger("autograder.grading")
 
 
 class CannotGrade(Exception):
-    """Nothing can be graded as asked; the message says what was expected and what was found."""
+    """The call asks for what cannot be graded; the message says what was expected and what was found."""
 
 
 # --- what is there --------------------------------------------------------------------------------------------
 
 
 def open_delivery(submitted: Path, student: str | None = None, stages: Collection[str] = ()) -> Delivery:
-    """Everything under SUBMITTED and whose it is, or one student's part of it. Raises UsageError."""
+    """Everything under SUBMITTED and whose it is, or one student's part of it. Raises CannotGrade."""
     expected = f"expected {LAYOUT.format(example=f'lin-mei/{catalog.BY_NUMBER[9].key}.ipynb')}{PLACES}"
     if not submitted.exists():
         raise CannotGrade(f"{submitted}: there is no such folder; {expected}")
@@ -84,7 +84,7 @@ def open_delivery(submitted: Path, student: str | None = None, stages: Collectio
 def find_class(
     submitted: Path, lessons: list[MasterLesson], lesson: str | None, student: str | None
 ) -> tuple[list[Submission], Delivery]:
-    """What is to be graded, and what became of every file. Raises UsageError where there is nothing."""
+    """The notebooks to grade, and every file with what became of it. Raises CannotGrade where there is nothing."""
     found = open_delivery(submitted, student, [k.stage for k in lessons])
     chosen = submissions.select_lessons(lessons, lesson) if lesson else lessons
     if not chosen:
@@ -101,7 +101,7 @@ def find_class(
 
 
 def find_judged_by_person(result: Result, notebook: NotebookNode) -> dict[str, str]:
-    """What a person's score is a score of: a written answer, or all of the learner's code where points are withheld."""
+    """The texts that a person scores: written answers, and all of the learner's code where points are withheld."""
     written = {read_name(cell): cell.source for cell in notebook.cells if is_graded_by_hand(cell)}
     code = "\n".join(cell.source for cell in notebook.cells if read_role(cell) in ("exercise", "added"))
     return written | {check.check: code for check in result.checks if check.status == "withheld"}
@@ -139,7 +139,7 @@ class Writer:
     def make_tasks(
         self, limits: Limits, seed: int, kernels: Kernels, again: bool, done: Callable[[Result], None]
     ) -> Iterator[Task]:
-        """What is to be graded, one by one: a notebook is read when its turn comes.
+        """The tasks, one by one: a notebook is read when its turn comes.
 
         `done` is called after what needs no grading: a result that still holds (unless everything is to be graded
         `again`), a choice that waits for a person, and a file that may not be read.
@@ -258,7 +258,7 @@ class Writer:
 
 
 def digest_work(notebook: NotebookNode | None) -> str:
-    """What the learner wrote in a notebook, as a hash: the same when only outputs or given cells have changed."""
+    """A hash of the learner's text in a notebook: it stays when only outputs or given cells have changed."""
     cells = notebook.cells if notebook else []
     written = "\n\n".join(cell.source for cell in cells if read_role(cell) in ("exercise", "answer", "added"))
     return digest_answers({"work": written})["work"] if notebook else ""
@@ -284,8 +284,8 @@ def grade_folder(
     """Grades a class by the masters in `source`, into the gradebook `db`, by default OUT/gradebook.db.
 
     `late` is an nbgrader configuration that says what handing in late costs; `compare` looks for answers that resemble
-    each other. Raises UsageError when there is nothing to grade or no sandbox to be had (and none that is not asked
-    for), BadConfig for a bad configuration, NoDatabase and NoScheduler where those do not answer.
+    each other. Raises CannotGrade where there is nothing to grade or no sandbox (unless none is asked for), BadConfig
+    for a bad configuration, NoDatabase and NoScheduler where those do not answer.
     """
     began = time.monotonic()
     kernels = kernels or Kernels()
@@ -423,7 +423,7 @@ def find_wanted_lessons(submitted: Path | None, lesson: str | None, student: str
 
 
 def make_sample_class(lessons: list[Entry]) -> Path:
-    """The folder of the sample class, whose notebooks are made anew. Raises UsageError outside a whole checkout."""
+    """The folder of the sample class, whose notebooks are made anew. Raises CannotGrade outside a whole checkout."""
     maker = ROOT / "tests" / "support" / "sample_class.py"
     if not maker.is_file():
         raise CannotGrade(f"there is no sample class here ({maker}): name a folder of submissions, --submitted")

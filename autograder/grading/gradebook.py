@@ -82,7 +82,7 @@ HANDED_IN = Table(
 
 @dataclass(frozen=True)
 class ManualEntries:
-    """What a person has entered in the formgrader beside scores."""
+    """Comments and extra credit that a person has entered in the formgrader."""
 
     comments: dict[str, str] = field(default_factory=dict)  # cell → text
     extra_credit: dict[str, float] = field(default_factory=dict)  # check → points, in its score already

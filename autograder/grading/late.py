@@ -1,4 +1,4 @@
-"""When something was handed in, and what lateness costs.
+"""Reads when something was handed in, and computes what lateness costs.
 
 An instructor sets a due date in the formgrader (or `nbgrader db assignment add stage1_foundations --duedate=…`) and
 says in an nbgrader configuration what lateness costs: `c.LateSubmissionPlugin.penalty_method = "zero"`, or a plugin of

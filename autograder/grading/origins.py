@@ -1,4 +1,4 @@
-"""Where a name is made that is not there when a notebook is graded: in a cell that does not run, or that failed."""
+"""Finds where a missing name is made when a notebook is graded: in a cell that does not run, or that failed."""
 
 from collections.abc import Sequence
 

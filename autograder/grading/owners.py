@@ -20,7 +20,7 @@ BLIND = "participant"  # Moodle's name for everyone while marking is blind
 
 @dataclass
 class Owner:
-    """Whose an entry is, by its name; `number` is the learning platform's for the person or the hand-in."""
+    """The owner of an entry, by its name; `number` is the learning platform's for the person or the hand-in."""
 
     name: str
     number: str = ""
@@ -81,7 +81,7 @@ class Placing:
         return bool(matches) and all(matches) and (alone or len(numbers) > 1)
 
     def _find_owner(self, place: tuple[str, ...]) -> Owner | None:
-        """Whose an entry is, if a platform has named it."""
+        """The owner of an entry that a platform has named; None for others."""
         kind, entry = self.found.kinds.get(place, "file"), place[-1]
         exchanged = EXCHANGE.fullmatch(entry) if kind == "folder" else None
         if exchanged:

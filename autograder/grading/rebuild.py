@@ -97,7 +97,7 @@ def read_submission(data: bytes) -> tuple[list[SubmittedCell], list[str]]:
 
 
 def _describe_mistaken_file(data: bytes) -> str:
-    """What a file is that people hand in for a notebook by mistake."""
+    """Says what a file is that people hand in for a notebook by mistake; empty for any other."""
     start = data.lstrip()[:500]
     if re.search(rb"^(<<<<<<< |>>>>>>> )", data, re.MULTILINE):
         return "the file has git's marks of a merge conflict (<<<<<<<): the conflict has to be resolved first"
@@ -178,7 +178,7 @@ def _check_at_most(most: int, count: int, what: str) -> None:
 
 
 def read_role(cell: NotebookNode) -> str:
-    """What a cell is.
+    """The role of a cell.
 
     `exercise`, `check`, `answer` (for a person), `experiment`, `setup`, `plain`; `added` is a learner's own, `imports`
     what an experiment imports.
@@ -263,7 +263,7 @@ def looks_like(cell: NotebookNode, submitted: SubmittedCell) -> bool:
 
 
 def match_cells(master: NotebookNode, cells: list[SubmittedCell]) -> tuple[dict[int, int], bool]:
-    """Which master cell each submitted cell is a copy of (both by index), and whether some were known only by text."""
+    """Submitted cell → the master's cell that it copies (both by index), and whether some were known only by text."""
     by_grade_id = {read_name(c): i for i, c in enumerate(master.cells) if "nbgrader" in c.metadata}
     by_id = {c.id: i for i, c in enumerate(master.cells) if c.get("id")}
     found = {}
@@ -322,7 +322,7 @@ def _make_imports_cell(original: NotebookNode, source: str) -> NotebookNode:
 
 
 def _collect_additions(original: NotebookNode, copies: list[SubmittedCell]) -> str:
-    """What the learner wrote into a given cell of code besides what stands there; a check takes nothing of it."""
+    """The learner's text in a given cell of code besides what stands there; a check takes nothing of it."""
     if original.cell_type != "code" or read_role(original) not in ("plain", "setup"):
         return ""
     edited = [copy for copy in copies if copy.kind == "code" and not _is_unchanged(original, copy.source)]
@@ -331,7 +331,7 @@ def _collect_additions(original: NotebookNode, copies: list[SubmittedCell]) -> s
 
 
 def _flag_copies(original: NotebookNode, copies: list[SubmittedCell], kept: str) -> list[str]:
-    """What a person should know about the copies of a master's cell; `kept` is what they have besides its text."""
+    """The flags about the copies of a master's cell; `kept` is their text besides the master's."""
     kind, label = read_role(original), read_name(original)
     is_learners = kind in ("exercise", "answer")
     if not is_learners and (original.cell_type != "code" or kind in ("experiment", "setup")) and not kept:

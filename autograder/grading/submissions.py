@@ -77,7 +77,7 @@ class Submission:
         return self.file.read() if self.file else None
 
     def read_beside(self) -> dict[str, bytes]:
-        """What lies beside the notebook: place → content. A flag tells what cannot be read."""
+        """The files beside the notebook: place → content. A flag names those that cannot be read."""
         files = {}
         for place, file in self.beside.items():
             try:
@@ -250,14 +250,14 @@ def _describe_strangeness(file: File) -> str:
 
 @dataclass
 class Candidate:
-    """A file for a lesson, and what of it is the learner's own: (cell, text) pairs; None where it cannot be read."""
+    """A file for a lesson, and the learner's own part of it: (cell, text) pairs; None where it cannot be read."""
 
     file: File
     work: tuple[tuple[str, str], ...] | None
 
 
 def find_work(lesson: MasterLesson, cells: Sequence[SubmittedCell]) -> tuple[tuple[str, str], ...]:
-    """What of a notebook is the learner's own: answers that are not the stub's, and added cells."""
+    """The learner's own part of a notebook: answers that are not the stub's, and added cells."""
     master = lesson.master.cells
     found, _ = match_cells(lesson.master, cells)
     work = []
@@ -329,7 +329,7 @@ def _leave_undecided(student: str, lesson: MasterLesson, candidates: Sequence[Ca
 
 
 def hand_out(found: Delivery, lessons: Sequence[MasterLesson]) -> list[Submission]:
-    """What is to be graded of these lessons: each is expected of everyone as soon as anyone has handed it in."""
+    """The notebooks to grade of these lessons: each is expected of everyone as soon as anyone has handed it in."""
     of: dict[tuple[str, str], list[File]] = defaultdict(list)
     keys = {lesson.key for lesson in lessons}
     for file in found.files:

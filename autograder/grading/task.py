@@ -25,7 +25,7 @@ WAITING = ("to grade", "withheld")  # checks whose score a person gives
 
 @dataclass(frozen=True, eq=False)
 class Task:
-    """What is to be graded. `submission` is None where the student handed in nothing for this lesson.
+    """A submission to grade. `submission` is None where the student handed in nothing for this lesson.
 
     `files` are what lies beside the notebook: place → content.
     """
@@ -43,7 +43,7 @@ class Task:
 
 @dataclass
 class Result:
-    """What came of a task.
+    """The result of a task.
 
     `status` is `graded`; `unreadable` or `missing`, with zero points; `incomplete` where a limit of the notebook left
     checks unrun; or `fault`, when the grader itself failed: then there is no score. The flags say why.

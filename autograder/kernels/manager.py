@@ -75,7 +75,7 @@ class Kernels:
 
 
 def _set_bounds(manager: AsyncKernelManager) -> AsyncKernelManager:
-    """The same manager; the sockets of its context will have the bounds. A client shares it if it is told to."""
+    """The same manager; the sockets of its context will have the bounds. A client can share that context."""
     for option, value in BOUNDS.items():
         manager.context.setsockopt(option, value)
     return manager

@@ -158,7 +158,7 @@ def make_sandbox_environment(env: dict[str, str], limits: Limits) -> dict[str, s
 
 
 def find_gpus(env: dict[str, str]) -> list[str]:
-    """The GPUs' devices, if the kernel is to have them. (Written from the documentation: no GPU was at hand.)"""
+    """The GPUs' devices, if the kernel is to have them. (Written from the documentation, not tried on a GPU.)"""
     if env.get("LLM40_PROFILE") == "cpu" or env.get("CUDA_VISIBLE_DEVICES") == "" or not any(map(glob, DRIVERS)):
         return []
     return sorted(path for pattern in DEVICES for path in glob(pattern))

@@ -168,7 +168,7 @@ def _sum_up(verdicts: list[Check], begun: set[str]) -> dict[str, Finding]:
 
 
 def _take_fingerprint(cells: list[NotebookNode], files: dict[str, bytes]) -> str:
-    """Of all that has a say in what is found: the code, the files beside it, and the library."""
+    """A hash of all that decides what is found: the code, the files beside it, and the library."""
     beside = {place: hashlib.sha256(data).hexdigest() for place, data in files.items()}
     found = [_read_library(), beside, [cell.source for cell in cells]]
     return hashlib.sha256(json.dumps(found, sort_keys=True).encode()).hexdigest()[:16]

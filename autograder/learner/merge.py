@@ -32,7 +32,7 @@ KEPT = ("outputs", "execution_count", "attachments")  # of a cell, besides its t
 
 @dataclass
 class Changes:
-    """What a merge did, for one line."""
+    """The changes of a merge, for one line."""
 
     answers: int = 0  # kept in their places
     added: int = 0  # cells of the learner's own, kept

@@ -31,7 +31,7 @@ class CourseExercise:
 
 @dataclass
 class Finding:
-    """What was found of an exercise: `passed`, `failed` with the sentence of its check, or `not begun`."""
+    """The state of an exercise: `passed`, `failed` with the sentence of its check, or `not begun`."""
 
     status: str = NOT_BEGUN
     score: float = 0
@@ -55,7 +55,7 @@ class Standing:
 
     @property
     def share(self) -> float:
-        """Of the points, from 0 to 1."""
+        """The share of the points, from 0 to 1."""
         return self.score / self.points if self.points else 0.0
 
     def describe_points(self) -> str:
@@ -113,7 +113,7 @@ class Progress:
 
 
 def round_up(minutes: float) -> int:
-    """To whole five minutes, nearest."""
+    """The nearest multiple of five minutes."""
     return 5 * round(minutes / 5)
 
 
@@ -179,7 +179,7 @@ def find_closed(lesson: Progress, lessons: Iterable[Progress]) -> list[Entry]:
 
 
 def find_next(lessons: list[Progress]) -> Progress | None:
-    """Where to go on: a lesson that was begun, else the first that is open; the core of all before the rest."""
+    """The lesson to go on with: one that was begun, else the first that is open; the core of all before the rest."""
     unfinished = [lesson for lesson in lessons if lesson.next]
     core = [lesson for lesson in unfinished if not lesson.core_done]
     begun = [lesson for lesson in core if lesson.begun]

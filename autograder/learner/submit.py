@@ -127,7 +127,7 @@ def make_archive(student: str, handed: list[PackedLesson]) -> bytes:
 
 
 def _read_back(path: Path, student: str) -> int:
-    """How many of the archive's notebooks the grader takes for this student's."""
+    """The number of the archive's notebooks that the grader takes for this student's."""
     found = find_files(path)
     Placing(found, {*WRAPPERS, *(stage.folder for stage in catalog.STAGES)}).place()
     read = [file for file in found.files if may_be_notebook(file.name)]

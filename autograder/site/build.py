@@ -93,7 +93,7 @@ def find_manuals(layout: Layout) -> list[Path]:
 
 
 def write_run_it(entry: Entry, repository: str) -> str:
-    """Where a lesson is run: in a clone, in Colab, or from its notebook alone."""
+    """The line that says where a lesson is run: in a clone, in Colab, or from its notebook alone."""
     notebook = f"../notebooks/{entry.key}.ipynb"
     download = f'<a href="{notebook}" download>this notebook</a>'
     github = "https://github.com/"
@@ -212,7 +212,7 @@ def find_neighbors(lessons: list[SiteLesson]) -> dict[str, dict[str, list[tuple[
 
 
 def add_files(made: Path, layout: Layout, lessons: list[SiteLesson]) -> None:
-    """What the pages load and link besides: MathJax, figures, the learners' notebooks. Maps of scripts and the
+    """Adds the files that pages load and link: MathJax, figures, the learners' notebooks. Maps of scripts and the
     theme's own templates go.
     """
     html = made / "html"

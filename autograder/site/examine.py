@@ -1,4 +1,4 @@
-"""What a finished site must keep: it tells no answer, links lead somewhere, pages are light, no network is needed."""
+"""Examines a finished site: it tells no answer, links lead somewhere, pages are light, no network is needed."""
 
 import json
 import re
