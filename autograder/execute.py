@@ -229,7 +229,7 @@ class NotebookKernel:
             poller.register(channel, zmq.POLLIN)
         asked = 0.0
         while channels:
-            if time.monotonic() > asked + 1:  # what is published before we are subscribed is lost
+            if time.monotonic() > asked + 1:  # messages published before the subscription are lost
                 asked = time.monotonic()
                 self.client.kernel_info()
             for channel in dict(await poller.poll(100)):
@@ -342,7 +342,7 @@ async def start_process(manager: AsyncKernelManager, folder: Path, env: dict[str
         cwd=str(folder),
         env=env,
         extra_arguments=list(arguments),
-        stdout=DEVNULL,  # what goes past IPython, such as a crash's last words, is not for the grader's terminal
+        stdout=DEVNULL,  # output that bypasses IPython, such as a crash's last words, is dropped
         stderr=DEVNULL,
     )
 
@@ -466,7 +466,7 @@ async def started(
             await kernel.prepare(prepare)
             yield KernelPair(kernel)
             return
-        # What given cells draw is the same in both processes, and another thing than what checks draw.
+        # Given cells draw the same numbers in both processes, and others than checks draw.
         env = make_kernel_environment(folder, GIVEN_SEED)
         judge, manager = await start_judge(stack, managers, limits, folder, env)
         await kernel.start(folder, env)

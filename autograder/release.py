@@ -9,9 +9,9 @@ from pathlib import Path
 from autograder.build import CourseError, build_lessons, find_stale_files
 from autograder.layout import ROOT, Layout
 
-EDITION = "autograder/learner/edition/"  # what the learners' edition has of its own, for its root
-# What learners get: the lessons, the library they import, what sets up the environment, and of autograder what the
-# learner's commands import.
+EDITION = "autograder/learner/edition/"  # files of the learners' edition's own, for its root
+# Learners get the lessons, the library they import, the files that set up the environment, and the modules of
+# autograder that the learner's commands import.
 LEARNERS = (
     "course/",
     "docs/learners.md",

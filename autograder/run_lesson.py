@@ -26,10 +26,10 @@ from autograder.text import strip_colors
 
 log = logging.getLogger(__name__)
 EXPERIMENT = "experiment"  # the tag of cells that train and draw
-NO_TRITON = "Triton exists for Linux only"  # how llm40.kernels begins what a launch raises where there is no Triton
+NO_TRITON = "Triton exists for Linux only"  # llm40.kernels begins its error so, where there is no Triton
 _MARKER = "papermill-error-cell-tag"  # on cells that papermill inserts around a failure
 
-# What the kernel is asked after the run: only about torch that the lesson itself imported.
+# A question to the kernel after the run: only about torch that the lesson itself imported.
 _QUESTION = (
     "(lambda t: t.cuda.max_memory_allocated() if t is not None and t.cuda.is_initialized() else 0)"
     "(__import__('sys').modules.get('torch'))"
@@ -86,7 +86,7 @@ def run_notebook(task: RunTask, on_cell: Callable[[int], None] = lambda count: N
         on_cell(counted)
 
     where = f"{task.key}{' (stub)' if task.stub else ''}"
-    failure = None  # what no cell's output says: a timeout, a dead kernel
+    failure = None  # that no cell's output tells: a timeout, a dead kernel
     with _start_kernel(task) as kernel:
         log.debug("%s: kernel started after %.1f s", where, time.perf_counter() - started)
         try:

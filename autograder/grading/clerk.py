@@ -1,7 +1,7 @@
 """Works on learners' text in a process of its own: reads a notebook, colors code, prepares it to be compared.
 
 No code of a learner's runs there. But a text can be written so that work on it costs hours or all memory: lists in
-lists, two million lines, what a regular expression stumbles over. So each task has a limit of processor time and of
+lists, two million lines, traps for regular expressions. So each task has a limit of processor time and of
 memory. The process is started when there is something to do, and again when it was stopped.
 
     python -m autograder.grading.clerk SECONDS BYTES

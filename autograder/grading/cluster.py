@@ -104,7 +104,7 @@ def _open_client(jobs: int, scheduler: str | None, patience: float):
                 raise NoScheduler(f"the scheduler at {scheduler} has no worker after {patience:.0f} s") from error
             yield client
         return
-    # Whatever ends a worker, what it and its kernels left in their folders goes with this folder.
+    # However a worker ends, the files that it and its kernels left go with this folder.
     with dask.config.set(SETTINGS), TemporaryDirectory(prefix="llm40-", ignore_cleanup_errors=True) as folder:
         cluster = LocalCluster(
             n_workers=jobs,

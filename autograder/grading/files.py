@@ -16,7 +16,7 @@ from autograder.grading.archives import BadArchive, Budget
 from autograder.grading.late import read_time
 from autograder.grading.masters import MasterLesson
 
-SKIPPED = ("__MACOSX", "__pycache__", "lost+found")  # and what begins with a dot: not looked into
+SKIPPED = ("__MACOSX", "__pycache__", "lost+found")  # and names that begin with a dot: not looked into
 CHECKPOINTS = ".ipynb_checkpoints"
 MAX_BYTES = 100_000_000  # read of a file; one that is longer is no notebook that anybody wrote
 DEEPEST = 30  # folders in each other: no learning platform makes half as many
@@ -93,7 +93,7 @@ def decode_names(names: list[str]) -> dict[str, str]:
 
 
 def may_be_notebook(file: str) -> bool:
-    """Whether a file may be a notebook, by its name: browsers add to it (`09_x.ipynb.txt`), some systems use capitals."""
+    """Whether a file may be a notebook, by its name: browsers add to it (`09_x.ipynb.txt`), systems use capitals."""
     return ".ipynb" in file.lower()
 
 

@@ -1,7 +1,7 @@
 """Grades a class: what was handed in → gradebook, tables, feedback, report.
 
-This module knows folders and prints; what was handed in is found by submissions, the grading itself is in task, its
-distribution in engine, the database in gradebook. A notebook whose result stands in the gradebook already, with
+This module knows folders and prints; submissions finds the notebooks, task grades one, engine distributes them,
+gradebook has the database. A notebook whose result stands in the gradebook already, with
 everything it depends on unchanged, is not graded again: a call that was interrupted, or killed, goes on where it was.
 The exit code says how it went: OK when every submission got an answer (zero points included), USAGE when there was
 nothing to grade, FAULT when the grader failed.
@@ -379,7 +379,7 @@ c.CourseDirectory.source_directory = {str(source.resolve())!r}
 c.CourseDirectory.release_directory = {str(ROOT / "course")!r}
 c.CsvExportPlugin.to = "nbgrader.csv"  # by default it would be grades.csv, which is the grader's
 
-# feedback/ is for learners. What `nbgrader generate_feedback` makes goes elsewhere, and has no hidden tests either.
+# feedback/ is for learners. The pages of `nbgrader generate_feedback` go elsewhere, and have no hidden tests either.
 c.CourseDirectory.feedback_directory = "nbgrader/feedback"
 c.GenerateFeedback.preprocessors = [GetGrades, ClearHiddenTests, ClearOutput, CSSHTMLHeaderPreprocessor]
 c.ClearHiddenTests.enforce_metadata = False

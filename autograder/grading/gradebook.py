@@ -67,14 +67,14 @@ RESULTS = Table(
     Column("result", Text, nullable=False),  # as JSON, without the notebook
     Column("answers", Text, nullable=False),  # as JSON: written answer → hash of its text
 )
-# When what is graded was handed in: a stage has one time in nbgrader's tables, but its lessons come one by one.
+# When graded work was handed in: a stage has one time in nbgrader's tables, but its lessons come one by one.
 HANDED_IN = Table(
     "llm40_handed_in",
     MetaData(),
     Column("student", String(128), primary_key=True),
     Column("stage", String(128), primary_key=True),
     Column("lesson", String(128), primary_key=True),
-    Column("work", String(64), nullable=False),  # hash of what the learner wrote
+    Column("work", String(64), nullable=False),  # hash of the learner's text
     Column("time", String(32)),  # UTC, ISO 8601; null where nobody knows
     Column("seen", String(32), nullable=False),  # when that work was graded first: it was there by then
 )
@@ -197,7 +197,7 @@ class Gradebook:
                     else:
                         db.add(model(name=name, notebook=notebook, **values))
             db.flush()
-            db.expire_all()  # or what was just deleted is still in the lists
+            db.expire_all()  # or the lists still have the deleted rows
             for submission in notebook.assignment.submissions:
                 self._complete(submission, notebook)
 

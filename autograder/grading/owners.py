@@ -26,7 +26,7 @@ class Owner:
     number: str = ""
     time: str = ""
     late: bool = False
-    rest: str = ""  # of the entry's name: what its owner called it
+    rest: str = ""  # of the entry's name, as its owner gave it
 
 
 class Placing:
@@ -89,7 +89,7 @@ class Placing:
         moodle = MOODLE.fullmatch(entry)
         if moodle:
             return Owner(moodle["name"], moodle["number"], rest=moodle["rest"] or "")
-        loose = len(place) == 1 and kind != "folder"  # of what lies in SUBMITTED itself, no folder says whose it is
+        loose = len(place) == 1 and kind != "folder"  # no folder says whose an entry of SUBMITTED itself is
         canvas = CANVAS.fullmatch(entry) if loose or place[:-1] in self.canvas else None
         if not canvas:
             return None

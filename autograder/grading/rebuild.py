@@ -35,7 +35,7 @@ MAGIC = {
     b"7z\xbc\xaf": "a 7z archive",
     b"# %%": "a text version of a notebook (Jupytext)",
 }
-NEWER = "file: saved by"  # what begins a flag that is of interest only where a cell's syntax is not understood
+NEWER = "file: saved by"  # begins a flag that is of interest only where a cell's syntax is not understood
 SIMILAR = 0.75  # of a cell that has lost its metadata: enough of the master's words to be a copy of it
 
 
@@ -296,7 +296,7 @@ def match_cells(master: NotebookNode, cells: list[SubmittedCell]) -> tuple[dict[
             near = {j: _measure_likeness(asked, words[j]) for j in list_free()}
             if near and max(near.values()) > SIMILAR:
                 found[max(near, key=near.get)] = i
-        for i in find_rest(("answer",)):  # it can have any text; what is left is where it stands
+        for i in find_rest(("answer",)):  # it can have any text: only its place tells
             before = [j for j, k in found.items() if k == i - 1]
             if before and max(before) + 1 in list_free() and cells[max(before) + 1].kind == "markdown":
                 found[max(before) + 1] = i

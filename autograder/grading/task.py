@@ -27,7 +27,7 @@ WAITING = ("to grade", "withheld")  # checks whose score a person gives
 class Task:
     """A submission to grade. `submission` is None where the student handed in nothing for this lesson.
 
-    `files` are what lies beside the notebook: place → content.
+    `files` lie beside the notebook: place → content.
     """
 
     student: str

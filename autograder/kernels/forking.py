@@ -18,12 +18,12 @@ from subprocess import DEVNULL, PIPE, Popen, TimeoutExpired
 from autograder.kernels.limits import Limits
 from autograder.kernels.sandbox import HOME, PRIVATE, find_gpus, find_sandbox_trouble, make_sandbox_environment
 
-LATER = "--later"  # to the warm process: what comes after it can wait
+LATER = "--later"  # to the warm process: the modules after it can wait
 ROOT = Path(__file__).resolve().parents[2]
 GIVEN_SEED = 40  # LLM40_SEED for given cells where checks are judged: a learner's own
-# What lessons import; and what ipykernel and IPython import when a kernel starts, beyond their own modules.
+# Imports of lessons; and those of ipykernel and IPython when a kernel starts, beyond their own modules.
 LIBRARIES = ("numpy", "torch", "matplotlib.pyplot")
-# A second each, and not every notebook's: torch._dynamo is what the first optimizer of a process imports.
+# A second each, and not every notebook's: the first optimizer of a process imports torch._dynamo.
 SELDOM = ("torch._dynamo", "seaborn", "tokenizers.trainers")
 # llm40 asks for a GPU when it is imported: where there may be one it is not for the warm process.
 COURSE = (
@@ -44,7 +44,7 @@ IPYTHON = (
     "sqlite3",
     "faulthandler",
 )
-# What Python and the libraries read when they start or are imported: a warm process with other values is another one.
+# Variables that Python and the libraries read when they start or are imported: each set has its own warm process.
 EARLY = (
     "LANG",
     "LC_",

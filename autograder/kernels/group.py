@@ -9,8 +9,8 @@ A sandbox has a list of its own processes and of no others, its /proc. It is rea
 descriptor that stays good whatever the processes inside do.
 
 When a machine's memory ends, Linux kills the process that has the most; so a student with many small processes would
-cost another the kernel. oom_score_adj (proc(5)) corrects that: each process has its sandbox's, and what the sandbox has
-in all counts more than what the process has.
+cost another the kernel. oom_score_adj (proc(5)) corrects that: each process has its sandbox's, and the sandbox's memory
+in all counts more than the process's.
 """
 
 import os
@@ -36,7 +36,7 @@ UTIME, THREADS = 11, 17  # in /proc/PID/stat after the name: utime, stime, and b
 BESIDE = 8  # processes in a sandbox that are not the learner's: bubblewrap's own, and the one that waits
 PERIOD = 0.1  # seconds between two looks
 FIRST_TO_GO, LAST_TO_GO = 1000, 300  # oom_score_adj; all else on the machine has 0
-# What a control group's files are called, in version 1 and 2.
+# The names of a control group's files, in version 1 and 2.
 NAMES = {
     1: {"limit": "memory.limit_in_bytes", "usage": "memory.usage_in_bytes", "killed": "memory.oom_control"},
     2: {"limit": "memory.max", "usage": "memory.current", "killed": "memory.events"},

@@ -1,6 +1,6 @@
 """Walls around learners' code: bubblewrap (https://github.com/containers/bubblewrap, Debian package `bubblewrap`).
 
-What is guaranteed to hold for everything that runs in a `Sandbox`:
+Guaranteed for everything that runs in a `Sandbox`:
 
 - It sees the system's programs (/usr and a few files of /etc), this Python and its environment, the package llm40 and
   the judge's agent, all read-only; nothing else of the disk: no solutions, no hidden test, no gradebook, no
@@ -41,11 +41,11 @@ from autograder.kernels.group import Group, make_control_group
 from autograder.kernels.limits import Limits
 
 ROOT = Path(__file__).resolve().parents[2]
-VISIBLE = ("llm40", "autograder/judge")  # of the project: what lessons import, and the judge's agent
+VISIBLE = ("llm40", "autograder/judge")  # of the project: the library of lessons, and the judge's agent
 PRIVATE = "/tmp"
 HOME = "/tmp/home"
 CONNECTION, SOCKETS = "connection.json", "s"  # names in a kernel's folder
-SHARED_MEMORY = 64 * 2**20  # /dev/shm: what the processes of torch.multiprocessing hand each other
+SHARED_MEMORY = 64 * 2**20  # /dev/shm: for tensors that processes of torch.multiprocessing hand each other
 USERS = 0x70000000  # the first of 2^27 user numbers that no distribution gives away
 
 SYSTEM = ["/usr", "/bin", "/lib", "/lib32", "/lib64", "/libx32", "/sbin"]
@@ -152,7 +152,7 @@ def make_sandbox_environment(env: dict[str, str], limits: Limits) -> dict[str, s
         "TMPDIR": PRIVATE,
         "IPYTHONDIR": f"{HOME}/.ipython",
         "TRITON_CACHE_DIR": f"{HOME}/.triton",
-        # What torch.compile would write once for all is larger than a kernel's files may be.
+        # The headers that torch.compile would precompile once are larger than a kernel's files may be.
         "TORCHINDUCTOR_CPP_CACHE_PRECOMPILE_HEADERS": "0",
     }
 
@@ -242,7 +242,7 @@ def _list_read_only() -> list[str]:
             arguments += ["--symlink", os.readlink(path), str(path)]
         elif path.is_dir():
             arguments += ["--ro-bind", str(path), str(path)]
-    # What bubblewrap makes by itself, started by root, is root's alone.
+    # Folders that bubblewrap makes by itself, started by root, are closed to others.
     for path in ("/etc", "/sys", "/sys/devices"):
         arguments += ["--perms", "0755", "--dir", path]
     for path in SETTINGS:

@@ -32,7 +32,7 @@ def make_program(counted: bool) -> bytes:
     On a machine whose numbers are not known here it refuses nothing.
     """
     machine, calls = MACHINES.get(platform.machine(), (0, None))
-    # Each line: what, its operand, and how many lines to skip if it holds and if it does not.
+    # Each line: instruction, operand, and how many lines to skip if it holds and if it does not.
     lines = (
         [(RETURN, ALLOW, 0, 0)]
         if calls is None

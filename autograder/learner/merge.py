@@ -139,7 +139,7 @@ def _keep_if_valid(cell: NotebookNode, key: str, value: object) -> None:
     cell[key] = value
     try:
         nbformat.validate(cell, ref=f"{cell.cell_type}_cell", version=4, version_minor=5)
-    except nbformat.ValidationError:  # what no program wrote
+    except nbformat.ValidationError:  # no program wrote it
         cell[key] = before
         if before is None and key == "attachments":
             del cell[key]

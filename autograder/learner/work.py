@@ -1,6 +1,6 @@
 """The folder work/: copies of the lessons, made current without a word of the learner's being lost.
 
-A copy is replaced in one step by a file that is complete, after what it was has been put into work/.earlier. Whatever
+A copy is replaced in one step by a file that is complete, after its old text has been put into work/.earlier. Whatever
 happens in between (a full disk, a kill, no power), the copy is the old one or the new one.
 """
 
@@ -130,7 +130,7 @@ class Work:
         path = self.find_copy(key)
         for _ in range(5):
             data = self.read_copy(key)
-            if data is None or not data.strip():  # what a crash of the machine leaves, and nobody writes
+            if data is None or not data.strip():  # left by a crash of the machine: nobody writes it
                 self._write_with_base(key, course, course)
                 return ""
             if _read_own_seal(data) and _read_own_seal(data) == _read_own_seal(course):

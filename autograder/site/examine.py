@@ -13,7 +13,7 @@ from autograder.layout import Layout
 from autograder.leaks import find_telling_lines, split_statements
 
 HEAVIEST = 3_000_000  # bytes of a page and its figures
-TOLD = 30  # letters; what is shorter stands everywhere, as in autograder/leaks.py
+TOLD = 30  # letters; shorter texts stand everywhere, as in autograder/leaks.py
 LOADS = {("script", "src"), ("img", "src"), ("link", "href"), ("source", "src"), ("iframe", "src")}
 HIDDEN = ("script", "style", "head")  # no text of the page
 TEXTS = (".html", ".js", ".txt", ".json", ".ipynb", ".svg", ".inv", ".xml")
@@ -44,8 +44,8 @@ def describe_site(site: Path) -> str:
 @dataclass
 class Page:
     anchors: set[str] = field(default_factory=set)
-    links: list[str] = field(default_factory=list)  # what can be clicked
-    loads: list[str] = field(default_factory=list)  # what a browser fetches with the page
+    links: list[str] = field(default_factory=list)  # addresses that can be clicked
+    loads: list[str] = field(default_factory=list)  # addresses that a browser fetches with the page
     code: list[str] = field(default_factory=list)  # the text of each <pre>
     text: str = ""
 
