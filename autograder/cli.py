@@ -35,8 +35,8 @@ def for_good() -> Iterator[None]:
     gc.enable()
 
 
-Lesson = Annotated[str | None, typer.Option(help="Only this lesson: its number (09) or its name.")]
-Stage = Annotated[str | None, typer.Option(help="Only this stage: its number (2) or its folder.")]
+LessonOption = Annotated[str | None, typer.Option(help="Only this lesson: its number (09) or its name.")]
+StageOption = Annotated[str | None, typer.Option(help="Only this stage: its number (2) or its folder.")]
 Verbose = Annotated[bool, typer.Option("--verbose", help="Log every step on standard error.")]
 Jobs = Annotated[int | None, typer.Option(min=1, help="Processes at once; by default one per core.")]
 
@@ -59,8 +59,8 @@ def count_mb(name: str) -> int:
 
 @app.command()
 def course(
-    lesson: Lesson = None,
-    stage: Stage = None,
+    lesson: LessonOption = None,
+    stage: StageOption = None,
     check: Annotated[bool, typer.Option("--check", help="Change nothing; fail if course/ is stale.")] = False,
     verbose: Verbose = False,
 ) -> None:
@@ -73,8 +73,8 @@ def course(
 
 @app.command()
 def run(
-    lesson: Lesson = None,
-    stage: Stage = None,
+    lesson: LessonOption = None,
+    stage: StageOption = None,
     profile: Annotated[str, typer.Option(help="cpu, gpu, or auto: a GPU where there is one.")] = "auto",
     jobs: Jobs = None,
     notebooks: Annotated[
@@ -113,7 +113,7 @@ def grade(
     out: Annotated[
         Path | None, typer.Option(help="Where the gradebook, tables and feedback go; by default grades/.")
     ] = None,
-    lesson: Lesson = None,
+    lesson: LessonOption = None,
     student: Annotated[str | None, typer.Option(help="Only this student.")] = None,
     jobs: Jobs = None,
     scheduler: Annotated[
