@@ -256,7 +256,7 @@ def run_answers(
 
 def add_steps(cells: list[dict], lesson: Lesson) -> None:
     """Puts beside each cell of a job what the grader makes of it, `step`; null for an experiment."""
-    master = build.dumps(build.master(lesson, build.Layout(WORKER.parent.parent)))
+    master = build.dumps(build.make_master(lesson, build.Layout(WORKER.parent.parent)))
     about = make_sent_master(nbformat.reads(master, as_version=4)).metadata.llm40
     graded = [c for c in nbformat.reads(master, as_version=4).cells if is_run(c)]
     steps = iter(make_steps(graded, about.asked, about.comparisons))

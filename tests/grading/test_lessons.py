@@ -19,7 +19,7 @@ SOURCES = sorted((ROOT / "solutions").glob("*/*.py"))
 @pytest.mark.parametrize("path", SOURCES, ids=[path.stem for path in SOURCES])
 def test_reference_gets_full_marks(path):
     layout = build.Layout(ROOT)
-    master = build.dumps(build.master(read_lesson(path), layout))
+    master = build.dumps(build.make_master(read_lesson(path), layout))
     submission = nbformat.reads(master, as_version=4)
     for cell in submission.cells:
         cell.source = remove_hidden(cell.source)

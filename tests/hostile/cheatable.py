@@ -372,7 +372,7 @@ def built(text: str) -> str:
     with tempfile.TemporaryDirectory() as folder:
         project = tiny_course.Project(Path(folder))
         project.text = tiny_course.HEADER + text
-        return build.dumps(build.master(read_lesson(project.source), project.layout))
+        return build.dumps(build.make_master(read_lesson(project.source), project.layout))
 
 
 def build_source(folder: Path) -> Path:
