@@ -52,7 +52,7 @@ def prepare() -> None:
     print_anything()
 
 
-def count_mb(name: str) -> int:
+def as_mb(name: str) -> int:
     """A limit's default as the command line states it."""
     return getattr(Limits, name) // MB
 
@@ -140,14 +140,10 @@ def grade(
     ] = False,
     cell_seconds: Annotated[float, typer.Option(min=1, help="Time that one cell may take.")] = Limits.cell,
     notebook_seconds: Annotated[float, typer.Option(min=1, help="Time that a notebook may take.")] = Limits.notebook,
-    memory: Annotated[int, typer.Option(min=1200, help="MB of memory for each process of a kernel.")] = count_mb(
-        "memory"
-    ),
+    memory: Annotated[int, typer.Option(min=1200, help="MB of memory for each process of a kernel.")] = as_mb("memory"),
     processes: Annotated[int, typer.Option(min=16, help="Processes and threads of a kernel.")] = Limits.processes,
-    file_size: Annotated[int, typer.Option(min=1, help="MB that a file may have.")] = count_mb("file"),
-    folder_size: Annotated[int, typer.Option(min=1, help="MB that all files of a kernel may have.")] = count_mb(
-        "folder"
-    ),
+    file_size: Annotated[int, typer.Option(min=1, help="MB that a file may have.")] = as_mb("file"),
+    folder_size: Annotated[int, typer.Option(min=1, help="MB that all files of a kernel may have.")] = as_mb("folder"),
 ) -> None:
     """Grade a class."""
     limits = Limits(
