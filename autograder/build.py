@@ -20,7 +20,7 @@ from autograder.catalog import Entry
 from autograder.layout import ROOT, Layout, write
 from autograder.leaks import find_leaks
 from autograder.lesson import LessonError
-from autograder.notebooks import dumps, find_seal, is_as_built, master, seal
+from autograder.notebooks import dumps, find_seal, is_as_built, make_master, seal
 from autograder.roadmap import make_index, make_notation
 
 log = logging.getLogger(__name__)
@@ -45,7 +45,7 @@ def build_course(lesson: str | None = None, stage: str | None = None, check: boo
         print(error, file=sys.stderr)
         return 2
     try:
-        made = build(entries, layout)
+        made = build_lessons(entries, layout)
         stale = find_stale_files(layout, entries)
     except CourseError as error:
         print(error, file=sys.stderr)
@@ -56,7 +56,7 @@ def build_course(lesson: str | None = None, stage: str | None = None, check: boo
         print(f"course/ agrees with solutions/: {len(entries)} lessons" if not stale else "course/ is out of date")
         return 1 if stale else 0
     try:
-        update(layout, entries)
+        update_course(layout, entries)
     except CourseError as error:
         print(error, file=sys.stderr)
         return 1
@@ -74,8 +74,8 @@ def build_sources(keys: Sequence[str], root: Path = ROOT) -> int:
         if strangers:
             raise CourseError(f"solutions/{strangers[0]}.py: no such lesson in autograder/catalog.py")
         entries = [catalog.BY_KEY[key] for key in keys]
-        build(entries, layout)
-        update(layout, entries)
+        build_lessons(entries, layout)
+        update_course(layout, entries)
     except CourseError as error:
         print(error, file=sys.stderr)
         return 1
@@ -83,37 +83,37 @@ def build_sources(keys: Sequence[str], root: Path = ROOT) -> int:
 
 
 def _select_written(layout: Layout, lesson: str | None, stage: str | None) -> list[Entry]:
-    strangers = [p for p in sorted(layout.solutions.rglob("*.py")) if _key(layout, p) not in catalog.BY_KEY]
+    strangers = [p for p in sorted(layout.solutions.rglob("*.py")) if _find_key(layout, p) not in catalog.BY_KEY]
     if strangers:
         names = ", ".join(p.relative_to(layout.root).as_posix() for p in strangers)
         raise CourseError(f"{names}: no such lesson in autograder/catalog.py")
     chosen = catalog.select(lesson, stage)
-    entries = [entry for entry in chosen if layout.source(entry).is_file()]
+    entries = [entry for entry in chosen if layout.find_source(entry).is_file()]
     if lesson and not entries:
         raise CourseError(f"solutions/{chosen[0].key}.py is not written yet")
     return entries
 
 
-def _key(layout: Layout, path: Path) -> str:
+def _find_key(layout: Layout, path: Path) -> str:
     return path.relative_to(layout.solutions).with_suffix("").as_posix()
 
 
 # --- building -------------------------------------------------------------------------------------------------
 
 
-def build(entries: Iterable[Entry], layout: Layout) -> list[Entry]:
+def build_lessons(entries: Iterable[Entry], layout: Layout) -> list[Entry]:
     """Bring build/source and build/release up to date for these lessons; returns those that had to be built.
 
     Raises CourseError with every rule that a source breaks, after the other lessons have been built.
     """
     stamps = _read_stamps(layout)
-    stale = [e for e in entries if stamps.get(e.key) != _stamp(layout, e)]
+    stale = [e for e in entries if stamps.get(e.key) != _make_stamp(layout, e)]
     log.debug("%d lessons to build: %s", len(stale), ", ".join(entry.name for entry in stale) or "none")
     problems: list[str] = []
     sources, masters = {}, {}
     for entry in stale:
         try:
-            read = lesson.read_lesson(layout.source(entry))
+            read = lesson.read_lesson(layout.find_source(entry))
         except LessonError as error:
             log.debug("%s: cannot be read: %d mistakes", entry.key, len(error.lines))
             problems += error.lines
@@ -123,7 +123,7 @@ def build(entries: Iterable[Entry], layout: Layout) -> list[Entry]:
         problems += broken
         if not broken:
             sources[entry] = read
-            masters[entry] = dumps(master(read, layout))
+            masters[entry] = dumps(make_master(read, layout))
     learners = generate(masters) if masters else {}
     made = []
     for entry, text in masters.items():
@@ -134,7 +134,7 @@ def build(entries: Iterable[Entry], layout: Layout) -> list[Entry]:
             sealed = find_seal(json.loads(learners[entry]))  # in both: nbgrader's own command hands it on
             write(layout.masters / f"{entry.key}.ipynb", dumps(seal(json.loads(text), sealed)))
             write(layout.learners / f"{entry.key}.ipynb", dumps(seal(json.loads(learners[entry]), sealed)))
-            stamps[entry.key] = _stamp(layout, entry)
+            stamps[entry.key] = _make_stamp(layout, entry)
             made.append(entry)
     if made:
         write(layout.stamps, json.dumps(stamps, indent=1, sort_keys=True) + "\n")
@@ -150,15 +150,15 @@ def _read_stamps(layout: Layout) -> dict[str, list[str]]:
         return {}
 
 
-def _stamp(layout: Layout, entry: Entry) -> list[str]:
+def _make_stamp(layout: Layout, entry: Entry) -> list[str]:
     """Hashes of all that goes into a lesson and of what came out: equal stamps mean that nothing is to be done."""
     here = Path(__file__).parent
     names = ("build", "catalog", "layout", "leaks", "lesson", "notebooks", "rules", "templating")
     code = [*(here / f"{name}.py" for name in names), here / "templates" / "opening.md.j2"]
     made = [layout.masters / f"{entry.key}.ipynb", layout.learners / f"{entry.key}.ipynb"]
-    linked = ",".join(e.key for e in lesson.prerequisites(entry) if layout.source(e).is_file())
+    linked = ",".join(e.key for e in lesson.find_prerequisites(entry) if layout.find_source(e).is_file())
     hashes = [hashlib.sha256(linked.encode()).hexdigest()]
-    for path in [layout.source(entry), *code, ROOT / "nbgrader_config.py", *made]:
+    for path in [layout.find_source(entry), *code, ROOT / "nbgrader_config.py", *made]:
         hashes.append(hashlib.sha256(path.read_bytes()).hexdigest() if path.is_file() else "")
     return hashes
 
@@ -197,9 +197,9 @@ def generate(masters: dict[Entry, str]) -> dict[Entry, str]:
 
 
 def _collect_expected(layout: Layout, entries: Iterable[Entry]) -> dict[Path, str]:
-    """What course/ should hold for these lessons, the pages that belong to all, and what README says of them."""
+    """The texts that course/ should hold for these lessons, those of the pages of all lessons, and README's."""
     texts = {e: (layout.learners / f"{e.key}.ipynb").read_text(encoding="utf-8") for e in entries}
-    minutes = {e: _minutes(layout, e, texts.get(e)) for e in layout.written()}
+    minutes = {e: _read_minutes(layout, e, texts.get(e)) for e in layout.list_written()}
     return {
         **{layout.course / f"{e.key}.ipynb": text for e, text in texts.items()},
         layout.course / "index.ipynb": dumps(seal(make_index(minutes))),
@@ -217,10 +217,10 @@ def _update_state(layout: Layout) -> dict[Path, str]:
     text = lesson.read_text(path) if path.is_file() else ""
     if not STATE.search(text):
         return {}
-    return {path: STATE.sub(f"{len(layout.written())} of {len(catalog.LESSONS)} lessons are written", text)}
+    return {path: STATE.sub(f"{len(layout.list_written())} of {len(catalog.LESSONS)} lessons are written", text)}
 
 
-def _minutes(layout: Layout, entry: Entry, text: str | None) -> tuple[int, int]:
+def _read_minutes(layout: Layout, entry: Entry, text: str | None) -> tuple[int, int]:
     """(core, whole) of a lesson: from its notebook's text, or that in course/, or where there is none from its source.
 
     Raises CourseError for a source that cannot be read.
@@ -233,14 +233,14 @@ def _minutes(layout: Layout, entry: Entry, text: str | None) -> tuple[int, int]:
         return minutes["core"], minutes["whole"]
     except (ValueError, KeyError, TypeError):  # not built yet, or by an older builder, or spoiled
         try:
-            return lesson.read_lesson(layout.source(entry)).minutes
+            return lesson.read_lesson(layout.find_source(entry)).minutes
         except LessonError as error:
             raise CourseError("\n".join(error.lines)) from error
 
 
 def _find_abandoned(layout: Layout) -> list[Path]:
-    """Lessons in course/ and build/source whose source is gone; a learner's own files there are nobody's business."""
-    written = {entry.key for entry in layout.written()}
+    """Lessons in course/ and build/source whose source is gone; learners' own files there are left alone."""
+    written = {entry.key for entry in layout.list_written()}
     gone = [entry.key for entry in catalog.LESSONS if entry.key not in written]
     paths = [folder / f"{key}.ipynb" for folder in (layout.course, layout.masters, layout.learners) for key in gone]
     return [path for path in paths if path.is_file()]
@@ -258,7 +258,7 @@ def find_stale_files(layout: Layout, entries: Iterable[Entry]) -> list[tuple[Pat
     return sorted(found)
 
 
-def update(layout: Layout, entries: Iterable[Entry]) -> None:
+def update_course(layout: Layout, entries: Iterable[Entry]) -> None:
     """Make course/ what build/release says; files that are right already are not touched.
 
     Raises CourseError, after the rest is done, for notebooks that somebody has written in: those stay as they are.
@@ -278,7 +278,7 @@ def update(layout: Layout, entries: Iterable[Entry]) -> None:
         else:
             path.unlink()
     if kept:
-        raise CourseError("\n".join(_refuse(path, layout) for path in kept))
+        raise CourseError("\n".join(_tell_refusal(path, layout) for path in kept))
 
 
 def _is_written_in(path: Path, layout: Layout) -> bool:
@@ -299,7 +299,7 @@ def _is_committed(path: Path, layout: Layout) -> bool:
     return done.returncode == 0 and not done.stdout
 
 
-def _refuse(path: Path, layout: Layout) -> str:
+def _tell_refusal(path: Path, layout: Layout) -> str:
     here = path.relative_to(layout.root).as_posix()
     place = layout.work / path.relative_to(layout.course)
     place = place.with_stem(f"{place.stem} (from course)") if place.exists() else place

@@ -102,7 +102,7 @@ BY_KEY = {entry.key: entry for entry in LESSONS}
 
 
 class UsageError(Exception):
-    """What was asked for makes no sense; the message says what would."""
+    """The request makes no sense; the message says which one would."""
 
 
 class NoSuchLesson(UsageError):

@@ -28,20 +28,20 @@ app = typer.Typer(
 
 @contextmanager
 def for_good() -> Iterator[None]:
-    """What is imported inside is never garbage: looking through it, then and ever after, would take 0.4 s of a call."""
+    """Imports inside are never garbage: the collector, which would take 0.4 s of a call for them, leaves them out."""
     gc.disable()
     yield
     gc.freeze()
     gc.enable()
 
 
-Lesson = Annotated[str | None, typer.Option(help="Only this lesson: its number (09) or its name.")]
-Stage = Annotated[str | None, typer.Option(help="Only this stage: its number (2) or its folder.")]
+LessonOption = Annotated[str | None, typer.Option(help="Only this lesson: its number (09) or its name.")]
+StageOption = Annotated[str | None, typer.Option(help="Only this stage: its number (2) or its folder.")]
 Verbose = Annotated[bool, typer.Option("--verbose", help="Log every step on standard error.")]
 Jobs = Annotated[int | None, typer.Option(min=1, help="Processes at once; by default one per core.")]
 
 
-def expanded(path: Path | None) -> Path | None:
+def expand(path: Path | None) -> Path | None:
     """`~/class` as the shell would have it, which quotes in a Makefile keep it from seeing."""
     return path.expanduser() if path else None
 
@@ -52,15 +52,15 @@ def prepare() -> None:
     print_anything()
 
 
-def in_mb(name: str) -> int:
+def as_mb(name: str) -> int:
     """A limit's default as the command line states it."""
     return getattr(Limits, name) // MB
 
 
 @app.command()
 def course(
-    lesson: Lesson = None,
-    stage: Stage = None,
+    lesson: LessonOption = None,
+    stage: StageOption = None,
     check: Annotated[bool, typer.Option("--check", help="Change nothing; fail if course/ is stale.")] = False,
     verbose: Verbose = False,
 ) -> None:
@@ -73,8 +73,8 @@ def course(
 
 @app.command()
 def run(
-    lesson: Lesson = None,
-    stage: Stage = None,
+    lesson: LessonOption = None,
+    stage: StageOption = None,
     profile: Annotated[str, typer.Option(help="cpu, gpu, or auto: a GPU where there is one.")] = "auto",
     jobs: Jobs = None,
     notebooks: Annotated[
@@ -97,7 +97,7 @@ def run(
             stage=stage,
             profile=profile,
             jobs=jobs,
-            notebooks=expanded(notebooks),
+            notebooks=expand(notebooks),
             timeout=timeout,
             strict_budgets=strict_budgets,
         )
@@ -113,7 +113,7 @@ def grade(
     out: Annotated[
         Path | None, typer.Option(help="Where the gradebook, tables and feedback go; by default grades/.")
     ] = None,
-    lesson: Lesson = None,
+    lesson: LessonOption = None,
     student: Annotated[str | None, typer.Option(help="Only this student.")] = None,
     jobs: Jobs = None,
     scheduler: Annotated[
@@ -140,10 +140,10 @@ def grade(
     ] = False,
     cell_seconds: Annotated[float, typer.Option(min=1, help="Time that one cell may take.")] = Limits.cell,
     notebook_seconds: Annotated[float, typer.Option(min=1, help="Time that a notebook may take.")] = Limits.notebook,
-    memory: Annotated[int, typer.Option(min=1200, help="MB of memory for each process of a kernel.")] = in_mb("memory"),
+    memory: Annotated[int, typer.Option(min=1200, help="MB of memory for each process of a kernel.")] = as_mb("memory"),
     processes: Annotated[int, typer.Option(min=16, help="Processes and threads of a kernel.")] = Limits.processes,
-    file_size: Annotated[int, typer.Option(min=1, help="MB that a file may have.")] = in_mb("file"),
-    folder_size: Annotated[int, typer.Option(min=1, help="MB that all files of a kernel may have.")] = in_mb("folder"),
+    file_size: Annotated[int, typer.Option(min=1, help="MB that a file may have.")] = as_mb("file"),
+    folder_size: Annotated[int, typer.Option(min=1, help="MB that all files of a kernel may have.")] = as_mb("folder"),
 ) -> None:
     """Grade a class."""
     limits = Limits(
@@ -157,21 +157,21 @@ def grade(
     if not scheduler:
         from autograder.kernels.forking import start_early
 
-        start_early(limits, sandbox=not unsafe)  # what it imports takes as long as what we do
+        start_early(limits, sandbox=not unsafe)  # its imports take as long as those here
     with for_good():
         from autograder.grading.grade import grade_class
 
     raise typer.Exit(
         grade_class(
-            submitted=expanded(submitted),
-            out=expanded(out),
+            submitted=expand(submitted),
+            out=expand(out),
             lesson=lesson,
             student=student,
             jobs=jobs,
             scheduler=scheduler,
             db=db,
             again=again,
-            late=expanded(late),
+            late=expand(late),
             compare=compare,
             limits=limits,
             unsafe=unsafe,

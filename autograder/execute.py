@@ -1,4 +1,4 @@
-"""One notebook in one kernel, cell by cell: a cell that fails, hangs or kills the kernel costs nothing but itself.
+"""Runs one notebook in one kernel, cell by cell: a cell that fails, hangs or kills the kernel costs nothing but itself.
 
 Where checks are judged (autograder/judge), a second process goes with the kernel: given cells run in both, checks in
 the judge's, everything else in the learner's. When one of the two is lost both are started anew, the cells before are
@@ -24,11 +24,11 @@ from jupyter_client.manager import AsyncKernelManager
 
 from autograder.judge import client
 from autograder.judge.client import Judge, JudgeLost, Verdict
-from autograder.kernels.forking import GIVEN_SEED, environment
+from autograder.kernels.forking import GIVEN_SEED, make_kernel_environment
 from autograder.kernels.limits import MB, Limits
 from autograder.kernels.manager import Kernels
 from autograder.kernels.provisioner import COURT
-from autograder.text import printable
+from autograder.text import make_printable
 
 OUTPUTS = ("stream", "display_data", "update_display_data", "execute_result", "error", "clear_output")
 HEADER, REPLY = 10_000, 10 * MB  # bytes that are read of a message's header, and of a reply
@@ -89,7 +89,7 @@ class Outcome:
 
 
 class KernelFailed(RuntimeError):
-    """A kernel that does not even start: the machine's fault or ours, never the notebook's."""
+    """A kernel that does not even start: the machine's fault or the grader's, never the notebook's."""
 
 
 class KernelLost(Exception):
@@ -100,8 +100,8 @@ class KernelLost(Exception):
         self.outcome = outcome
 
 
-def unpacked(packed: bytes, most: int) -> dict:
-    """What a kernel has packed: a dictionary, empty where it is none. Learners' code can write to the sockets too."""
+def parse_packed(packed: bytes, most: int) -> dict:
+    """The dictionary that a kernel has packed, empty where it is none. Learners' code can write to the sockets too."""
     try:
         content = json.loads(packed) if len(packed) <= most else None
     except (ValueError, RecursionError):
@@ -109,26 +109,26 @@ def unpacked(packed: bytes, most: int) -> dict:
     return content if isinstance(content, dict) else {}
 
 
-def as_text(value) -> str:
+def take_text(value) -> str:
     return value if isinstance(value, str) else ""
 
 
-def whole(value) -> int | None:
+def take_whole(value) -> int | None:
     return value if type(value) is int else None
 
 
-def displayed(kind: str, content: dict) -> dict:
+def format_output(kind: str, content: dict) -> dict:
     """An output in nbformat's form, whatever a kernel has sent."""
     if kind == "stream":
         name = "stderr" if content.get("name") == "stderr" else "stdout"
-        return {"output_type": kind, "name": name, "text": as_text(content.get("text"))}
+        return {"output_type": kind, "name": name, "text": take_text(content.get("text"))}
     if kind == "error":
         lines = content.get("traceback")
         lines = [line for line in lines if isinstance(line, str)] if isinstance(lines, list) else []
-        said = {"ename": as_text(content.get("ename")), "evalue": as_text(content.get("evalue"))}
+        said = {"ename": take_text(content.get("ename")), "evalue": take_text(content.get("evalue"))}
         return {"output_type": kind, **said, "traceback": lines}
     shown = {name: content[name] if isinstance(content.get(name), dict) else {} for name in ("data", "metadata")}
-    numbered = {"execution_count": whole(content.get("execution_count"))} if kind == "execute_result" else {}
+    numbered = {"execution_count": take_whole(content.get("execution_count"))} if kind == "execute_result" else {}
     return {"output_type": kind, **shown, **numbered}
 
 
@@ -150,7 +150,7 @@ class Output:
         if self.cut:
             return
         self.used += len(body)
-        content = printable(unpacked(body, self.budget))
+        content = make_printable(parse_packed(body, self.budget))
         if self.clear or (kind == "clear_output" and not content.get("wait")):
             self.items.clear()
         self.clear = kind == "clear_output" and bool(content.get("wait"))
@@ -158,7 +158,7 @@ class Output:
             return
         transient = content.get("transient")
         display = transient.get("display_id") if isinstance(transient, dict) else None
-        shown = displayed(kind, content)
+        shown = format_output(kind, content)
         if kind == "update_display_data":
             for item in self.items:
                 if display and item["display"] == display:
@@ -186,11 +186,15 @@ async def receive(socket: zmq.asyncio.Socket, client) -> tuple[str, str, bytes]:
         _, (_, header, parent, _, body, *_) = client.session.feed_identities(await socket.recv_multipart())
     except ValueError:
         return "", "", b""
-    return as_text(unpacked(header, HEADER).get("msg_type")), as_text(unpacked(parent, HEADER).get("msg_id")), body
+    return (
+        take_text(parse_packed(header, HEADER).get("msg_type")),
+        take_text(parse_packed(parent, HEADER).get("msg_id")),
+        body,
+    )
 
 
-class Kernel:
-    """One kernel's life. `run` gives a cell a time limit and comes back whatever the cell does."""
+class NotebookKernel:
+    """One kernel of a notebook. `run` gives a cell a time limit and comes back whatever the cell does."""
 
     def __init__(self, manager: AsyncKernelManager, limits: Limits):
         self.manager = manager
@@ -207,15 +211,15 @@ class Kernel:
             raise KernelFailed(f"the kernel did not start: {error}") from error
 
     async def _connect(self) -> None:
-        """Until the kernel answers on both channels.
+        """Waits until the kernel answers on both channels.
 
         jupyter_client's own way costs 0.3 s more: it tries a socket again only after a while, and listens for a while
-        whether anything is still to come; our loop knows which answer belongs to what.
+        whether anything is still to come; the loop here knows which answer belongs to which request.
         """
         manager = self.manager
         sockets = [f"{manager.ip}-{port}" for port in (manager.shell_port, manager.iopub_port)]
         while manager.transport == "ipc" and not all(map(os.path.exists, sockets)):
-            await self._still_alive()
+            await self._check_alive()
             await asyncio.sleep(0.005)
         self.client = manager.client(context=manager.context)  # with its bounds
         self.client.start_channels(hb=False, stdin=False)
@@ -225,20 +229,20 @@ class Kernel:
             poller.register(channel, zmq.POLLIN)
         asked = 0.0
         while channels:
-            if time.monotonic() > asked + 1:  # what is published before we are subscribed is lost
+            if time.monotonic() > asked + 1:  # messages published before the subscription are lost
                 asked = time.monotonic()
                 self.client.kernel_info()
             for channel in dict(await poller.poll(100)):
                 await channel.recv_multipart()
                 channels.discard(channel)
-            await self._still_alive()
+            await self._check_alive()
 
-    async def _still_alive(self) -> None:
-        if not await self.alive():
+    async def _check_alive(self) -> None:
+        if not await self.is_alive():
             raise RuntimeError("its process ended at once")
 
     async def prepare(self, source: str) -> None:
-        """Runs code of ours, of which nothing is shown. A folder too small for the files costs those who use them."""
+        """Runs the grader's code and shows nothing of it. A folder too small for the files costs those who use them."""
         try:
             await self.run(source, self.limits.start, 0, silent=True)
         except KernelLost:
@@ -250,7 +254,7 @@ class Kernel:
         with suppress(RuntimeError):
             await self.manager.shutdown_kernel(now=True)
 
-    async def alive(self) -> bool:
+    async def is_alive(self) -> bool:
         return await self.manager.is_alive()
 
     async def run(self, source: str, limit: float, budget: int, silent: bool = False) -> Outcome:
@@ -259,7 +263,7 @@ class Kernel:
         output = Output(budget)
         waiting = self.begin(source, output, silent)
         try:
-            late = not await within(limit, {waiting}, self.cpu_seconds)
+            late = not await wait_within(limit, {waiting}, self.count_cpu_seconds)
             if late:
                 await self.interrupt({waiting})
             reply = waiting.result() if waiting.done() else None
@@ -267,11 +271,11 @@ class Kernel:
             waiting.cancel()
         reply = reply or {}
         outcome = Outcome("ok", outputs=output.close(), seconds=time.monotonic() - began)
-        outcome.count = whole(reply.get("execution_count"))
+        outcome.count = take_whole(reply.get("execution_count"))
         if reply.get("status") == "error":
             outcome.status = "error"
-            outcome.ename = printable(str(reply.get("ename", ""))[:SAID])
-            outcome.evalue = printable(ANSI.sub("", str(reply.get("evalue", ""))[:SAID]))
+            outcome.ename = make_printable(str(reply.get("ename", ""))[:SAID])
+            outcome.evalue = make_printable(ANSI.sub("", str(reply.get("evalue", ""))[:SAID]))
         payload = reply.get("payload") if isinstance(reply.get("payload"), list) else []
         left = not reply or any(isinstance(part, dict) and part.get("source") == "ask_exit" for part in payload)
         if late:
@@ -284,9 +288,9 @@ class Kernel:
         return outcome
 
     def begin(self, source: str, output: Output, silent: bool = False) -> asyncio.Future:
-        """Sends a cell; what comes back is its reply, or None if the process ended without one."""
+        """Sends a cell; returns its reply, or None if the process ended without one."""
         request = self.client.execute(source, silent=silent, allow_stdin=False, stop_on_error=False)
-        return asyncio.ensure_future(self._reply(request, output))
+        return asyncio.ensure_future(self._wait_for_reply(request, output))
 
     async def interrupt(self, waiting: set[asyncio.Future]) -> None:
         """Asks a cell to end, and gives it a moment."""
@@ -294,15 +298,15 @@ class Kernel:
             await self.manager.interrupt_kernel()
         await asyncio.wait(waiting, timeout=self.limits.grace)
 
-    def cpu_seconds(self) -> float:
-        return used_by(self.manager)
+    def count_cpu_seconds(self) -> float:
+        return count_used_seconds(self.manager)
 
     @property
     def over(self) -> str:
         """The limit that all its processes together were over, if they were stopped for one."""
         return getattr(self.manager.provisioner, "over", "")
 
-    async def _reply(self, request: str, output: Output) -> dict | None:
+    async def _wait_for_reply(self, request: str, output: Output) -> dict | None:
         """The reply to a request, its output gathered meanwhile; None if the process ended without one."""
         shell, iopub = self.client.shell_channel.socket, self.client.iopub_channel.socket
         poller = zmq.asyncio.Poller()
@@ -314,16 +318,16 @@ class Kernel:
             if iopub in ready:
                 kind, parent, body = await receive(iopub, self.client)
                 if parent == request and kind == "status":
-                    idle = idle or unpacked(body, HEADER).get("execution_state") == "idle"
+                    idle = idle or parse_packed(body, HEADER).get("execution_state") == "idle"
                 elif parent == request:
                     output.add(kind, body)
             if shell in ready:
                 _, parent, body = await receive(shell, self.client)
                 if parent == request:
-                    reply = unpacked(body, REPLY)
+                    reply = parse_packed(body, REPLY)
                     # The last output is still on its way; a flood may have swallowed the message that ends it.
                     last_call = time.monotonic() + 2.0
-            if not ready and reply is None and not await self.alive():
+            if not ready and reply is None and not await self.is_alive():
                 return None
         if not idle:  # something is lost; after a message that is too large, the connection too
             output.cut = True
@@ -338,22 +342,22 @@ async def start_process(manager: AsyncKernelManager, folder: Path, env: dict[str
         cwd=str(folder),
         env=env,
         extra_arguments=list(arguments),
-        stdout=DEVNULL,  # what goes past IPython, such as a crash's last words, is not for our terminal
+        stdout=DEVNULL,  # output that bypasses IPython, such as a crash's last words, is dropped
         stderr=DEVNULL,
     )
 
 
-def used_by(manager: AsyncKernelManager) -> float:
+def count_used_seconds(manager: AsyncKernelManager) -> float:
     """CPU seconds that a process and all that it started have used; 0 where nobody counts them."""
-    count = getattr(manager.provisioner, "cpu_seconds", None)
+    count = getattr(manager.provisioner, "count_cpu_seconds", None)
     return count() if count else 0.0
 
 
-async def within(limit: float, waiting: set[asyncio.Future], used: Callable[[], float]) -> bool:
-    """Waits for the first of these until they have used `limit` seconds of CPU time; whether it came.
+async def wait_within(limit: float, waiting: set[asyncio.Future], used: Callable[[], float]) -> bool:
+    """Waits for the first of these until they have used `limit` seconds of CPU time; returns whether it came.
 
-    On a busy machine the same work takes longer, which is nobody's fault: wall time decides only where next to nothing
-    is computed (a process that sleeps), and as the last resort.
+    On a busy machine the same work takes longer: wall time decides only where next to nothing is
+    computed (a process that sleeps), and as the last resort.
     """
     began, before = time.monotonic(), used()
     while True:
@@ -365,19 +369,19 @@ async def within(limit: float, waiting: set[asyncio.Future], used: Callable[[], 
             return False
 
 
-class Pair:
+class KernelPair:
     """The learner's kernel, and the judge's process beside it if there is one."""
 
-    def __init__(self, kernel: Kernel, judge: Judge | None = None, manager: AsyncKernelManager | None = None):
+    def __init__(self, kernel: NotebookKernel, judge: Judge | None = None, manager: AsyncKernelManager | None = None):
         self.kernel, self.judge, self.judge_manager = kernel, judge, manager
         self.attached = False
 
-    def cpu_seconds(self) -> float:
-        judged = used_by(self.judge_manager) if self.judge_manager else 0.0
-        return self.kernel.cpu_seconds() + judged
+    def count_cpu_seconds(self) -> float:
+        judged = count_used_seconds(self.judge_manager) if self.judge_manager else 0.0
+        return self.kernel.count_cpu_seconds() + judged
 
     async def step(self, step: Step, limit: float, budget: int, seed: int) -> Outcome:
-        """Runs a step. KernelLost as `Kernel.run`."""
+        """Runs a step. Raises KernelLost as `NotebookKernel.run` does."""
         if not self.judge or step.kind == "learner":
             return await self.kernel.run(step.source, limit, budget)
         if step.kind == "given":
@@ -385,11 +389,11 @@ class Pair:
         return await self.run_check(step, limit, seed)
 
     async def run_given(self, step: Step, limit: float, budget: int) -> Outcome:
-        """In both processes; what it shows is the learner's."""
+        """Runs a given cell in both processes; its output is the learner's."""
         judged = asyncio.ensure_future(self.judge.run_given(step.name, step.judged))
         try:
             outcome = await self.kernel.run(step.source, limit, budget)
-            if not await within(limit, {judged}, self.cpu_seconds):
+            if not await wait_within(limit, {judged}, self.count_cpu_seconds):
                 raise KernelLost(Outcome("timeout", seconds=outcome.seconds))
             verdict = judged.result()
         except JudgeLost as error:
@@ -401,17 +405,17 @@ class Pair:
         return outcome
 
     async def run_check(self, step: Step, limit: float, seed: int) -> Outcome:
-        """In the judge's process, while the learner's answers."""
+        """Runs a check in the judge's process, while the learner's answers its requests."""
         began = time.monotonic()
         serving = self.kernel.begin(client.SERVE, Output(0), silent=True)
-        judged = asyncio.ensure_future(self.judged(step, seed))
+        judged = asyncio.ensure_future(self.judge_step(step, seed))
         try:
-            await within(limit, {serving, judged}, self.cpu_seconds)
+            await wait_within(limit, {serving, judged}, self.count_cpu_seconds)
             late = not judged.done() and not serving.done()
             if late:
                 await self.kernel.interrupt({judged})
             elif not judged.done():  # the learner's process stopped serving: the judge notices
-                await within(limit, {judged}, self.cpu_seconds)
+                await wait_within(limit, {judged}, self.count_cpu_seconds)
             verdict = judged.result() if judged.done() else Verdict("lost")
             if not late and verdict.status != "lost":
                 await asyncio.wait({serving}, timeout=self.kernel.limits.grace)
@@ -434,15 +438,15 @@ class Pair:
             raise KernelLost(outcome)
         return outcome
 
-    async def judged(self, step: Step, seed: int) -> Verdict:
+    async def judge_step(self, step: Step, seed: int) -> Verdict:
         if not self.attached:
-            await self.judge.attach(beside(self.kernel.manager, client.AGENT), self.kernel.limits.start)
+            await self.judge.attach(find_socket_beside(self.kernel.manager, client.AGENT), self.kernel.limits.start)
             self.attached = True
         asked, written = list(step.asked), list(step.written)
         return await self.judge.run_check(step.name, step.judged, asked, seed, step.hidden, written, step.comparisons)
 
 
-def beside(manager: AsyncKernelManager, name: str) -> str:
+def find_socket_beside(manager: AsyncKernelManager, name: str) -> str:
     """The path of a socket beside a kernel's own."""
     return os.path.join(os.path.dirname(manager.ip), name)
 
@@ -450,32 +454,32 @@ def beside(manager: AsyncKernelManager, name: str) -> str:
 @asynccontextmanager
 async def started(
     managers: Managers, limits: Limits, seed: int, judging: bool, files: Mapping[str, bytes]
-) -> AsyncIterator[Pair]:
+) -> AsyncIterator[KernelPair]:
     """A running kernel in a folder of its own with these files, with a judge if wanted; all is gone at the end."""
     prepare = PREPARE.format(files={name: base64.b64encode(data).decode() for name, data in files.items()})
     async with AsyncExitStack() as stack:
         folder = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="llm40-", ignore_cleanup_errors=True)))
-        kernel = Kernel(stack.enter_context(managers(limits)), limits)
+        kernel = NotebookKernel(stack.enter_context(managers(limits)), limits)
         stack.push_async_callback(kernel.stop)
         if not judging:
-            await kernel.start(folder, environment(folder, seed))
+            await kernel.start(folder, make_kernel_environment(folder, seed))
             await kernel.prepare(prepare)
-            yield Pair(kernel)
+            yield KernelPair(kernel)
             return
-        # What given cells draw is the same in both processes, and another thing than what checks draw.
-        env = environment(folder, GIVEN_SEED)
+        # Given cells draw the same numbers in both processes, and others than checks draw.
+        env = make_kernel_environment(folder, GIVEN_SEED)
         judge, manager = await start_judge(stack, managers, limits, folder, env)
         await kernel.start(folder, env)
         try:
             await judge.connect(limits.start)
-            listen = client.LISTEN.format(path=beside(kernel.manager, client.AGENT))
+            listen = client.LISTEN.format(path=find_socket_beside(kernel.manager, client.AGENT))
             listening = await kernel.run(listen, limits.start, 0, silent=True)
             await kernel.prepare(prepare)
         except (KernelLost, TimeoutError, OSError) as error:
             raise KernelFailed(f"the judge did not start: {error}") from error
         if listening.status != "ok":
             raise KernelFailed(f"the judge's agent did not start: {listening.ename}: {listening.evalue}")
-        yield Pair(kernel, judge, manager)
+        yield KernelPair(kernel, judge, manager)
 
 
 async def start_judge(
@@ -489,7 +493,7 @@ async def start_judge(
             await manager.shutdown_kernel(now=True)
 
     stack.push_async_callback(stop)
-    path = beside(manager, client.SOCKET)
+    path = find_socket_beside(manager, client.SOCKET)
     try:
         await start_process(manager, folder, env, COURT, path)
     except (RuntimeError, OSError) as error:
@@ -516,22 +520,22 @@ async def execute_async(
     async with AsyncExitStack() as stack:
         pair = None
 
-        def left() -> float:
+        def count_left() -> float:
             """Seconds of the notebook's limit that are left: of CPU time where that is counted."""
             wall = time.monotonic() - begun
-            used = spent_before + (pair.cpu_seconds() if pair else 0.0)
+            used = spent_before + (pair.count_cpu_seconds() if pair else 0.0)
             return limits.notebook - max(used, wall / LAST_RESORT if used else wall)
 
         async def lose() -> None:
             nonlocal pair, losses, spent_before
-            spent_before += pair.cpu_seconds()
+            spent_before += pair.count_cpu_seconds()
             pair = None
             losses += 1
             await stack.aclose()
 
         async def run(index: int) -> Outcome:
             try:
-                seconds = min(limits.cell, left())
+                seconds = min(limits.cell, count_left())
                 outcome = await pair.step(steps[index], seconds, min(limits.output, space), seed)
             except KernelLost as lost:
                 outcome = lost.outcome
@@ -540,24 +544,24 @@ async def execute_async(
                 culprits.add(index)
             return outcome
 
-        def spent() -> str:
-            """Why nothing more is run, if so."""
-            if left() <= 0:
+        def tell_spent() -> str:
+            """Why nothing more is run; empty while there is time."""
+            if count_left() <= 0:
                 return f"the notebook's {limits.notebook:g} s were used up before"
             if losses > limits.restarts:
                 return f"the kernel had died {losses} times before"
             return ""
 
         for index in range(len(steps)):
-            if pair is not None and not await pair.kernel.alive():  # it died after its last answer
+            if pair is not None and not await pair.kernel.is_alive():  # it died after its last answer
                 culprits.add(index - 1)
                 await lose()
-            while pair is None and not spent():
+            while pair is None and not tell_spent():
                 pair = await stack.enter_async_context(started(managers, limits, seed, judging, files))
                 for earlier in range(index):
-                    if pair and not spent() and earlier not in culprits and steps[earlier].kind != "check":
+                    if pair and not tell_spent() and earlier not in culprits and steps[earlier].kind != "check":
                         await run(earlier)
-            reason = spent()
+            reason = tell_spent()
             outcome = Outcome("not run", evalue=reason) if reason else await run(index)
             space = max(0, space - sum(len(str(item)) for item in outcome.outputs))
             outcomes.append(outcome)

@@ -1,4 +1,4 @@
-"""Where the project's folders are, and how a file is written."""
+"""The project's folders, and a way to write a file whole."""
 
 import os
 from dataclasses import dataclass
@@ -50,12 +50,12 @@ class Layout:
     def stamps(self) -> Path:
         return self.root / "build" / "stamps.json"
 
-    def source(self, entry: Entry) -> Path:
+    def find_source(self, entry: Entry) -> Path:
         return self.solutions / f"{entry.key}.py"
 
-    def written(self) -> list[Entry]:
+    def list_written(self) -> list[Entry]:
         """The lessons that have a source."""
-        return [entry for entry in catalog.LESSONS if self.source(entry).is_file()]
+        return [entry for entry in catalog.LESSONS if self.find_source(entry).is_file()]
 
 
 def write(path: Path, text: str | bytes) -> None:

@@ -1,4 +1,4 @@
-"""What of the answers and hidden tests a learner's notebook would give away."""
+"""Finds answers and hidden tests that a learner's notebook would give away."""
 
 import io
 import json
@@ -9,7 +9,7 @@ from autograder.lesson import Cell, Lesson
 
 
 def find_leaks(read: Lesson, learners: str) -> list[str]:
-    """What of the answers and hidden tests is still in the learner's notebook, one line each: nothing, or a bug."""
+    """A line for each answer or hidden test that is still in the learner's notebook: each is a bug."""
     where = lesson.shown_path(read.path)
     problems = []
     text = "\n"

@@ -206,14 +206,14 @@ def read_header(path: Path, text: str | None = None) -> tuple[Header, Entry]:
     return Header(**{name: text.strip() for name, text in given.items()}), entry
 
 
-def prerequisites(entry: Entry) -> list[Entry]:
+def find_prerequisites(entry: Entry) -> list[Entry]:
     return [BY_NUMBER[number] for number in entry.requires]
 
 
 # --- the cells ------------------------------------------------------------------------------------------------
 
 
-def percent_cells(text: str) -> list[tuple[str, dict, str, int]]:
+def read_percent_cells(text: str) -> list[tuple[str, dict, str, int]]:
     """(kind, marks, source, line) of each cell of a percent notebook; the line is where its `# %%` stands.
 
     Raises ValueError where Jupytext and the file's `# %%` lines do not agree.
@@ -232,7 +232,7 @@ def percent_cells(text: str) -> list[tuple[str, dict, str, int]]:
 
 def _read_cells(text: str) -> tuple[list[Cell], list[tuple[int, str]]]:
     try:
-        raw = percent_cells(text)
+        raw = read_percent_cells(text)
     except ValueError as error:
         return [], [(1, f"file: {error}")]
     cells, problems = [], []
@@ -244,10 +244,11 @@ def _read_cells(text: str) -> tuple[list[Cell], list[tuple[int, str]]]:
         cell.support, cell.figure = tags == ["support"], tags == ["experiment", "figure"]
         unknown = marks.keys() - MARKS[role]
         if unknown:
+            names = ", ".join(f"`{mark}`" for mark in sorted(unknown))
             problems.append(
                 (
                     line,
-                    f"{cell.label}: does not know {', '.join(f'`{u}`' for u in sorted(unknown))}: {_known_marks(role)}",
+                    f"{cell.label}: does not know {names}: {_tell_known_marks(role)}",
                 )
             )
         if tags and tags not in TAGS:
@@ -286,7 +287,7 @@ def _read_cells(text: str) -> tuple[list[Cell], list[tuple[int, str]]]:
     return cells, problems
 
 
-def _known_marks(role: str) -> str:
+def _tell_known_marks(role: str) -> str:
     if role == "plain":
         return 'a cell is marked exercise="…", check="…", answer="…" or tags=[…], or not at all'
     return f"this cell takes only {', '.join(f'`{mark}`' for mark in sorted(MARKS[role]))}"
@@ -381,7 +382,7 @@ def stub(source: str) -> str:
     return "\n".join(lines)
 
 
-def without_hidden(source: str) -> str:
+def remove_hidden(source: str) -> str:
     """A check as the learner gets it."""
     lines = source.split("\n")
     for begin, end in reversed(regions(source, BEGIN_HIDDEN, END_HIDDEN)):
@@ -390,7 +391,7 @@ def without_hidden(source: str) -> str:
 
 
 def secrets(cell: Cell) -> list[str]:
-    """What a learner must not see of a cell: the dedented text of each of its hidden regions."""
+    """The texts of a cell that a learner must not see: each of its hidden regions, dedented."""
     if cell.role == "answer":
         return [cell.source]
     markers = {"exercise": (BEGIN_SOLUTION, END_SOLUTION), "check": (BEGIN_HIDDEN, END_HIDDEN)}.get(cell.role)

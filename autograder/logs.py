@@ -1,4 +1,4 @@
-"""What the commands log. Each module has `logging.getLogger(__name__)`; a line names the lesson and the cell."""
+"""The log of the commands. Each module has `logging.getLogger(__name__)`; a line names the lesson and the cell."""
 
 import logging
 import os

@@ -40,7 +40,7 @@ if find_spec("llm40") is None or find_spec("torch") is None:
 KERNELSPEC = {"display_name": "Python 3", "language": "python", "name": "python3"}
 
 
-def master(read: Lesson, layout: Layout) -> dict:
+def make_master(read: Lesson, layout: Layout) -> dict:
     """The instructor's notebook, as nbformat 4.5's JSON."""
     opening = {
         "cell_type": "markdown",
@@ -137,9 +137,9 @@ def format_minutes(minutes: int) -> str:
 def write_opening(read: Lesson, layout: Layout) -> str:
     """The lesson's first cell: what, how long, after which lessons, on which machine, and the contents."""
     requires = []
-    for entry in lesson.prerequisites(read.entry):
+    for entry in lesson.find_prerequisites(read.entry):
         name = f"{entry.number:02} {entry.title}"
-        written = layout.source(entry).is_file()
+        written = layout.find_source(entry).is_file()
         requires.append(f"[{name}](../{entry.key}.ipynb)" if written else name)
     points = sum(cell.points for cell in read.cells)
     core, whole = read.minutes
@@ -207,7 +207,7 @@ def link_arxiv(text: str) -> str:
     return re.sub(r"(?<!\[)arXiv:(\d{4}\.\d{4,5})", r"[arXiv:\1](https://arxiv.org/abs/\1)", text)
 
 
-def make_page(name: str, parts: list[str]) -> dict:
+def make_prose_notebook(name: str, parts: list[str]) -> dict:
     """A page of Markdown cells."""
     cells = [
         {"cell_type": "markdown", "id": f"{name}-{i}", "metadata": {}, "source": part.strip()}

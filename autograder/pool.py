@@ -10,11 +10,11 @@ from multiprocessing.connection import Connection
 from multiprocessing.process import BaseProcess
 from typing import Any, TypeVar
 
-Task = TypeVar("Task")
+Item = TypeVar("Item")
 END_TIMEOUT = 10.0  # seconds that a process has to end by itself, after its result or a SIGTERM
 
 
-def cores() -> int:
+def count_cores() -> int:
     """The cores that this process may use."""
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
@@ -27,12 +27,12 @@ class Crash:
 
 
 def run_each(
-    work: Callable[[Task, Connection], None],
-    tasks: Sequence[Task],
+    work: Callable[[Item, Connection], None],
+    tasks: Sequence[Item],
     jobs: int,
     preload: Sequence[str] = (),
-    on_progress: Callable[[Task, Any], None] = lambda task, value: None,
-) -> Iterator[tuple[Task, Any]]:
+    on_progress: Callable[[Item, Any], None] = lambda task, value: None,
+) -> Iterator[tuple[Item, Any]]:
     """Call `work(task, channel)` for each task in a process of its own, `jobs` at once; yields (task, result).
 
     `work` sends ("progress", value) as often as it likes, which reaches `on_progress` in some thread, and
@@ -49,7 +49,7 @@ def run_each(
     lock = threading.Lock()
     stopping = False
 
-    def run(task: Task) -> Any:
+    def run(task: Item) -> Any:
         receiver, sender = context.Pipe(duplex=False)
         process = context.Process(target=work, args=(task, sender), daemon=True)
         with lock:

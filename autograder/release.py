@@ -6,12 +6,12 @@ import tomllib
 import zipfile
 from pathlib import Path
 
-from autograder.build import CourseError, build, find_stale_files
+from autograder.build import CourseError, build_lessons, find_stale_files
 from autograder.layout import ROOT, Layout
 
-EDITION = "autograder/learner/edition/"  # what the learners' edition has of its own, for its root
-# What learners get: the lessons, the library they import, what sets up the environment, and of autograder what the
-# learner's commands import.
+EDITION = "autograder/learner/edition/"  # files of the learners' edition's own, for its root
+# Learners get the lessons, the library they import, the files that set up the environment, and the modules of
+# autograder that the learner's commands import.
 LEARNERS = (
     "course/",
     "docs/learners.md",
@@ -64,8 +64,8 @@ def make_release(out: Path, root: Path = ROOT) -> int:
         print("solutions/ is not here: this is the learners' edition, which makes no release", file=sys.stderr)
         return 2
     try:
-        build(layout.written(), layout)
-        stale = find_stale_files(layout, layout.written())
+        build_lessons(layout.list_written(), layout)
+        stale = find_stale_files(layout, layout.list_written())
     except CourseError as error:
         print(error, file=sys.stderr)
         return 1

@@ -3,7 +3,7 @@
 import shutil
 
 from autograder.tables import format_table
-from autograder.templating import environment, render
+from autograder.templating import load_templates, render
 from autograder.text import strip_colors
 
 
@@ -149,7 +149,7 @@ def _escape_for_cell(text: str) -> str:
     return text.replace("|", "\\|").replace("`", "'").replace("\n", " ")
 
 
-environment().filters.update(seconds=format_seconds, size=format_size, plain=strip_colors, cell=_escape_for_cell)
+load_templates().filters.update(seconds=format_seconds, size=format_size, plain=strip_colors, cell=_escape_for_cell)
 
 
 def render_markdown(result: dict) -> str:
@@ -205,7 +205,7 @@ def place_bars(values: list[tuple[str, float, float]], budget: float | None, sho
         "bars": [
             {
                 "y": top + row * index,
-                "label": _short(name),
+                "label": _shorten(name),
                 "name": name,
                 "width": value * scale,
                 "part": min(part, value) * scale,
@@ -217,7 +217,7 @@ def place_bars(values: list[tuple[str, float, float]], budget: float | None, sho
     }
 
 
-def _short(name: str) -> str:
+def _shorten(name: str) -> str:
     """`09 attention mha`: a lesson's name, cut to what fits beside a bar."""
     words = name.replace("_", " ")
     return words if len(words) <= 15 else words[:14].rstrip() + "…"

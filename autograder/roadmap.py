@@ -10,7 +10,7 @@ from pathlib import Path
 
 from autograder import catalog
 from autograder.catalog import Entry, Stage
-from autograder.notebooks import format_minutes, make_page
+from autograder.notebooks import format_minutes, make_prose_notebook
 from autograder.templating import render
 
 # Where a lesson stands in the picture: (column, row, the title's lines). A lesson stands below all that it requires.
@@ -65,11 +65,11 @@ COLORS = ("#4b4b4b", "#0b5a8f", "#00735c", "#a34d00", "#7b2d6b", "#8a1f1f")
 def find_drawn_requirements(entry: Entry) -> list[int]:
     """The prerequisites that no other prerequisite implies: an arrow for each of the rest would say nothing new."""
 
-    def implied(number: int) -> set[int]:
+    def find_implied(number: int) -> set[int]:
         requires = catalog.BY_NUMBER[number].requires
-        return set(requires).union(*map(implied, requires))
+        return set(requires).union(*map(find_implied, requires))
 
-    return [n for n in entry.requires if not any(n in implied(other) for other in entry.requires if other != n)]
+    return [n for n in entry.requires if not any(n in find_implied(other) for other in entry.requires if other != n)]
 
 
 def draw_roadmap(
@@ -77,13 +77,13 @@ def draw_roadmap(
 ) -> str:
     """The SVG of the forty lessons; those in `written` are solid, and a line shows the share of one that is done.
 
-    `links` makes lessons' boxes links: (address, what the pointer is told).
+    `links` makes lessons' boxes links: (address, text for the pointer).
     """
     left = min(x for x, _, _ in PLACES.values())
     wide = int((max(x for x, _, _ in PLACES.values()) - left) * PITCH_X) + WIDTH + 2 * MARGIN
     high = max(y for _, y, _ in PLACES.values()) * PITCH_Y + HEIGHT + 2 * MARGIN
 
-    def corner(number: int) -> tuple[float, float]:
+    def find_corner(number: int) -> tuple[float, float]:
         x, y, _ = PLACES[number]
         return MARGIN + round((x - left) * PITCH_X), MARGIN + y * PITCH_Y
 
@@ -95,10 +95,10 @@ def draw_roadmap(
         f'<rect width="{wide}" height="{high}" fill="#fff"/>',
     ]
     for entry in catalog.LESSONS:
-        x2, y2 = corner(entry.number)
+        x2, y2 = find_corner(entry.number)
         x2 += WIDTH / 2
         for number in find_drawn_requirements(entry):
-            x1, y1 = corner(number)
+            x1, y1 = find_corner(number)
             x1, y1 = x1 + WIDTH / 2, y1 + HEIGHT
             turn = y2 - PITCH_Y + HEIGHT  # straight down to the last gap between two rows, and across in that
             bend = (y2 - turn) * 0.7
@@ -107,7 +107,7 @@ def draw_roadmap(
                 'fill="none" stroke="#555" stroke-width="1.3" marker-end="url(#tip)"/>'
             )
     for entry in catalog.LESSONS:
-        x, y = corner(entry.number)
+        x, y = find_corner(entry.number)
         lines = PLACES[entry.number][2].split("|")
         done = entry.number in written
         color = COLORS[entry.stage.number - 1] if done else "#8a8a8a"
@@ -151,7 +151,7 @@ def make_index(minutes: dict[Entry, tuple[int, int]]) -> dict:
         alt=ALT,
         stages=list_stages(minutes),
     )
-    return make_page("roadmap", text.split("\n---\n"))
+    return make_prose_notebook("roadmap", text.split("\n---\n"))
 
 
 def list_stages(minutes: dict[Entry, tuple[int, int]]) -> list[tuple[Stage, list[list[str]], str, str]]:
@@ -168,7 +168,7 @@ def list_stages(minutes: dict[Entry, tuple[int, int]]) -> list[tuple[Stage, list
 def make_notation() -> dict:
     """What names, shapes and symbols mean in all lessons: templates/notation.md, a cell for each section."""
     text = Path(__file__).with_name("templates").joinpath("notation.md").read_text(encoding="utf-8")
-    return make_page("notation", re.split(r"\n(?=## )", text))
+    return make_prose_notebook("notation", re.split(r"\n(?=## )", text))
 
 
 def _make_row(entry: Entry, minutes: tuple[int, int] | None) -> list[str]:

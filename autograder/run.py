@@ -21,8 +21,8 @@ from autograder.catalog import UsageError, select_keys
 from autograder.kernels.forking import warm_process
 from autograder.layout import ROOT, write
 from autograder.logs import VERBOSE
-from autograder.pool import Crash, cores, run_each
-from autograder.run_lesson import Task, work
+from autograder.pool import Crash, count_cores, run_each
+from autograder.run_lesson import RunTask, run_task
 
 log = logging.getLogger(__name__)
 # On two CPU cores. On a GPU machine a lesson does more, and CUDA's own libraries alone fill the memory.
@@ -60,7 +60,7 @@ def run_course(
             return code
 
     # A lesson and its stub are two runs. Lessons on a GPU measure time, so by default nothing runs beside them.
-    jobs = jobs or (1 if chosen == "gpu" else min(cores(), 2 * len(keys)))
+    jobs = jobs or (1 if chosen == "gpu" else min(count_cores(), 2 * len(keys)))
     env = _make_environment(chosen, jobs)
     created, versions = datetime.now(UTC).isoformat(timespec="seconds"), _collect_versions(device)
     made_with = {"created": created, "profile": chosen, **versions}
@@ -81,7 +81,7 @@ def run_course(
         "budgets": BUDGETS if chosen == "cpu" else None,
         "strict_budgets": strict_budgets,
         "versions": versions,
-        "lessons": [_lesson(key, sources, records, stubs) for key in keys],
+        "lessons": [_make_lesson_record(key, sources, records, stubs) for key in keys],
     }
     for record in result["lessons"]:
         record["warnings"] = _compare_with_budgets(record) if chosen == "cpu" else []
@@ -94,7 +94,7 @@ def run_course(
         for failure in _collect_failures(record):
             print(report.format_failure(record, failure, color))
     print(report.format_summary(result))
-    print(f"\nreport: {_short(out / 'report.html')}   executed notebooks: {_short(out / 'executed')}")
+    print(f"\nreport: {_shorten_path(out / 'report.html')}   executed notebooks: {_shorten_path(out / 'executed')}")
     return 1 if failed else 0
 
 
@@ -102,7 +102,7 @@ def run_course(
 
 
 def _find_folders(notebooks: Path | None) -> tuple[Path, Path]:
-    """Where the notebooks with answers lie, and where the stubs."""
+    """The folder of the notebooks with answers, and that of the stubs."""
     if notebooks is None:
         return ROOT / "build" / "source", ROOT / "course"
     notebooks = notebooks.resolve()
@@ -131,11 +131,11 @@ def _make_tasks(
     env: dict,
     warm: str,
     made_with: dict,
-) -> list[Task]:
+) -> list[RunTask]:
     """Solutions first: they take longer."""
 
-    def make(key: str, notebook: Path, folder: str, stub: bool) -> Task:
-        return Task(key, str(notebook), str(out / folder / f"{key}.ipynb"), stub, timeout, env, warm, made_with)
+    def make(key: str, notebook: Path, folder: str, stub: bool) -> RunTask:
+        return RunTask(key, str(notebook), str(out / folder / f"{key}.ipynb"), stub, timeout, env, warm, made_with)
 
     tasks = [make(key, sources / f"{key}.ipynb", "executed", False) for key in keys]
     for key in keys:
@@ -174,7 +174,7 @@ def _read_cpu_name() -> str:
         with open("/proc/cpuinfo", encoding="utf-8", errors="replace") as info:
             lines = (line.partition(":")[2].strip() for line in info if line.startswith("model name"))
             name = next(lines, name)
-    return f"{name}, {cores()} cores"
+    return f"{name}, {count_cores()} cores"
 
 
 def _collect_versions(device: str) -> dict[str, str | None]:
@@ -188,12 +188,12 @@ def _collect_versions(device: str) -> dict[str, str | None]:
 
 
 def _make_environment(profile: str, jobs: int) -> dict[str, str]:
-    """What kernels are told: the profile, their share of the cores, and where `llm40` lies when it is not installed.
+    """The kernels' environment: the profile, their share of the cores, and the place of `llm40` if it is not installed.
 
-    Threads that have to wait do so asleep: where other programs hold the cores too, spinning ones make a lesson of
-    40 s take many minutes.
+    Threads wait asleep: where other programs hold the cores too, spinning ones make a lesson of 40 s take many
+    minutes.
     """
-    threads = str(max(1, cores() // jobs))
+    threads = str(max(1, count_cores() // jobs))
     env = {
         "LLM40_PROFILE": profile,
         "OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS", threads),
@@ -223,18 +223,18 @@ def _interrupt_on_sigterm() -> Iterator[None]:
         signal.signal(signal.SIGTERM, before)
 
 
-def _run_all(tasks: list[Task], jobs: int) -> dict[tuple[str, bool], dict]:
+def _run_all(tasks: list[RunTask], jobs: int) -> dict[tuple[str, bool], dict]:
     """The records of all tasks by (key, is stub), under a progress bar of cells; without a terminal, a line per run."""
     from tqdm import tqdm
 
     bar_shown = sys.stderr.isatty() and not log.isEnabledFor(logging.DEBUG)
-    cells = {task: _cells(task) for task in tasks}
+    cells = {task: _count_cells(task) for task in tasks}
     counted = dict.fromkeys(tasks, 0)
     records = {}
     lock = threading.Lock()
     with tqdm(total=sum(cells.values()), unit="cell", disable=not bar_shown, dynamic_ncols=True) as bar:
 
-        def count(task: Task, number: int) -> None:
+        def count(task: RunTask, number: int) -> None:
             with lock:
                 bar.set_description(f"{Path(task.key).name}{' (stub)' if task.stub else ''}", refresh=False)
                 bar.update(number - counted[task])
@@ -242,7 +242,7 @@ def _run_all(tasks: list[Task], jobs: int) -> dict[tuple[str, bool], dict]:
 
         # Importing papermill takes more than a second.
         preload = ("autograder.run_lesson", "papermill")
-        for task, result in run_each(work, tasks, jobs, preload=preload, on_progress=count):
+        for task, result in run_each(run_task, tasks, jobs, preload=preload, on_progress=count):
             record = _describe_crash(task, result.exit_code) if isinstance(result, Crash) else result
             records[task.key, task.stub] = record
             count(task, cells[task])
@@ -251,7 +251,7 @@ def _run_all(tasks: list[Task], jobs: int) -> dict[tuple[str, bool], dict]:
     return records
 
 
-def _cells(task: Task) -> int:
+def _count_cells(task: RunTask) -> int:
     """Code cells, for the bar; a notebook that cannot be read fails later, in its own process."""
     try:
         cells = json.loads(Path(task.notebook).read_text(encoding="utf-8"))["cells"]
@@ -260,7 +260,7 @@ def _cells(task: Task) -> int:
     return sum(cell.get("cell_type") == "code" for cell in cells)
 
 
-def _describe_crash(task: Task, code: int | None) -> dict:
+def _describe_crash(task: RunTask, code: int | None) -> dict:
     message = f"the process that ran it ended with exit code {code}; its message is above"
     failure = {"kind": "crash", "cell": "", "message": message, "source": "", "traceback": ""}
     return {"key": task.key, "status": "failed", "failures": [failure], "seconds": 0.0}
@@ -269,11 +269,11 @@ def _describe_crash(task: Task, code: int | None) -> dict:
 # Results ------------------------------------------------------------------------------------------------------------
 
 
-def _lesson(key: str, sources: Path, records: dict, stubs: Path) -> dict:
+def _make_lesson_record(key: str, sources: Path, records: dict, stubs: Path) -> dict:
     stage, name = key.split("/")
     stub = records.get((key, True))
     if stub is None:
-        message = f"there is no {_short(stubs / key)}.ipynb: make it with `make course`"
+        message = f"there is no {_shorten_path(stubs / key)}.ipynb: make it with `make course`"
         failure = {"kind": "no stub", "cell": "", "message": message, "source": "", "traceback": ""}
         stub = {"key": key, "status": "failed", "failures": [failure]}
     empty = {
@@ -291,14 +291,14 @@ def _lesson(key: str, sources: Path, records: dict, stubs: Path) -> dict:
     return {
         "stage": stage,
         "name": name,
-        "title": _title(sources / f"{key}.ipynb") or name,
+        "title": _read_title(sources / f"{key}.ipynb") or name,
         **empty,
         **records[key, False],
         "stub": stub,
     }
 
 
-def _title(notebook: Path) -> str | None:
+def _read_title(notebook: Path) -> str | None:
     try:
         return json.loads(notebook.read_text(encoding="utf-8"))["metadata"]["llm40"]["title"]
     except (OSError, ValueError, KeyError, TypeError):
@@ -310,7 +310,7 @@ def _collect_failures(record: dict) -> list[dict]:
 
 
 def _compare_with_budgets(record: dict) -> list[str]:
-    """What a lesson took beyond its budgets, in words."""
+    """A sentence for each budget that a lesson exceeds."""
     words = {
         "seconds": ("the whole notebook takes", report.format_seconds),
         "grading_seconds": ("without experiments it takes", report.format_seconds),
@@ -329,6 +329,6 @@ def _write_reports(result: dict, out: Path) -> None:
     write(out / "report.html", report.render_html(result))
 
 
-def _short(path: Path) -> str:
+def _shorten_path(path: Path) -> str:
     path = Path(path)
     return str(path.relative_to(Path.cwd())) if path.is_relative_to(Path.cwd()) else str(path)

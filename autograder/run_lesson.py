@@ -1,4 +1,4 @@
-"""One notebook executed by papermill, in a process of its own: what `run` starts for every lesson and for every stub.
+"""Executes one notebook by papermill, in a process of its own: `run` starts one for every lesson and every stub.
 
 A process each, because papermill changes the whole process's directory and because a run must be able to end at once:
 when it is told to (SIGTERM), or when the process that started it is gone, its kernel and its sockets go with it.
@@ -26,10 +26,10 @@ from autograder.text import strip_colors
 
 log = logging.getLogger(__name__)
 EXPERIMENT = "experiment"  # the tag of cells that train and draw
-NO_TRITON = "Triton exists for Linux only"  # how llm40.kernels begins what a launch raises where there is no Triton
+NO_TRITON = "Triton exists for Linux only"  # llm40.kernels begins its error so, where there is no Triton
 _MARKER = "papermill-error-cell-tag"  # on cells that papermill inserts around a failure
 
-# What the kernel is asked after the run: only about torch that the lesson itself imported.
+# A question to the kernel after the run: only about torch that the lesson itself imported.
 _QUESTION = (
     "(lambda t: t.cuda.max_memory_allocated() if t is not None and t.cuda.is_initialized() else 0)"
     "(__import__('sys').modules.get('torch'))"
@@ -37,8 +37,8 @@ _QUESTION = (
 
 
 @dataclass(frozen=True)
-class Task:
-    """What a process is given. `stub` is a learner's notebook: experiments are skipped and errors expected."""
+class RunTask:
+    """A notebook for a process to run. `stub` is a learner's notebook: experiments are skipped and errors expected."""
 
     key: str  # stage2_transformer/09_attention_mha_mqa_gqa
     notebook: str
@@ -50,7 +50,7 @@ class Task:
     made_with: dict[str, str | None] = field(default_factory=dict, hash=False)  # goes into the executed notebook
 
 
-def work(task: Task, channel: connection.Connection) -> None:
+def run_task(task: RunTask, channel: connection.Connection) -> None:
     """The process's main function: sends ("progress", count) after every code cell, and at the end ("done", record)."""
     os.environ.update(task.env)
     show_logs_as_parent()
@@ -60,7 +60,7 @@ def work(task: Task, channel: connection.Connection) -> None:
     signal.signal(signal.SIGINT, lambda *_: None)
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
     threading.Thread(target=_end_with_parent, daemon=True).start()
-    channel.send(("done", execute(task, lambda count: channel.send(("progress", count)))))
+    channel.send(("done", run_notebook(task, lambda count: channel.send(("progress", count)))))
 
 
 def _end_with_parent() -> None:
@@ -70,7 +70,7 @@ def _end_with_parent() -> None:
         os.kill(os.getpid(), signal.SIGTERM)
 
 
-def execute(task: Task, on_cell: Callable[[int], None] = lambda count: None) -> dict:
+def run_notebook(task: RunTask, on_cell: Callable[[int], None] = lambda count: None) -> dict:
     """Run the notebook to its end or its first failure; for a stub, through all failures. Returns the record of it."""
     import nbformat
     from nbclient.exceptions import CellTimeoutError
@@ -79,14 +79,14 @@ def execute(task: Task, on_cell: Callable[[int], None] = lambda count: None) -> 
     started = time.perf_counter()
     counted = 0
 
-    def executed(cell, **_) -> None:
+    def count_cell(cell, **_) -> None:
         nonlocal counted
         counted += 1
         log.debug("%s: cell %d, %s: %s", where, counted, _choose_label(cell), _describe_error(cell) or "ok")
         on_cell(counted)
 
     where = f"{task.key}{' (stub)' if task.stub else ''}"
-    failure = None  # what no cell's output says: a timeout, a dead kernel
+    failure = None  # that no cell's output tells: a timeout, a dead kernel
     with _start_kernel(task) as kernel:
         log.debug("%s: kernel started after %.1f s", where, time.perf_counter() - started)
         try:
@@ -100,18 +100,18 @@ def execute(task: Task, on_cell: Callable[[int], None] = lambda count: None) -> 
                 iopub_timeout=60,  # a cell's last figures may take a while on a busy machine
                 allow_errors=task.stub or not _has_triton(),
                 skip_cells_with_tag=EXPERIMENT if task.stub else "",
-                on_cell_executed=executed,
+                on_cell_executed=count_cell,
             )
         except PapermillExecutionError:
             pass  # the notebook that papermill wrote says what happened, and where
         except CellTimeoutError:
             failure = {"kind": "timeout", "message": f"ran longer than {task.timeout:g} s"}
         except RuntimeError as error:  # nbclient's for a kernel that died, or that never answered
-            code = kernel.exit_code()
+            code = kernel.find_exit_code()
             failure = {"kind": "dead kernel", "message": f"{error} ({_describe_ending(code)})"}
         seconds = time.perf_counter() - started
         gpu_bytes = _ask_gpu_memory(kernel.manager) if failure is None else None
-        peak = kernel.peak_memory()
+        peak = kernel.measure_peak_memory()
         log.debug(
             "%s: %s after %.1f s, %d MiB at most",
             where,
@@ -121,7 +121,7 @@ def execute(task: Task, on_cell: Callable[[int], None] = lambda count: None) -> 
         )
         if failure:
             kernel.end()
-            failure["traceback"] = kernel.log()
+            failure["traceback"] = kernel.read_log()
         # papermill saves after every cell: in the private folder, so that two runs at once cannot mix.
         notebook = nbformat.read(kernel.notebook, as_version=4)
 
@@ -166,13 +166,13 @@ def _judge_solution(cells: list, failure: dict | None) -> dict:
         "failures": [broken] if broken else [],
         "checks": len(checks),
         "checks_passed": len(passed),
-        "left_out": [_name(cell, cells) for cell in _find_left_out(cells)],
+        "left_out": [_name_cell(cell, cells) for cell in _find_left_out(cells)],
         "points": sum(_get_points(cell) for cell in passed),
         "max_points": sum(_get_points(cell) for cell in checks),
         "figures": sum(_count_figures(cell) for cell in cells),
         "slowest": slowest
         and {
-            "cell": _name(slowest, cells),
+            "cell": _name_cell(slowest, cells),
             "seconds": round(_get_duration(slowest), 2),
             "line": _find_first_line(slowest.source),
         },
@@ -265,7 +265,7 @@ def _judge_stub(cells: list, failure: dict | None) -> dict:
 def _describe_failure(cell, cells: list, kind: str, message: str, traceback: str) -> dict:
     return {
         "kind": kind,
-        "cell": _name(cell, cells) if cell else "before the first cell",
+        "cell": _name_cell(cell, cells) if cell else "before the first cell",
         "message": strip_colors(message),
         "source": cell.source if cell else "",
         "traceback": traceback,
@@ -297,7 +297,7 @@ def _get_points(cell) -> float:
     return cell.metadata.get("nbgrader", {}).get("points", 0)
 
 
-def _name(cell, cells: list) -> str:
+def _name_cell(cell, cells: list) -> str:
     """`sdpa_check_1`, or `code cell 7` where a cell has no name."""
     name = cell.metadata.get("nbgrader", {}).get("grade_id")
     number = next(index for index, other in enumerate(cells, start=1) if other is cell)
@@ -334,7 +334,7 @@ def _describe_ending(code: int | None) -> str:
 # The kernel -----------------------------------------------------------------------------------------------------------
 
 
-class _Kernel:
+class _PapermillKernel:
     """A running kernel, its private folder, and the most memory it was ever seen to hold."""
 
     def __init__(self, manager, folder: str):
@@ -348,20 +348,20 @@ class _Kernel:
     def _watch(self) -> None:
         # Repeated, because a kernel that dies takes its figure with it.
         while not self._ended.wait(0.2):
-            self.peak_memory()
+            self.measure_peak_memory()
 
-    def peak_memory(self) -> int:
+    def measure_peak_memory(self) -> int:
         """Bytes of resident memory at the kernel's peak; Linux keeps the peak itself, elsewhere it is sampled."""
         with suppress(Exception):  # the process may be gone at any moment
             self._peak = max(self._peak, _read_peak_memory(self.manager.provisioner.pid))
         return self._peak
 
-    def log(self) -> str:
+    def read_log(self) -> str:
         """The last lines that the kernel's process itself wrote: why it did not start, for one."""
         text = Path(self.folder, "kernel.log").read_text(encoding="utf-8", errors="replace")
         return "\n".join(text.splitlines()[-40:])
 
-    def exit_code(self) -> int | None:
+    def find_exit_code(self) -> int | None:
         """None while it runs."""
         process = self.manager.provisioner and self.manager.provisioner.process
         return process.poll() if process else None
@@ -385,7 +385,7 @@ def _kill(manager) -> None:
 
 
 @contextmanager
-def _start_kernel(task: Task) -> Iterator[_Kernel]:
+def _start_kernel(task: RunTask) -> Iterator[_PapermillKernel]:
     """A kernel in a private empty folder, with nothing of the user's IPython; dead when the block is left."""
     from jupyter_core.utils import run_sync
 
@@ -408,7 +408,7 @@ def _start_kernel(task: Task) -> Iterator[_Kernel]:
                     stderr=log,
                     extra_arguments=["--HistoryManager.hist_file=:memory:"],
                 )
-            kernel = _Kernel(km, str(folder))
+            kernel = _PapermillKernel(km, str(folder))
             yield kernel
         finally:
             kernel.end() if kernel else _kill(km)

@@ -6,7 +6,7 @@ from jinja2 import Environment, PackageLoader, StrictUndefined
 
 
 @cache
-def environment() -> Environment:
+def load_templates() -> Environment:
     """The one environment. What a template's ending says is escaped: .html.j2 is HTML, .md.j2 is not."""
     return Environment(
         loader=PackageLoader("autograder", "templates"),
@@ -18,4 +18,4 @@ def environment() -> Environment:
 
 
 def render(template: str, **values) -> str:
-    return environment().get_template(template).render(**values)
+    return load_templates().get_template(template).render(**values)

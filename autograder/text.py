@@ -13,16 +13,16 @@ def strip_colors(text: str) -> str:
     return COLORS.sub("", text)
 
 
-def printable(value, depth: int = DEPTH):
+def make_printable(value, depth: int = DEPTH):
     """The same value, its strings fit for UTF-8: lone surrogates become question marks. What lies deeper is None."""
     if isinstance(value, str):
         return value.encode("utf-8", "replace").decode("utf-8")
     if isinstance(value, dict | list) and not depth:
         return None
     if isinstance(value, dict):
-        return {printable(key): printable(item, depth - 1) for key, item in value.items()}
+        return {make_printable(key): make_printable(item, depth - 1) for key, item in value.items()}
     if isinstance(value, list):
-        return [printable(item, depth - 1) for item in value]
+        return [make_printable(item, depth - 1) for item in value]
     return value
 
 

@@ -160,14 +160,14 @@ def speed_rows(number: str) -> Callable[[set[str]], Rows]:
 
 def course_rows(number: str) -> Callable[[set[str]], Rows]:
     def rows(known: set[str]) -> Rows:
-        from autograder.run_lesson import Task, execute
+        from autograder.run_lesson import RunTask, run_notebook
 
         path = lesson_path(number)
         key = f"{path.parent.name}/{path.stem}"
         env = {"LLM40_PROFILE": "gpu", "PYTHONPATH": os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")])}
         os.environ.update(env)
-        task = Task(key, str(notebook(key)), str(LOGS / "executed" / f"{key}.ipynb"), False, CELL, env)
-        record = execute(task)
+        task = RunTask(key, str(notebook(key)), str(LOGS / "executed" / f"{key}.ipynb"), False, CELL, env)
+        record = run_notebook(task)
         row = {name: record.get(name) for name in ("seconds", "grading_seconds", "peak_bytes", "gpu_bytes", "checks")}
         row |= {"key": path.stem, "checks_passed": record.get("checks_passed"), "slowest": record.get("slowest")}
         failures = [f"{f.get('cell', '')}: {f.get('message', '')}" for f in record.get("failures", [])]

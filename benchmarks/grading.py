@@ -32,7 +32,7 @@ from tqdm import tqdm
 
 from autograder.build import ROOT, Layout, build_sources
 from autograder.catalog import Entry, NoSuchLesson, select
-from autograder.grading.engine import cores
+from autograder.pool import count_cores
 from autograder.text import print_anything
 from benchmarks import grading_stock
 from benchmarks.grading_class import MISSING, SHARES, make_class
@@ -210,7 +210,7 @@ def machine(options: Options) -> dict:
     commit = subprocess.run(["git", "describe", "--always", "--dirty"], cwd=ROOT, capture_output=True, text=True)
     return {
         "cpu": models[0] if models else platform.processor(),
-        "cores": cores(),
+        "cores": count_cores(),
         "jobs": options.jobs,
         "memory_gib": round(psutil.virtual_memory().total / 2**30, 1),
         "system": platform.platform(),
@@ -345,7 +345,7 @@ def measure(options: Options) -> tuple[dict, int]:
 
 def lessons(wanted: str) -> list[Entry]:
     """`1 9`, `1,9` or nothing, which means all that are written."""
-    written = Layout(ROOT).written()
+    written = Layout(ROOT).list_written()
     chosen = {entry for number in wanted.replace(",", " ").split() for entry in select(number)} or set(written)
     missing = chosen - set(written)
     if missing:
@@ -366,7 +366,9 @@ def main() -> None:
     parser.add_argument("--lessons", default="", help="their numbers, as in '1 9'; by default all that are written")
     parser.add_argument("--stock", type=int, default=2, help="students whose notebooks nbgrader grades too; 0: none")
     parser.add_argument("--alone", type=int, default=20, help="notebooks to grade again, each alone; 0: none")
-    parser.add_argument("--jobs", type=positive, default=cores(), help="processes that grade; by default the cores")
+    parser.add_argument(
+        "--jobs", type=positive, default=count_cores(), help="processes that grade; by default the cores"
+    )
     parser.add_argument("--seed", type=int, default=40, help="of the class and of what is drawn from it")
     parser.add_argument("--keep", action="store_true", help=f"write the result to {KEPT.relative_to(ROOT)} too")
     given = parser.parse_args()

@@ -18,7 +18,7 @@ import psutil
 from autograder.grading.engine import run_tasks
 from autograder.grading.grade import SEED, find_class, grade_folder
 from autograder.grading.masters import read_masters
-from autograder.grading.task import Result, Task, grade
+from autograder.grading.task import Result, Task, grade_task
 from autograder.kernels.manager import Kernels
 from autograder.layout import ROOT
 
@@ -161,4 +161,4 @@ def _grade_alone(submitted: Path, source: Path, student: str, lesson: str) -> di
     [handed], _ = find_class(submitted, read_masters(source), lesson, student)
     master = nbformat.writes(handed.lesson.master).encode()
     task = Task(student, handed.lesson.stage, lesson, handed.read(), master, seed=SEED, kernels=Kernels())
-    return verdict(grade(task))
+    return verdict(grade_task(task))

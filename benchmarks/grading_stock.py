@@ -16,7 +16,7 @@ from nbgrader.api import Gradebook, MissingEntry
 from tqdm import tqdm
 
 from autograder.build import ROOT
-from autograder.grading.rebuild import role
+from autograder.grading.rebuild import read_role
 
 CONFIG = """c = get_config()  # noqa: F821
 c.CourseDirectory.course_id = "stock"
@@ -66,7 +66,7 @@ def _hand_in(path: Path, target: Path, experiments: bool) -> None:
     _copy(path, target)
     if not experiments:
         notebook = nbformat.read(path, as_version=4)
-        notebook.cells = [cell for cell in notebook.cells if role(cell) != "experiment"]
+        notebook.cells = [cell for cell in notebook.cells if read_role(cell) != "experiment"]
         nbformat.write(notebook, target)
 
 

@@ -23,9 +23,9 @@ from answers_file import AnswersError, read_answers
 
 from autograder import build
 from autograder import lesson as lessons
-from autograder.grading.masters import without_answers
+from autograder.grading.masters import make_sent_master
 from autograder.grading.rebuild import is_run
-from autograder.grading.task import steps_of
+from autograder.grading.task import make_steps
 from autograder.lesson import Cell, Lesson
 
 WORKER = Path(__file__).with_name("answers_worker.py")
@@ -256,10 +256,10 @@ def run_answers(
 
 def add_steps(cells: list[dict], lesson: Lesson) -> None:
     """Puts beside each cell of a job what the grader makes of it, `step`; null for an experiment."""
-    master = build.dumps(build.master(lesson, build.Layout(WORKER.parent.parent)))
-    about = without_answers(nbformat.reads(master, as_version=4)).metadata.llm40
+    master = build.dumps(build.make_master(lesson, build.Layout(WORKER.parent.parent)))
+    about = make_sent_master(nbformat.reads(master, as_version=4)).metadata.llm40
     graded = [c for c in nbformat.reads(master, as_version=4).cells if is_run(c)]
-    steps = iter(steps_of(graded, about.asked, about.comparisons))
+    steps = iter(make_steps(graded, about.asked, about.comparisons))
     for cell in cells:
         cell["step"] = None if cell["role"] == "experiment" else dataclasses.asdict(next(steps))
 

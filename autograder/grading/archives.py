@@ -30,7 +30,7 @@ class BadArchive(ValueError):
 
 @dataclass
 class Budget:
-    """What may still be read of an archive and of those inside it."""
+    """How much may still be read of an archive and of those inside it."""
 
     members: int = MAX_MEMBERS
     bytes: int = MAX_BYTES
@@ -67,26 +67,26 @@ def read_members(opened: Opener, budget: Budget) -> Iterator[Member]:
     if budget.members < 0:
         raise BadArchive(f"more than {MAX_MEMBERS:,} files in one archive")
     for info in infos:
-        parts = _parts(_name(info))
-        problem = _problem(info, parts)
+        parts = _split_parts(_read_name(info))
+        problem = _find_problem(info, parts)
         if not problem:
             budget.bytes -= info.file_size
             if budget.bytes < 0:
                 raise BadArchive(f"more than {MAX_BYTES / 1e9:.0f} GB when unpacked")
-        yield Member(parts, lambda info=info: _read(opened, info), problem, info.file_size)
+        yield Member(parts, lambda info=info: _read_member(opened, info), problem, info.file_size)
 
 
-def _name(info: zipfile.ZipInfo) -> str:
+def _read_name(info: zipfile.ZipInfo) -> str:
     """The member's name; zipfile reads names of no stated encoding as cp437, which loses no byte."""
     return info.filename if info.flag_bits & 0x800 else as_text(info.filename.encode("cp437"))
 
 
-def _parts(name: str) -> tuple[str, ...]:
+def _split_parts(name: str) -> tuple[str, ...]:
     """The folders and the file; backslashes, which some programs on Windows write, separate too."""
     return tuple(part for part in name.replace("\\", "/").split("/") if part not in ("", "."))
 
 
-def _problem(info: zipfile.ZipInfo, parts: tuple[str, ...]) -> str:
+def _find_problem(info: zipfile.ZipInfo, parts: tuple[str, ...]) -> str:
     if not parts or ".." in parts or info.filename.startswith(("/", "\\")) or parts[0][1:2] == ":":
         return "its name leads out of the archive"
     if stat.S_ISLNK(info.external_attr >> 16):
@@ -103,7 +103,7 @@ def _problem(info: zipfile.ZipInfo, parts: tuple[str, ...]) -> str:
     return ""
 
 
-def _read(opened: Opener, info: zipfile.ZipInfo) -> bytes:
+def _read_member(opened: Opener, info: zipfile.ZipInfo) -> bytes:
     """A member's bytes, at most as many as the archive says. Raises BadArchive."""
     try:
         with zipfile.ZipFile(opened()) as archive:

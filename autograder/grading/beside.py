@@ -12,13 +12,13 @@ TIMES = "timestamp.txt"  # nbgrader's
 
 
 def may_go_along(parts: Sequence[str]) -> bool:
-    """By its name: `parts` are its place from the notebook's folder on."""
+    """Whether a file may, by its name: `parts` are its place from the notebook's folder on."""
     hidden = any(part.startswith(".") or part in ("__pycache__", "__MACOSX", "..") for part in parts)
     return bool(parts) and not hidden and parts[-1] != TIMES and not parts[-1].lower().endswith(LEFT)
 
 
 def choose_beside(sizes: Mapping[str, int]) -> tuple[list[str], list[str]]:
-    """Of files, with their sizes in bytes, those that go along, the nearest and smallest first; and the others."""
+    """Splits files (place → bytes) into those that go along, the nearest and smallest first, and the others."""
     taken, left_out, room = [], [], MAX_BYTES
     for place in sorted(sizes, key=lambda place: (place.count("/"), sizes[place], place)):
         if len(taken) < MAX_FILES and sizes[place] <= room:

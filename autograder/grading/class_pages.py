@@ -10,9 +10,9 @@ from functools import cached_property
 from pathlib import Path
 
 from autograder.grading.files import write_file
-from autograder.grading.masters import Lesson
-from autograder.grading.pages import UNSAFE, templates
-from autograder.grading.similarity import Pair
+from autograder.grading.masters import MasterLesson
+from autograder.grading.pages import UNSAFE, load_page_templates
+from autograder.grading.similarity import SimilarPair
 from autograder.grading.task import WAITING, Check, Result
 
 MESSAGES = 5  # of an exercise, the commonest
@@ -41,13 +41,13 @@ class Mark:
     """A notebook in the grid: its result, with the points of the two paths apart."""
 
     result: Result
-    lesson: Lesson
+    lesson: MasterLesson
     core: Points = field(default_factory=Points)
     more: Points = field(default_factory=Points)
 
     @property
     def sign(self) -> str:
-        """What stands in the grid where there is no score; empty where there is one."""
+        """The sign in the grid in place of a score; empty where there is a score."""
         return SIGNS.get(self.result.status) or ("?" if self.result.waits else "")
 
     @property
@@ -83,7 +83,7 @@ class Row:
 
     @property
     def words(self) -> str:
-        """What the search looks at."""
+        """The words that the search looks at."""
         found = dict.fromkeys(mark.result.status for mark in self.marks.values())
         if any(mark.result.flags for mark in self.marks.values()):
             found["flagged"] = None
@@ -91,7 +91,7 @@ class Row:
 
 
 @dataclass
-class Exercise:
+class ExerciseTally:
     """An exercise in a class: how its checks went, over all who handed the lesson in and whose file could be read."""
 
     name: str
@@ -116,9 +116,9 @@ class Exercise:
 class Class:
     """A class's results, as the pages need them."""
 
-    def __init__(self, results: Sequence[Result], lessons: Sequence[Lesson]):
+    def __init__(self, results: Sequence[Result], lessons: Sequence[MasterLesson]):
         known = {lesson.key: lesson for lesson in lessons}
-        self.marks = [_mark(result, known[f"{result.stage}/{result.lesson}"]) for result in results]
+        self.marks = [_make_mark(result, known[f"{result.stage}/{result.lesson}"]) for result in results]
         by_student: dict[str, dict[str, Mark]] = defaultdict(dict)
         self.by_lesson: dict[str, list[Mark]] = defaultdict(list)
         for mark in self.marks:
@@ -141,24 +141,24 @@ class Class:
         """Notebooks that a person must look at: no score, or a part of it, before that."""
         return [mark for mark in self.marks if mark.sign and mark.result.status != "missing"]
 
-    def median(self, lesson: Lesson) -> float | None:
+    def find_median(self, lesson: MasterLesson) -> float | None:
         scores = sorted(mark.result.score for mark in self.by_lesson[lesson.key] if not mark.sign)
         return scores[len(scores) // 2] if scores else None
 
-    def exercises(self, lesson: Lesson) -> list[Exercise]:
-        """In the lesson's own order."""
-        found: dict[str, Exercise] = {}
+    def tally_exercises(self, lesson: MasterLesson) -> list[ExerciseTally]:
+        """How each exercise went, in the lesson's own order."""
+        found: dict[str, ExerciseTally] = {}
         for mark in self.by_lesson[lesson.key]:
             if mark.result.status not in ("graded", "incomplete", "withheld"):
                 continue
             for check in mark.result.checks:
                 if check.status not in (*WAITING, "by hand"):
                     path = lesson.paths.get(check.exercise, "core")
-                    found.setdefault(check.exercise, Exercise(check.exercise, path)).add(check)
+                    found.setdefault(check.exercise, ExerciseTally(check.exercise, path)).add(check)
         return list(found.values())
 
 
-def _mark(result: Result, lesson: Lesson) -> Mark:
+def _make_mark(result: Result, lesson: MasterLesson) -> Mark:
     mark = Mark(result, lesson)
     for check in result.checks:
         path = mark.more if lesson.paths.get(check.exercise) == "more" else mark.core
@@ -169,11 +169,11 @@ def _mark(result: Result, lesson: Lesson) -> Mark:
 def write_class_pages(
     out: Path,
     results: Sequence[Result],
-    lessons: Sequence[Lesson],
+    lessons: Sequence[MasterLesson],
     notes: Sequence[str],
     seconds: float,
     unsafe: bool,
-    pairs: Sequence[Pair] | None = None,
+    pairs: Sequence[SimilarPair] | None = None,
 ) -> None:
     """Writes OUT/report.html, OUT/report/lessons/… and OUT/report/students/…, and removes pages of an earlier call.
 
@@ -184,8 +184,8 @@ def write_class_pages(
         "the_class": the_class,
         "unsafe": UNSAFE if unsafe else "",
         "created": datetime.now(UTC).strftime("%Y-%m-%d %H:%M UTC"),
-        "script": _script(),
-        "script_hash": base64.b64encode(hashlib.sha256(_script().encode()).digest()).decode(),
+        "script": _read_script(),
+        "script_hash": base64.b64encode(hashlib.sha256(_read_script().encode()).digest()).decode(),
     }
     front = {"notes": notes, "seconds": seconds, "pairs": pairs, "limit": TO_DECIDE, "top": ""}
     pages = {out / "report.html": _render("class_report.html.j2", **about, **front)}
@@ -202,9 +202,9 @@ def write_class_pages(
             place.unlink()
 
 
-def _script() -> str:
-    return templates().loader.get_source(templates(), "class_report.js")[0].strip()
+def _read_script() -> str:
+    return load_page_templates().loader.get_source(load_page_templates(), "class_report.js")[0].strip()
 
 
 def _render(template: str, **values) -> str:
-    return templates().get_template(template).render(**values)
+    return load_page_templates().get_template(template).render(**values)

@@ -1,8 +1,8 @@
-"""Work on learners' text, in a process of its own: reading a notebook, coloring code, preparing it to be compared.
+"""Works on learners' text in a process of its own: reads a notebook, colors code, prepares it to be compared.
 
-No code of a learner's runs there. But whoever writes a text can make it cost hours or all memory to work on: lists in
-lists, two million lines, what a regular expression stumbles over. So each task has so much of a processor's time and so
-much memory, and no more. The process is started when there is something to do, and again when it was stopped.
+No code of a learner's runs there. But a text can be written so that work on it costs hours or all memory: lists in
+lists, two million lines, traps for regular expressions. So each task has a limit of processor time and of
+memory. The process is started when there is something to do, and again when it was stopped.
 
     python -m autograder.grading.clerk SECONDS BYTES
 
@@ -23,7 +23,7 @@ from typing import BinaryIO
 import msgpack
 
 from autograder.grading import rebuild
-from autograder.grading.rebuild import Submitted, Unreadable
+from autograder.grading.rebuild import SubmittedCell, Unreadable
 
 ROOT = Path(__file__).resolve().parents[2]
 SECONDS, MEMORY = 30, 3 * 10**9  # of a processor, and bytes of addresses, for each task
@@ -43,13 +43,13 @@ class Clerk:
         self.working = threading.Lock()
 
     def do(self, task: str, *arguments):
-        """What the task of this name answers. Raises TooMuch, Unreadable where the task does, or RuntimeError."""
-        packed = _packed([task, *arguments])
+        """Does the task of this name; returns its answer. Raises TooMuch, the task's Unreadable, or RuntimeError."""
+        packed = _pack([task, *arguments])
         with self.working:
             try:
                 self._start()
                 _send(self.process.stdin, packed)
-                kind, answer = msgpack.unpackb(_message(self.process.stdout))
+                kind, answer = msgpack.unpackb(_read_message(self.process.stdout))
             except (OSError, EOFError) as error:
                 self.close()
                 raise TooMuch("more time or memory than such work may take") from error
@@ -83,7 +83,7 @@ class Clerk:
 CLERK = Clerk()  # this process's own
 
 
-def read_submission(data: bytes) -> tuple[list[Submitted], list[str]]:
+def read_submission_safely(data: bytes) -> tuple[list[SubmittedCell], list[str]]:
     """The cells of a submitted file, and a line for everything unusual about the file. Unreadable if it has none."""
     if len(data) > rebuild.MAX_BYTES:
         return rebuild.read_submission(data)  # it says so, and looks no further
@@ -91,16 +91,16 @@ def read_submission(data: bytes) -> tuple[list[Submitted], list[str]]:
         cells, flags = CLERK.do("read", data)
     except TooMuch as error:
         raise Unreadable(f"reading the file takes {error}") from None
-    return [Submitted(*cell) for cell in cells], flags
+    return [SubmittedCell(*cell) for cell in cells], flags
 
 
-def colored(source: str) -> str | None:
+def color_safely(source: str) -> str | None:
     """Code as HTML; None where that takes too much."""
     with suppress(TooMuch):
         return CLERK.do("color", source)
 
 
-def normalized(code: str) -> str | None:
+def normalize_safely(code: str) -> str | None:
     """Code as copydetect compares it, names alike and comments dropped; None where that takes too much."""
     with suppress(TooMuch):
         return CLERK.do("normalize", code)
@@ -109,7 +109,7 @@ def normalized(code: str) -> str | None:
 # --- inside ---------------------------------------------------------------------------------------------------
 
 
-def _read(data: bytes) -> tuple[list[tuple], list[str]]:
+def _read_as_tuples(data: bytes) -> tuple[list[tuple], list[str]]:
     cells, flags = rebuild.read_submission(data)
     return [astuple(cell) for cell in cells], flags
 
@@ -128,14 +128,14 @@ def _normalize(code: str) -> str:
     return filter_code(code, "answer.py", "python")[0]
 
 
-TASKS: dict[str, Callable] = {"read": _read, "color": _color, "normalize": _normalize}
+TASKS: dict[str, Callable] = {"read": _read_as_tuples, "color": _color, "normalize": _normalize}
 
 
-def _packed(value) -> bytes:
+def _pack(value) -> bytes:
     return msgpack.packb(value, unicode_errors="replace")
 
 
-def _message(stream: BinaryIO) -> bytes:
+def _read_message(stream: BinaryIO) -> bytes:
     head = stream.read(LENGTH.size)
     body = stream.read(*LENGTH.unpack(head)) if len(head) == LENGTH.size else b""
     if not body:
@@ -159,7 +159,7 @@ def main(seconds: int, memory: int) -> None:
     hard = resource.getrlimit(resource.RLIMIT_CPU)[1]
     while True:
         try:
-            task, *arguments = msgpack.unpackb(_message(sys.stdin.buffer))
+            task, *arguments = msgpack.unpackb(_read_message(sys.stdin.buffer))
         except EOFError:
             return
         resource.setrlimit(resource.RLIMIT_CPU, (int(process_time()) + 1 + seconds, hard))
@@ -171,7 +171,7 @@ def main(seconds: int, memory: int) -> None:
             answer = ["too much", "more memory than such work may take"]
         except Exception as error:
             answer = ["failed", f"{type(error).__name__}: {error}"]
-        _send(sys.stdout.buffer, _packed(answer))
+        _send(sys.stdout.buffer, _pack(answer))
 
 
 if __name__ == "__main__":

@@ -1,9 +1,9 @@
-"""Tasks over processes and machines, by Dask. Results come back as they are ready, to the one who writes them down.
+"""Spreads tasks over processes and machines, by Dask. Results come back as they are ready, to the gradebook's writer.
 
 Without an address a cluster of this machine's own is started; with one (`tcp://host:8786`) the tasks go to the workers
-of that scheduler, whoever started them. A task and its result are bytes: the workers share nothing with us but the
-network. A worker that is lost is replaced by Dask, and its task runs again; a task that loses its worker twice is
-quarantined: it is given another chance with nothing beside it, and is then answered with a `fault`, with no score.
+of that scheduler, whoever started them. A task and its result are bytes: the workers share nothing with the grader but
+the network. Dask replaces a worker that is lost and runs its task again; a task that loses its worker twice is
+quarantined: it runs once more with nothing beside it, and then its result is a `fault`, with no score.
 """
 
 import logging
@@ -18,8 +18,8 @@ from distributed import Client, Future, KilledWorker, LocalCluster, as_completed
 from tornado.ioloop import PeriodicCallback
 
 from autograder.grading.engine import NoScheduler
-from autograder.grading.fingerprint import versions
-from autograder.grading.task import Result, Task, grade
+from autograder.grading.fingerprint import find_versions
+from autograder.grading.task import Result, Task, grade_task
 
 ALLOWED_LOSSES = 1  # Dask gives a task up when it has lost more workers than this
 
@@ -33,13 +33,13 @@ SETTINGS = {
 def run_in_cluster(tasks: Iterable[Task], jobs: int, scheduler: str | None, patience: float) -> Iterator[Result]:
     """As engine.run_tasks, whatever the number of tasks."""
     tasks, number = iter(tasks), count()
-    with _client(jobs, scheduler, patience) as client:
+    with _open_client(jobs, scheduler, patience) as client:
         running, suspects = {}, []
         done = as_completed(loop=client.loop)
 
         def submit(task: Task) -> Future:
             name = f"{task.student}/{task.stage}/{task.lesson}"
-            return client.submit(_work, task, versions(), key=f"{name}-{next(number)}", pure=False)
+            return client.submit(_grade_in_worker, task, find_versions(), key=f"{name}-{next(number)}", pure=False)
 
         def feed(room: int) -> None:
             for task in islice(tasks, room):
@@ -54,25 +54,25 @@ def run_in_cluster(tasks: Iterable[Task], jobs: int, scheduler: str | None, pati
             if isinstance(future.exception(), KilledWorker):
                 suspects.append(task)
             else:
-                yield _answer(task, future)
+                yield _wait_for_result(task, future)
             future.release()
             feed(1)
         # Dask blames whatever waited at a worker that was lost: each of them again, with nothing beside it.
         for task in suspects:
-            yield _answer(task, submit(task))
+            yield _wait_for_result(task, submit(task))
 
 
-def _work(task: Task, expected: dict[str, str]) -> Result:
-    """Grades a task in a worker whose course and libraries are ours."""
-    here = versions()
+def _grade_in_worker(task: Task, expected: dict[str, str]) -> Result:
+    """Grades a task in a worker, if its course and libraries are the grader's."""
+    here = find_versions()
     other = [f"{name} {here.get(name)}, not {wanted}" for name, wanted in expected.items() if here.get(name) != wanted]
     if other:
         flag = "the worker differs from the grader: " + "; ".join(other)
         return Result(task.student, task.stage, task.lesson, "fault", flags=[flag])
-    return grade(task)
+    return grade_task(task)
 
 
-def _answer(task: Task, future: Future) -> Result:
+def _wait_for_result(task: Task, future: Future) -> Result:
     """A task's result, waited for; a fault if there is none."""
     error = future.exception()
     if error is None:
@@ -85,7 +85,7 @@ def _answer(task: Task, future: Future) -> Result:
 
 
 @contextmanager
-def _client(jobs: int, scheduler: str | None, patience: float):
+def _open_client(jobs: int, scheduler: str | None, patience: float):
     """A client of the scheduler asked for, or of a cluster that lives as long as it is needed."""
     # A lost worker and a closed connection are told in results; Dask would tell them in the middle of the progress bar.
     for name in ("distributed", "distributed.worker", "distributed.nanny", "distributed.scheduler", "distributed.core"):
@@ -104,7 +104,7 @@ def _client(jobs: int, scheduler: str | None, patience: float):
                 raise NoScheduler(f"the scheduler at {scheduler} has no worker after {patience:.0f} s") from error
             yield client
         return
-    # Whatever ends a worker, what it and its kernels left in their folders goes with ours.
+    # However a worker ends, the files that it and its kernels left go with this folder.
     with dask.config.set(SETTINGS), TemporaryDirectory(prefix="llm40-", ignore_cleanup_errors=True) as folder:
         cluster = LocalCluster(
             n_workers=jobs,

@@ -4,7 +4,6 @@ A task needs none of them: in its own processes, kernels, the learner's code run
 seconds, and nothing of it is started, or imported, for one notebook.
 """
 
-import os
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from dataclasses import replace
@@ -12,8 +11,8 @@ from itertools import chain, islice
 from pathlib import Path
 
 from autograder.execute import stop_all
-from autograder.grading.task import Result, Task, grade
-from autograder.kernels.forking import environment
+from autograder.grading.task import Result, Task, grade_task
+from autograder.kernels.forking import make_kernel_environment
 from autograder.kernels.manager import Kernels
 
 Engine = Callable[[Iterable[Task], int], Iterator[Result]]
@@ -21,11 +20,6 @@ Engine = Callable[[Iterable[Task], int], Iterator[Result]]
 
 class NoScheduler(RuntimeError):
     """The scheduler does not answer, or has no worker."""
-
-
-def cores() -> int:
-    """The cores that this process may use."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def run_tasks(
@@ -38,7 +32,7 @@ def run_tasks(
     memory. NoScheduler if within `patience` seconds the scheduler does not answer or has no worker.
     """
     if not scheduler:
-        tasks = map(_of_one_machine, tasks)
+        tasks = map(_share_warm_process, tasks)
         first = list(islice(tasks, jobs + 1))
         if len(first) <= jobs:
             yield from _run_here(first)
@@ -52,19 +46,19 @@ def run_tasks(
 def _run_here(tasks: Sequence[Task]) -> Iterator[Result]:
     """All at once, each in a thread; one alone in this one, where Ctrl-C reaches it."""
     if len(tasks) <= 1:
-        yield from map(grade, tasks)
+        yield from map(grade_task, tasks)
         return
     with ThreadPoolExecutor(len(tasks)) as pool:
         try:
-            for done in as_completed([pool.submit(grade, task) for task in tasks]):
+            for done in as_completed([pool.submit(grade_task, task) for task in tasks]):
                 yield done.result()
         except BaseException:
             stop_all()
             raise
 
 
-def _of_one_machine(task: Task) -> Task:
+def _share_warm_process(task: Task) -> Task:
     """The task, its kernels forked from this process's own warm one, whichever worker grades it."""
     if not isinstance(task.kernels, Kernels):
         return task
-    return replace(task, kernels=task.kernels.shared(environment(Path(), task.seed), task.limits))
+    return replace(task, kernels=task.kernels.share_warm(make_kernel_environment(Path(), task.seed), task.limits))

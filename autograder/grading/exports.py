@@ -1,6 +1,6 @@
-"""Grades as tables that learning management systems take in, beside our own and nbgrader's; what became of every file.
+"""Grades as tables for learning management systems, beside the grader's own and nbgrader's; what became of every file.
 
-A student's folder name is their login there. A lesson is a column. A cell is empty where there is no score to give: a
+A student's folder name is their login there. A lesson is a column. A cell is empty where there is no score: a
 fault, a score that waits for a person, a file that cannot be read, and a notebook that is not there, since a file that
 was not recognized may be it. Both systems read an empty cell as "leave it as it is", and an import would write a zero
 over an earlier grade.
@@ -18,23 +18,23 @@ from autograder.grading.task import Result
 TOLD = 60  # lines about files on the terminal; intake.csv has them all
 
 
-def harmless(text: str) -> str:
+def make_harmless(text: str) -> str:
     """Text that a spreadsheet shows and does not evaluate."""
     return f"'{text}" if text.startswith(("=", "+", "-", "@", "\t", "\r")) else text
 
 
-def table(header: list[str], rows: Iterable[list]) -> str:
+def format_csv(header: list[str], rows: Iterable[list]) -> str:
     """A CSV file's text."""
     file = io.StringIO()
     writer = csv.writer(file, lineterminator="\n")
     writer.writerow(header)
-    writer.writerows([harmless(value) if isinstance(value, str) else value for value in row] for row in rows)
+    writer.writerows([make_harmless(value) if isinstance(value, str) else value for value in row] for row in rows)
     return file.getvalue()
 
 
-def grades(results: list[Result]) -> str:
+def make_grades(results: list[Result]) -> str:
     """A line per student and lesson."""
-    return table(
+    return format_csv(
         ["student", "stage", "lesson", "score", "max_score", "late_penalty", "status", "seconds", "flags"],
         (
             [
@@ -53,9 +53,9 @@ def grades(results: list[Result]) -> str:
     )
 
 
-def checks(results: list[Result]) -> str:
+def make_checks(results: list[Result]) -> str:
     """A line per student and check."""
-    return table(
+    return format_csv(
         ["student", "lesson", "exercise", "check", "points", "score", "status", "counted", "message"],
         (
             [
@@ -75,7 +75,7 @@ def checks(results: list[Result]) -> str:
     )
 
 
-def _by_student(results: list[Result]) -> tuple[dict[str, float], dict[str, dict[str, str]]]:
+def _group_by_student(results: list[Result]) -> tuple[dict[str, float], dict[str, dict[str, str]]]:
     """Lesson → highest score possible, and student → lesson → score; both in order."""
     possible = {r.lesson: r.max_score for r in sorted(results, key=lambda r: (r.stage, r.lesson)) if r.max_score}
     scores: dict[str, dict[str, str]] = {}
@@ -85,45 +85,56 @@ def _by_student(results: list[Result]) -> tuple[dict[str, float], dict[str, dict
     return possible, scores
 
 
-def canvas(results: list[Result]) -> str:
+def make_canvas(results: list[Result]) -> str:
     """For Canvas: Grades → Import. Its five columns of identity, and the row of possible points that it expects."""
-    possible, scores = _by_student(results)
+    possible, scores = _group_by_student(results)
     points = ["    Points Possible", "", "", "", "", *(f"{value:g}" for value in possible.values())]
-    rows = [[who, "", "", who, "", *(theirs.get(lesson, "") for lesson in possible)] for who, theirs in scores.items()]
-    return table(["Student", "ID", "SIS User ID", "SIS Login ID", "Section", *possible], [points, *rows])
+    rows = [[who, "", "", who, "", *(found.get(lesson, "") for lesson in possible)] for who, found in scores.items()]
+    return format_csv(["Student", "ID", "SIS User ID", "SIS Login ID", "Section", *possible], [points, *rows])
 
 
-def moodle(results: list[Result]) -> str:
+def make_moodle(results: list[Result]) -> str:
     """For Moodle: Grades → Import → CSV file, "username" mapped to the user, each lesson to a grade item."""
-    possible, scores = _by_student(results)
-    rows = [[who, *(theirs.get(lesson, "") for lesson in possible)] for who, theirs in scores.items()]
-    return table(["username", *possible], rows)
+    possible, scores = _group_by_student(results)
+    rows = [[who, *(found.get(lesson, "") for lesson in possible)] for who, found in scores.items()]
+    return format_csv(["username", *possible], rows)
+
+
+TABLES = {
+    "grades.csv": make_grades,
+    "checks.csv": make_checks,
+    "canvas.csv": make_canvas,
+    "moodle.csv": make_moodle,
+}
 
 
 # --- files ----------------------------------------------------------------------------------------------------
 
 
-def intake(files: Sequence[File]) -> str:
+def make_intake(files: Sequence[File]) -> str:
     """A line for every file: whose it is, which lesson, and what became of it."""
-    return table(
+    return format_csv(
         ["file", "student", "lesson", "became", "why", "handed_in"],
-        ([f.place, f.student or "", f.lesson.name if f.lesson else "", f.became, _why(f), _time(f)] for f in files),
+        (
+            [f.place, f.student or "", f.lesson.name if f.lesson else "", f.became, _tell_why(f), _tell_time(f)]
+            for f in files
+        ),
     )
 
 
-def _why(file: File) -> str:
+def _tell_why(file: File) -> str:
     return "; ".join([*filter(None, [file.why]), *file.notes])
 
 
-def _time(file: File) -> str:
+def _tell_time(file: File) -> str:
     return f"{file.time:%Y-%m-%d %H:%M:%S} UTC" if file.time else ""
 
 
-def told(file: File) -> str:
+def tell_file(file: File) -> str:
     """A file in a line of text."""
     whose = f" → {file.student}" if file.student else ""
     lesson = f", {file.lesson.name}" if file.lesson else ""
-    why = f" ({_why(file)})" if _why(file) else ""
+    why = f" ({_tell_why(file)})" if _tell_why(file) else ""
     return f"{file.place}{whose}{lesson}: {file.became}{why}"
 
 
@@ -135,17 +146,17 @@ def _is_usual(file: File) -> bool:
     return file.became == TAKEN and file.parts == usual and not file.notes
 
 
-def told_files(files: Sequence[File]) -> list[str]:
-    """What the terminal says about the files: how many became what, and each that is not where one expects it."""
+def tell_files(files: Sequence[File]) -> list[str]:
+    """The terminal's lines about the files: how many became what, and each that is not where one expects it."""
     counts = Counter(file.became for file in files)
     odd = [file for file in files if not _is_usual(file)]
     lines = [f"{len(files)} files: " + ", ".join(f"{count} {became}" for became, count in counts.most_common()) + "."]
-    lines += [f"  {told(file)}" for file in odd[:TOLD]]
+    lines += [f"  {tell_file(file)}" for file in odd[:TOLD]]
     if len(odd) > TOLD:
         lines.append(f"  … and {len(odd) - TOLD} more: see intake.csv")
     return lines
 
 
-def left_out(files: Sequence[File]) -> list[str]:
+def list_left_out(files: Sequence[File]) -> list[str]:
     """The files that should perhaps have been graded and were not."""
-    return [told(file) for file in files if file.became in (UNPLACED, REFUSED, WAITS)]
+    return [tell_file(file) for file in files if file.became in (UNPLACED, REFUSED, WAITS)]

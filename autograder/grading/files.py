@@ -14,9 +14,9 @@ from pathlib import Path
 from autograder.grading import archives
 from autograder.grading.archives import BadArchive, Budget
 from autograder.grading.late import read_time
-from autograder.grading.masters import Lesson
+from autograder.grading.masters import MasterLesson
 
-SKIPPED = ("__MACOSX", "__pycache__", "lost+found")  # and what begins with a dot: not looked into
+SKIPPED = ("__MACOSX", "__pycache__", "lost+found")  # and names that begin with a dot: not looked into
 CHECKPOINTS = ".ipynb_checkpoints"
 MAX_BYTES = 100_000_000  # read of a file; one that is longer is no notebook that anybody wrote
 DEEPEST = 30  # folders in each other: no learning platform makes half as many
@@ -42,7 +42,7 @@ class File:
     student: str | None = None
     called: str = ""  # by its owner, where a platform has put something before its name
     notes: list[str] = field(default_factory=list)  # what a person should know about its place
-    lesson: Lesson | None = None
+    lesson: MasterLesson | None = None
     became: str = UNPLACED
     why: str = ""
     time: datetime | None = None  # when it was handed in, UTC without a zone; None where nobody knows
@@ -75,25 +75,25 @@ class Delivery:
     kinds: dict[tuple[str, ...], str] = field(default_factory=dict)  # place → "folder" or "archive"
     students: list[str] = field(default_factory=list)  # also those whose folder is empty
 
-    def of(self, student: str) -> "Delivery":
+    def select_student(self, student: str) -> "Delivery":
         """One student's part of it."""
         return Delivery([f for f in self.files if f.student == student], self.kinds, [student])
 
 
-def text_of(part: str) -> str:
+def decode_name(part: str) -> str:
     """A name from the file system as text, in one normal form: macOS and Linux write é differently."""
     return unicodedata.normalize("NFC", archives.as_text(os.fsencode(part)))
 
 
-def texts_of(names: list[str]) -> dict[str, str]:
+def decode_names(names: list[str]) -> dict[str, str]:
     """The names of one folder as texts; two that differ in their normal form only (réné, twice) stay two."""
-    texts = {name: text_of(name) for name in names}
+    texts = {name: decode_name(name) for name in names}
     alike = Counter(texts.values())
     return {name: archives.as_text(os.fsencode(name)) if alike[text] > 1 else text for name, text in texts.items()}
 
 
 def may_be_notebook(file: str) -> bool:
-    """By a file's name; browsers add to it (`09_x.ipynb.txt`), and some systems write it in capitals."""
+    """Whether a file may be a notebook, by its name: browsers add to it (`09_x.ipynb.txt`), systems use capitals."""
     return ".ipynb" in file.lower()
 
 
@@ -101,7 +101,7 @@ def find_files(submitted: Path) -> Delivery:
     """All files under a folder, or in a zip archive."""
     found = Delivery()
     if submitted.is_file():
-        _add_archive(found, (text_of(submitted.name),), lambda: submitted, None, Budget(), 1)
+        _add_archive(found, (decode_name(submitted.name),), lambda: submitted, None, Budget(), 1)
     else:
         _add_folder(found, submitted)
     found.files.sort(key=lambda file: file.parts)
@@ -113,41 +113,41 @@ def _add_folder(found: Delivery, root: Path) -> None:
     while waiting:
         folder, parts, stamp = waiting.pop()
         if len(parts) > DEEPEST:
-            found.files.append(_unread(parts, f"more than {DEEPEST} folders in each other: not looked into"))
+            found.files.append(_make_unread(parts, f"more than {DEEPEST} folders in each other: not looked into"))
             continue
         try:
             entries = sorted(folder.iterdir())
         except OSError as error:
-            found.files.append(_unread((*parts, ""), f"cannot be opened: {error.strerror}"))
+            found.files.append(_make_unread((*parts, ""), f"cannot be opened: {error.strerror}"))
             continue
         written = folder / "timestamp.txt"
         if parts and written.is_file() and not written.is_symlink():
-            stamp = _ends(written).decode("utf-8", "replace")
-        texts = texts_of([path.name for path in entries])
+            stamp = _read_ends(written).decode("utf-8", "replace")
+        texts = decode_names([path.name for path in entries])
         for path in entries:
             place = (*parts, texts[path.name])
             if path.is_symlink():
-                found.files.append(_unread(place, "a link, not a file of its own"))
+                found.files.append(_make_unread(place, "a link, not a file of its own"))
             elif path.is_dir():
                 if path.name == CHECKPOINTS or not (path.name.startswith(".") or path.name in SKIPPED):
                     found.kinds[place] = "folder"
                     waiting.append((path, place, stamp))
             elif not path.is_file():
-                found.files.append(_unread(place, "not an ordinary file"))
+                found.files.append(_make_unread(place, "not an ordinary file"))
             elif path.suffix.lower() == ".zip":
                 _add_archive(found, place, lambda path=path: path, stamp, Budget(), 1)
             else:
-                read, peek = (lambda path=path: _read(path)), (lambda path=path: _ends(path))
+                read, peek = (lambda path=path: _read_file(path)), (lambda path=path: _read_ends(path))
                 found.files.append(File(place, read, peek, stamp, path.stat().st_size))
 
 
-def _read(path: Path) -> bytes:
+def _read_file(path: Path) -> bytes:
     """A file, or so much of it that one sees that it is too long."""
     with open(path, "rb") as file:
         return file.read(MAX_BYTES + 1)
 
 
-def _ends(path: Path) -> bytes:
+def _read_ends(path: Path) -> bytes:
     with open(path, "rb") as file:
         size = file.seek(0, io.SEEK_END)
         file.seek(0)
@@ -156,7 +156,7 @@ def _ends(path: Path) -> bytes:
         return head + file.read(PEEKED)
 
 
-def _unread(place: tuple[str, ...], problem: str) -> File:
+def _make_unread(place: tuple[str, ...], problem: str) -> File:
     return File(place, bytes, bytes, problem=problem)
 
 
@@ -167,7 +167,7 @@ def _add_archive(
     try:
         members = list(archives.read_members(opened, budget))
     except BadArchive as error:
-        found.files.append(_unread(place, str(error)))
+        found.files.append(_make_unread(place, str(error)))
         return
     stamps = {member.parts[:-1]: member for member in members if member.parts[-1:] == ("timestamp.txt",)}
     for member in members:
@@ -179,18 +179,18 @@ def _add_archive(
         for depth_here in range(len(place) + 1, len(here)):
             found.kinds.setdefault(here[:depth_here], "folder")
         near = next((stamps[inside[:n]] for n in range(len(inside) - 1, -1, -1) if inside[:n] in stamps), None)
-        mark = _stamp_of(near) if near else stamp
+        mark = _read_member_stamp(near) if near else stamp
         if member.problem:
-            found.files.append(_unread(here, member.problem))
+            found.files.append(_make_unread(here, member.problem))
         elif not here[-1].lower().endswith(".zip"):
             found.files.append(File(here, member.read, member.read, mark, member.size))
         elif depth < archives.MAX_DEPTH:
             _add_archive(found, here, lambda member=member: io.BytesIO(member.read()), mark, budget, depth + 1)
         else:
-            found.files.append(_unread(here, "an archive inside an archive inside an archive"))
+            found.files.append(_make_unread(here, "an archive inside an archive inside an archive"))
 
 
-def _stamp_of(member: archives.Member) -> str | None:
+def _read_member_stamp(member: archives.Member) -> str | None:
     try:
         return None if member.problem else member.read()[:PEEKED].decode("utf-8", "replace")
     except BadArchive:

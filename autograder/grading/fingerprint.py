@@ -1,4 +1,4 @@
-"""What a result depends on, as a hash: while it is the same, so is the grade, and the notebook is not run again."""
+"""A hash of all that a result depends on: while it stays the same, so does the grade, and no notebook is run again."""
 
 import hashlib
 import json
@@ -22,8 +22,8 @@ def _digest(*parts: bytes) -> str:
 
 
 @cache
-def versions() -> dict[str, str]:
-    """Name → version of whatever has a say in a grade: Python, the libraries, and our two packages by their text."""
+def find_versions() -> dict[str, str]:
+    """Name → version of all that a grade depends on: Python, libraries, the project's two packages by their text."""
     found = {"Python": platform.python_version()}
     for name in LIBRARIES:
         try:
@@ -38,16 +38,16 @@ def versions() -> dict[str, str]:
     return found
 
 
-def fingerprint(task: Task) -> str:
+def make_fingerprint(task: Task) -> str:
     """The hash of a task: submission, files, master, limits, seed, whether there is a sandbox, and versions."""
     given = b"missing" if task.submission is None else b"given" + task.submission
     limits = asdict(task.limits)
     del limits["gpu"]  # a share: it follows from how many are graded at once
-    settings = {"limits": limits, "seed": task.seed, "sandbox": task.kernels.sandbox, "versions": versions()}
+    settings = {"limits": limits, "seed": task.seed, "sandbox": task.kernels.sandbox, "versions": find_versions()}
     files = [part for name, data in sorted(task.files.items()) for part in (name.encode(), data)]
     return _digest(given, task.master, json.dumps(settings, sort_keys=True).encode(), *files)
 
 
-def answer_digests(sources: dict[str, str]) -> dict[str, str]:
+def digest_answers(sources: dict[str, str]) -> dict[str, str]:
     """Name → hash of a written answer's text."""
     return {name: _digest(source.encode("utf-8", "surrogatepass")) for name, source in sources.items()}

@@ -1,9 +1,9 @@
-"""The gradebook, and the one who writes it: nbgrader's own database, through nbgrader's own API.
+"""The only writer of the gradebook: nbgrader's own database, through nbgrader's own API.
 
-So nbgrader's formgrader and `nbgrader export` show what we show. A stage is an assignment, a lesson a notebook in it.
-Beside nbgrader's tables stands one of ours with every result as it came, so that a later call need not grade again what
-did not change. A result and its grades are written in one transaction: whenever the power goes, both are there or
-neither.
+So nbgrader's formgrader and `nbgrader export` show the same grades. A stage is an assignment, a lesson a notebook in
+it. Beside nbgrader's tables stands one of the grader's with every result as it came, so that a later call need not
+grade again what did not change. A result and its grades are written in one transaction: when the power fails, both are
+there or neither is.
 """
 
 import glob
@@ -52,7 +52,7 @@ from sqlalchemy import (
 from sqlalchemy.exc import OperationalError, SQLAlchemyError
 
 from autograder.grading.files import is_out_of_room
-from autograder.grading.late import HandedIn, Penalty, no_penalty
+from autograder.grading.late import HandIn, Penalty, waive_penalty
 from autograder.grading.task import WAITING, Check, Result
 
 COURSE = "llm40"  # as in nbgrader_config.py
@@ -67,67 +67,66 @@ RESULTS = Table(
     Column("result", Text, nullable=False),  # as JSON, without the notebook
     Column("answers", Text, nullable=False),  # as JSON: written answer → hash of its text
 )
-# When what is graded was handed in: a stage has one time in nbgrader's tables, but its lessons come one by one.
+# When graded work was handed in: a stage has one time in nbgrader's tables, but its lessons come one by one.
 HANDED_IN = Table(
     "llm40_handed_in",
     MetaData(),
     Column("student", String(128), primary_key=True),
     Column("stage", String(128), primary_key=True),
     Column("lesson", String(128), primary_key=True),
-    Column("work", String(64), nullable=False),  # hash of what the learner wrote
+    Column("work", String(64), nullable=False),  # hash of the learner's text
     Column("time", String(32)),  # UTC, ISO 8601; null where nobody knows
     Column("seen", String(32), nullable=False),  # when that work was graded first: it was there by then
 )
 
 
 @dataclass(frozen=True)
-class Entered:
-    """What a person has entered in the formgrader beside scores."""
+class ManualEntries:
+    """Comments and extra credit that a person has entered in the formgrader."""
 
     comments: dict[str, str] = field(default_factory=dict)  # cell → text
     extra_credit: dict[str, float] = field(default_factory=dict)  # check → points, in its score already
 
 
 @dataclass(frozen=True)
-class Stored:
+class StoredResult:
     """A result of an earlier call, with the scores that count now."""
 
     fingerprint: str
     result: Result
-    entered: Entered
+    entered: ManualEntries
 
 
 class NoDatabase(RuntimeError):
     """The gradebook's database cannot be opened; the message says which and why."""
 
 
-def address_of(path: Path) -> str:
+def make_address(path: Path) -> str:
     """The address of a gradebook in a file, whatever the folders above are called."""
     return f"sqlite:///{str(path.resolve()).replace('%', '%25').replace('?', '%3F')}"
 
 
-def _key(table: Table, student: str, stage: str, lesson: str):
+def _match_key(table: Table, student: str, stage: str, lesson: str):
     return (table.c.student == student) & (table.c.stage == stage) & (table.c.lesson == lesson)
 
 
 class Gradebook:
     """Takes masters and results, one at a time, from one process.
 
-    `waiting` is told, once, when the database's server is away and is being waited for; `penalty` says what handing in
-    late costs.
+    `waiting` is called once, with a message, when the database's server is away; `penalty` says what lateness costs.
     """
 
-    def __init__(self, url: str, waiting: Callable[[str], None] = print, penalty: Penalty = no_penalty):
+    def __init__(self, url: str, waiting: Callable[[str], None] = print, penalty: Penalty = waive_penalty):
         self.waiting = waiting
         self.penalty = penalty
         self.database: Database | None = None
         try:
-            self.database = self._patiently(lambda: _opened(url), away=False)
+            self.database = self._retry(lambda: _open_database(url), away=False)
         except NoDatabase as error:
-            raise NoDatabase(f"the gradebook {_shown(url)} cannot be used: {error}") from None
+            raise NoDatabase(f"the gradebook {_hide_password(url)} cannot be used: {error}") from None
         except (SQLAlchemyError, ImportError, OSError) as error:
             reason = str(getattr(error, "orig", None) or error).strip()
-            raise NoDatabase(f"the gradebook {_shown(url)} cannot be opened: {reason}") from error
+            raise NoDatabase(f"the gradebook {_hide_password(url)} cannot be opened: {reason}") from error
 
     def __enter__(self) -> "Gradebook":
         return self
@@ -145,16 +144,16 @@ class Gradebook:
             self.database.db.rollback()
             raise
 
-    def _patiently(self, work: Callable, away: bool = True):
-        """What the work returns; it is done again and again while another program has the file, or the server is away
-        (restarted, say) unless it may not be `away`, up to PATIENCE seconds."""
+    def _retry(self, work: Callable, away: bool = True):
+        """Does the work, and again for up to PATIENCE seconds while another program has the file, or while the server
+        is away (restarted, say) if it may be `away`; returns what the work returns."""
         until = time.monotonic() + PATIENCE
         told = False
         while True:
             try:
                 return work()
             except OperationalError as error:
-                if time.monotonic() > until or is_out_of_room(error) or not _passes(error, away):
+                if time.monotonic() > until or is_out_of_room(error) or not _may_pass(error, away):
                     raise
                 if self.database:
                     self.database.db.rollback()
@@ -171,7 +170,7 @@ class Gradebook:
         A cell that the master has lost goes, with its grades; new cells and new lessons are also given to the students
         who handed in before. nbgrader's own way (SaveCells) refuses both as soon as there is a submission.
         """
-        self._patiently(lambda: self._register(stage, lesson, master))
+        self._retry(lambda: self._register(stage, lesson, master))
 
     def _register(self, stage: str, lesson: str, master: NotebookNode) -> None:
         self.database.update_or_create_assignment(stage)
@@ -179,9 +178,9 @@ class Gradebook:
         notebook = self.database.update_or_create_notebook(lesson, stage, kernelspec=kernel)
         cells = [cell for cell in master.cells if "nbgrader" in cell.metadata]
         kinds = (
-            (GradeCell, notebook.grade_cells, is_grade, self._grade_cell),
+            (GradeCell, notebook.grade_cells, is_grade, self._describe_grade_cell),
             (SolutionCell, notebook.solution_cells, is_solution, lambda cell: {}),
-            (SourceCell, notebook.source_cells, self._has_source, self._source_cell),
+            (SourceCell, notebook.source_cells, self._has_source, self._describe_source_cell),
         )
         with self._together() as db:
             for model, present, belongs, fields in kinds:
@@ -198,12 +197,12 @@ class Gradebook:
                     else:
                         db.add(model(name=name, notebook=notebook, **values))
             db.flush()
-            db.expire_all()  # or what was just deleted is still in the lists
+            db.expire_all()  # or the lists still have the deleted rows
             for submission in notebook.assignment.submissions:
                 self._complete(submission, notebook)
 
     @staticmethod
-    def _grade_cell(cell: NotebookNode) -> dict:
+    def _describe_grade_cell(cell: NotebookNode) -> dict:
         return {"max_score": float(cell.metadata.nbgrader.points), "cell_type": cell.cell_type}
 
     @staticmethod
@@ -211,7 +210,7 @@ class Gradebook:
         return is_grade(cell) or is_solution(cell) or is_locked(cell)
 
     @staticmethod
-    def _source_cell(cell: NotebookNode) -> dict:
+    def _describe_source_cell(cell: NotebookNode) -> dict:
         return {
             "cell_type": cell.cell_type,
             "locked": is_locked(cell),
@@ -222,32 +221,32 @@ class Gradebook:
     def _complete(self, submission: SubmittedAssignment, notebook: Notebook) -> SubmittedNotebook:
         """A student's part of a lesson, with a grade and a comment for every cell that has one."""
         db = self.database.db
-        ours = next((n for n in submission.notebooks if n.notebook_id == notebook.id), None)
-        if ours is None:
-            ours = SubmittedNotebook(notebook=notebook, assignment=submission)
-            db.add(ours)
-        graded = {grade.cell_id for grade in ours.grades}
-        commented = {comment.cell_id for comment in ours.comments}
+        part = next((n for n in submission.notebooks if n.notebook_id == notebook.id), None)
+        if part is None:
+            part = SubmittedNotebook(notebook=notebook, assignment=submission)
+            db.add(part)
+        graded = {grade.cell_id for grade in part.grades}
+        commented = {comment.cell_id for comment in part.comments}
         for cell in notebook.grade_cells:
             if cell.id not in graded:
-                db.add(Grade(cell_id=cell.id, notebook=ours, auto_score=0.0, needs_manual_grade=False))
+                db.add(Grade(cell_id=cell.id, notebook=part, auto_score=0.0, needs_manual_grade=False))
         for cell in notebook.solution_cells:
             if cell.id not in commented:
-                db.add(Comment(cell_id=cell.id, notebook=ours))
+                db.add(Comment(cell_id=cell.id, notebook=part))
         db.flush()
-        return ours
+        return part
 
     # --- what was earned --------------------------------------------------------------------------------------
 
-    def stored(self, student: str, stage: str, lesson: str, when: datetime | None = None) -> Stored | None:
+    def find_stored(self, student: str, stage: str, lesson: str, when: datetime | None = None) -> StoredResult | None:
         """The result written last, with the scores that count now; None if there is none.
 
         `when` is when the notebook was handed in, as far as this call knows.
         """
-        return self._patiently(lambda: self._stored(student, stage, lesson, when))
+        return self._retry(lambda: self._find_stored(student, stage, lesson, when))
 
-    def _stored(self, student: str, stage: str, lesson: str, when: datetime | None) -> Stored | None:
-        row = self.database.db.execute(select(RESULTS).where(_key(RESULTS, student, stage, lesson))).one_or_none()
+    def _find_stored(self, student: str, stage: str, lesson: str, when: datetime | None) -> StoredResult | None:
+        row = self.database.db.execute(select(RESULTS).where(_match_key(RESULTS, student, stage, lesson))).one_or_none()
         if row is None:
             return None
         try:
@@ -255,61 +254,61 @@ class Gradebook:
         except MissingEntry:  # somebody removed the student or the submission with nbgrader
             return None
         try:
-            result = _loaded(row.result)
-        except (ValueError, TypeError, LookupError):  # of another version of ours
+            result = _load_result(row.result)
+        except (ValueError, TypeError, LookupError):  # of another version of the grader
             return None
         grades = {grade.name: grade for grade in notebook.grades}
         if grades.keys() != {check.check for check in result.checks}:
             return None
-        if any(grades[check.check].auto_score != _automatic(check) for check in result.checks):
+        if any(grades[check.check].auto_score != _find_automatic_score(check) for check in result.checks):
             return None  # somebody graded it with nbgrader since
         for check in result.checks:
-            _count(check, grades[check.check])
+            _set_counting_score(check, grades[check.check])
         if result.status == "withheld" and not result.waits:  # a person has decided
             result.status = "graded"
         with self._together():
-            self._penalize(result, notebook, self._time_that_counts(result, HandedIn(when)))
-        return Stored(row.fingerprint, result, _entered(notebook))
+            self._penalize(result, notebook, self._find_time_that_counts(result, HandIn(when)))
+        return StoredResult(row.fingerprint, result, _read_entered(notebook))
 
     def commit(
         self,
         result: Result,
         fingerprint: str,
         answers: dict[str, str],
-        handed_in: HandedIn | None = None,
-        files: Callable[[Result, Entered], None] = lambda result, entered: None,
+        handed_in: HandIn | None = None,
+        files: Callable[[Result, ManualEntries], None] = lambda result, entered: None,
     ) -> None:
         """Writes a result's scores, and puts the scores that count into the result.
 
-        `files` is then given the result and what a person has entered.
+        `files` is then called with the result and what a person has entered.
 
         What a person has entered (manual scores, extra credit, comments) stays. `answers` are the hashes of the written
         answers: a person's score for one that is not that of the run before is asked for again, as it is where the
         automatic score has changed under a manual one. Everything is written at the end, after `files`.
         """
-        record = _dumped(result)
+        record = _dump_result(result)
         scores = {check.check: check.score for check in result.checks}
         statuses = {check.check: check.status for check in result.checks}
-        where = _key(RESULTS, result.student, result.stage, result.lesson)
+        where = _match_key(RESULTS, result.student, result.stage, result.lesson)
 
         def write() -> None:
             with self._together() as db:
                 row = db.execute(select(RESULTS.c.answers).where(where)).one_or_none()
                 before = json.loads(row.answers) if row else {}
                 changed = {name for name, digest in answers.items() if before and before.get(name) != digest}
-                submission = self._submission(result.stage, result.student)
+                submission = self._find_or_make_submission(result.stage, result.student)
                 notebook = self.database.find_notebook(result.lesson, result.stage)
                 checks = {check.check: check for check in result.checks}
-                theirs = self._complete(submission, notebook)
-                for grade in theirs.grades:
+                part = self._complete(submission, notebook)
+                for grade in part.grades:
                     check = checks[grade.name]
                     check.score, check.status = scores[grade.name], statuses[grade.name]
-                    self._enter(grade, _automatic(check), grade.name in changed)
+                    self._enter(grade, _find_automatic_score(check), grade.name in changed)
                 db.flush()
-                # The score that counts is the database's to say: asked for all at once.
-                for grade in db.query(Grade).filter_by(notebook_id=theirs.id).populate_existing():
-                    _count(checks[grade.name], grade)
-                self._penalize(result, theirs, self._time_that_counts(result, handed_in or HandedIn()))
+                # The database says which score counts: it is asked for all at once.
+                for grade in db.query(Grade).filter_by(notebook_id=part.id).populate_existing():
+                    _set_counting_score(checks[grade.name], grade)
+                self._penalize(result, part, self._find_time_that_counts(result, handed_in or HandIn()))
                 db.execute(delete(RESULTS).where(where))
                 db.execute(
                     insert(RESULTS).values(
@@ -321,16 +320,16 @@ class Gradebook:
                         answers=json.dumps(answers),
                     )
                 )
-                files(result, _entered(theirs))
+                files(result, _read_entered(part))
 
-        self._patiently(write)
+        self._retry(write)
 
-    def _time_that_counts(self, result: Result, handed_in: HandedIn) -> datetime | None:
+    def _find_time_that_counts(self, result: Result, handed_in: HandIn) -> datetime | None:
         """When the work was handed in first, as far as anybody knows; also writes it down.
 
         Work that has not changed keeps its time when the stage is handed in again with another lesson.
         """
-        db, where = self.database.db, _key(HANDED_IN, result.student, result.stage, result.lesson)
+        db, where = self.database.db, _match_key(HANDED_IN, result.student, result.stage, result.lesson)
         row = db.execute(select(HANDED_IN).where(where)).one_or_none()
         when, seen = handed_in.time, datetime.now(UTC).replace(tzinfo=None)
         if row is not None and handed_in.work in ("", row.work):
@@ -356,7 +355,7 @@ class Gradebook:
         result.late_penalty = self.penalty(result.student, result.score, seconds) if seconds else 0.0
         notebook.late_submission_penalty = result.late_penalty or None
 
-    def _submission(self, stage: str, student: str) -> SubmittedAssignment:
+    def _find_or_make_submission(self, stage: str, student: str) -> SubmittedAssignment:
         """A student's part of a stage. A new one has no points yet, in any of its lessons, and asks for no person."""
         db = self.database.db
         assignment = self.database.find_assignment(stage)
@@ -382,42 +381,42 @@ class Gradebook:
         grade.auto_score = score
 
 
-def _automatic(check: Check) -> float | None:
+def _find_automatic_score(check: Check) -> float | None:
     """The automatic score of a check as it came."""
     return None if check.status in WAITING else check.score
 
 
-def _entered(notebook: SubmittedNotebook) -> Entered:
+def _read_entered(notebook: SubmittedNotebook) -> ManualEntries:
     comments = {comment.name: comment.comment for comment in notebook.comments if comment.comment}
     extra = {grade.name: grade.extra_credit for grade in notebook.grades if grade.extra_credit}
-    return Entered(comments, extra)
+    return ManualEntries(comments, extra)
 
 
-def _count(check: Check, grade: Grade) -> None:
+def _set_counting_score(check: Check, grade: Grade) -> None:
     """The score that counts: a person's, where there is one."""
     check.score = grade.score
     if grade.manual_score is not None:
         check.status = "by hand"
 
 
-def _dumped(result: Result) -> str:
+def _dump_result(result: Result) -> str:
     fields = asdict(result)
     del fields["notebook"]
     return json.dumps(fields)
 
 
-def _loaded(text: str) -> Result:
+def _load_result(text: str) -> Result:
     fields = json.loads(text)
     return Result(**fields | {"checks": [Check(**check) for check in fields["checks"]]})
 
 
-def _shown(url: str) -> str:
+def _hide_password(url: str) -> str:
     """The address without its password."""
     head, _, rest = url.partition("://")
     return f"{head}://{rest.rpartition('@')[2]}"
 
 
-def _passes(error: OperationalError, away: bool) -> bool:
+def _may_pass(error: OperationalError, away: bool) -> bool:
     """Whether to wait may help: a file that another program has locked; a server, if it may be `away`."""
     name = getattr(error.orig, "sqlite_errorname", None)
     return name.startswith(("SQLITE_BUSY", "SQLITE_LOCKED")) if name else away
@@ -426,54 +425,54 @@ def _passes(error: OperationalError, away: bool) -> bool:
 # --- opening --------------------------------------------------------------------------------------------------
 
 
-def _opened(url: str) -> Database:
-    """nbgrader's gradebook with our table in it. A file is made whole or not at all; what is there is looked at."""
-    path = _file(url)
+def _open_database(url: str) -> Database:
+    """nbgrader's gradebook with the grader's tables. A new file is made whole or not at all, an old one is checked."""
+    path = _find_file(url)
     if path and (not path.exists() or not path.stat().st_size):
-        _make(path)
+        _make_file(path)
     engine = create_engine(url)
     try:
-        _look(engine)
+        _check_database(engine)
     finally:
         engine.dispose()
-    return _with_results(url)
+    return _open_with_results(url)
 
 
-def _file(url: str) -> Path | None:
-    """The file of a gradebook that is one, and has a path for its address."""
+def _find_file(url: str) -> Path | None:
+    """The file of a gradebook whose address is a path; None for a server or a database in memory."""
     parsed = make_url(url)
     named = parsed.get_backend_name() == "sqlite" and (parsed.database or ":memory:")
     return Path(named) if named and not named.startswith((":memory:", "file:")) else None
 
 
-def _newest_version() -> str:
-    """Of nbgrader's tables, which a new gradebook names."""
+def _find_newest_version() -> str:
+    """The version of nbgrader's tables, which a new gradebook names."""
     return ScriptDirectory(Path(nbgrader.__file__).parent / "alembic").get_current_head()
 
 
 # nbgrader starts a program to learn this: it takes two seconds, and must be on the path.
-nbgrader.api.get_alembic_version = _newest_version
+nbgrader.api.get_alembic_version = _find_newest_version
 
 
-def _with_results(url: str) -> Database:
+def _open_with_results(url: str) -> Database:
     database = Database(url, COURSE)
     for table in (RESULTS, HANDED_IN):
         table.create(database.engine, checkfirst=True)
     return database
 
 
-def _make(path: Path) -> None:
+def _make_file(path: Path) -> None:
     new = path.with_name(f".{path.name}-{os.getpid()}")
     try:
-        _with_results(address_of(new)).close()
+        _open_with_results(make_address(new)).close()
         os.replace(new, path)
     finally:
         for left in path.parent.glob(f"{glob.escape(new.name)}*"):
             left.unlink()
 
 
-def _look(engine: Engine) -> None:
-    """NoDatabase where the database is damaged, or is not nbgrader's, before anything is written to it."""
+def _check_database(engine: Engine) -> None:
+    """Raises NoDatabase where the database is damaged, or is not nbgrader's, before anything is written to it."""
     remedy = "put a copy of yours in its place, or move it away: then everyone is graded anew"
     with engine.connect() as connection:
         if engine.dialect.name == "sqlite":
@@ -483,17 +482,17 @@ def _look(engine: Engine) -> None:
                 raise NoDatabase(f"it is damaged ({said}); {remedy}")
         looked = inspect(connection)
         tables = {name: {column["name"] for column in looked.get_columns(name)} for name in looked.get_table_names()}
-        theirs = Base.metadata.tables
-        if engine.dialect.name == "sqlite" and tables and not tables.keys() & theirs.keys():
+        expected = Base.metadata.tables
+        if engine.dialect.name == "sqlite" and tables and not tables.keys() & expected.keys():
             raise NoDatabase(f"it is another program's, with the tables {', '.join(sorted(tables)[:5])}")
-        for name, table in {**theirs, RESULTS.name: RESULTS, HANDED_IN.name: HANDED_IN}.items():
+        for name, table in {**expected, RESULTS.name: RESULTS, HANDED_IN.name: HANDED_IN}.items():
             lacking = set(table.columns.keys()) - tables[name] if name in tables else ()
             if lacking:
                 raise NoDatabase(
                     f"its table {name} has no column {', '.join(sorted(lacking))}: it is another program's, or that of "
                     "an older nbgrader, whose command `nbgrader db upgrade` mends it"
                 )
-        absent = sorted(theirs.keys() - tables.keys())
-        present = [table for name, table in theirs.items() if name in tables]
+        absent = sorted(expected.keys() - tables.keys())
+        present = [table for name, table in expected.items() if name in tables]
         if absent and any(connection.execute(select(table).limit(1)).first() for table in present):
             raise NoDatabase(f"it lacks the table {absent[0]}, but has others with something in them; {remedy}")

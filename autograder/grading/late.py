@@ -1,4 +1,4 @@
-"""When something was handed in, and what lateness costs.
+"""Reads when something was handed in, and computes what lateness costs.
 
 An instructor sets a due date in the formgrader (or `nbgrader db assignment add stage1_foundations --duedate=…`) and
 says in an nbgrader configuration what lateness costs: `c.LateSubmissionPlugin.penalty_method = "zero"`, or a plugin of
@@ -24,7 +24,7 @@ CERTAIN = ("Z", "UTC", "GMT")
 
 
 @dataclass(frozen=True)
-class HandedIn:
+class HandIn:
     """When a learner's work on a lesson was handed in, None where nobody knows, and the work itself as a hash."""
 
     time: datetime | None = None
@@ -57,11 +57,11 @@ def read_time(text: str) -> tuple[datetime | None, str]:
         return None, "that is no time"
 
 
-def no_penalty(student: str, score: float, seconds: float) -> float:
+def waive_penalty(student: str, score: float, seconds: float) -> float:
     return 0.0
 
 
-def penalty_of(path: Path) -> Penalty:
+def read_penalty(path: Path) -> Penalty:
     """The penalty that an nbgrader configuration file asks for, never negative and never more than the score."""
     from nbgrader.preprocessors import AssignLatePenalties  # a second's import, and not always asked for
 
@@ -74,10 +74,10 @@ def penalty_of(path: Path) -> Penalty:
     except Exception as error:  # whatever the instructor's own file raises
         raise BadConfig(f"{path}: {type(error).__name__}: {error}") from error
 
-    def penalty(student: str, score: float, seconds: float) -> float:
+    def compute_penalty(student: str, score: float, seconds: float) -> float:
         if seconds <= 0:
             return 0.0
         asked = assigning.plugin_inst.late_submission_penalty(student, score, seconds)
         return min(max(asked or 0.0, 0.0), score)
 
-    return penalty
+    return compute_penalty

@@ -7,13 +7,13 @@ from pathlib import Path
 import nbformat
 from nbformat import NotebookNode
 
-from autograder.grading.rebuild import blank, name, role
+from autograder.grading.rebuild import read_name, read_role, remove_answers
 from autograder.judge.sources import bound_names, comparisons
 from autograder.lesson import python_of
 
 
 @dataclass
-class Lesson:
+class MasterLesson:
     """A lesson that can be graded: its cells with hidden tests and without answers."""
 
     stage: str
@@ -32,30 +32,30 @@ class Lesson:
     @cached_property
     def ids(self) -> frozenset[str]:
         """The names of its cells, of which most stand in no other lesson."""
-        return frozenset(name(cell) for cell in self.master.cells)
+        return frozenset(read_name(cell) for cell in self.master.cells)
 
     @cached_property
     def paths(self) -> dict[str, str]:
         """Exercise (or written answer) → `core` or `more`."""
-        marked = [cell for cell in self.master.cells if role(cell) in ("exercise", "answer")]
-        return {name(cell): cell.metadata.get("llm40", {}).get("path", "core") for cell in marked}
+        marked = [cell for cell in self.master.cells if read_role(cell) in ("exercise", "answer")]
+        return {read_name(cell): cell.metadata.get("llm40", {}).get("path", "core") for cell in marked}
 
 
-def read_masters(source: Path) -> list[Lesson]:
+def read_masters(source: Path) -> list[MasterLesson]:
     """The lessons built in a folder like build/source."""
     lessons = []
     for path in sorted(source.glob("*/*.ipynb")):
         master = nbformat.read(path, as_version=4)
         title = master.metadata.get("llm40", {}).get("title", path.stem)
-        lessons.append(Lesson(path.parent.name, path.stem, title, without_answers(master)))
+        lessons.append(MasterLesson(path.parent.name, path.stem, title, make_sent_master(master)))
     return lessons
 
 
-def without_answers(master: NotebookNode) -> NotebookNode:
+def make_sent_master(master: NotebookNode) -> NotebookNode:
     """A master as it is sent out, and in its metadata what the judge has to know of the answers that are taken out:
     the names that each exercise defines, and the comparisons that their classes do."""
-    answers = {name(cell): python_of(cell.source) for cell in master.cells if role(cell) == "exercise"}
-    sent = blank(master)
+    answers = {read_name(cell): python_of(cell.source) for cell in master.cells if read_role(cell) == "exercise"}
+    sent = remove_answers(master)
     about = sent.metadata.setdefault("llm40", {})
     about["asked"] = {exercise: sorted(bound_names(answer)) for exercise, answer in answers.items()}
     about["comparisons"] = comparisons(list(answers.values()))

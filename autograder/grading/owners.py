@@ -20,13 +20,13 @@ BLIND = "participant"  # Moodle's name for everyone while marking is blind
 
 @dataclass
 class Owner:
-    """Whose an entry is, by its name; `number` is the learning platform's for the person or the hand-in."""
+    """The owner of an entry, by its name; `number` is the learning platform's for the person or the hand-in."""
 
     name: str
     number: str = ""
     time: str = ""
     late: bool = False
-    rest: str = ""  # of the entry's name: what its owner called it
+    rest: str = ""  # of the entry's name, as its owner gave it
 
 
 class Placing:
@@ -46,15 +46,15 @@ class Placing:
             entries[place[:-1]].add(place[-1])
         self.entries = entries
         self.canvas = {place for place in entries if self._is_canvas(place)}
-        self.namesakes = self._namesakes()
+        self.namesakes = self._find_namesakes()
         self.tops: dict[tuple[str, ...], list[str]] = {}
         archives = [place for place, kind in found.kinds.items() if kind == "archive"]
-        self.first_tops = Counter(top for place in archives for top in self._tops(place)[:1])
+        self.first_tops = Counter(top for place in archives for top in self._list_tops(place)[:1])
 
     def place(self) -> None:
         students, used = set(), set()
         for file in self.found.files:
-            file.student, owner = self._student(file.parts)
+            file.student, owner = self._find_student(file.parts)
             if file.student:
                 students.add(file.student)
                 used.add(file.parts[0])
@@ -65,7 +65,7 @@ class Placing:
             if owner and owner.late:
                 file.notes.append("handed in late, says Canvas, but not when: nothing is taken off for it")
         for place in sorted(self.found.kinds, key=len, reverse=True):  # the folders of those who handed in nothing
-            who, owner = self._student((*place, ""))
+            who, owner = self._find_student((*place, ""))
             if who and (owner or (len(place) == 1 and place[0] not in used)):
                 students.add(who)
                 used.add(place[0])
@@ -80,8 +80,8 @@ class Placing:
         alone = not place or place[-1] in self.wrappers
         return bool(matches) and all(matches) and (alone or len(numbers) > 1)
 
-    def _owner(self, place: tuple[str, ...]) -> Owner | None:
-        """Whose an entry is, if a platform has named it."""
+    def _find_owner(self, place: tuple[str, ...]) -> Owner | None:
+        """The owner of an entry that a platform has named; None for others."""
         kind, entry = self.found.kinds.get(place, "file"), place[-1]
         exchanged = EXCHANGE.fullmatch(entry) if kind == "folder" else None
         if exchanged:
@@ -89,44 +89,44 @@ class Placing:
         moodle = MOODLE.fullmatch(entry)
         if moodle:
             return Owner(moodle["name"], moodle["number"], rest=moodle["rest"] or "")
-        loose = len(place) == 1 and kind != "folder"  # of what lies in SUBMITTED itself, no folder says whose it is
+        loose = len(place) == 1 and kind != "folder"  # no folder says whose an entry of SUBMITTED itself is
         canvas = CANVAS.fullmatch(entry) if loose or place[:-1] in self.canvas else None
         if not canvas:
             return None
         return Owner(canvas["name"], canvas["number"], late=bool(canvas["late"]), rest=canvas["rest"])
 
-    def _namesakes(self) -> set[tuple[str, ...]]:
+    def _find_namesakes(self) -> set[tuple[str, ...]]:
         """(container, name) pairs that belong to several people: their numbers must tell them apart."""
         numbers: dict[tuple, set[str]] = defaultdict(set)
         for place, names in self.entries.items():
             for entry in names:
-                owner = self._owner((*place, entry)) if entry else None
+                owner = self._find_owner((*place, entry)) if entry else None
                 if owner and owner.number:
                     numbers[*place, owner.name].add(owner.number)
         return {key for key, those in numbers.items() if len(those) > 1}
 
     # --- folders ----------------------------------------------------------------------------------------------
 
-    def _student(self, parts: tuple[str, ...]) -> tuple[str | None, Owner | None]:
+    def _find_student(self, parts: tuple[str, ...]) -> tuple[str | None, Owner | None]:
         for depth in range(1, len(parts) + 1):
-            owner = self._owner(parts[:depth]) if parts[depth - 1] else None
+            owner = self._find_owner(parts[:depth]) if parts[depth - 1] else None
             if owner:
                 namesake = (*parts[: depth - 1], owner.name) in self.namesakes or owner.name.lower() == BLIND
                 return (f"{owner.name}_{owner.number}" if namesake else owner.name), owner
-        container = parts[: self._below_wrappers(parts, 0) + 1]
+        container = parts[: self._skip_wrappers(parts, 0) + 1]
         kind = self.found.kinds.get(container)
         if kind is None or container[-1].startswith("."):
             return None, None
-        inner = self._inner_student(container, kind, parts)
+        inner = self._find_inner_student(container, kind, parts)
         if inner:
             return inner, None
-        stem = _without_copy_mark(Path(container[-1]).stem if kind == "archive" else container[-1])
+        stem = _remove_copy_mark(Path(container[-1]).stem if kind == "archive" else container[-1])
         return (None if kind == "archive" and stem in self.wrappers else stem), None
 
     def _is_wrapper(self, place: tuple[str, ...]) -> bool:
         return self.found.kinds.get(place) == "folder" and place[-1] in self.wrappers
 
-    def _tops(self, container: tuple[str, ...]) -> list[str]:
+    def _list_tops(self, container: tuple[str, ...]) -> list[str]:
         """The first folders below a container, where below each stands a stage's folder: <student>/<stage>/….
 
         Empty where anything in the container lies otherwise.
@@ -140,7 +140,7 @@ class Placing:
         for file in self.inside[container]:
             if not may_be_notebook(file.name):
                 continue
-            depth = self._below_wrappers(file.parts, len(container))
+            depth = self._skip_wrappers(file.parts, len(container))
             rest = file.parts[depth:]
             staged = len(rest) > 2 and self._is_wrapper(file.parts[: depth + 2])
             if len(rest) < 2 or not (staged or self.found.kinds.get(file.parts[: depth + 1]) == "archive"):
@@ -148,18 +148,18 @@ class Placing:
             tops[rest[0]] = None
         return list(tops)
 
-    def _below_wrappers(self, parts: tuple[str, ...], depth: int) -> int:
+    def _skip_wrappers(self, parts: tuple[str, ...], depth: int) -> int:
         """The depth of the first part, from `depth` on, that is no wrapper."""
         while depth < len(parts) - 1 and self._is_wrapper(parts[: depth + 1]):
             depth += 1
         return depth
 
-    def _inner_student(self, container: tuple[str, ...], kind: str, parts: tuple[str, ...]) -> str | None:
+    def _find_inner_student(self, container: tuple[str, ...], kind: str, parts: tuple[str, ...]) -> str | None:
         """The student whose folder lies inside an archive, or inside the only folder of all."""
-        tops = self._tops(container)
+        tops = self._list_tops(container)
         if not tops:
             return None
-        depth = self._below_wrappers(parts, len(container))
+        depth = self._skip_wrappers(parts, len(container))
         top = parts[depth] if depth < len(parts) - 1 else tops[0]
         if kind == "folder":
             only = len(self.entries[container[:-1]]) == 1 and len(tops) > 1
@@ -167,10 +167,10 @@ class Placing:
         stem = Path(container[-1]).stem
         agree = stem in self.wrappers or stem.casefold().startswith(top.casefold())
         if len(tops) > 1 or agree or self.first_tops[top] == 1:
-            return _without_copy_mark(Path(top).stem if top.lower().endswith(".zip") else top)
+            return _remove_copy_mark(Path(top).stem if top.lower().endswith(".zip") else top)
         return None
 
 
-def _without_copy_mark(stem: str) -> str:
+def _remove_copy_mark(stem: str) -> str:
     """`ada (1)` → `ada`: what browsers make of a second download."""
     return re.sub(r"\s*\(\d+\)$", "", stem) or stem

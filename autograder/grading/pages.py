@@ -15,9 +15,9 @@ from jinja2 import Environment, PackageLoader
 from pygments.formatters import HtmlFormatter
 
 from autograder.execute import ANSI
-from autograder.grading.clerk import colored
-from autograder.grading.gradebook import Entered
-from autograder.grading.rebuild import name, role
+from autograder.grading.clerk import color_safely
+from autograder.grading.gradebook import ManualEntries
+from autograder.grading.rebuild import read_name, read_role
 from autograder.grading.task import Check, Result
 
 UNSAFE = "Graded without a sandbox (--unsafe): the code ran with all the rights of whoever graded it."
@@ -38,7 +38,7 @@ STATUS = {
 # --- the terminal ----------------------------------------------------------------------------------------------
 
 
-def table(results: list[Result]) -> str:
+def format_results(results: list[Result]) -> str:
     """The terminal's table."""
     rows = [("student", "lesson", "score", "status", "seconds", "flags")]
     for r in results:
@@ -46,14 +46,16 @@ def table(results: list[Result]) -> str:
         more = f" (+{len(r.flags) - 1})" if len(r.flags) > 1 else ""
         short = flags if len(flags) <= 70 else flags[:69] + "…"
         rows.append((r.student, r.lesson, f"{r.score:g}/{r.max_score:g}", r.status, f"{r.seconds:.1f}", short + more))
-    widths = [max(_width(row[i]) for row in rows) for i in range(5)]
+    widths = [max(_count_columns(row[i]) for row in rows) for i in range(5)]
     return "\n".join(
-        "  ".join(text + " " * (width - _width(text)) for text, width in zip(row, widths, strict=False)) + "  " + row[5]
+        "  ".join(text + " " * (width - _count_columns(text)) for text, width in zip(row, widths, strict=False))
+        + "  "
+        + row[5]
         for row in rows
     )
 
 
-def _width(text: str) -> int:
+def _count_columns(text: str) -> int:
     """Columns on a terminal: Chinese characters take two."""
     return sum(2 if unicodedata.east_asian_width(character) in "WF" else 1 for character in text)
 
@@ -62,7 +64,7 @@ def _width(text: str) -> int:
 
 
 @cache
-def templates() -> Environment:
+def load_page_templates() -> Environment:
     environment = Environment(
         loader=PackageLoader("autograder", "templates"), autoescape=True, trim_blocks=True, lstrip_blocks=True
     )
@@ -71,10 +73,10 @@ def templates() -> Environment:
     return environment
 
 
-def shown(result: Result, title: str, flags: list[str], unsafe: bool, entered: Entered) -> str:
+def digest_shown(result: Result, title: str, flags: list[str], unsafe: bool, entered: ManualEntries) -> str:
     """All that a learner's page shows beside the notebook, as a hash that stands in the page."""
     checks = [asdict(check) for check in result.checks]
-    facts = [result.status, checks, result.late_penalty, title, flags, unsafe, asdict(entered), _template_digest()]
+    facts = [result.status, checks, result.late_penalty, title, flags, unsafe, asdict(entered), _digest_templates()]
     return hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()[:32]
 
 
@@ -85,38 +87,38 @@ def shows(page: Path, shown: str) -> bool:
 
 
 @cache
-def _template_digest() -> str:
-    loader = templates().loader
-    sources = [loader.get_source(templates(), name)[0] for name in ("feedback.html.j2", "class_style.css.j2")]
+def _digest_templates() -> str:
+    loader = load_page_templates().loader
+    sources = [loader.get_source(load_page_templates(), name)[0] for name in ("feedback.html.j2", "class_style.css.j2")]
     return hashlib.sha256("".join(sources).encode()).hexdigest()
 
 
-def feedback(result: Result, title: str, flags: list[str], unsafe: bool, entered: Entered) -> str:
+def make_feedback(result: Result, title: str, flags: list[str], unsafe: bool, entered: ManualEntries) -> str:
     """The learner's page: scores, messages, what a person wrote, and the learner's own cells as they ran."""
     cells = []
     notebook = nbformat.reads(result.notebook.decode(), as_version=4) if result.notebook else None
     for cell in notebook.cells if notebook else []:
-        if role(cell) in ("exercise", "added", "answer") and cell.source.strip():
+        if read_role(cell) in ("exercise", "added", "answer") and cell.source.strip():
             cells.append(
                 {
-                    "label": "your own cell" if role(cell) == "added" else name(cell),
-                    "comment": entered.comments.get(name(cell)) if role(cell) != "added" else None,
-                    "code": colored(cell.source) if cell.cell_type == "code" else None,
+                    "label": "your own cell" if read_role(cell) == "added" else read_name(cell),
+                    "comment": entered.comments.get(read_name(cell)) if read_role(cell) != "added" else None,
+                    "code": color_safely(cell.source) if cell.cell_type == "code" else None,
                     "text": cell.source,
-                    "outputs": [_shown(output) for output in cell.get("outputs", [])],
+                    "outputs": [_describe_output(output) for output in cell.get("outputs", [])],
                 }
             )
     groups: dict[str, list[Check]] = defaultdict(list)
     for check in result.checks:
         groups[check.exercise].append(check)
     return (
-        templates()
+        load_page_templates()
         .get_template("feedback.html.j2")
         .render(
             result=result,
             title=title,
             flags=flags,
-            shown=shown(result, title, flags, unsafe, entered),
+            shown=digest_shown(result, title, flags, unsafe, entered),
             unsafe=UNSAFE if unsafe else "",
             groups=groups,
             cells=cells,
@@ -126,7 +128,7 @@ def feedback(result: Result, title: str, flags: list[str], unsafe: bool, entered
     )
 
 
-def _shown(output: dict) -> dict:
+def _describe_output(output: dict) -> dict:
     """An output as text, or as a picture; HTML that a learner's code made is not put into a page."""
     if output["output_type"] == "stream":
         return {"text": _cut(output["text"])}

@@ -1,7 +1,7 @@
 """A submission and the master become the notebook that is run.
 
 From a submission only text is taken: of the exercise cells, of the written answers, of the cells that the learner
-added, and what they wrote into a given cell besides what stands there. Everything else (checks, our own code, metadata,
+added, and what they wrote into a given cell besides what stands there. Everything else (checks, given code, metadata,
 outputs) comes from the master. So nothing that was deleted, edited or forged in a submission can change what is asked,
 and nothing that is broken in it can stop the grading.
 """
@@ -16,9 +16,9 @@ import nbformat
 import nbformat.reader
 from nbformat import NotebookNode
 
-from autograder.grading.additions import additions, imports
-from autograder.lesson import stub, without_hidden
-from autograder.text import printable
+from autograder.grading.additions import find_additions, find_imports
+from autograder.lesson import remove_hidden, stub
+from autograder.text import make_printable
 
 MAX_BYTES = 100_000_000  # of a file; outputs, which nobody reads, have most of them
 MAX_CELLS, MAX_TEXT = 2_000, 20_000_000  # characters of all cells; pictures that were pasted into prose are text
@@ -35,8 +35,8 @@ MAGIC = {
     b"7z\xbc\xaf": "a 7z archive",
     b"# %%": "a text version of a notebook (Jupytext)",
 }
-NEWER = "file: saved by"  # what begins a flag that is of interest only where a cell's syntax is not understood
-SIMILAR = 0.75  # of a cell that has lost its metadata: enough of our words to be a copy of it
+NEWER = "file: saved by"  # begins a flag that is of interest only where a cell's syntax is not understood
+SIMILAR = 0.75  # of a cell that has lost its metadata: enough of the master's words to be a copy of it
 
 
 class Unreadable(ValueError):
@@ -44,7 +44,7 @@ class Unreadable(ValueError):
 
 
 @dataclass
-class Submitted:
+class SubmittedCell:
     """A submitted cell: all that is ever read of it."""
 
     kind: str  # "code", "markdown" or "raw"
@@ -57,10 +57,10 @@ class Submitted:
 # --- reading --------------------------------------------------------------------------------------------------
 
 
-def read_submission(data: bytes) -> tuple[list[Submitted], list[str]]:
+def read_submission(data: bytes) -> tuple[list[SubmittedCell], list[str]]:
     """The cells of a submitted file, and a line for everything unusual about the file.
 
-    Raises Unreadable when no cells can be had from it.
+    Raises Unreadable where no cells can be read from it.
     """
     flags = []
     if len(data) > MAX_BYTES:
@@ -92,12 +92,12 @@ def read_submission(data: bytes) -> tuple[list[Submitted], list[str]]:
                 flags.append(f"file: not UTF-8; read as {encoding}")
             break
     if notebook is None:
-        raise Unreadable(_what_it_is(data) or problem)
-    return _cells(notebook, flags), flags
+        raise Unreadable(_describe_mistaken_file(data) or problem)
+    return _read_submitted_cells(notebook, flags), flags
 
 
-def _what_it_is(data: bytes) -> str:
-    """What a file is that people hand in for a notebook by mistake."""
+def _describe_mistaken_file(data: bytes) -> str:
+    """Says what a file is that people hand in for a notebook by mistake; empty for any other."""
     start = data.lstrip()[:500]
     if re.search(rb"^(<<<<<<< |>>>>>>> )", data, re.MULTILINE):
         return "the file has git's marks of a merge conflict (<<<<<<<): the conflict has to be resolved first"
@@ -111,7 +111,7 @@ def _what_it_is(data: bytes) -> str:
     return ""
 
 
-def _cells(notebook: object, flags: list[str]) -> list[Submitted]:
+def _read_submitted_cells(notebook: object, flags: list[str]) -> list[SubmittedCell]:
     version = notebook.get("nbformat") if isinstance(notebook, dict) else None
     if not isinstance(version, int):
         raise Unreadable("the file is JSON, but not a notebook")
@@ -121,11 +121,11 @@ def _cells(notebook: object, flags: list[str]) -> list[Submitted]:
         except Exception as error:  # whatever an old, broken notebook makes the converter do
             raise Unreadable(f"the notebook is of the old version {version} and cannot be converted: {error}") from None
         flags.append(f"file: notebook format {version}; converted")
-    flags += _newer_python(notebook)
+    flags += _flag_newer_python(notebook)
     cells = notebook.get("cells")
     if not isinstance(cells, list):
         raise Unreadable("the notebook has no list of cells")
-    _at_most(MAX_CELLS, len(cells), "cells")
+    _check_at_most(MAX_CELLS, len(cells), "cells")
     found = []
     for cell in cells:
         if not isinstance(cell, dict) or cell.get("cell_type") not in ("code", "markdown", "raw"):
@@ -139,20 +139,20 @@ def _cells(notebook: object, flags: list[str]) -> list[Submitted]:
         marks = metadata.get("nbgrader")
         tags = metadata.get("tags")
         found.append(
-            Submitted(
+            SubmittedCell(
                 kind=cell["cell_type"],
-                source=printable(str(source).replace("\r\n", "\n").replace("\r", "\n")),
+                source=make_printable(str(source).replace("\r\n", "\n").replace("\r", "\n")),
                 grade_id=str(marks.get("grade_id", "")) if isinstance(marks, dict) else "",
                 id=str(cell.get("id", "")),
                 experiment=isinstance(tags, list) and "experiment" in tags,
             )
         )
-    _bounded(found)
+    _check_bounds(found)
     return found
 
 
-def _newer_python(notebook: dict) -> list[str]:
-    """A flag where the notebook was saved by a newer Python than ours, whose syntax may be unknown here."""
+def _flag_newer_python(notebook: dict) -> list[str]:
+    """A flag where the notebook was saved by a newer Python than this one, which may not know its syntax."""
     metadata = notebook.get("metadata")
     language = metadata.get("language_info") if isinstance(metadata, dict) else None
     found = re.match(r"3\.(\d{1,3})\b", str(language.get("version")) if isinstance(language, dict) else "")
@@ -161,15 +161,15 @@ def _newer_python(notebook: dict) -> list[str]:
     return [f"{NEWER} Python {found[0]}, and graded by {sys.version_info.major}.{sys.version_info.minor}"]
 
 
-def _bounded(cells: list[Submitted]) -> None:
-    """Unreadable where there is more than any work on a lesson has; what follows then costs a second at most."""
+def _check_bounds(cells: list[SubmittedCell]) -> None:
+    """Raises Unreadable where there is more than any work on a lesson has; the rest then costs a second at most."""
     code = [cell.source for cell in cells if cell.kind == "code"]
-    _at_most(MAX_TEXT, sum(len(cell.source) for cell in cells), "characters")
-    _at_most(MAX_CODE, sum(map(len, code)), "characters of code")
-    _at_most(MAX_LINES, sum(source.count("\n") + 1 for source in code), "lines of code")
+    _check_at_most(MAX_TEXT, sum(len(cell.source) for cell in cells), "characters")
+    _check_at_most(MAX_CODE, sum(map(len, code)), "characters of code")
+    _check_at_most(MAX_LINES, sum(source.count("\n") + 1 for source in code), "lines of code")
 
 
-def _at_most(most: int, count: int, what: str) -> None:
+def _check_at_most(most: int, count: int, what: str) -> None:
     if count > most:
         raise Unreadable(f"the notebook has {count:,} {what}, more than the {most:,} that are read")
 
@@ -177,8 +177,8 @@ def _at_most(most: int, count: int, what: str) -> None:
 # --- the master -----------------------------------------------------------------------------------------------
 
 
-def role(cell: NotebookNode) -> str:
-    """What a cell is.
+def read_role(cell: NotebookNode) -> str:
+    """The role of a cell.
 
     `exercise`, `check`, `answer` (for a person), `experiment`, `setup`, `plain`; `added` is a learner's own, `imports`
     what an experiment imports.
@@ -194,31 +194,31 @@ def role(cell: NotebookNode) -> str:
     return "experiment" if "experiment" in cell.metadata.get("tags", []) else "plain"
 
 
-def name(cell: NotebookNode) -> str:
-    """How a cell of ours is called in flags and tables: its grade_id, or its id."""
+def read_name(cell: NotebookNode) -> str:
+    """The name of a master's cell in flags and tables: its grade_id, or its id."""
     return cell.metadata.get("nbgrader", {}).get("grade_id") or cell.get("id", "?")
 
 
-def exercise_of(check: str) -> str:
+def find_exercise(check: str) -> str:
     """The exercise that a check judges: `sdpa` for `sdpa-check-1`."""
     return re.sub(r"-check-\d+$", "", check)
 
 
 def is_run(cell: NotebookNode) -> bool:
     """Whether a cell is run where answers are judged."""
-    return cell.cell_type == "code" and bool(cell.source.strip()) and role(cell) not in ("experiment", "setup")
+    return cell.cell_type == "code" and bool(cell.source.strip()) and read_role(cell) not in ("experiment", "setup")
 
 
-def own_text(source: str) -> str:
+def find_own_text(source: str) -> str:
     """A cell's text without the first line that the builder makes, and without blanks at the ends of lines."""
     lines = [line.rstrip() for line in source.strip().split("\n")]
     return "\n".join(lines[1:] if GENERATED.match(lines[0]) else lines).strip()
 
 
-def blank(master: NotebookNode) -> NotebookNode:
+def remove_answers(master: NotebookNode) -> NotebookNode:
     """The master without its answers: what a learner got, and the hidden tests. The reference goes no further."""
     for cell in master.cells:
-        kind = role(cell)
+        kind = read_role(cell)
         if kind == "exercise" or (kind == "answer" and cell.cell_type == "code"):
             cell.source = stub(cell.source)
         elif kind == "answer":
@@ -232,39 +232,39 @@ def blank(master: NotebookNode) -> NotebookNode:
 # --- matching -------------------------------------------------------------------------------------------------
 
 
-def _trimmed(source: str) -> str:
+def _trim_ends(source: str) -> str:
     """A source without blanks at the ends of its lines."""
     return "\n".join(line.rstrip() for line in source.strip().split("\n"))
 
 
-def _same(one: str, other: str) -> bool:
+def _is_same_text(one: str, other: str) -> bool:
     """Whether two sources are the same but for blanks at the ends of lines."""
-    return _trimmed(one) == _trimmed(other)
+    return _trim_ends(one) == _trim_ends(other)
 
 
-def _ours(cell: NotebookNode, source: str) -> bool:
-    """Whether a source is our cell's, as released or as in the master."""
-    return _same(source, cell.source) or _same(source, without_hidden(cell.source))
+def _is_unchanged(cell: NotebookNode, source: str) -> bool:
+    """Whether a source is the master's cell's, as released or as in the master."""
+    return _is_same_text(source, cell.source) or _is_same_text(source, remove_hidden(cell.source))
 
 
-def _likeness(one: Counter, other: Counter) -> float:
+def _measure_likeness(one: Counter, other: Counter) -> float:
     """The share of words that two texts have in common: twice the common ones by all (Dice's coefficient)."""
     sizes = one.total() + other.total()
     return 2 * (one & other).total() / sizes if sizes else 0.0
 
 
-def looks_like(cell: NotebookNode, submitted: Submitted) -> bool:
-    """Whether a cell without marks is our exercise: by its generated first line, or by what the stub defines."""
+def looks_like(cell: NotebookNode, submitted: SubmittedCell) -> bool:
+    """Whether a cell without marks is this exercise: by its generated first line, or by what the stub defines."""
     first = GENERATED.match(submitted.source.strip())
     if first:
-        return first.group(1) == name(cell)
+        return first.group(1) == read_name(cell)
     wanted = set(DEFINED.findall(cell.source))
     return bool(wanted) and submitted.kind == "code" and wanted <= set(DEFINED.findall(submitted.source))
 
 
-def match(master: NotebookNode, cells: list[Submitted]) -> tuple[dict[int, int], bool]:
-    """Which master cell each submitted cell is a copy of (both by index), and whether some were known only by text."""
-    by_grade_id = {name(c): i for i, c in enumerate(master.cells) if "nbgrader" in c.metadata}
+def match_cells(master: NotebookNode, cells: list[SubmittedCell]) -> tuple[dict[int, int], bool]:
+    """Submitted cell → the master's cell that it copies (both by index), and whether some were known only by text."""
+    by_grade_id = {read_name(c): i for i, c in enumerate(master.cells) if "nbgrader" in c.metadata}
     by_id = {c.id: i for i, c in enumerate(master.cells) if c.get("id")}
     found = {}
     for j, cell in enumerate(cells):
@@ -272,33 +272,33 @@ def match(master: NotebookNode, cells: list[Submitted]) -> tuple[dict[int, int],
         if i is not None:
             found[j] = i
 
-    def rest(roles: tuple[str, ...]) -> list[int]:
+    def find_rest(roles: tuple[str, ...]) -> list[int]:
         taken = set(found.values())
-        return [i for i, c in enumerate(master.cells) if i not in taken and role(c) in roles]
+        return [i for i, c in enumerate(master.cells) if i not in taken and read_role(c) in roles]
 
-    def free() -> list[int]:
+    def list_free() -> list[int]:
         return [j for j in range(len(cells)) if j not in found]
 
     by_text = {}
-    for i in rest(("exercise",)):
-        by_text |= {j: i for j in free() if looks_like(master.cells[i], cells[j])}
+    for i in find_rest(("exercise",)):
+        by_text |= {j: i for j in list_free() if looks_like(master.cells[i], cells[j])}
     stripped = bool(by_text) or not found
     found |= by_text
-    trimmed = {j: _trimmed(cells[j].source) for j in free()}
-    for i in rest(("check", "plain", "experiment", "setup", "answer")):
-        ours = (_trimmed(master.cells[i].source), _trimmed(without_hidden(master.cells[i].source)))
-        same = [j for j in free() if trimmed[j] in ours]
+    trimmed = {j: _trim_ends(cells[j].source) for j in list_free()}
+    for i in find_rest(("check", "plain", "experiment", "setup", "answer")):
+        known = (_trim_ends(master.cells[i].source), _trim_ends(remove_hidden(master.cells[i].source)))
+        same = [j for j in list_free() if trimmed[j] in known]
         found |= dict.fromkeys(same[:1], i)
     if stripped:
-        words = {j: Counter(WORD.findall(cells[j].source)) for j in free()}
-        for i in rest(("check", "plain", "experiment", "setup")):
-            ours = Counter(WORD.findall(without_hidden(master.cells[i].source)))
-            near = {j: _likeness(ours, words[j]) for j in free()}
+        words = {j: Counter(WORD.findall(cells[j].source)) for j in list_free()}
+        for i in find_rest(("check", "plain", "experiment", "setup")):
+            asked = Counter(WORD.findall(remove_hidden(master.cells[i].source)))
+            near = {j: _measure_likeness(asked, words[j]) for j in list_free()}
             if near and max(near.values()) > SIMILAR:
                 found[max(near, key=near.get)] = i
-        for i in rest(("answer",)):  # it can have any text; what is left is where it stands
+        for i in find_rest(("answer",)):  # it can have any text: only its place tells
             before = [j for j, k in found.items() if k == i - 1]
-            if before and max(before) + 1 in free() and cells[max(before) + 1].kind == "markdown":
+            if before and max(before) + 1 in list_free() and cells[max(before) + 1].kind == "markdown":
                 found[max(before) + 1] = i
     return found, stripped
 
@@ -306,7 +306,7 @@ def match(master: NotebookNode, cells: list[Submitted]) -> tuple[dict[int, int],
 # --- rebuilding -----------------------------------------------------------------------------------------------
 
 
-def _added(cell: Submitted, number: int) -> NotebookNode:
+def _make_added_cell(cell: SubmittedCell, number: int) -> NotebookNode:
     kinds = {"code": nbformat.v4.new_code_cell, "markdown": nbformat.v4.new_markdown_cell}
     made = kinds.get(cell.kind, nbformat.v4.new_raw_cell)(cell.source, id=f"added-{number}")
     made.metadata["llm40"] = {"role": "added"}
@@ -315,51 +315,54 @@ def _added(cell: Submitted, number: int) -> NotebookNode:
     return made
 
 
-def _imports(ours: NotebookNode, source: str) -> NotebookNode:
-    made = nbformat.v4.new_code_cell(source, id=f"imports-{name(ours)}"[:64])
+def _make_imports_cell(original: NotebookNode, source: str) -> NotebookNode:
+    made = nbformat.v4.new_code_cell(source, id=f"imports-{read_name(original)}"[:64])
     made.metadata["llm40"] = {"role": "imports"}
     return made
 
 
-def _written_into(ours: NotebookNode, copies: list[Submitted]) -> str:
-    """What the learner wrote into a given cell of code besides what stands there; checks are not theirs to write."""
-    if ours.cell_type != "code" or role(ours) not in ("plain", "setup"):
+def _collect_additions(original: NotebookNode, copies: list[SubmittedCell]) -> str:
+    """The learner's text in a given cell of code besides what stands there; a check takes nothing of it."""
+    if original.cell_type != "code" or read_role(original) not in ("plain", "setup"):
         return ""
-    edited = [copy for copy in copies if copy.kind == "code" and not _ours(ours, copy.source)]
-    found = [additions(ours.source, copy.source) for copy in edited]
+    edited = [copy for copy in copies if copy.kind == "code" and not _is_unchanged(original, copy.source)]
+    found = [find_additions(original.source, copy.source) for copy in edited]
     return "\n".join(dict.fromkeys(filter(None, found)))
 
 
-def _flags(ours: NotebookNode, copies: list[Submitted], kept: str) -> list[str]:
-    """What a person should know about the copies of one of our cells; `kept` is what they have besides our text."""
-    kind, label = role(ours), name(ours)
-    theirs = kind in ("exercise", "answer")
-    if not theirs and (ours.cell_type != "code" or kind in ("experiment", "setup")) and not kept:
+def _flag_copies(original: NotebookNode, copies: list[SubmittedCell], kept: str) -> list[str]:
+    """The flags about the copies of a master's cell; `kept` is their text besides the master's."""
+    kind, label = read_role(original), read_name(original)
+    is_learners = kind in ("exercise", "answer")
+    if not is_learners and (original.cell_type != "code" or kind in ("experiment", "setup")) and not kept:
         return []  # prose and experiments are there to be played with, and graders need no set-up
     if not copies:
-        return [f"{label}: deleted; {'the untouched stub' if theirs else 'ours'} was used"]
+        used = "the untouched stub" if is_learners else "the course's"
+        return [f"{label}: deleted; {used} was used"]
     flags = []
     if len(copies) > 1:
-        counts = "the last counts, the others ran as added cells" if theirs else "ours was used, once"
+        counts = "the last counts, the others ran as added cells" if is_learners else "the course's was used, once"
         flags.append(f"{label}: {len(copies)} copies; {counts}")
     last = copies[-1]
-    if last.kind != ours.cell_type:
-        remedy = f"read as {ours.cell_type}" if theirs else "ours was used"
+    if last.kind != original.cell_type:
+        remedy = f"read as {original.cell_type}" if is_learners else "the course's was used"
         flags.append(f"{label}: turned into a {last.kind} cell; {remedy}")
-    elif not theirs and not all(_ours(ours, copy.source) for copy in copies):
+    elif not is_learners and not all(_is_unchanged(original, copy.source) for copy in copies):
         what = ", and then what was added to it" if kept else ""
-        flags.append(f"{label}: edited; ours was used{what}")
+        flags.append(f"{label}: edited; the course's was used{what}")
     return flags
 
 
-def rebuild(master: NotebookNode, cells: list[Submitted], experiments: bool = False) -> tuple[NotebookNode, list[str]]:
-    """The notebook to run, and a line for everything that was not as we had handed it out.
+def rebuild(
+    master: NotebookNode, cells: list[SubmittedCell], experiments: bool = False
+) -> tuple[NotebookNode, list[str]]:
+    """The notebook to run, and a line for everything that was not as the course had handed it out.
 
-    `master` has no answers (see `blank`). A learner's own cell comes after the cell of ours that it followed; what they
-    added to a given cell is a cell of their own, right after it. Where `experiments` are not run, what they import in
-    the submission stands after each in a cell of its own.
+    `master` has no answers (see `remove_answers`). A learner's own cell comes after the master's cell that it followed;
+    what they added to a given cell is a cell of their own, right after it. Where `experiments` are not run, what they
+    import in the submission stands after each in a cell of its own.
     """
-    found, stripped = match(master, cells)
+    found, stripped = match_cells(master, cells)
     flags = []
     if stripped:
         flags.append("file: cells without nbgrader's metadata; recognized by their text")
@@ -372,28 +375,28 @@ def rebuild(master: NotebookNode, cells: list[Submitted], experiments: bool = Fa
     place = -1
     for j, cell in enumerate(cells):
         i = found.get(j)
-        theirs = i is not None and role(master.cells[i]) in ("exercise", "answer")
-        if i is None or (theirs and j != copies[i][-1]):
+        is_learners = i is not None and read_role(master.cells[i]) in ("exercise", "answer")
+        if i is None or (is_learners and j != copies[i][-1]):
             if cell.source.strip():
                 after[place].append(cell)
         else:
             place = i
     rebuilt, number = [], 0
-    for i, ours in enumerate([None, *master.cells], -1):
-        if ours is not None:
+    for i, original in enumerate([None, *master.cells], -1):
+        if original is not None:
             mine = [cells[j] for j in copies[i]]
-            written = _written_into(ours, mine)
-            flags += _flags(ours, mine, written)
-            if mine and role(ours) in ("exercise", "answer"):
-                ours.source = mine[-1].source
-            rebuilt.append(ours)
+            written = _collect_additions(original, mine)
+            flags += _flag_copies(original, mine, written)
+            if mine and read_role(original) in ("exercise", "answer"):
+                original.source = mine[-1].source
+            rebuilt.append(original)
             if written:
-                after[i].insert(0, Submitted("code", written))
-            if experiments and mine and role(ours) == "experiment":
-                imported = imports("\n".join(copy.source for copy in mine if copy.kind == "code"))
-                rebuilt += [_imports(ours, imported)] if imported else []
+                after[i].insert(0, SubmittedCell("code", written))
+            if experiments and mine and read_role(original) == "experiment":
+                imported = find_imports("\n".join(copy.source for copy in mine if copy.kind == "code"))
+                rebuilt += [_make_imports_cell(original, imported)] if imported else []
         for cell in after[i]:
             number += 1
-            rebuilt.append(_added(cell, number))
+            rebuilt.append(_make_added_cell(cell, number))
     master.cells = rebuilt
     return master, flags

@@ -14,8 +14,8 @@ from statistics import median
 
 from nbformat import NotebookNode
 
-from autograder.grading.clerk import normalized
-from autograder.grading.rebuild import role
+from autograder.grading.clerk import normalize_safely
+from autograder.grading.rebuild import read_role
 
 LONGEST = 50_000  # characters of normalized code; a lesson's answers have some thousand
 K, WINDOW = 25, 1  # characters of normalized code that make a match; 1 keeps every match, as exercises are short
@@ -23,7 +23,7 @@ SHOWN = 20  # pairs in a lesson's list
 
 
 @dataclass
-class Pair:
+class SimilarPair:
     """Two students of a lesson; `share` of the shorter answer's code also stands in the other's."""
 
     lesson: str
@@ -33,42 +33,42 @@ class Pair:
     median: float  # of all pairs of the lesson
 
 
-def code(notebook: NotebookNode) -> str:
+def collect_code(notebook: NotebookNode) -> str:
     """The text of a notebook's exercise cells."""
-    return "\n\n".join(cell.source for cell in notebook.cells if role(cell) == "exercise")
+    return "\n\n".join(cell.source for cell in notebook.cells if read_role(cell) == "exercise")
 
 
-def alike(
+def find_alike(
     lesson: str, answers: dict[str, str], stub: str, left_out: Callable[[str], None] = lambda student: None
-) -> list[Pair]:
+) -> list[SimilarPair]:
     """The pairs of students with the largest shares in common, largest first; `answers` maps students to code.
 
-    `left_out` is told the students whose code takes too much to be compared.
+    `left_out` is called with each student whose code takes too much to be compared.
     """
-    given = _fingerprint(normalized(stub)).hashes
+    given = _take_code_fingerprint(normalize_safely(stub)).hashes
     prints = {}
     for student, text in answers.items():
-        prepared = normalized(text)
+        prepared = normalize_safely(text)
         if prepared is None or len(prepared) > LONGEST:
             left_out(student)
         else:
-            prints[student] = _fingerprint(prepared, given)
+            prints[student] = _take_code_fingerprint(prepared, given)
     written = {student: print for student, print in prints.items() if print.token_coverage > K}
-    shares = {pair: _share(*(written[student] for student in pair)) for pair in combinations(sorted(written), 2)}
+    shares = {pair: _find_share(*(written[student] for student in pair)) for pair in combinations(sorted(written), 2)}
     if not shares:
         return []
     middle = median(shares.values())
     largest = sorted(shares, key=shares.get, reverse=True)[:SHOWN]
-    return [Pair(lesson, *pair, shares[pair], middle) for pair in largest]
+    return [SimilarPair(lesson, *pair, shares[pair], middle) for pair in largest]
 
 
-def _fingerprint(prepared: str, boilerplate=()):
+def _take_code_fingerprint(prepared: str, boilerplate=()):
     from copydetect import CodeFingerprint  # a second's import, and seldom asked for
 
     return CodeFingerprint("answer.py", K, WINDOW, list(boilerplate), filter=False, fp=io.StringIO(prepared))
 
 
-def _share(one, other) -> float:
+def _find_share(one, other) -> float:
     """The larger of the two shares in common: that of the shorter answer."""
     from copydetect import compare_files
 

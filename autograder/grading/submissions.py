@@ -21,7 +21,7 @@ from pathlib import Path
 
 from autograder.grading.archives import BadArchive
 from autograder.grading.beside import choose_beside, may_go_along, tell_left_out
-from autograder.grading.clerk import read_submission
+from autograder.grading.clerk import read_submission_safely
 from autograder.grading.files import (
     ASIDE,
     BESIDE,
@@ -39,16 +39,16 @@ from autograder.grading.files import (
     find_files,
     may_be_notebook,
 )
-from autograder.grading.masters import Lesson
+from autograder.grading.masters import MasterLesson
 from autograder.grading.owners import WRAPPERS, Placing
 from autograder.grading.rebuild import (
-    Submitted,
+    SubmittedCell,
     Unreadable,
+    find_own_text,
     looks_like,
-    match,
-    name,
-    own_text,
-    role,
+    match_cells,
+    read_name,
+    read_role,
 )
 
 LOOKED_INTO = 20_000_000  # bytes; a longer notebook is known by its two ends and its name
@@ -59,14 +59,14 @@ CLAIM = re.compile(r'"llm40"\s*:\s*\{.{0,400}?"lesson"\s*:\s*"([^"\\]+)"', re.DO
 
 
 @dataclass
-class Handed:
+class Submission:
     """One notebook to grade; `file` is None where the student handed in others but not this one.
 
     `undecided` says why no file is taken although there are some: a person must choose.
     """
 
     student: str
-    lesson: Lesson
+    lesson: MasterLesson
     file: File | None = None
     flags: list[str] = field(default_factory=list)
     undecided: str = ""
@@ -77,7 +77,7 @@ class Handed:
         return self.file.read() if self.file else None
 
     def read_beside(self) -> dict[str, bytes]:
-        """What lies beside the notebook: place → content. A flag tells what cannot be read."""
+        """The files beside the notebook: place → content. A flag names those that cannot be read."""
         files = {}
         for place, file in self.beside.items():
             try:
@@ -97,19 +97,19 @@ def collect(submitted: Path, stages: Collection[str]) -> Delivery:
 # --- which lesson ---------------------------------------------------------------------------------------------
 
 
-def select_lessons(lessons: Sequence[Lesson], wanted: str) -> list[Lesson]:
+def select_lessons(lessons: Sequence[MasterLesson], wanted: str) -> list[MasterLesson]:
     """The lessons meant by a number or a name."""
     wanted = wanted.removesuffix(".ipynb")
     return [k for k in lessons if wanted == k.name or (wanted.isdecimal() and k.number == f"{int(wanted):02d}")]
 
 
-def claimed_lesson(data: bytes) -> str | None:
+def read_claimed_lesson(data: bytes) -> str | None:
     """The lesson, as <stage>/<lesson>, that a notebook's metadata names, in a notebook's text or in its two ends."""
     found = CLAIM.search(data.decode("utf-16" if data[:2] in (b"\xff\xfe", b"\xfe\xff") else "latin-1", "replace"))
     return found[1] if found else None
 
 
-def lesson_named(file: str, names: Collection[str]) -> str | None:
+def find_named_lesson(file: str, names: Collection[str]) -> str | None:
     """The lesson whose name stands in a file's name: `Copy of 09_x (1).ipynb`, `09_x_ada.ipynb`, `09 x.IPYNB`."""
     stem = re.sub(r"[\s_-]+", "_", file.casefold())
     found = [known for known in names if known.casefold() in stem]
@@ -123,17 +123,17 @@ def name_lessons(found: Delivery, names: Collection[str]) -> set[str] | None:
         if _is_passed_over(file) or not may_be_notebook(file.name):
             continue
         try:
-            claim = claimed_lesson(file.peek())
+            claim = read_claimed_lesson(file.peek())
         except (OSError, BadArchive):
             claim = None
-        here = {claim and claim.rsplit("/", 1)[-1], lesson_named(file.name, names)} & set(names)
+        here = {claim and claim.rsplit("/", 1)[-1], find_named_lesson(file.name, names)} & set(names)
         if not here:
             return None
         told |= here
     return told
 
 
-def find_lessons(found: Delivery, lessons: Sequence[Lesson], names: Collection[str]) -> None:
+def find_lessons(found: Delivery, lessons: Sequence[MasterLesson], names: Collection[str]) -> None:
     """Says of every file which lesson it is, or what it is instead. `names` are those of the whole course."""
     finder = LessonFinder(lessons, names)
     for file in found.files:
@@ -149,7 +149,7 @@ def _is_passed_over(file: File) -> bool:
 class LessonFinder:
     """Knows a notebook by what its metadata claims, by its cells, and by its name, in this order."""
 
-    def __init__(self, lessons: Sequence[Lesson], names: Collection[str]):
+    def __init__(self, lessons: Sequence[MasterLesson], names: Collection[str]):
         self.lessons = lessons
         self.names = {*names, *(lesson.name for lesson in lessons)}
         self.by_name = {lesson.name: lesson for lesson in lessons}
@@ -164,54 +164,56 @@ class LessonFinder:
             return file.settle(IGNORED, why)
         try:
             if not may_be_notebook(file.name) and not _holds_notebook(file):
-                return file.settle(OTHER, _what_it_is(file.name))
-            claim = claimed_lesson(file.peek())
+                return file.settle(OTHER, _describe_other_file(file.name))
+            claim = read_claimed_lesson(file.peek())
         except BadArchive as error:
             return file.settle(REFUSED, str(error))
         except OSError:
             claim = None  # its name may say what it is; it is then graded as a fault
-        lesson = self._lesson_of(file, claim and claim.rsplit("/", 1)[-1])
+        lesson = self._find_lesson(file, claim and claim.rsplit("/", 1)[-1])
         file.lesson = self.by_name.get(lesson or "")
         if lesson and file.lesson is None:
             return file.settle(ELSEWHERE, lesson)
         if lesson is None:
-            return file.settle(UNPLACED, f"{claim} is no lesson of this course" if claim else _strangeness(file))
+            return file.settle(
+                UNPLACED, f"{claim} is no lesson of this course" if claim else _describe_strangeness(file)
+            )
         if file.student is None:
             return file.settle(UNPLACED, "no student's folder is around it")
         return file.read_stamp()
 
-    def _lesson_of(self, file: File, claimed: str | None) -> str | None:
+    def _find_lesson(self, file: File, claimed: str | None) -> str | None:
         claimed = claimed if claimed in self.names else None
-        named = lesson_named(file.name, self.names)
+        named = find_named_lesson(file.name, self.names)
         if claimed and named in (None, claimed):
             return claimed
         try:
             cells, _ = look_into(file)
         except (OSError, BadArchive, Unreadable):
             return claimed or named
-        return self._lesson_by_ids(cells) or claimed or self._lesson_by_text(cells) or named
+        return self._find_lesson_by_ids(cells) or claimed or self._find_lesson_by_text(cells) or named
 
-    def _lesson_by_ids(self, cells: Sequence[Submitted]) -> str | None:
+    def _find_lesson_by_ids(self, cells: Sequence[SubmittedCell]) -> str | None:
         marks = {cell.grade_id for cell in cells} | {cell.id for cell in cells}
-        return _most({k.name: sum(self.counted[mark] == 1 for mark in marks & k.ids) for k in self.lessons})
+        return _find_most_voted({k.name: sum(self.counted[mark] == 1 for mark in marks & k.ids) for k in self.lessons})
 
-    def _lesson_by_text(self, cells: Sequence[Submitted]) -> str | None:
+    def _find_lesson_by_text(self, cells: Sequence[SubmittedCell]) -> str | None:
         votes = {}
         for lesson in self.lessons:
-            exercises = [cell for cell in lesson.master.cells if role(cell) == "exercise"]
+            exercises = [cell for cell in lesson.master.cells if read_role(cell) == "exercise"]
             votes[lesson.name] = sum(any(looks_like(exercise, cell) for cell in cells) for exercise in exercises)
-        return _most(votes)
+        return _find_most_voted(votes)
 
 
-def look_into(file: File) -> tuple[list[Submitted], list[str]]:
+def look_into(file: File) -> tuple[list[SubmittedCell], list[str]]:
     """The cells of a notebook. Raises Unreadable, also for one that is very long, OSError and BadArchive."""
     data = file.read()
     if len(data) > LOOKED_INTO:
         raise Unreadable(f"the file has {len(data) / 1e6:.0f} MB")
-    return read_submission(data)
+    return read_submission_safely(data)
 
 
-def _most(votes: dict[str, int]) -> str | None:
+def _find_most_voted(votes: dict[str, int]) -> str | None:
     """The one with the most votes, if it has any and no other has as many."""
     first, second, *_ = [*Counter(votes).most_common(2), ("", 0), ("", 0)]
     return first[0] if first[1] > second[1] else None
@@ -225,7 +227,7 @@ def _holds_notebook(file: File) -> bool:
     return ends.lstrip()[:1] == b"{" and b'"nbformat"' in ends
 
 
-def _what_it_is(file: str) -> str:
+def _describe_other_file(file: str) -> str:
     if file == "timestamp.txt":
         return "when it was handed in"
     if file.lower().endswith(ARCHIVES):
@@ -233,7 +235,7 @@ def _what_it_is(file: str) -> str:
     return "a web page, not the notebook" if file.lower().endswith((".html", ".htm")) else ""
 
 
-def _strangeness(file: File) -> str:
+def _describe_strangeness(file: File) -> str:
     try:
         look_into(file)
     except Unreadable as error:
@@ -248,43 +250,45 @@ def _strangeness(file: File) -> str:
 
 @dataclass
 class Candidate:
-    """A file for a lesson, and what of it is the learner's own: (cell, text) pairs; None where it cannot be read."""
+    """A file for a lesson, and the learner's own part of it: (cell, text) pairs; None where it cannot be read."""
 
     file: File
     work: tuple[tuple[str, str], ...] | None
 
 
-def work_in(lesson: Lesson, cells: Sequence[Submitted]) -> tuple[tuple[str, str], ...]:
-    """What of a notebook is the learner's own: answers that are not the stub's, and added cells."""
+def find_work(lesson: MasterLesson, cells: Sequence[SubmittedCell]) -> tuple[tuple[str, str], ...]:
+    """The learner's own part of a notebook: answers that are not the stub's, and added cells."""
     master = lesson.master.cells
-    found, _ = match(lesson.master, cells)
+    found, _ = match_cells(lesson.master, cells)
     work = []
     for number, cell in enumerate(cells):
         given = master[found[number]] if number in found else None
-        text = own_text(cell.source)
-        if text and (given is None or (role(given) in ("exercise", "answer") and text != own_text(given.source))):
-            work.append((name(given) if given else "added", text))
+        text = find_own_text(cell.source)
+        if text and (
+            given is None or (read_role(given) in ("exercise", "answer") and text != find_own_text(given.source))
+        ):
+            work.append((read_name(given) if given else "added", text))
     return tuple(work)
 
 
-def choose(student: str, lesson: Lesson, files: Sequence[File]) -> Handed:
+def choose(student: str, lesson: MasterLesson, files: Sequence[File]) -> Submission:
     """The file that is graded, of all that a student handed in for a lesson."""
     if len(files) == 1:
-        return _taken(student, lesson, files[0])
+        return _take(student, lesson, files[0])
     candidates = []
     for file in sorted(files, key=lambda f: (f.time or datetime.max, f.name != f"{lesson.name}.ipynb", f.parts)):
         try:
-            candidates.append(Candidate(file, work_in(lesson, look_into(file)[0])))
+            candidates.append(Candidate(file, find_work(lesson, look_into(file)[0])))
         except (Unreadable, OSError, BadArchive):
             candidates.append(Candidate(file, None))
     different = list({candidate.work: candidate for candidate in reversed(candidates)}.values())[::-1]
     written = [candidate for candidate in different if candidate.work]
-    chosen = _only(written) or _latest(written)
+    chosen = _choose_only(written) or _choose_latest(written)
     if chosen is None and not written and len(different) == 1:
         chosen = different[0]
     if chosen is None:
-        return _undecided(student, lesson, candidates)
-    handed = _taken(student, lesson, chosen.file)
+        return _leave_undecided(student, lesson, candidates)
+    handed = _take(student, lesson, chosen.file)
     for other in candidates:
         if other is chosen:
             continue
@@ -297,11 +301,11 @@ def choose(student: str, lesson: Lesson, files: Sequence[File]) -> Handed:
     return handed
 
 
-def _only(candidates: Sequence[Candidate]) -> Candidate | None:
+def _choose_only(candidates: Sequence[Candidate]) -> Candidate | None:
     return candidates[0] if len(candidates) == 1 else None
 
 
-def _latest(candidates: Sequence[Candidate]) -> Candidate | None:
+def _choose_latest(candidates: Sequence[Candidate]) -> Candidate | None:
     """The one handed in last, where all times are known and no two are the same."""
     times = [candidate.file.time for candidate in candidates]
     if not times or None in times or len(set(times)) < len(times):
@@ -309,23 +313,23 @@ def _latest(candidates: Sequence[Candidate]) -> Candidate | None:
     return max(candidates, key=lambda candidate: candidate.file.time)
 
 
-def _taken(student: str, lesson: Lesson, file: File) -> Handed:
+def _take(student: str, lesson: MasterLesson, file: File) -> Submission:
     usual = file.name == f"{lesson.name}.ipynb"
     file.settle(TAKEN, "" if usual else f"for {lesson.name}.ipynb")
     flags = [] if usual else [f"file: named {file.name}; taken for {lesson.name}.ipynb"]
-    return Handed(student, lesson, file, flags + [f"file: {note}" for note in file.notes])
+    return Submission(student, lesson, file, flags + [f"file: {note}" for note in file.notes])
 
 
-def _undecided(student: str, lesson: Lesson, candidates: Sequence[Candidate]) -> Handed:
+def _leave_undecided(student: str, lesson: MasterLesson, candidates: Sequence[Candidate]) -> Submission:
     places = ", ".join(candidate.file.place for candidate in candidates)
     reason = f"{len(candidates)} different notebooks for this lesson ({places}): leave only the one that counts"
     for candidate in candidates:
         candidate.file.settle(WAITS, f"{len(candidates)} different notebooks of {student} for {lesson.name}")
-    return Handed(student, lesson, flags=[f"file: {reason}"], undecided=reason)
+    return Submission(student, lesson, flags=[f"file: {reason}"], undecided=reason)
 
 
-def hand_out(found: Delivery, lessons: Sequence[Lesson]) -> list[Handed]:
-    """What is to be graded of these lessons: each is expected of everyone as soon as anyone has handed it in."""
+def hand_out(found: Delivery, lessons: Sequence[MasterLesson]) -> list[Submission]:
+    """The notebooks to grade of these lessons: each is expected of everyone as soon as anyone has handed it in."""
     of: dict[tuple[str, str], list[File]] = defaultdict(list)
     keys = {lesson.key for lesson in lessons}
     for file in found.files:
@@ -340,7 +344,7 @@ def hand_out(found: Delivery, lessons: Sequence[Lesson]) -> list[Handed]:
         if file.student and _is_lost(file):
             lost[file.student].append(file)
     handed = []
-    beside = Beside(found)
+    beside = NeighborFiles(found)
     for student in found.students:
         for lesson in lessons:
             files = of.get((student, lesson.key))
@@ -349,11 +353,11 @@ def hand_out(found: Delivery, lessons: Sequence[Lesson]) -> list[Handed]:
                 beside.add_to(handed[-1])
             elif lesson.key in given:
                 flags = [f"file: {f.place} was handed in but not placed: {f.why}" for f in lost[student]]
-                handed.append(Handed(student, lesson, None, flags))
+                handed.append(Submission(student, lesson, None, flags))
     return handed
 
 
-class Beside:
+class NeighborFiles:
     """Knows which files of a student lie in a notebook's folder or below it."""
 
     def __init__(self, found: Delivery):
@@ -363,9 +367,9 @@ class Beside:
             if file.student and file.became == OTHER and not file.problem:
                 self.of_student[file.student].append(file)
 
-    def add_to(self, handed: Handed) -> None:
+    def add_to(self, handed: Submission) -> None:
         """Gives a notebook what lies beside it, within limits; a flag tells what is left out."""
-        lying = self._lying(handed) if handed.file else {}
+        lying = self._find_lying(handed) if handed.file else {}
         taken, left_out = choose_beside({place: file.size for place, file in lying.items()})
         handed.beside = {place: lying[place] for place in taken}
         for file in handed.beside.values():
@@ -373,7 +377,7 @@ class Beside:
         if left_out:
             handed.flags.append(f"file: {tell_left_out(left_out)}")
 
-    def _lying(self, handed: Handed) -> dict[str, File]:
+    def _find_lying(self, handed: Submission) -> dict[str, File]:
         """Place from the notebook's folder on → file."""
         folder = handed.file.parts[:-1]
         lying = {}

@@ -1,6 +1,6 @@
-"""One submission graded: bytes in, bytes out. A task knows no file, no gradebook and no other submission.
+"""Grades one submission: bytes in, bytes out. A task knows no file, no gradebook and no other submission.
 
-So it can run in any process, on any machine; what it needs is in it, and what it found is in its result.
+So it can run in any process, on any machine; all that it needs is in it, and all that it finds is in its result.
 """
 
 import time
@@ -12,10 +12,10 @@ import nbformat
 from nbformat import NotebookNode
 
 from autograder.execute import Limits, Managers, Step, execute
-from autograder.grading.clerk import read_submission
+from autograder.grading.clerk import read_submission_safely
 from autograder.grading.origins import Origins
-from autograder.grading.rebuild import NEWER, Unreadable, exercise_of, is_run, name, rebuild, role
-from autograder.grading.verdicts import Check, judge, tell_accident, tell_error
+from autograder.grading.rebuild import NEWER, Unreadable, find_exercise, is_run, read_name, read_role, rebuild
+from autograder.grading.verdicts import Check, judge_check, tell_accident, tell_error
 from autograder.judge.sources import bound_names
 from autograder.kernels.manager import Kernels
 from autograder.lesson import BEGIN_HIDDEN, python_of
@@ -25,9 +25,9 @@ WAITING = ("to grade", "withheld")  # checks whose score a person gives
 
 @dataclass(frozen=True, eq=False)
 class Task:
-    """What is to be graded. `submission` is None where the student handed in nothing for this lesson.
+    """A submission to grade. `submission` is None where the student handed in nothing for this lesson.
 
-    `files` are what lies beside the notebook: place → content.
+    `files` lie beside the notebook: place → content.
     """
 
     student: str
@@ -43,7 +43,7 @@ class Task:
 
 @dataclass
 class Result:
-    """What came out.
+    """The result of a task.
 
     `status` is `graded`; `unreadable` or `missing`, with zero points; `incomplete` where a limit of the notebook left
     checks unrun; or `fault`, when the grader itself failed: then there is no score. The flags say why.
@@ -79,8 +79,8 @@ def parse(notebook: bytes) -> NotebookNode:
     return nbformat.reads(notebook.decode(), as_version=4)
 
 
-def grade(task: Task) -> Result:
-    """Grades one submission. Never raises: what fails here of ours is a result too, `fault`."""
+def grade_task(task: Task) -> Result:
+    """Grades one submission. Never raises: a failure of the grader is a result too, `fault`."""
     began = time.monotonic()
     result = Result(task.student, task.stage, task.lesson, "graded")
     try:
@@ -97,25 +97,25 @@ def _grade(task: Task, result: Result) -> None:
     master = parse(task.master)
     if task.submission is None:
         result.status = "missing"
-        _nothing(master, result, "not handed in")
+        _add_unrun_checks(master, result, "not handed in")
         return
     try:
-        cells, flags = read_submission(task.submission)
+        cells, flags = read_submission_safely(task.submission)
     except Unreadable as error:
         result.status = "unreadable"
         result.flags.append(str(error))
-        _nothing(master, result, str(error))
+        _add_unrun_checks(master, result, str(error))
         master.cells.insert(0, nbformat.v4.new_markdown_cell(f"This submission was not run: {error}.", id="unreadable"))
         result.notebook = nbformat.writes(master).encode()
         return
-    released = {name(cell): cell.source for cell in master.cells}
+    released = {read_name(cell): cell.source for cell in master.cells}
     asked = master.metadata.get("llm40", {}).get("asked", {})
     comparisons = master.metadata.get("llm40", {}).get("comparisons", {})
     notebook, more = rebuild(master, cells, experiments=True)
     result.flags += flags + more
 
     to_run = [cell for cell in notebook.cells if is_run(cell)]
-    steps = steps_of(to_run, asked, comparisons, task.files)
+    steps = make_steps(to_run, asked, comparisons, task.files)
     outcomes = execute(steps, task.limits, task.seed, task.kernels, judging=True, files=task.files)
     result.cell_seconds = sum(outcome.seconds for outcome in outcomes)
     if not any(outcome.ename == "SyntaxError" for outcome in outcomes):
@@ -124,22 +124,24 @@ def _grade(task: Task, result: Result) -> None:
         cell.outputs = nbformat.from_dict(outcome.outputs)
         cell.execution_count = outcome.count
         if outcome.status in ("timeout", "died"):
-            result.flags.append(f"{name(cell)}: {tell_accident(outcome, task.limits)}")
-        elif role(cell) == "plain" and outcome.status == "error":
-            result.flags.append(f"{name(cell)}: this cell of ours raised {tell_error(outcome)}")
+            result.flags.append(f"{read_name(cell)}: {tell_accident(outcome, task.limits)}")
+        elif read_role(cell) == "plain" and outcome.status == "error":
+            result.flags.append(f"{read_name(cell)}: this cell of the course's raised {tell_error(outcome)}")
 
     exercises = {}
     origins = Origins(list(zip(to_run, outcomes, strict=True)), cells, notebook.cells)
     for cell, outcome in zip(to_run, outcomes, strict=True):
-        if role(cell) == "exercise":
-            exercises[name(cell)] = outcome
-        elif role(cell) == "check":
-            result.checks.append(judge(cell, outcome, exercises, task.limits, origins))
+        if read_role(cell) == "exercise":
+            exercises[read_name(cell)] = outcome
+        elif read_role(cell) == "check":
+            result.checks.append(judge_check(cell, outcome, exercises, task.limits, origins))
     for cell in notebook.cells:
-        if by_hand(cell):
-            written = cell.source.strip() != released[name(cell)].strip()
+        if is_graded_by_hand(cell):
+            written = cell.source.strip() != released[read_name(cell)].strip()
             points = float(cell.metadata.nbgrader.points)
-            result.checks.append(Check(name(cell), name(cell), points, 0.0, "to grade" if written else "stub"))
+            result.checks.append(
+                Check(read_name(cell), read_name(cell), points, 0.0, "to grade" if written else "stub")
+            )
     unrun = [outcome for outcome in outcomes if outcome.status == "not run"]
     if unrun:
         result.status = "incomplete"
@@ -147,51 +149,51 @@ def _grade(task: Task, result: Result) -> None:
     result.notebook = nbformat.writes(notebook).encode()
 
 
-def steps_of(
+def make_steps(
     cells: list[NotebookNode],
     asked: dict[str, list[str]],
     comparisons: dict[str, list[str]],
     files: Mapping[str, bytes] | None = None,
 ) -> list[Step]:
-    """A learner's cell runs as it stands; the instructor's are also given to the judge."""
+    """The steps that run these cells: a learner's cell as it stands, an instructor's also in the judge."""
     steps, known, answers, added = [], set(), {}, []
     modules = [data.decode(errors="replace") for name, data in (files or {}).items() if name.endswith(".py")]
     for cell in cells:
-        kind = role(cell)
+        kind = read_role(cell)
         if kind not in ("plain", "check"):
-            known |= set(asked.get(name(cell), ()))
+            known |= set(asked.get(read_name(cell), ()))
             if kind == "exercise":
-                answers[name(cell)] = python_of(cell.source)
+                answers[read_name(cell)] = python_of(cell.source)
             else:
-                added.append(python_in(cell.source))
+                added.append(find_python(cell.source))
             steps.append(Step(cell.source))
             continue
         python = python_of(cell.source)
         if kind == "plain":
             known -= bound_names(python)
-            steps.append(Step(cell.source, "given", name(cell), python))
+            steps.append(Step(cell.source, "given", read_name(cell), python))
         else:
             hidden = python[: python.find(BEGIN_HIDDEN)].count("\n") + 1 if BEGIN_HIDDEN in python else 0
-            written = (answers.get(exercise_of(name(cell)), ""), *added, *modules)
+            written = (answers.get(find_exercise(read_name(cell)), ""), *added, *modules)
             names = tuple(sorted(known))
-            steps.append(Step(cell.source, "check", name(cell), python, names, hidden, written, comparisons))
+            steps.append(Step(cell.source, "check", read_name(cell), python, names, hidden, written, comparisons))
     return steps
 
 
-def python_in(source: str) -> str:
+def find_python(source: str) -> str:
     """The Python in a learner's cell, also where a magic stands above it: `%%writefile helpers.py`."""
     first, _, rest = source.lstrip().partition("\n")
     return python_of(rest if first.startswith("%%") else source)
 
 
-def by_hand(cell: NotebookNode) -> bool:
+def is_graded_by_hand(cell: NotebookNode) -> bool:
     """Whether a cell is a written answer with points."""
-    return role(cell) == "answer" and bool(cell.metadata.get("nbgrader", {}).get("grade"))
+    return read_role(cell) == "answer" and bool(cell.metadata.get("nbgrader", {}).get("grade"))
 
 
-def _nothing(master: NotebookNode, result: Result, reason: str) -> None:
-    """No submission to run: every check is there, with no points."""
+def _add_unrun_checks(master: NotebookNode, result: Result, reason: str) -> None:
+    """Adds every check with no points, where there is no submission to run."""
     for cell in master.cells:
-        if role(cell) == "check" or by_hand(cell):
+        if read_role(cell) == "check" or is_graded_by_hand(cell):
             points = float(cell.metadata.nbgrader.points)
-            result.checks.append(Check(exercise_of(name(cell)), name(cell), points, 0.0, "not run", reason))
+            result.checks.append(Check(find_exercise(read_name(cell)), read_name(cell), points, 0.0, "not run", reason))

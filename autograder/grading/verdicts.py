@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from nbformat import NotebookNode
 
 from autograder.execute import Outcome
-from autograder.grading.rebuild import exercise_of, name
+from autograder.grading.rebuild import find_exercise, read_name
 from autograder.kernels.limits import Limits
 
 MESSAGE_LINES, MESSAGE_CHARS = 4, 500
@@ -33,19 +33,19 @@ class Check:
     counted: bool = False
 
 
-def judge(
+def judge_check(
     cell: NotebookNode,
     outcome: Outcome,
     exercises: dict[str, Outcome],
     limits: Limits,
     origin: Callable[[str, str], str] = lambda name, asked_by: "",
 ) -> Check:
-    """The verdict: a check that raises gives nothing, one that does not gives all; what it prints is nothing to us.
+    """The verdict: a check that raises gives no points, one that does not gives all; its output does not count.
 
-    `origin` is told a name that is not defined and the cell that asks for it, and says where the name is made.
+    `origin` takes a name that is not defined and the cell that asks for it, and says where the name is made.
     """
     points = float(cell.metadata.nbgrader.points)
-    check = Check(exercise_of(name(cell)), name(cell), points, 0.0, "failed", counted=outcome.counted)
+    check = Check(find_exercise(read_name(cell)), read_name(cell), points, 0.0, "failed", counted=outcome.counted)
     if outcome.status == "ok":
         check.score, check.status = points, "passed"
         return check

@@ -1,7 +1,7 @@
-"""The warm process as those who want kernels from it see it: they start it, know its address, and close it.
+"""The warm process for those who want kernels from it: they start it, know its address, and close it.
 
-It takes seconds to import what lessons need, so whoever will want kernels starts it before anything else: this module
-imports nothing that takes time.
+It takes seconds to import the libraries of lessons, so whoever will want kernels starts it before anything else: this
+module imports nothing that takes time.
 """
 
 import os
@@ -16,15 +16,14 @@ from pathlib import Path
 from subprocess import DEVNULL, PIPE, Popen, TimeoutExpired
 
 from autograder.kernels.limits import Limits
-from autograder.kernels.sandbox import HOME, PRIVATE, gpus, trouble
-from autograder.kernels.sandbox import environment as inside
+from autograder.kernels.sandbox import HOME, PRIVATE, find_gpus, find_sandbox_trouble, make_sandbox_environment
 
-LATER = "--later"  # to the warm process: what comes after it can wait
+LATER = "--later"  # to the warm process: the modules after it can wait
 ROOT = Path(__file__).resolve().parents[2]
 GIVEN_SEED = 40  # LLM40_SEED for given cells where checks are judged: a learner's own
-# What lessons import; and what ipykernel and IPython import when a kernel starts, beyond their own modules.
+# Imports of lessons; and those of ipykernel and IPython when a kernel starts, beyond their own modules.
 LIBRARIES = ("numpy", "torch", "matplotlib.pyplot")
-# A second each, and not every notebook's: torch._dynamo is what the first optimizer of a process imports.
+# A second each, and not every notebook's: the first optimizer of a process imports torch._dynamo.
 SELDOM = ("torch._dynamo", "seaborn", "tokenizers.trainers")
 # llm40 asks for a GPU when it is imported: where there may be one it is not for the warm process.
 COURSE = (
@@ -45,7 +44,7 @@ IPYTHON = (
     "sqlite3",
     "faulthandler",
 )
-# What Python and the libraries read when they start or are imported: a warm process with other values is another one.
+# Variables that Python and the libraries read when they start or are imported: each set has its own warm process.
 EARLY = (
     "LANG",
     "LC_",
@@ -69,11 +68,11 @@ INLINE = "module://matplotlib_inline.backend_inline"
 CAN_FORK = sys.platform == "linux" and hasattr(os, "pidfd_open")
 
 
-_warm: dict[tuple, "Warm"] = {}  # this process's own
+_warm: dict[tuple, "WarmProcess"] = {}  # this process's own
 _starting = threading.Lock()
 
 
-def environment(folder: Path, seed: int) -> dict[str, str]:
+def make_kernel_environment(folder: Path, seed: int) -> dict[str, str]:
     """A kernel's environment: repeatable, and blind to files in its folder and to the user's own IPython set-up."""
     return {
         # One thread per kernel: a class is graded over many kernels, and the sums do not depend on the machine.
@@ -91,16 +90,16 @@ def environment(folder: Path, seed: int) -> dict[str, str]:
     }
 
 
-class Warm:
-    """The warm process. Whoever on this machine knows its address can have kernels from it; `env` is what they share.
+class WarmProcess:
+    """The warm process. Whoever on this machine knows its address can get kernels from it; they share `env`.
 
     It ends when it is closed, or with the process that started it.
     """
 
     def __init__(self, env: dict[str, str], libraries: Sequence[str] = LIBRARIES):
-        env = early(env)
+        env = choose_early(env)
         libraries = list(libraries)
-        gpu = bool(gpus(env))
+        gpu = bool(find_gpus(env))
         if not gpu:
             env["TRITON_INTERPRET"] = "1"  # as llm40 does; Triton reads it when it is imported
         env.setdefault("MPLBACKEND", INLINE)  # as a kernel does; Matplotlib reads it when it is imported
@@ -140,37 +139,37 @@ def warm_process(env: dict[str, str]) -> Iterator[str]:
     if not CAN_FORK:
         yield ""
         return
-    warm = Warm(env)
+    warm = WarmProcess(env)
     try:
         yield warm.address
     finally:
         warm.close()
 
 
-def early(env: dict[str, str]) -> dict[str, str]:
-    """What the warm process is told. A sandbox's home is nowhere else: without one, Python asks the system for ours."""
+def choose_early(env: dict[str, str]) -> dict[str, str]:
+    """The warm process's environment. A sandbox's home exists only there: without one, Python asks the system."""
     chosen = {name: value for name, value in env.items() if name.startswith(EARLY)}
     return {name: value for name, value in chosen.items() if (name, value) != ("HOME", HOME)}
 
 
-def own_warm(env: dict[str, str], libraries: Sequence[str]) -> str:
+def find_own_warm(env: dict[str, str], libraries: Sequence[str]) -> str:
     """The address of this process's own warm process for such an environment; started when it is not there."""
-    key = (*sorted(early(env).items()), *libraries)
+    key = (*sorted(choose_early(env).items()), *libraries)
     with _starting:
         if key in _warm and _warm[key].process.poll() is not None:
             _warm.pop(key).close()
         if key not in _warm:
-            _warm[key] = Warm(env, libraries)
+            _warm[key] = WarmProcess(env, libraries)
         return _warm[key].address
 
 
 def start_early(limits: Limits, sandbox: bool) -> None:
-    """Starts what grading will need, and does not wait for it: the warm process, and a try whether walls can be built.
+    """Starts two things that grading will need, and waits for neither: the warm process, and a try of the sandbox.
 
     With a GPU the warm process depends on how many notebooks will share it, which nobody knows yet.
     """
-    env = environment(Path(), GIVEN_SEED)
-    if CAN_FORK and not gpus(env):
-        own_warm(inside(env, limits) if sandbox else env, LIBRARIES)
+    env = make_kernel_environment(Path(), GIVEN_SEED)
+    if CAN_FORK and not find_gpus(env):
+        find_own_warm(make_sandbox_environment(env, limits) if sandbox else env, LIBRARIES)
     if sandbox:
-        threading.Thread(target=trouble, daemon=True).start()
+        threading.Thread(target=find_sandbox_trouble, daemon=True).start()

@@ -1,16 +1,16 @@
 """All processes of a kernel, taken together: their memory, their number, their time on a processor.
 
-Where control groups are to be had (cgroups(7), version 2 or 1) every sandbox has one: Linux itself counts and limits,
-whatever the processes do, and a busy sandbox has no more of a processor than another, with however many processes.
-Elsewhere a thread of ours looks a few times in a second, and stops the sandbox that is over: what is taken between two
-looks, and memory of the system's own (sockets' buffers, say), it does not see.
+Where the machine allows control groups (cgroups(7), version 2 or 1) every sandbox has one: Linux itself counts and
+limits, whatever the processes do, and a busy sandbox has no more of a processor than another, with however many
+processes. Elsewhere a thread of the grader's looks a few times in a second, and stops the sandbox that is over: it does
+not see memory that is taken between two looks, nor the system's own (sockets' buffers, say).
 
 A sandbox has a list of its own processes and of no others, its /proc. It is read here from outside, through a
 descriptor that stays good whatever the processes inside do.
 
 When a machine's memory ends, Linux kills the process that has the most; so a student with many small processes would
-cost another the kernel. oom_score_adj (proc(5)) corrects that: each process has its sandbox's, and what the sandbox has
-in all counts more than what the process has.
+cost another the kernel. oom_score_adj (proc(5)) corrects that: each process has its sandbox's, and the sandbox's memory
+in all counts more than the process's.
 """
 
 import os
@@ -36,14 +36,14 @@ UTIME, THREADS = 11, 17  # in /proc/PID/stat after the name: utime, stime, and b
 BESIDE = 8  # processes in a sandbox that are not the learner's: bubblewrap's own, and the one that waits
 PERIOD = 0.1  # seconds between two looks
 FIRST_TO_GO, LAST_TO_GO = 1000, 300  # oom_score_adj; all else on the machine has 0
-# What a control group's files are called, in version 1 and 2.
+# The names of a control group's files, in version 1 and 2.
 NAMES = {
     1: {"limit": "memory.limit_in_bytes", "usage": "memory.usage_in_bytes", "killed": "memory.oom_control"},
     2: {"limit": "memory.max", "usage": "memory.current", "killed": "memory.events"},
 }
 
 
-def tree_seconds(pid: int) -> float:
+def count_tree_seconds(pid: int) -> float:
     """CPU time of a process that is in no sandbox, and of what it has started; 0 once it has ended."""
     total = 0.0
     with suppress(psutil.Error):
@@ -58,13 +58,13 @@ def tree_seconds(pid: int) -> float:
 
 
 @cache
-def places() -> dict[str, Path]:
+def find_places() -> dict[str, Path]:
     """Controller → the folder in which this process can make control groups that have it; empty where it cannot.
 
     "unified" stands for all controllers of version 2.
     """
     try:
-        found = _version_1() or _version_2()
+        found = _find_version_1() or _find_version_2()
         if found:
             for folder in set(found.values()):
                 _sweep(folder)
@@ -78,7 +78,7 @@ def places() -> dict[str, Path]:
         return {}
 
 
-def _mounts(kind: str) -> list[tuple[str, Path, list[str]]]:
+def _read_mounts(kind: str) -> list[tuple[str, Path, list[str]]]:
     """(what of the hierarchy is mounted, where, options) of each mount of a kind (/proc/PID/mountinfo, proc(5))."""
     mounts = []
     for line in (SELF / "mountinfo").read_text().splitlines():
@@ -88,30 +88,30 @@ def _mounts(kind: str) -> list[tuple[str, Path, list[str]]]:
     return mounts
 
 
-def _own() -> dict[str, str]:
+def _read_own_groups() -> dict[str, str]:
     """Controller → this process's own group in its hierarchy; "" stands for version 2."""
     lines = [line.split(":", 2) for line in (SELF / "cgroup").read_text().splitlines()]
     return {name: path for _, names, path in lines for name in names.split(",")}
 
 
-def _folder(root: str, mount: Path, path: str) -> Path:
+def _find_folder(root: str, mount: Path, path: str) -> Path:
     return mount / os.path.relpath(path, root) if path.startswith(root) else mount
 
 
-def _version_1() -> dict[str, Path]:
-    own = _own()
+def _find_version_1() -> dict[str, Path]:
+    own = _read_own_groups()
     found = {}
-    for root, mount, options in _mounts("cgroup"):
+    for root, mount, options in _read_mounts("cgroup"):
         for name in ("memory", "pids", "cpu", "cpuacct"):
             if name in options and name in own:
-                found[name] = _folder(root, mount, own[name])
+                found[name] = _find_folder(root, mount, own[name])
     return found if found.keys() >= {"memory", "pids"} else {}
 
 
-def _version_2() -> dict[str, Path]:
-    """A group whose processes are counted may have no groups below it, so ours are beside this process's, not below."""
-    for root, mount, _ in _mounts("cgroup2"):
-        folder = _folder(root, mount, _own().get("", "/"))
+def _find_version_2() -> dict[str, Path]:
+    """A group whose processes are counted may have no groups below it, so the new ones are beside this process's."""
+    for root, mount, _ in _read_mounts("cgroup2"):
+        folder = _find_folder(root, mount, _read_own_groups().get("", "/"))
         for above in [folder, *folder.parents]:
             if above.is_relative_to(mount):
                 with suppress(OSError):
@@ -162,24 +162,24 @@ class ControlGroup:
     def enter(self) -> str:
         return " ".join(f"echo 0 >{shlex.quote(entrance)} &&" for entrance in self.entrances)
 
-    def memory(self) -> int:
+    def count_memory(self) -> int:
         return int(self.files["usage"].read_text())
 
-    def cpu_seconds(self) -> float | None:
+    def count_cpu_seconds(self) -> float | None:
         if self.unified:
-            return _numbers(self.unified / "cpu.stat")["usage_usec"] / 1e6
+            return _read_numbers(self.unified / "cpu.stat")["usage_usec"] / 1e6
         if "cpuacct" in self.folders:
             return int((self.folders["cpuacct"] / "cpuacct.usage").read_text()) / 1e9
         return None
 
-    def killed(self) -> bool:
+    def was_killed(self) -> bool:
         """Whether a process was killed as memory had ended, the group's or the machine's."""
-        return _numbers(self.files["killed"]).get("oom_kill", 0) > 0
+        return _read_numbers(self.files["killed"]).get("oom_kill", 0) > 0
 
-    def full(self) -> bool:
+    def was_full(self) -> bool:
         """Whether the group has had all the memory that it may have."""
         if self.unified:
-            return _numbers(self.files["killed"]).get("oom", 0) > 0
+            return _read_numbers(self.files["killed"]).get("oom", 0) > 0
         return int((self.folders["memory"] / "memory.max_usage_in_bytes").read_text()) > 0.98 * self.limit
 
     def close(self) -> None:
@@ -196,16 +196,16 @@ class ControlGroup:
                     break
 
 
-def _numbers(path: Path) -> dict[str, int]:
+def _read_numbers(path: Path) -> dict[str, int]:
     lines = [line.split() for line in path.read_text().splitlines()]
     return {name: int(value) for name, value in lines}
 
 
-def control_group(limits: Limits) -> ControlGroup | None:
+def make_control_group(limits: Limits) -> ControlGroup | None:
     """A new control group, where there can be one."""
-    if places():
+    if find_places():
         with suppress(OSError):
-            return ControlGroup(places(), limits)
+            return ControlGroup(find_places(), limits)
     return None
 
 
@@ -213,10 +213,10 @@ def control_group(limits: Limits) -> ControlGroup | None:
 
 
 @cache
-def machine_memory() -> int:
-    """Bytes that all kernels share with everything else: the machine's, or what a group of ours may have."""
+def find_machine_memory() -> int:
+    """Bytes that all kernels share with everything else: the machine's, or this process's control group's."""
     least = psutil.virtual_memory().total
-    folder = places().get("memory") or places().get("unified")
+    folder = find_places().get("memory") or find_places().get("unified")
     for above in [folder, *folder.parents] if folder else []:
         for name in ("memory.limit_in_bytes", "memory.max"):
             with suppress(OSError, ValueError):
@@ -227,8 +227,8 @@ def machine_memory() -> int:
 class Group:
     """The processes of a sandbox, of which `pid` is one. `end` stops them all.
 
-    They are looked after by a thread from here on, until the group is closed. `over` says then, and before, for what
-    they were stopped, if they were; empty otherwise.
+    A thread looks after them until the group is closed. `over` is the limit for which they were stopped; empty if they
+    were not.
     """
 
     def __init__(self, pid: int, limits: Limits, control: ControlGroup | None, end: Callable[[], None]):
@@ -242,90 +242,92 @@ class Group:
         WATCH.add(self)
 
     def close(self) -> None:
-        """When all its processes have ended."""
+        """Closes the group, whose processes have all ended."""
         WATCH.drop(self)
         with self.reading:
             if self.proc is None:
                 return
-            self.cpu_seconds()
-            self._why()
+            self.count_cpu_seconds()
+            self._find_why()
             os.close(self.proc)
             self.proc = None
             if self.control:
                 self.control.close()
 
-    def cpu_seconds(self) -> float:
-        """What all processes have used so far. It never falls.
+    def count_cpu_seconds(self) -> float:
+        """CPU time that all processes have used so far. It never falls.
 
         Without a control group, of a process that has ended only as much as somebody has waited for.
         """
         with self.reading, suppress(OSError):
             if self.proc is not None:
-                used = self.control.cpu_seconds() if self.control else None
-                self.used = max(self.used, used if used is not None else self._ticks() / TICKS)
+                used = self.control.count_cpu_seconds() if self.control else None
+                self.used = max(self.used, used if used is not None else self._count_ticks() / TICKS)
         return self.used
 
-    def memory(self) -> int:
+    def count_memory(self) -> int:
         """Bytes that all processes have; without a control group, of memory that they share each its part."""
         if self.control:
-            return self.control.memory()
-        processes = self._processes()
-        resident = {process: self._resident(process) for process in processes}
+            return self.control.count_memory()
+        processes = self._list_processes()
+        resident = {process: self._read_resident(process) for process in processes}
         if sum(resident.values()) <= self.limits.memory:
             return sum(resident.values())
-        return sum(self._share(process) or resident[process] for process in processes)
+        return sum(self._read_share(process) or resident[process] for process in processes)
 
     def look(self) -> None:
         """Ends the processes if they are over a limit; else sets how soon they go when the machine's memory ends."""
         with self.reading:
             if self.proc is None or self.over:
                 return
-            memory = self.memory()
+            memory = self.count_memory()
             if not self.control:
                 self._count(memory)
-            self._why()
+            self._find_why()
             if self.over:
                 self.end()
                 return
-            share = min(1.0, 2 * memory / machine_memory())
+            share = min(1.0, 2 * memory / find_machine_memory())
             score = str(round(LAST_TO_GO + share * (FIRST_TO_GO - LAST_TO_GO))).encode()
-            for process in self._processes():
+            for process in self._list_processes():
                 self._write(process, "oom_score_adj", score)
 
-    def _why(self) -> None:
+    def _find_why(self) -> None:
         if self.control and not self.over:
             with suppress(OSError):
-                if self.control.killed():
-                    self.over = self._too_much() if self.control.full() else "the machine had no memory left"
+                if self.control.was_killed():
+                    self.over = self._tell_too_much() if self.control.was_full() else "the machine had no memory left"
 
     def _count(self, memory: int) -> None:
-        threads = sum(int(fields[THREADS]) for fields in map(self._stat, self._processes()) if len(fields) > THREADS)
+        threads = sum(
+            int(fields[THREADS]) for fields in map(self._read_stat, self._list_processes()) if len(fields) > THREADS
+        )
         if memory > self.limits.memory:
-            self.over = self._too_much()
+            self.over = self._tell_too_much()
         elif threads > self.limits.processes + BESIDE:
             self.over = f"more than {self.limits.processes} processes and threads"
 
-    def _too_much(self) -> str:
+    def _tell_too_much(self) -> str:
         return f"more than {self.limits.memory // MB} MB of memory in all its processes"
 
-    def _ticks(self) -> int:
-        return sum(sum(map(int, self._stat(process)[UTIME : UTIME + 4])) for process in self._processes())
+    def _count_ticks(self) -> int:
+        return sum(sum(map(int, self._read_stat(process)[UTIME : UTIME + 4])) for process in self._list_processes())
 
-    def _stat(self, process: str) -> list[bytes]:
-        """What follows the process's name in its stat."""
+    def _read_stat(self, process: str) -> list[bytes]:
+        """The fields after the process's name in its stat."""
         return self._read(process, "stat").rpartition(b")")[2].split()
 
-    def _resident(self, process: str) -> int:
+    def _read_resident(self, process: str) -> int:
         return int((self._read(process, "statm").split() or [b"0", b"0"])[1]) * PAGE
 
-    def _share(self, process: str) -> int:
+    def _read_share(self, process: str) -> int:
         """Its memory, of what it shares its part; 0 where it does not show that."""
         for line in self._read(process, "smaps_rollup").splitlines():
             if line.startswith(b"Pss:"):
                 return int(line.split()[1]) * 1024
         return 0
 
-    def _processes(self) -> list[str]:
+    def _list_processes(self) -> list[str]:
         return [name for name in os.listdir(self.proc) if name.isdigit()]
 
     def _read(self, process: str, name: str) -> bytes:

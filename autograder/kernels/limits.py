@@ -1,4 +1,4 @@
-"""What one notebook may cost when a class is graded."""
+"""The limits of one notebook when a class is graded."""
 
 from dataclasses import dataclass
 

@@ -1,8 +1,8 @@
-"""How a kernel's process is started: in a sandbox or not, forked from the warm process or not.
+"""Starts a kernel's process: in a sandbox or not, forked from the warm process or not.
 
 jupyter_client asks a provisioner for all that it does with a kernel's process
 (https://jupyter-client.readthedocs.io/en/stable/provisioning.html). This one is its own LocalProvisioner with another
-process in the place of subprocess's. Where no kernel can be had from the warm process, it starts an ordinary one.
+process in the place of subprocess's. Where the warm process gives no kernel, it starts an ordinary one.
 """
 
 import json
@@ -18,8 +18,8 @@ from jupyter_client.connect import KernelConnectionInfo
 from jupyter_client.provisioning import LocalProvisioner
 from traitlets import Bool, Dict, List, Unicode
 
-from autograder.kernels.forking import CAN_FORK, LIBRARIES, own_warm
-from autograder.kernels.group import tree_seconds
+from autograder.kernels.forking import CAN_FORK, LIBRARIES, find_own_warm
+from autograder.kernels.group import count_tree_seconds
 from autograder.kernels.limits import Limits
 from autograder.kernels.sandbox import CONNECTION, HOME, Sandbox
 
@@ -30,10 +30,10 @@ COURT = "--court"  # in the place of a kernel's options: the judge's process (au
 
 
 class NotWarm(Exception):
-    """No kernel is to be had from the warm process."""
+    """The warm process gives no kernel."""
 
 
-class Forked:
+class ForkedKernel:
     """A kernel forked from the warm process, with what jupyter_client asks of a subprocess."""
 
     stdin = stdout = stderr = None
@@ -69,12 +69,12 @@ class Forked:
                 raise TimeoutExpired("kernel", timeout) from None
             except ConnectionError:
                 answer = {}
-            self.returncode = answer.get("exit", -signal.SIGKILL)  # silence: its doorkeeper was killed, and it too
+            self.returncode = answer.get("exit", -signal.SIGKILL)  # no reply: doorkeeper and kernel were killed
             self.door.close()
         return self.returncode
 
     def send_signal(self, number: int) -> None:
-        """To the kernel and what it started, as far as that stayed in its group."""
+        """Sends a signal to the kernel and to what it started, as far as that stayed in its group."""
         if self.poll() is None:
             with suppress(ConnectionError, TimeoutExpired):
                 self.door.send(json.dumps({"signal": int(number)}).encode())
@@ -88,12 +88,12 @@ class Forked:
         self.send_signal(signal.SIGKILL)
 
 
-class Boxed:
+class BoxedKernel:
     """A kernel in its sandbox, the program that was started there or a forked one that has joined it."""
 
     stdin = stdout = stderr = None
 
-    def __init__(self, sandbox: Sandbox, forked: Forked | None = None):
+    def __init__(self, sandbox: Sandbox, forked: ForkedKernel | None = None):
         self.sandbox = sandbox
         self.forked = forked
         self.pid = forked.pid if forked else sandbox.pid
@@ -142,48 +142,50 @@ class Provisioner(LocalProvisioner):
             cmd = [cmd[0], "-m", "autograder.judge.court", cmd[cmd.index(COURT) + 1]]
         self.pgid = self.box = None
         if self.sandbox:
-            self.process = self._boxed(cmd, limits, **options)
+            self.process = self._start_boxed(cmd, limits, **options)
             self.box = self.process.sandbox
         else:
             try:
-                self.process = self._forked(cmd, limits.start, **options)
+                self.process = self._start_forked(cmd, limits.start, **options)
             except NotWarm as reason:
-                self.log.debug("an ordinary kernel, as none is to be had from the warm process: %s", reason)
+                self.log.debug("falling back to an unforked kernel: %s", reason)
                 return await super().launch_kernel(cmd, **options)
         self.pid = self.process.pid
         return self.connection_info
 
-    def cpu_seconds(self) -> float:
+    def count_cpu_seconds(self) -> float:
         """CPU time that the kernel, with all that it has started, has used so far: what limits are counted in.
 
-        Cheap enough to be asked a few times in a second. Of a kernel in a sandbox it never falls, and stays when it has
+        It may be asked a few times in a second. Of a kernel in a sandbox it never falls, and stays when it has
         ended; of another it is 0 when it has ended.
         """
         if self.box:
-            return self.box.cpu_seconds()
-        return tree_seconds(self.pid) if self.process else 0.0
+            return self.box.count_cpu_seconds()
+        return count_tree_seconds(self.pid) if self.process else 0.0
 
     @property
     def over(self) -> str:
-        """What limit the kernel's processes were over, together, so that they were stopped; empty otherwise."""
+        """The limit for which the kernel's processes were stopped; empty if they were not."""
         return self.box.over if self.box else ""
 
-    def _boxed(self, cmd: list[str], limits: Limits, env: dict[str, str], stdout=None, stderr=None, **_) -> Boxed:
+    def _start_boxed(
+        self, cmd: list[str], limits: Limits, env: dict[str, str], stdout=None, stderr=None, **_
+    ) -> BoxedKernel:
         folder = Path(os.path.realpath(self.parent.connection_file)).parent
-        os.chmod(folder / CONNECTION, 0o644)  # another user reads it; the folder above is ours alone
+        os.chmod(folder / CONNECTION, 0o644)  # another user reads it; the folder above is the grader's alone
         if self.warm:
             idle = Sandbox(IDLE, limits, folder, env)
             try:
-                return Boxed(idle, self._forked(cmd, limits.start, idle.env, HOME, stdout, stderr, idle))
+                return BoxedKernel(idle, self._start_forked(cmd, limits.start, idle.env, HOME, stdout, stderr, idle))
             except NotWarm as reason:
                 idle.close()
-                self.log.debug("an ordinary kernel, as none is to be had from the warm process: %s", reason)
+                self.log.debug("falling back to an unforked kernel: %s", reason)
             except BaseException:
                 idle.close()
                 raise
-        return Boxed(Sandbox(cmd, limits, folder, env, stdout, stderr))
+        return BoxedKernel(Sandbox(cmd, limits, folder, env, stdout, stderr))
 
-    def _forked(
+    def _start_forked(
         self,
         cmd: list[str],
         patience: float,
@@ -193,24 +195,24 @@ class Provisioner(LocalProvisioner):
         stderr=None,
         box: Sandbox | None = None,
         **_,
-    ) -> Forked:
+    ) -> ForkedKernel:
         """A kernel from the warm process, which goes into `box` if there is one."""
         if not self.warm or not CAN_FORK or LAUNCHER not in cmd:
             raise NotWarm("not asked for, or not on this system")
-        address = self.address or own_warm(env, self.libraries)
+        address = self.address or find_own_warm(env, self.libraries)
         arguments = cmd[cmd.index(LAUNCHER) + 1 :]
         request = {"arguments": arguments, "env": env, "cwd": str(cwd), "box": None}
         with ExitStack() as opened:
-            files = [_descriptor(file, opened) for file in (stdout, stderr)]
+            files = [_find_descriptor(file, opened) for file in (stdout, stderr)]
             if box:
                 request["box"] = {"user": box.user, "limits": box.resources, "counted": box.control is not None}
                 request["groups"] = box.control.entrances if box.control else []
                 files.append(box.program)
-            return Forked(address, request, files, patience)
+            return ForkedKernel(address, request, files, patience)
 
 
-def _descriptor(file, opened: ExitStack) -> int:
-    """What subprocess understands as an output, as a number."""
+def _find_descriptor(file, opened: ExitStack) -> int:
+    """The descriptor of an output that subprocess understands."""
     if file is None or file == DEVNULL:
         return opened.enter_context(open(os.devnull, "w")).fileno()
     return file if isinstance(file, int) else file.fileno()

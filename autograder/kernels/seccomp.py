@@ -26,13 +26,13 @@ SET_SECCOMP, FILTER = 22, 2  # of linux/prctl.h and linux/seccomp.h
 
 
 @cache
-def program(counted: bool) -> bytes:
+def make_program(counted: bool) -> bytes:
     """The filter's instructions; `counted` says whether there is a control group.
 
     On a machine whose numbers are not known here it refuses nothing.
     """
     machine, calls = MACHINES.get(platform.machine(), (0, None))
-    # Each line: what, its operand, and how many lines to skip if it holds and if it does not.
+    # Each line: instruction, operand, and how many lines to skip if it holds and if it does not.
     lines = (
         [(RETURN, ALLOW, 0, 0)]
         if calls is None

@@ -15,7 +15,7 @@ it when the connection that asked for it is closed.
 
     python -m autograder.kernels.warm SOCKET MODULE... [--later MODULE...]
 
-imports the modules, those after --later when it has forked a few kernels: what few cells use is not for one notebook.
+imports the modules, those after --later when it has forked a few kernels: few cells use them.
 It listens on a socket (an inherited descriptor) until its standard input ends, and then removes the socket's folder. A
 request is one message: JSON, and the descriptors of standard output, standard error and, for a sandbox, of a process in
 it; `groups` are the files by which a process enters its control group. The answers are {"pid": …} or {"error": …}, then
@@ -48,7 +48,7 @@ SET_PDEATHSIG, SET_DUMPABLE, SET_NO_NEW_PRIVS, CAPABILITY_VERSION = 1, 4, 38, 0x
 libc = ctypes.CDLL(None, use_errno=True)
 
 
-def checked(result: int) -> int:
+def check_result(result: int) -> int:
     if result < 0:
         raise OSError(ctypes.get_errno(), os.strerror(ctypes.get_errno()))
     return result
@@ -63,7 +63,7 @@ def main() -> None:
     waiting = later.split()
     load(first.split())
     signal.signal(signal.SIGCHLD, signal.SIG_IGN)  # doorkeepers need no one to wait for them
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for those who hold our standard input
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for those who hold this process's standard input
     poll = select.poll()
     poll.register(listener, select.POLLIN)
     poll.register(0, select.POLLIN)
@@ -119,12 +119,14 @@ def keep_door(connection: socket.socket) -> None:
 
 
 def enter(process: int, user_namespace: bool) -> None:
-    """Goes where a process is: its files, its network, its semaphores; our children will be among its processes."""
-    checked(libc.setns(process, NEW_NS | NEW_UTS | NEW_IPC | NEW_PID | NEW_NET | (NEW_USER if user_namespace else 0)))
+    """Goes where a process is: its files, network and semaphores; later children are among its processes."""
+    check_result(
+        libc.setns(process, NEW_NS | NEW_UTS | NEW_IPC | NEW_PID | NEW_NET | (NEW_USER if user_namespace else 0))
+    )
 
 
 def watch(connection: socket.socket, kernel: int) -> None:
-    """Until the kernel ends: passes signals on. The kernel leads a group of its own, with what it starts."""
+    """Passes signals on until the kernel ends. The kernel leads a group of its own, with what it starts."""
     connection.send(json.dumps({"pid": kernel}).encode())
     ended = os.pidfd_open(kernel)
     poll = select.poll()
@@ -144,7 +146,7 @@ def watch(connection: socket.socket, kernel: int) -> None:
 
 
 def strike(kernel: int, number: int) -> None:
-    """Sends a signal to a kernel's group. We have not waited for it yet, so its number is nobody else's."""
+    """Sends a signal to a kernel's group. Nobody has waited for it yet, so its number is no other process's."""
     try:
         os.killpg(kernel, number)
     except ProcessLookupError:  # it has no group of its own yet
@@ -213,10 +215,10 @@ def bind(user: int | None, limits: dict[str, int], counted: bool) -> None:
         os.setresgid(user, user, user)
         os.setresuid(user, user, user)
     no_capabilities = (ctypes.c_uint32 * 6)()
-    checked(libc.capset((ctypes.c_uint32 * 2)(CAPABILITY_VERSION, 0), no_capabilities))
-    checked(libc.prctl(SET_NO_NEW_PRIVS, 1, 0, 0, 0))
-    checked(libc.prctl(SET_DUMPABLE, 1, 0, 0, 0))  # its own files in /proc are its own
-    seccomp.install(seccomp.program(counted))
+    check_result(libc.capset((ctypes.c_uint32 * 2)(CAPABILITY_VERSION, 0), no_capabilities))
+    check_result(libc.prctl(SET_NO_NEW_PRIVS, 1, 0, 0, 0))
+    check_result(libc.prctl(SET_DUMPABLE, 1, 0, 0, 0))  # its own files in /proc are its own
+    seccomp.install(seccomp.make_program(counted))
 
 
 if __name__ == "__main__":

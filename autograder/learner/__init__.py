@@ -2,10 +2,10 @@
 
     work/index.ipynb, work/notation.ipynb      the roadmap with their progress
     work/<stage>/<lesson>.ipynb                their copies: all that they write
-    work/.earlier/<stage>/<lesson>.<time>.ipynb  what a copy was before a new lesson was merged into it
+    work/.earlier/<stage>/<lesson>.<time>.ipynb  a copy from before a new lesson was merged into it
     work/.course/<stage>/<lesson>.ipynb        the lesson that a copy was last made from
     work/.progress.json                        what `check` found last
-    work/<student>.zip                         what is handed in
+    work/<student>.zip                         the archive to hand in
 
 `python -m autograder.learner` has the commands, also in the learners' edition, where nothing else of autograder is.
 """

@@ -18,8 +18,16 @@ from nbformat import NotebookNode
 from autograder.catalog import UsageError
 from autograder.execute import GIVEN_SEED, Managers, Step, execute
 from autograder.grading.origins import Origins
-from autograder.grading.rebuild import Submitted, Unreadable, is_run, name, own_text, read_submission, role
-from autograder.grading.verdicts import Check, judge
+from autograder.grading.rebuild import (
+    SubmittedCell,
+    Unreadable,
+    find_own_text,
+    is_run,
+    read_name,
+    read_role,
+    read_submission,
+)
+from autograder.grading.verdicts import Check, judge_check
 from autograder.kernels.limits import Limits
 from autograder.kernels.manager import Kernels
 from autograder.layout import ROOT
@@ -27,7 +35,7 @@ from autograder.learner.merge import merge
 from autograder.learner.progress import (
     FAILED,
     PASSED,
-    Found,
+    Finding,
     Progress,
     describe_next,
     draw_bar,
@@ -35,19 +43,19 @@ from autograder.learner.progress import (
     find_closed,
     find_next,
     keep_records,
-    read_lesson,
+    make_progress,
     read_records,
     sum_up,
 )
 from autograder.learner.work import Work
-from autograder.pool import cores
+from autograder.pool import count_cores
 
 KERNELS = Kernels(sandbox=False)
 LIMITS = Limits()
 
 
 @dataclass
-class Checked:
+class CheckedLesson:
     """A lesson that was looked at; `trouble` says why it could not be run."""
 
     key: str
@@ -70,7 +78,7 @@ def check_work(
         return 2
     records = {} if lesson else read_records(work)
     try:
-        with ThreadPoolExecutor(max(1, min(cores(), len(keys)))) as pool:
+        with ThreadPoolExecutor(max(1, min(count_cores(), len(keys)))) as pool:
             checked = list(pool.map(lambda key: check_lesson(work, key, records.get(key), kernels), keys))
     except UsageError as error:
         print(error, file=sys.stderr)
@@ -81,70 +89,72 @@ def check_work(
             lessons = draw_index(work)
     except (UsageError, OSError) as error:
         print(f"the progress could not be kept in work/: {error}", file=sys.stderr)
-        lessons = [_with_found(work, one) for one in checked]
+        lessons = [_read_with_found(work, one) for one in checked]
     troubles = {one.key: one.trouble for one in checked if one.trouble}
-    _report([one for one in lessons if one.entry.key in keys], lessons, troubles, bool(lesson))
+    _print_progress([one for one in lessons if one.entry.key in keys], lessons, troubles, bool(lesson))
     return 0
 
 
-def _with_found(work: Work, one: Checked) -> Progress:
-    lesson = read_lesson(one.key, work.read_course(one.key))
-    lesson.found = {exercise: Found(**value) for exercise, value in one.record.get("exercises", {}).items()}
+def _read_with_found(work: Work, one: CheckedLesson) -> Progress:
+    lesson = make_progress(one.key, work.read_course(one.key))
+    lesson.found = {exercise: Finding(**value) for exercise, value in one.record.get("exercises", {}).items()}
     return lesson
 
 
 # --- one lesson -------------------------------------------------------------------------------------------------
 
 
-def check_lesson(work: Work, key: str, record: dict | None, kernels: Managers) -> Checked:
+def check_lesson(work: Work, key: str, record: dict | None, kernels: Managers) -> CheckedLesson:
     """Runs a learner's copy, if they have written in it and `record` is not of the same."""
-    path = work.copy(key)
+    path = work.find_copy(key)
     try:
         data = work.read_copy(key)
         if data is None:
-            return Checked(key, _make_record("", {}))
+            return CheckedLesson(key, _make_record("", {}))
         merged, _ = merge(work.read_course(key), data, work.read_base(key, data), experiments=True)
         files = {place: (path.parent / place).read_bytes() for place in work.find_beside(key)[0]}
     except (OSError, Unreadable) as error:
-        return Checked(key, trouble=f"{work.shown(path)}: {error}")
+        return CheckedLesson(key, trouble=f"{work.show_path(path)}: {error}")
     stubs = _read_stubs(work.read_course(key))
-    begun = {name(cell) for cell in merged.cells if _is_begun(cell, stubs)}
+    begun = {read_name(cell) for cell in merged.cells if _is_begun(cell, stubs)}
     if not begun:
-        return Checked(key, _make_record("", {}))
+        return CheckedLesson(key, _make_record("", {}))
     cells = [cell for cell in merged.cells if is_run(cell)]
     print_of = _take_fingerprint(cells, files)
     if record and record.get("fingerprint") == print_of:
-        return Checked(key, record)
+        return CheckedLesson(key, record)
     verdicts = run_checks(cells, read_submission(data)[0], files, kernels)
-    return Checked(key, _make_record(print_of, _sum_up(verdicts, begun)))
+    return CheckedLesson(key, _make_record(print_of, _sum_up(verdicts, begun)))
 
 
-def _make_record(fingerprint: str, found: dict[str, Found]) -> dict:
+def _make_record(fingerprint: str, found: dict[str, Finding]) -> dict:
     return {"fingerprint": fingerprint, "exercises": {exercise: asdict(one) for exercise, one in found.items()}}
 
 
 def _read_stubs(course: str) -> dict[str, str]:
     cells = [NotebookNode(cell) for cell in json.loads(course)["cells"] if cell["cell_type"] == "code"]
-    return {cell["id"]: own_text("".join(cell["source"])) for cell in cells}
+    return {cell["id"]: find_own_text("".join(cell["source"])) for cell in cells}
 
 
 def _is_begun(cell: NotebookNode, stubs: dict[str, str]) -> bool:
     """Whether the learner has written in an exercise's cell."""
-    return role(cell) == "exercise" and own_text(cell.source) not in ("", stubs.get(name(cell)))
+    return read_role(cell) == "exercise" and find_own_text(cell.source) not in ("", stubs.get(read_name(cell)))
 
 
 def run_checks(
-    cells: list[NotebookNode], copy: list[Submitted], files: dict[str, bytes], kernels: Managers
+    cells: list[NotebookNode], copy: list[SubmittedCell], files: dict[str, bytes], kernels: Managers
 ) -> list[Check]:
     """Runs `cells`, made of a learner's copy: what that has besides says where a missing name is made."""
     outcomes = execute([Step(cell.source) for cell in cells], LIMITS, GIVEN_SEED, kernels, files=files)
     ran = list(zip(cells, outcomes, strict=True))
-    exercises = {name(cell): outcome for cell, outcome in ran if role(cell) == "exercise"}
+    exercises = {read_name(cell): outcome for cell, outcome in ran if read_role(cell) == "exercise"}
     origins = Origins(ran, copy)
-    return [judge(cell, outcome, exercises, LIMITS, origins) for cell, outcome in ran if role(cell) == "check"]
+    return [
+        judge_check(cell, outcome, exercises, LIMITS, origins) for cell, outcome in ran if read_role(cell) == "check"
+    ]
 
 
-def _sum_up(verdicts: list[Check], begun: set[str]) -> dict[str, Found]:
+def _sum_up(verdicts: list[Check], begun: set[str]) -> dict[str, Finding]:
     """Exercise → what was found; one that was not begun has no points, whatever its checks say."""
     found = {}
     for exercise in begun:
@@ -153,12 +163,12 @@ def _sum_up(verdicts: list[Check], begun: set[str]) -> dict[str, Found]:
         message = failed.message if failed else ""
         if failed and failed.status == "stub":
             message = "a line that says `your turn` is left, here or in an exercise that this one needs"
-        found[exercise] = Found(FAILED if failed else PASSED, sum(check.score for check in checks), message)
+        found[exercise] = Finding(FAILED if failed else PASSED, sum(check.score for check in checks), message)
     return found
 
 
 def _take_fingerprint(cells: list[NotebookNode], files: dict[str, bytes]) -> str:
-    """Of all that has a say in what is found: the code, the files beside it, and the library."""
+    """A hash of all that decides what is found: the code, the files beside it, and the library."""
     beside = {place: hashlib.sha256(data).hexdigest() for place, data in files.items()}
     found = [_read_library(), beside, [cell.source for cell in cells]]
     return hashlib.sha256(json.dumps(found, sort_keys=True).encode()).hexdigest()[:16]
@@ -176,15 +186,15 @@ def _read_library() -> str:
 # --- the report -------------------------------------------------------------------------------------------------
 
 
-def _report(
+def _print_progress(
     asked: list[Progress], lessons: list[Progress], troubles: dict[str, str], alone: bool, tell: Callable = print
 ) -> None:
     quiet = []
     for lesson in asked:
         if lesson.entry.key in troubles:
-            tell(f"{_head(lesson)}\n  cannot be read: {troubles[lesson.entry.key]}\n")
+            tell(f"{_describe_head(lesson)}\n  cannot be read: {troubles[lesson.entry.key]}\n")
         elif lesson.begun or alone:
-            tell("\n".join([_head(lesson), *_lines(lesson), ""]))
+            tell("\n".join([_describe_head(lesson), *_describe_exercises(lesson), ""]))
         else:
             quiet.append(lesson)
     if quiet:
@@ -199,7 +209,7 @@ def _report(
         tell(f"Open now: {', '.join(f'{one.entry.number:02}' for one in ready)}. The roadmap: work/index.ipynb")
 
 
-def _head(lesson: Progress) -> str:
+def _describe_head(lesson: Progress) -> str:
     standing = lesson.standing
     more = standing.points - standing.core_points
     parts = [f"{lesson.entry.number:02} {lesson.entry.title}", draw_bar(standing.share)]
@@ -208,7 +218,7 @@ def _head(lesson: Progress) -> str:
     return " · ".join(parts)
 
 
-def _lines(lesson: Progress) -> list[str]:
+def _describe_exercises(lesson: Progress) -> list[str]:
     wide = max((len(exercise.name) for exercise in lesson.exercises), default=0)
     lines = []
     for exercise in lesson.exercises:

@@ -15,8 +15,8 @@ app = typer.Typer(
     rich_markup_mode=None,
 )
 
-Lesson = Annotated[str | None, typer.Option(help="Only this lesson: its number (09) or its name.")]
-Stage = Annotated[str | None, typer.Option(help="Only this stage: its number (2) or its folder.")]
+LessonOption = Annotated[str | None, typer.Option(help="Only this lesson: its number (09) or its name.")]
+StageOption = Annotated[str | None, typer.Option(help="Only this stage: its number (2) or its folder.")]
 
 
 @app.callback()
@@ -27,7 +27,7 @@ def prepare() -> None:
 
 @app.command()
 def lab(
-    lesson: Lesson = None,
+    lesson: LessonOption = None,
     arguments: Annotated[str, typer.Option("--args", help="More options for JupyterLab, in one text.")] = "",
 ) -> None:
     """Lay copies of the lessons in work/, bring them up to date, and open them in JupyterLab."""
@@ -37,7 +37,7 @@ def lab(
 
 
 @app.command()
-def check(lesson: Lesson = None, stage: Stage = None) -> None:
+def check(lesson: LessonOption = None, stage: StageOption = None) -> None:
     """Run the checks of your notebooks, and say how far you are."""
     from autograder.learner.check import check_work
 
@@ -47,7 +47,7 @@ def check(lesson: Lesson = None, stage: Stage = None) -> None:
 @app.command()
 def submit(
     student: Annotated[str, typer.Option(help="Your login, or whatever your course calls you by.")],
-    stage: Stage = None,
+    stage: StageOption = None,
 ) -> None:
     """Write one zip archive of your notebooks, to hand in."""
     from autograder.learner.submit import submit_work

@@ -19,9 +19,9 @@ def open_lab(lesson: str | None = None, arguments: Sequence[str] = (), root: Pat
     work = Work(root)
     try:
         chosen = work.select(lesson)
-        page = work.copy(chosen[0] if lesson else "index")
+        page = work.find_copy(chosen[0] if lesson else "index")
         with work.lock():
-            lines = work.make_current(work.lessons())
+            lines = work.make_current(work.list_lessons())
             draw_index(work)
     except UsageError as error:
         print(error, file=sys.stderr)
@@ -35,11 +35,11 @@ def open_lab(lesson: str | None = None, arguments: Sequence[str] = (), root: Pat
     env = {**os.environ, "JUPYTER_CONFIG_PATH": os.pathsep.join(filter(None, paths))}
     # Its root is work/ whichever page is opened, so that links between lessons lead somewhere.
     options = [f"--ServerApp.root_dir={work.folder}", *arguments]
-    return run([sys.executable, "-m", "jupyterlab", str(page), *options], root, env)
+    return run_in_place([sys.executable, "-m", "jupyterlab", str(page), *options], root, env)
 
 
-def run(command: Sequence[str], folder: Path, env: dict[str, str]) -> int:
-    """The command in our place, so that Ctrl-C and the terminal are its; on Windows, as our child."""
+def run_in_place(command: Sequence[str], folder: Path, env: dict[str, str]) -> int:
+    """Runs the command in this process's place, so that it has Ctrl-C and the terminal; on Windows, as a child."""
     if sys.platform != "win32":
         os.chdir(folder)
         os.execve(command[0], command, env)

@@ -1,4 +1,4 @@
-"""Whether the course can be set up on this machine, asked before pip is: run by any Python, it imports nothing of ours.
+"""Says whether the course can be set up on this machine, before pip runs: any Python runs it, it imports no package.
 
 PyTorch, which every lesson needs, has no wheel for other machines than these; pip's own error names a version, not why.
 """

@@ -1,8 +1,8 @@
 """A learner's copy of a lesson and the lesson as it is now become one notebook.
 
-The merge is the grader's (grading/rebuild): answers, and the cells that a learner added, are theirs, the rest is the
-course's. What the grader need not know is here: which cells are left from an earlier edition of the lesson, and what a
-cell has besides its text.
+The merge is the grader's (grading/rebuild): answers, and the cells that a learner added, are the learner's, the rest is
+the course's. What the grader need not know is here: which cells are left from an earlier edition of the lesson, and
+what a cell has besides its text.
 """
 
 import json
@@ -13,16 +13,16 @@ from dataclasses import dataclass, field, replace
 import nbformat
 from nbformat import NotebookNode
 
-from autograder.grading.additions import additions
+from autograder.grading.additions import find_additions
 from autograder.grading.rebuild import (
     GENERATED,
-    Submitted,
-    match,
-    name,
-    own_text,
+    SubmittedCell,
+    find_own_text,
+    match_cells,
+    read_name,
+    read_role,
     read_submission,
     rebuild,
-    role,
 )
 
 # How the builder calls the cells that are not the learner's to write.
@@ -32,7 +32,7 @@ KEPT = ("outputs", "execution_count", "attachments")  # of a cell, besides its t
 
 @dataclass
 class Changes:
-    """What a merge did, for one line."""
+    """The changes of a merge, for one line."""
 
     answers: int = 0  # kept in their places
     added: int = 0  # cells of the learner's own, kept
@@ -62,17 +62,19 @@ def merge(course: str, copy: bytes, base: str | None = None, experiments: bool =
     old = nbformat.reads(base, as_version=4) if base else None
     changes = Changes()
     mine = _sort_out(new, old, cells, changes)
-    heads = {name(cell): cell.source.split("\n")[0] for cell in new.cells if role(cell) == "exercise"}
-    stubs = {name(cell): own_text(cell.source) for cell in new.cells if role(cell) in ("exercise", "answer")}
+    heads = {read_name(cell): cell.source.split("\n")[0] for cell in new.cells if read_role(cell) == "exercise"}
+    stubs = {
+        read_name(cell): find_own_text(cell.source) for cell in new.cells if read_role(cell) in ("exercise", "answer")
+    }
     merged, _ = rebuild(new, mine, experiments)
     for cell in merged.cells:
         lines = cell.source.split("\n")
-        if role(cell) == "exercise" and GENERATED.match(lines[0]):
-            cell.source = "\n".join([heads[name(cell)], *lines[1:]])  # its number may be another one now
-        changes.answers += name(cell) in stubs and own_text(cell.source) != stubs[name(cell)]
-        changes.added += role(cell) == "added"
+        if read_role(cell) == "exercise" and GENERATED.match(lines[0]):
+            cell.source = "\n".join([heads[read_name(cell)], *lines[1:]])  # its number may be another one now
+        changes.answers += read_name(cell) in stubs and find_own_text(cell.source) != stubs[read_name(cell)]
+        changes.added += read_role(cell) == "added"
     if old:
-        before = {name(cell): own_text(cell.source) for cell in old.cells if role(cell) == "exercise"}
+        before = {read_name(cell): find_own_text(cell.source) for cell in old.cells if read_role(cell) == "exercise"}
         asked = {exercise: stubs[exercise] for exercise in heads}
         changes.new = [exercise for exercise in asked if exercise not in before]
         changes.changed = [e for e, text in asked.items() if e in before and before[e] != text]
@@ -80,17 +82,19 @@ def merge(course: str, copy: bytes, base: str | None = None, experiments: bool =
     return merged, changes
 
 
-def _sort_out(new: NotebookNode, old: NotebookNode | None, cells: list[Submitted], changes: Changes) -> list[Submitted]:
+def _sort_out(
+    new: NotebookNode, old: NotebookNode | None, cells: list[SubmittedCell], changes: Changes
+) -> list[SubmittedCell]:
     """The copy's cells without those that only an earlier edition of the lesson had, and with today's stubs."""
-    here = match(new, cells)[0]
-    before = match(old, cells)[0] if old else {}
+    here = match_cells(new, cells)[0]
+    before = match_cells(old, cells)[0] if old else {}
     kept = []
     for number, cell in enumerate(cells):
         was = old.cells[before[number]] if number in before else None
-        untouched = was is not None and own_text(was.source) == own_text(cell.source)
-        theirs = was is not None and role(was) in ("exercise", "answer")
-        given = was is not None and was.cell_type == "code" and role(was) in ("plain", "setup")
-        written = additions(was.source, cell.source) if given and not untouched else ""
+        untouched = was is not None and find_own_text(was.source) == find_own_text(cell.source)
+        was_learners = was is not None and read_role(was) in ("exercise", "answer")
+        given = was is not None and was.cell_type == "code" and read_role(was) in ("plain", "setup")
+        written = find_additions(was.source, cell.source) if given and not untouched else ""
         if number in here:
             now = new.cells[here[number]]
             if untouched:
@@ -98,16 +102,16 @@ def _sort_out(new: NotebookNode, old: NotebookNode | None, cells: list[Submitted
             elif given:
                 cell = replace(cell, source=f"{now.source}\n{written}")
                 changes.edited += 1
-            elif role(now) not in ("exercise", "answer"):
+            elif read_role(now) not in ("exercise", "answer"):
                 changes.edited += was is not None and not untouched
             kept.append(cell)
-        elif theirs:
+        elif was_learners:
             if not untouched:
-                changes.gone.append(name(was))
+                changes.gone.append(read_name(was))
                 kept.append(cell)
         elif was is not None or GIVEN.fullmatch(cell.id) or GIVEN.fullmatch(cell.grade_id):
             changes.edited += was is not None and not untouched
-            kept += [Submitted("code", written)] if written else []
+            kept += [SubmittedCell("code", written)] if written else []
         else:
             kept.append(cell)
     return kept
@@ -119,11 +123,11 @@ def _keep_outputs(merged: NotebookNode, copy: bytes) -> None:
         cells = json.loads(copy.decode("utf-8-sig"))["cells"]
         had = defaultdict(list)
         for cell in cells:
-            had[cell["cell_type"], _normalize("".join(cell["source"]))].append(cell)
-    except (ValueError, KeyError, TypeError, RecursionError):  # the merge has got at its text in another way
+            had[cell["cell_type"], _normalize_line_ends("".join(cell["source"]))].append(cell)
+    except (ValueError, KeyError, TypeError, RecursionError):  # the merge has read its text in another way
         return
     for cell in merged.cells:
-        those = had.get((cell.cell_type, _normalize(cell.source)))
+        those = had.get((cell.cell_type, _normalize_line_ends(cell.source)))
         given = those.pop(0) if those else {}
         for key in KEPT:
             if key in given:
@@ -135,11 +139,11 @@ def _keep_if_valid(cell: NotebookNode, key: str, value: object) -> None:
     cell[key] = value
     try:
         nbformat.validate(cell, ref=f"{cell.cell_type}_cell", version=4, version_minor=5)
-    except nbformat.ValidationError:  # what no program wrote
+    except nbformat.ValidationError:  # no program wrote it
         cell[key] = before
         if before is None and key == "attachments":
             del cell[key]
 
 
-def _normalize(source: str) -> str:
+def _normalize_line_ends(source: str) -> str:
     return source.replace("\r\n", "\n").replace("\r", "\n")

@@ -8,10 +8,10 @@ from dataclasses import dataclass, field
 
 from autograder import catalog
 from autograder.catalog import Entry
-from autograder.grading.rebuild import exercise_of
+from autograder.grading.rebuild import find_exercise
 from autograder.layout import write
 from autograder.learner.work import Work
-from autograder.notebooks import dumps, format_minutes, make_page, seal
+from autograder.notebooks import dumps, format_minutes, make_prose_notebook, seal
 from autograder.roadmap import ALT, draw_roadmap, show_gray
 from autograder.templating import render
 
@@ -21,7 +21,7 @@ BAR = 10  # characters
 
 
 @dataclass
-class Exercise:
+class CourseExercise:
     name: str
     number: str
     minutes: float
@@ -30,8 +30,8 @@ class Exercise:
 
 
 @dataclass
-class Found:
-    """What was found of an exercise: `passed`, `failed` with the sentence of its check, or `not begun`."""
+class Finding:
+    """The state of an exercise: `passed`, `failed` with the sentence of its check, or `not begun`."""
 
     status: str = NOT_BEGUN
     score: float = 0
@@ -55,7 +55,7 @@ class Standing:
 
     @property
     def share(self) -> float:
-        """Of the points, from 0 to 1."""
+        """The share of the points, from 0 to 1."""
         return self.score / self.points if self.points else 0.0
 
     def describe_points(self) -> str:
@@ -75,11 +75,11 @@ class Progress:
 
     entry: Entry
     minutes: tuple[int, int]  # core, whole
-    exercises: list[Exercise] = field(default_factory=list)
-    found: dict[str, Found] = field(default_factory=dict)
+    exercises: list[CourseExercise] = field(default_factory=list)
+    found: dict[str, Finding] = field(default_factory=dict)
 
-    def find(self, exercise: Exercise) -> Found:
-        return self.found.get(exercise.name, Found())
+    def find(self, exercise: CourseExercise) -> Finding:
+        return self.found.get(exercise.name, Finding())
 
     @property
     def begun(self) -> bool:
@@ -90,7 +90,7 @@ class Progress:
         return all(self.find(e).status == PASSED for e in self.exercises if e.path == "core")
 
     @property
-    def next(self) -> Exercise | None:
+    def next(self) -> CourseExercise | None:
         """The first exercise that does not pass, core ones first; None where all do."""
         left = [e for e in self.exercises if self.find(e).status != PASSED]
         return min(left, key=lambda exercise: exercise.path != "core", default=None)
@@ -113,14 +113,14 @@ class Progress:
 
 
 def round_up(minutes: float) -> int:
-    """To whole five minutes, nearest."""
+    """The nearest multiple of five minutes."""
     return 5 * round(minutes / 5)
 
 
 # --- reading and keeping ----------------------------------------------------------------------------------------
 
 
-def read_lesson(key: str, text: str) -> Progress:
+def make_progress(key: str, text: str) -> Progress:
     """A lesson's exercises, times and points, from its notebook in course/."""
     notebook = json.loads(text)
     minutes = notebook["metadata"]["llm40"]["minutes"]
@@ -131,9 +131,9 @@ def read_lesson(key: str, text: str) -> Progress:
         head = HEAD.match("".join(cell["source"]))
         if marks.get("solution") and head:
             number, name, took, path = head.groups()
-            by_name[name] = Exercise(name, number, float(took), path)
-        elif marks.get("grade") and exercise_of(marks["grade_id"]) in by_name:
-            by_name[exercise_of(marks["grade_id"])].points += marks["points"]
+            by_name[name] = CourseExercise(name, number, float(took), path)
+        elif marks.get("grade") and find_exercise(marks["grade_id"]) in by_name:
+            by_name[find_exercise(marks["grade_id"])].points += marks["points"]
     lesson.exercises = list(by_name.values())
     return lesson
 
@@ -147,9 +147,9 @@ def read_records(work: Work) -> dict[str, dict]:
         return {}
 
 
-def _read_found(record: dict) -> dict[str, Found] | None:
+def _read_found(record: dict) -> dict[str, Finding] | None:
     try:
-        return {name: Found(**value) for name, value in record["exercises"].items()}
+        return {name: Finding(**value) for name, value in record["exercises"].items()}
     except (KeyError, TypeError, AttributeError):
         return None
 
@@ -165,8 +165,8 @@ def read_progress(work: Work) -> list[Progress]:
     """All written lessons, with what was found last."""
     records = read_records(work)
     lessons = []
-    for key in work.lessons():
-        lesson = read_lesson(key, work.read_course(key))
+    for key in work.list_lessons():
+        lesson = make_progress(key, work.read_course(key))
         lesson.found = _read_found(records.get(key, {})) or {}
         lessons.append(lesson)
     return lessons
@@ -179,7 +179,7 @@ def find_closed(lesson: Progress, lessons: Iterable[Progress]) -> list[Entry]:
 
 
 def find_next(lessons: list[Progress]) -> Progress | None:
-    """Where to go on: a lesson that was begun, else the first that is open; the core of all before the rest."""
+    """The lesson to go on with: one that was begun, else the first that is open; the core of all before the rest."""
     unfinished = [lesson for lesson in lessons if lesson.next]
     core = [lesson for lesson in unfinished if not lesson.core_done]
     begun = [lesson for lesson in core if lesson.begun]
@@ -221,7 +221,7 @@ def make_work_index(lessons: list[Progress]) -> dict:
     for stage in catalog.STAGES:
         entries = [entry for entry in catalog.LESSONS if entry.stage == stage]
         own = [by_number[entry.number] for entry in entries if entry.number in by_number]
-        rows = [_make_row(entry, by_number.get(entry.number), lessons) for entry in entries]
+        rows = [_make_progress_row(entry, by_number.get(entry.number), lessons) for entry in entries]
         total = sum_up(own)
         told = f"{draw_bar(total.share)} · {total.describe_points()} points · {total.describe_time()}" if own else ""
         stages.append((stage, told, rows))
@@ -241,14 +241,14 @@ def make_work_index(lessons: list[Progress]) -> dict:
         alt=ALT,
         stages=stages,
     )
-    return make_page("roadmap", text.split("\n---\n"))
+    return make_prose_notebook("roadmap", text.split("\n---\n"))
 
 
 def _link(entry: Entry) -> str:
     return f"[{entry.title}]({entry.key}.ipynb)"
 
 
-def _make_row(entry: Entry, lesson: Progress | None, lessons: list[Progress]) -> list[str]:
+def _make_progress_row(entry: Entry, lesson: Progress | None, lessons: list[Progress]) -> list[str]:
     if lesson is None:
         told = (f"{entry.number:02}", entry.title, "not written yet", "", "", "", "")
         return [show_gray(text) for text in told]

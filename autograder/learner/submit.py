@@ -16,7 +16,7 @@ from autograder.catalog import UsageError
 from autograder.grading.beside import tell_left_out
 from autograder.grading.files import find_files, may_be_notebook
 from autograder.grading.owners import WRAPPERS, Placing
-from autograder.grading.rebuild import Unreadable, name, own_text, role
+from autograder.grading.rebuild import Unreadable, find_own_text, read_name, read_role
 from autograder.layout import ROOT, write
 from autograder.learner.merge import merge
 from autograder.learner.work import Work
@@ -27,7 +27,7 @@ RESERVED = ("con", "prn", "aux", "nul")  # Windows has no files of these names
 
 
 @dataclass
-class Packed:
+class PackedLesson:
     """A lesson that was looked at: its bytes, if it is handed in, and what is to be said of it."""
 
     key: str
@@ -45,7 +45,7 @@ def submit_work(student: str, stage: str | None = None, root: Path = ROOT) -> in
     try:
         student = read_student(student)
         keys = work.select(None, stage)
-        packed = [pack(work, key) for key in keys]
+        packed = [pack_lesson(work, key) for key in keys]
         handed = [one for one in packed if one.data is not None]
         if not handed:
             raise UsageError("there is nothing to hand in: no notebook in work/ has an answer" + _tell_troubles(packed))
@@ -65,7 +65,7 @@ def submit_work(student: str, stage: str | None = None, root: Path = ROOT) -> in
         path.unlink()
         print(f"STUDENT={student!r} is a name that a grader would not understand: use your login", file=sys.stderr)
         return 2
-    _report(work, path, packed)
+    _print_packed(work, path, packed)
     return 1 if any(one.trouble for one in packed) else 0
 
 
@@ -85,23 +85,27 @@ def read_student(given: str) -> str:
     return student
 
 
-def pack(work: Work, key: str) -> Packed:
+def pack_lesson(work: Work, key: str) -> PackedLesson:
     """A learner's notebook as it lies, if it can be read and something is written in it."""
-    one = Packed(key)
-    path = work.copy(key)
+    one = PackedLesson(key)
+    path = work.find_copy(key)
     try:
         data = work.read_copy(key)
         if data is None:
             return one
         course = work.read_course(key)
         untouched, _ = merge(course, course.encode())
-        stubs = {name(cell): own_text(cell.source) for cell in untouched.cells if role(cell) in ("exercise", "answer")}
+        stubs = {
+            read_name(cell): find_own_text(cell.source)
+            for cell in untouched.cells
+            if read_role(cell) in ("exercise", "answer")
+        }
         merged, changes = merge(course, data, work.read_base(key, data))
     except (OSError, Unreadable) as error:
-        one.trouble = f"{work.shown(path)}: {error}"
+        one.trouble = f"{work.show_path(path)}: {error}"
         return one
-    exercises = [cell for cell in merged.cells if role(cell) == "exercise"]
-    one.missing = [name(cell) for cell in exercises if own_text(cell.source) in ("", stubs[name(cell)])]
+    exercises = [cell for cell in merged.cells if read_role(cell) == "exercise"]
+    one.missing = [read_name(cell) for cell in exercises if find_own_text(cell.source) in ("", stubs[read_name(cell)])]
     one.written = len(exercises) - len(one.missing)
     if changes.answers or changes.added:
         one.data = data
@@ -110,7 +114,7 @@ def pack(work: Work, key: str) -> Packed:
     return one
 
 
-def make_archive(student: str, handed: list[Packed]) -> bytes:
+def make_archive(student: str, handed: list[PackedLesson]) -> bytes:
     """The zip archive; its names are UTF-8, and say so."""
     buffer = io.BytesIO()
     with zipfile.ZipFile(buffer, "w", zipfile.ZIP_DEFLATED) as archive:
@@ -123,20 +127,20 @@ def make_archive(student: str, handed: list[Packed]) -> bytes:
 
 
 def _read_back(path: Path, student: str) -> int:
-    """How many of the archive's notebooks the grader takes for this student's."""
+    """The number of the archive's notebooks that the grader takes for this student's."""
     found = find_files(path)
     Placing(found, {*WRAPPERS, *(stage.folder for stage in catalog.STAGES)}).place()
     read = [file for file in found.files if may_be_notebook(file.name)]
     return sum(file.student == student and not file.problem for file in read)
 
 
-def _tell_troubles(packed: list[Packed]) -> str:
+def _tell_troubles(packed: list[PackedLesson]) -> str:
     return "".join(f"\n  cannot be read: {one.trouble}" for one in packed if one.trouble)
 
 
-def _report(work: Work, path: Path, packed: list[Packed]) -> None:
+def _print_packed(work: Work, path: Path, packed: list[PackedLesson]) -> None:
     handed = [one for one in packed if one.data is not None]
-    print(f"{work.shown(path)}: {len(handed)} notebooks, {path.stat().st_size / 1e6:.1f} MB. Hand in this file.")
+    print(f"{work.show_path(path)}: {len(handed)} notebooks, {path.stat().st_size / 1e6:.1f} MB. Hand in this file.")
     for one in handed:
         told = f"{one.written} of {one.written + len(one.missing)} exercises written"
         print(f"  {one.key}: {told}" + (f"; not begun: {', '.join(one.missing)}" if one.missing else ""))

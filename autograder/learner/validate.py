@@ -14,7 +14,16 @@ from nbgrader.validator import Validator
 from autograder.catalog import BY_KEY
 from autograder.execute import Outcome
 from autograder.grading.origins import Origins
-from autograder.grading.rebuild import Submitted, Unreadable, exercise_of, is_run, name, read_submission, rebuild, role
+from autograder.grading.rebuild import (
+    SubmittedCell,
+    Unreadable,
+    find_exercise,
+    is_run,
+    read_name,
+    read_role,
+    read_submission,
+    rebuild,
+)
 from autograder.grading.verdicts import UNKNOWN
 from autograder.layout import ROOT, Layout
 
@@ -35,10 +44,12 @@ class AsGraded(NbGraderPreprocessor):
             submitted, _ = read_submission(writes(nb).encode())
         except Unreadable:
             return nb, resources
-        checks = {name(cell): cell for cell in nb.cells if role(cell) == "check"}
+        checks = {read_name(cell): cell for cell in nb.cells if read_role(cell) == "check"}
         merged, _ = rebuild(read(path, as_version=4), submitted, experiments=True)
         resources["llm40"] = submitted, merged.cells
-        nb.cells = [checks.get(name(cell), cell) for cell in merged.cells if is_run(cell) or cell.cell_type != "code"]
+        nb.cells = [
+            checks.get(read_name(cell), cell) for cell in merged.cells if is_run(cell) or cell.cell_type != "code"
+        ]
         return nb, resources
 
 
@@ -46,23 +57,23 @@ class Explain(NbGraderPreprocessor):
     """Says under a check for want of what name it failed, and where that is made."""
 
     def preprocess(self, nb: NotebookNode, resources: dict) -> tuple[NotebookNode, dict]:
-        submitted: list[Submitted]
+        submitted: list[SubmittedCell]
         submitted, cells = resources.get("llm40", ([], []))
-        ran = [(cell, _outcome(cell)) for cell in nb.cells if cell.cell_type == "code"]
+        ran = [(cell, _read_outcome(cell)) for cell in nb.cells if cell.cell_type == "code"]
         origins = Origins(ran, submitted, cells)
-        exercises = {name(cell): outcome for cell, outcome in ran if role(cell) == "exercise"}
+        exercises = {read_name(cell): outcome for cell, outcome in ran if read_role(cell) == "exercise"}
         for cell, outcome in ran:
-            cause = exercises.get(exercise_of(name(cell)))
+            cause = exercises.get(find_exercise(read_name(cell)))
             said = cause if cause and cause.status == "error" else outcome
             unknown = UNKNOWN.search(said.evalue) if said.ename == "NameError" else None
-            why = origins(unknown[1], exercise_of(name(cell))) if unknown and role(cell) == "check" else ""
+            why = origins(unknown[1], find_exercise(read_name(cell))) if unknown and read_role(cell) == "check" else ""
             for output in cell.outputs:
                 if why and output.output_type == "error":
                     output.traceback += wrap(why, WIDE)
         return nb, resources
 
 
-def _outcome(cell: NotebookNode) -> Outcome:
+def _read_outcome(cell: NotebookNode) -> Outcome:
     error = next((output for output in cell.outputs if output.output_type == "error"), None)
     return Outcome("error", error.ename, error.evalue) if error else Outcome("ok")
 

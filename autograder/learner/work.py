@@ -1,6 +1,6 @@
 """The folder work/: copies of the lessons, made current without a word of the learner's being lost.
 
-A copy is replaced in one step by a file that is complete, after what it was has been put into work/.earlier. Whatever
+A copy is replaced in one step by a file that is complete, after its old text has been put into work/.earlier. Whatever
 happens in between (a full disk, a kill, no power), the copy is the old one or the new one.
 """
 
@@ -39,25 +39,25 @@ class Work:
         self.layout = Layout(root)
         self.folder = self.layout.work
 
-    def copy(self, key: str) -> Path:
+    def find_copy(self, key: str) -> Path:
         """The learner's copy of a lesson (`<stage>/<lesson>`), or of a page."""
         return self.folder / f"{key}.ipynb"
 
-    def base(self, key: str) -> Path:
+    def find_base(self, key: str) -> Path:
         return self.folder / ".course" / f"{key}.ipynb"
 
-    def shown(self, path: Path) -> str:
+    def show_path(self, path: Path) -> str:
         return path.relative_to(self.layout.root).as_posix()
 
-    def lessons(self) -> list[str]:
+    def list_lessons(self) -> list[str]:
         """The lessons of the course that are written, in order."""
         return [entry.key for entry in catalog.LESSONS if (self.layout.course / f"{entry.key}.ipynb").is_file()]
 
     def select(self, lesson: str | None, stage: str | None = None) -> list[str]:
         """The written lessons that someone means; UsageError where there is none."""
-        if not self.lessons():
+        if not self.list_lessons():
             raise UsageError(f"there are no lessons in {self.layout.course}: call this in the course's folder")
-        return catalog.select_keys(self.lessons(), lesson or None, stage or None)
+        return catalog.select_keys(self.list_lessons(), lesson or None, stage or None)
 
     def read_course(self, key: str) -> str:
         """A lesson or page of the course. UsageError where the file is damaged: by git's marks of a conflict, say."""
@@ -67,19 +67,19 @@ class Work:
             notebook = json.loads(text)
             notebook["cells"], key in PAGES or notebook["metadata"]["llm40"]["minutes"]
         except (ValueError, KeyError, TypeError) as error:
-            here = self.shown(path)
+            here = self.show_path(path)
             raise UsageError(f"{here} is damaged: keep what is yours of it, then: git checkout -- {here}") from error
         return text
 
     def read_base(self, key: str, copy: bytes) -> str | None:
         """The lesson that a copy was made from, where it is known."""
-        path = self.base(key)
+        path = self.find_base(key)
         text = read_text(path) if path.is_file() else None
-        return text if text and _seal_of(text) and _seal_of(text) == _seal_of(copy) else None
+        return text if text and _read_own_seal(text) and _read_own_seal(text) == _read_own_seal(copy) else None
 
     def read_copy(self, key: str) -> bytes | None:
         """A learner's copy, None where there is none. JupyterLab empties a file before it writes: that is awaited."""
-        path = self.copy(key)
+        path = self.find_copy(key)
         while path.exists():
             data = path.read_bytes()
             if _is_json(data) or abs(time.time() - path.stat().st_mtime) > SETTLED:
@@ -89,7 +89,7 @@ class Work:
 
     def find_beside(self, key: str) -> tuple[list[str], list[str]]:
         """Places of files beside a copy, from its folder on: those that go along, and those that are too many."""
-        folder = self.copy(key).parent
+        folder = self.find_copy(key).parent
         sizes = {}
         for path in folder.rglob("*"):
             parts = path.relative_to(folder).parts
@@ -122,18 +122,18 @@ class Work:
                 lines.append(self._make_current(key))
             except (OSError, Unreadable) as error:
                 why = error.strerror if isinstance(error, OSError) and error.strerror else str(error)
-                lines.append(f"{self.shown(self.copy(key))}: left as it is: {why}")
+                lines.append(f"{self.show_path(self.find_copy(key))}: left as it is: {why}")
         return [line for line in lines if line]
 
     def _make_current(self, key: str) -> str:
         course = self.read_course(key)
-        path = self.copy(key)
+        path = self.find_copy(key)
         for _ in range(5):
             data = self.read_copy(key)
-            if data is None or not data.strip():  # what a crash of the machine leaves, and nobody writes
+            if data is None or not data.strip():  # left by a crash of the machine: nobody writes it
                 self._write_with_base(key, course, course)
                 return ""
-            if _seal_of(data) and _seal_of(data) == _seal_of(course):
+            if _read_own_seal(data) and _read_own_seal(data) == _read_own_seal(course):
                 self._write_base(key, course)
                 return ""
             merged, changes = merge(course, data, self.read_base(key, data))
@@ -143,11 +143,11 @@ class Work:
                 continue
             with self._watching(path) as old:
                 self._write_with_base(key, text, course)
-            if old and old[0] != data:  # it saved into the old file while we put the new one there
+            if old and old[0] != data:  # it saved into the old file while the new one was put there
                 write(path.resolve(), old[0])
                 continue
-            return f"{self.shown(path)} is up to date again: {changes}; as it was: {self.shown(earlier)}"
-        return f"{self.shown(path)}: left as it is: it changes all the time; close it and try again"
+            return f"{self.show_path(path)} is up to date again: {changes}; as it was: {self.show_path(earlier)}"
+        return f"{self.show_path(path)}: left as it is: it changes all the time; close it and try again"
 
     @contextmanager
     def _watching(self, path: Path) -> Iterator[list[bytes]]:
@@ -167,12 +167,12 @@ class Work:
             held.unlink(missing_ok=True)
 
     def _write_with_base(self, key: str, text: str, course: str) -> None:
-        write(self.copy(key).resolve(), text)  # where the copy is a link, the link stays
+        write(self.find_copy(key).resolve(), text)  # where the copy is a link, the link stays
         self._write_base(key, course)
 
     def _write_base(self, key: str, course: str) -> None:
-        path = self.base(key)
-        if not is_as_built(course):  # somebody's answers are in it: they are theirs, not the course's
+        path = self.find_base(key)
+        if not is_as_built(course):  # somebody's answers are in it, which are not the course's
             path.unlink(missing_ok=True)
         elif not path.is_file() or read_text(path) != course:
             write(path, course)
@@ -195,7 +195,7 @@ class Work:
 
     def write_page(self, name: str, text: str) -> None:
         """A page of the course's; where a learner has written in it, that is kept beside it."""
-        path = self.copy(name)
+        path = self.find_copy(name)
         data = path.read_bytes() if path.is_file() else b""
         if data.replace(b"\r\n", b"\n") == text.encode():
             return
@@ -212,7 +212,7 @@ def _is_json(data: bytes) -> bool:
     return True
 
 
-def _seal_of(notebook: str | bytes) -> str:
+def _read_own_seal(notebook: str | bytes) -> str:
     """The seal in a notebook's text: of the build that it was made from."""
     try:
         return read_seal(json.loads(notebook))
@@ -221,7 +221,7 @@ def _seal_of(notebook: str | bytes) -> str:
 
 
 def _try_lock(file: int) -> bool:
-    """Whether the lock is ours now; also true on file systems that know no locks."""
+    """Whether this process has the lock now; also true on file systems that know no locks."""
     if sys.platform == "win32":
         import msvcrt
 

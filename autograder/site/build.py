@@ -10,18 +10,17 @@ from pathlib import Path
 
 from autograder.catalog import Entry
 from autograder.layout import ROOT, Layout, write
-from autograder.notebooks import format_minutes
-from autograder.notebooks import make_page as make_prose
+from autograder.notebooks import format_minutes, make_prose_notebook
 from autograder.roadmap import COLORS, draw_roadmap, find_drawn_requirements, list_stages
 from autograder.site import examine, pages
-from autograder.site.pages import Lesson, SiteError
+from autograder.site.pages import SiteError, SiteLesson
 from autograder.site.papers import find_papers
 from autograder.site.terms import Term, find_terms
 from autograder.templating import render
 
 HERE = Path(__file__).parent
 STRESS = "A term's link in a lesson leads here, the number behind it to the lesson."
-OURS = "searchindex.js"  # a folder that has it is a site, which may be replaced
+SITE_MARK = "searchindex.js"  # a folder that has it is a site, which may be replaced
 
 
 def make_site(out: Path, repository: str | None = None, solutions: bool = False, root: Path = ROOT) -> int:
@@ -51,13 +50,13 @@ def make_site(out: Path, repository: str | None = None, solutions: bool = False,
     out.parent.mkdir(parents=True, exist_ok=True)
     shutil.move(made / "html", out)
     shutil.rmtree(made)
-    print(f"{examine.describe(out)}; {time.perf_counter() - began:.0f} s")
+    print(f"{examine.describe_site(out)}; {time.perf_counter() - began:.0f} s")
     print(f"site: {out / 'index.html'}")
     return 0
 
 
 def _refuse_strangers(out: Path) -> None:
-    if out.exists() and not (out / OURS).is_file() and (not out.is_dir() or any(out.iterdir())):
+    if out.exists() and not (out / SITE_MARK).is_file() and (not out.is_dir() or any(out.iterdir())):
         raise SiteError(f"{out} is not empty and holds no site: it stays as it is; name another folder (OUT=…)")
 
 
@@ -69,17 +68,18 @@ def _read_repository(root: Path) -> str:
 # --- what Sphinx reads ----------------------------------------------------------------------------------------
 
 
-def write_sources(folder: Path, lessons: list[Lesson], layout: Layout, repository: str, solutions: bool) -> None:
+def write_sources(folder: Path, lessons: list[SiteLesson], layout: Layout, repository: str, solutions: bool) -> None:
     prose = {lesson.entry: lesson.prose for lesson in lessons}
     terms = find_terms(prose)
     for lesson in lessons:
         figures = folder.parent / "figures" / f"{lesson.entry.number:02}"
         run_it = write_run_it(lesson.entry, repository)
-        page = pages.make_page(lesson, terms, run_it, figures, solutions)
+        page = pages.make_lesson_page(lesson, terms, run_it, figures, solutions)
         write(folder / f"{lesson.entry.key}.ipynb", json.dumps(page))
     notation = json.loads((layout.course / "notation.ipynb").read_text(encoding="utf-8"))
     write(
-        folder / "notation.ipynb", json.dumps(make_prose("notation", list(map(pages.read_source, notation["cells"]))))
+        folder / "notation.ipynb",
+        json.dumps(make_prose_notebook("notation", list(map(pages.read_source, notation["cells"])))),
     )
     write(folder / "index.md", write_front(lessons, layout, repository, solutions))
     write(folder / "glossary.md", write_glossary(terms))
@@ -93,7 +93,7 @@ def find_manuals(layout: Layout) -> list[Path]:
 
 
 def write_run_it(entry: Entry, repository: str) -> str:
-    """Where a lesson is run: in a clone, in Colab, or from its notebook alone."""
+    """The line that says where a lesson is run: in a clone, in Colab, or from its notebook alone."""
     notebook = f"../notebooks/{entry.key}.ipynb"
     download = f'<a href="{notebook}" download>this notebook</a>'
     github = "https://github.com/"
@@ -106,7 +106,7 @@ def write_run_it(entry: Entry, repository: str) -> str:
     return f"**Run it**: `git clone {repository} llm40`, there `make lab LESSON={entry.number:02}`; {colab}."
 
 
-def write_front(lessons: list[Lesson], layout: Layout, repository: str, solutions: bool) -> str:
+def write_front(lessons: list[SiteLesson], layout: Layout, repository: str, solutions: bool) -> str:
     """The front page: the roadmap with its map, whose boxes are links, and the contents of the whole site."""
     minutes = {}
     for lesson in lessons:
@@ -166,7 +166,7 @@ def link_lessons(entries: list[Entry]) -> str:
 # --- Sphinx ---------------------------------------------------------------------------------------------------
 
 
-def run_sphinx(made: Path, lessons: list[Lesson], solutions: bool) -> None:
+def run_sphinx(made: Path, lessons: list[SiteLesson], solutions: bool) -> None:
     """Make made/html of made/source. Raises SiteError with all that Sphinx warns of."""
     from sphinx.application import Sphinx
 
@@ -192,14 +192,14 @@ def run_sphinx(made: Path, lessons: list[Lesson], solutions: bool) -> None:
         raise SiteError("\n".join(line.replace(f"{made / 'source'}/", "") for line in told))
 
 
-def find_neighbors(lessons: list[Lesson]) -> dict[str, dict[str, list[tuple[str, str]]]]:
+def find_neighbors(lessons: list[SiteLesson]) -> dict[str, dict[str, list[tuple[str, str]]]]:
     """Page → the lessons that it comes after, and those that it leads to: the map's arrows.
 
     Where nothing that is written follows, the next lesson by number does.
     """
     written = [lesson.entry for lesson in lessons]
 
-    def name(entries: list[Entry]) -> list[tuple[str, str]]:
+    def name_entries(entries: list[Entry]) -> list[tuple[str, str]]:
         return [(entry.key, f"{entry.number:02} · {entry.title}") for entry in entries]
 
     found = {}
@@ -207,12 +207,12 @@ def find_neighbors(lessons: list[Lesson]) -> dict[str, dict[str, list[tuple[str,
         before = [other for other in written if other.number in find_drawn_requirements(entry)]
         after = [other for other in written if entry.number in find_drawn_requirements(other)]
         after = after or written[index + 1 : index + 2]
-        found[entry.key] = {"before": name(before), "after": name(after)}
+        found[entry.key] = {"before": name_entries(before), "after": name_entries(after)}
     return found
 
 
-def add_files(made: Path, layout: Layout, lessons: list[Lesson]) -> None:
-    """What the pages load and link besides: MathJax, figures, the learners' notebooks. Maps of scripts and the
+def add_files(made: Path, layout: Layout, lessons: list[SiteLesson]) -> None:
+    """Adds the files that pages load and link: MathJax, figures, the learners' notebooks. Maps of scripts and the
     theme's own templates go.
     """
     html = made / "html"

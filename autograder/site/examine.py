@@ -1,4 +1,4 @@
-"""What a finished site must keep: it tells no answer, links lead somewhere, pages are light, no network is needed."""
+"""Examines a finished site: it tells no answer, links lead somewhere, pages are light, no network is needed."""
 
 import json
 import re
@@ -13,7 +13,7 @@ from autograder.layout import Layout
 from autograder.leaks import find_telling_lines, split_statements
 
 HEAVIEST = 3_000_000  # bytes of a page and its figures
-TOLD = 30  # letters; what is shorter stands everywhere, as in autograder/leaks.py
+TOLD = 30  # letters; shorter texts stand everywhere, as in autograder/leaks.py
 LOADS = {("script", "src"), ("img", "src"), ("link", "href"), ("source", "src"), ("iframe", "src")}
 HIDDEN = ("script", "style", "head")  # no text of the page
 TEXTS = (".html", ".js", ".txt", ".json", ".ipynb", ".svg", ".inv", ".xml")
@@ -22,11 +22,11 @@ TEXTS = (".html", ".js", ".txt", ".json", ".ipynb", ".svg", ".inv", ".xml")
 def find_problems(site: Path, layout: Layout, solutions: bool) -> list[str]:
     """One line for each thing that is wrong with a site; none for a good one."""
     found = {path.relative_to(site).as_posix(): read_page(path) for path in sorted(site.rglob("*.html"))}
-    leaks = [] if solutions else find_leaks(site, found, layout)
+    leaks = [] if solutions else find_page_leaks(site, found, layout)
     return [*leaks, *find_broken_links(site, found), *find_heavy_pages(site, found)]
 
 
-def describe(site: Path) -> str:
+def describe_site(site: Path) -> str:
     """A site's size in words."""
     sizes = {path: path.stat().st_size for path in site.rglob("*") if path.is_file()}
     pages = {path: weigh(site, path, read_page(path)) for path in sizes if path.suffix == ".html"}
@@ -44,8 +44,8 @@ def describe(site: Path) -> str:
 @dataclass
 class Page:
     anchors: set[str] = field(default_factory=set)
-    links: list[str] = field(default_factory=list)  # what can be clicked
-    loads: list[str] = field(default_factory=list)  # what a browser fetches with the page
+    links: list[str] = field(default_factory=list)  # addresses that can be clicked
+    loads: list[str] = field(default_factory=list)  # addresses that a browser fetches with the page
     code: list[str] = field(default_factory=list)  # the text of each <pre>
     text: str = ""
 
@@ -93,7 +93,7 @@ def read_page(path: Path) -> Page:
 # --- leaks ----------------------------------------------------------------------------------------------------
 
 
-def find_leaks(site: Path, pages: dict[str, Page], layout: Layout) -> list[str]:
+def find_page_leaks(site: Path, pages: dict[str, Page], layout: Layout) -> list[str]:
     """Every place at which an answer or a hidden test can be read.
 
     Of an answer any three statements in a row (autograder/leaks.py), in code of any page; of every hidden region and
@@ -132,8 +132,8 @@ def _read_secrets(layout: Layout) -> tuple[dict[str, list[tuple[str, list[str]]]
     """All that must not be told: runs of statements by their first, and texts as letters; each with its cell's name."""
     runs: dict[str, list[tuple[str, list[str]]]] = {}
     wholes = []
-    for entry in layout.written():
-        for cell in lesson.read_lesson(layout.source(entry)).cells:
+    for entry in layout.list_written():
+        for cell in lesson.read_lesson(layout.find_source(entry)).cells:
             where = f"{entry.name}, {cell.label}"
             if cell.role != "answer":
                 for run in find_telling_lines(cell):

@@ -23,7 +23,7 @@ class SiteError(Exception):
 
 
 @dataclass
-class Lesson:
+class SiteLesson:
     """A lesson as the site needs it: both notebooks as nbformat's JSON."""
 
     entry: Entry
@@ -36,23 +36,23 @@ class Lesson:
         return [read_source(cell) for cell in self.learners["cells"][1:] if is_prose(cell)]
 
 
-def read_lessons(layout: Layout) -> list[Lesson]:
+def read_lessons(layout: Layout) -> list[SiteLesson]:
     """Every lesson of course/ with its run. Raises SiteError, which names the lessons that have to be run first."""
     lessons, problems = [], []
-    for entry in layout.written():
+    for entry in layout.list_written():
         run_it = f"make run LESSON={entry.number:02}"
-        learners = _read(layout.course / f"{entry.key}.ipynb")
-        executed = _read(layout.root / "build" / "executed" / f"{entry.key}.ipynb")
+        learners = _read_notebook(layout.course / f"{entry.key}.ipynb")
+        executed = _read_notebook(layout.root / "build" / "executed" / f"{entry.key}.ipynb")
         if learners is None:
             problems.append(f"course/{entry.key}.ipynb is not here: make course LESSON={entry.number:02}")
         elif executed is None:
             problems.append(f"build/executed/{entry.key}.ipynb is not here: {run_it}")
         elif read_seal(executed) != read_seal(learners) or "run" not in executed["metadata"]["llm40"]:
             problems.append(f"build/executed/{entry.key}.ipynb is of another build than course/: {run_it}")
-        elif not _ran_to_its_end(executed):
+        elif not _has_run_to_end(executed):
             problems.append(f"build/executed/{entry.key}.ipynb did not run to its end: {run_it}")
         else:
-            lessons.append(Lesson(entry, learners, executed))
+            lessons.append(SiteLesson(entry, learners, executed))
     if problems:
         raise SiteError("\n".join(problems))
     if not lessons:
@@ -60,11 +60,11 @@ def read_lessons(layout: Layout) -> list[Lesson]:
     return lessons
 
 
-def _read(path: Path) -> dict | None:
+def _read_notebook(path: Path) -> dict | None:
     return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else None
 
 
-def _ran_to_its_end(executed: dict) -> bool:
+def _has_run_to_end(executed: dict) -> bool:
     code = [cell for cell in executed["cells"] if cell["cell_type"] == "code" and read_source(cell).strip()]
     errors = [output for cell in code for output in cell["outputs"] if output["output_type"] == "error"]
     return not errors and all(cell["execution_count"] is not None for cell in code)
@@ -94,7 +94,7 @@ def is_prose(cell: dict) -> bool:
 # --- one page -------------------------------------------------------------------------------------------------
 
 
-def make_page(lesson: Lesson, terms: dict[str, Term], run_it: str, figures: Path, solutions: bool) -> dict:
+def make_lesson_page(lesson: SiteLesson, terms: dict[str, Term], run_it: str, figures: Path, solutions: bool) -> dict:
     """The page as a notebook for myst-nb; its figures become files in the folder `figures`.
 
     With `solutions` it is the executed notebook itself: answers, hidden tests and all that they printed.
@@ -105,7 +105,7 @@ def make_page(lesson: Lesson, terms: dict[str, Term], run_it: str, figures: Path
     made, section = [], entry.title
     for index, cell in enumerate(cells):
         if index == 0:
-            made.append(_make_text(write_opening(read_source(cell), lesson, run_it), entry))
+            made.append(_make_text(write_page_opening(read_source(cell), lesson, run_it), entry))
         elif is_prose(cell):
             text = next(prose)
             title = ANCHOR.search(text)
@@ -140,7 +140,7 @@ def graft(learners: dict, executed: dict) -> list[dict]:
     return cells
 
 
-def write_opening(text: str, lesson: Lesson, run_it: str) -> str:
+def write_page_opening(text: str, lesson: SiteLesson, run_it: str) -> str:
     """The opening cell, with the stage's color, how to run the lesson, and the run behind its figures."""
     stage = lesson.entry.stage.number
     mark = f'<span class="stage" style="background: {COLORS[stage - 1]}">{stage}</span> '
@@ -159,19 +159,19 @@ def describe_run(executed: dict) -> str:
     )
 
 
-def label(anchor: str, entry: Entry) -> str:
+def make_label(anchor: str, entry: Entry) -> str:
     """A section's name among those of all lessons; its address on the page stays `#tiling`."""
     return f"{entry.number:02}-{anchor}"
 
 
 def link_anchors(text: str, entry: Entry) -> str:
     """Links to sections of a lesson (`](#tiling)`) as links that are right on every page."""
-    return TO_ANCHOR.sub(lambda link: f"](#{label(link.group(1), entry)})", text)
+    return TO_ANCHOR.sub(lambda link: f"](#{make_label(link.group(1), entry)})", text)
 
 
 def _make_text(text: str, entry: Entry) -> dict:
     text = ANCHOR.sub(
-        lambda match: f"({label(match.group(2), entry)})=\n{match.group(1)} {match.group(3).strip()}", text
+        lambda match: f"({make_label(match.group(2), entry)})=\n{match.group(1)} {match.group(3).strip()}", text
     )
     return {"cell_type": "markdown", "metadata": {}, "source": link_anchors(text, entry)}
 

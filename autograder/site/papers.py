@@ -33,12 +33,12 @@ def find_papers(lessons: dict[Entry, list[str]]) -> list[Paper]:
         for text in texts:
             if re.match(r"## .*References", text):
                 for paper in read_references(text):
-                    same = next((other for other in found if _is_same(paper, other)), None)
+                    same = next((other for other in found if _is_same_paper(paper, other)), None)
                     if same is None:
                         found.append(paper)
                         same = paper
                     _add(same, paper, entry)
-    return sorted(found, key=lambda paper: (_sort_name(paper.authors), paper.year, paper.title))
+    return sorted(found, key=lambda paper: (_find_sort_name(paper.authors), paper.year, paper.title))
 
 
 def read_references(text: str) -> list[Paper]:
@@ -76,7 +76,7 @@ def _read_item(authors: str, told: str) -> list[Paper]:
     return [first, *more]
 
 
-def _is_same(paper: Paper, other: Paper) -> bool:
+def _is_same_paper(paper: Paper, other: Paper) -> bool:
     if paper.arxiv and other.arxiv:
         return paper.arxiv == other.arxiv
     return simplify(paper.title) == simplify(other.title)
@@ -92,5 +92,5 @@ def _add(same: Paper, paper: Paper, entry: Entry) -> None:
     same.year = same.year or paper.year
 
 
-def _sort_name(authors: str) -> str:
+def _find_sort_name(authors: str) -> str:
     return re.sub(r"^(?:de|van|von) ", "", authors).lower()

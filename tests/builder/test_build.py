@@ -190,11 +190,11 @@ def test_windows_line_ends_give_the_same_course(built: Project) -> None:
 def test_only_changed_lessons_are_built(built: Project) -> None:
     other = built.source.with_name("02_automatic_differentiation.py")
     other.write_text(built.text, encoding="utf-8")
-    entries = built.layout.written()
-    assert [e.number for e in build.build(entries, built.layout)] == [2]
+    entries = built.layout.list_written()
+    assert [e.number for e in build.build_lessons(entries, built.layout)] == [2]
     built.replace("math.sqrt(sum", "math.sqrt(0 + sum")
-    assert [e.number for e in build.build(entries, built.layout)] == [1]
-    assert build.build(entries, built.layout) == []
+    assert [e.number for e in build.build_lessons(entries, built.layout)] == [1]
+    assert build.build_lessons(entries, built.layout) == []
     assert "[01 Geometry of high-dimensional space](../stage1_foundations/01_high" in (
         built.root / "build" / "release" / "stage1_foundations" / "02_automatic_differentiation.ipynb"
     ).read_text(encoding="utf-8")

@@ -23,15 +23,15 @@ from autograder.grading import fingerprint
 from autograder.grading import grade as grading
 from autograder.grading.engine import NoScheduler, run_tasks
 from autograder.grading.grade import grade_class
-from autograder.grading.masters import without_answers
-from autograder.grading.task import Task, grade
+from autograder.grading.masters import make_sent_master
+from autograder.grading.task import Task, grade_task
 
 pytestmark = pytest.mark.xdist_group("engine")
 WHERE = "import os\nprint('ran at', os.environ.get('LLM40_WHERE'))"
 
 
 def tasks(count: int, **options) -> list[Task]:
-    master = nbformat.writes(without_answers(tiny.master())).encode()
+    master = nbformat.writes(make_sent_master(tiny.master())).encode()
     notebook = tiny.answered()
     notebook.cells.append(tiny.added(WHERE))
     data = tiny.dumps(notebook)
@@ -47,7 +47,7 @@ def place(result) -> str:
 def test_two_workers_that_share_nothing_but_the_network(tmp_path, cluster):
     """They give the gradebook that one process alone gives, and each of them does its part."""
     made = new_class(tmp_path / "class", 6)
-    local = made.grade(engine=lambda tasks, jobs: map(grade, tasks), out=made.folder / "alone")
+    local = made.grade(engine=lambda tasks, jobs: map(grade_task, tasks), out=made.folder / "alone")
     scores = made.grade(engine=lambda tasks, jobs: run_tasks(tasks, jobs, cluster.address))
     assert scores == local == made.expected
     books = [recorded(f"sqlite:///{made.folder / out / 'gradebook.db'}") for out in ("out", "alone")]
@@ -69,8 +69,8 @@ def test_a_worker_is_killed(cluster):
 
 def test_a_worker_with_other_code(cluster):
     """Workers that would grade by other rules are found out: their answer is a fault, not a score."""
-    found = fingerprint.versions()
-    result = clusters_of_dask._work(tasks(1)[0], found | {"torch": "1.0"})
+    found = fingerprint.find_versions()
+    result = clusters_of_dask._grade_in_worker(tasks(1)[0], found | {"torch": "1.0"})
     assert result.status == "fault"
     assert f"torch {found['torch']}, not 1.0" in result.flags[0]
 

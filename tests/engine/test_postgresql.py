@@ -9,7 +9,7 @@ from classroom import new_class, recorded
 
 from autograder.grading import gradebook
 from autograder.grading.gradebook import Gradebook, NoDatabase
-from autograder.grading.task import grade
+from autograder.grading.task import grade_task
 
 pytestmark = pytest.mark.xdist_group("engine")
 
@@ -26,7 +26,7 @@ def database(postgresql):
 
 
 def in_this_process(tasks, jobs):
-    return map(grade, tasks)
+    return map(grade_task, tasks)
 
 
 def test_the_same_as_in_a_file(tmp_path, database):
@@ -45,7 +45,7 @@ def test_restarted_during_a_run(tmp_path, postgresql, database, capsys):
 
     def engine(tasks, jobs):
         for number, task in enumerate(tasks):
-            result = grade(task)
+            result = grade_task(task)
             if number == 1:
                 postgresql.stop()
                 threading.Thread(target=lambda: (time.sleep(2), postgresql.start())).start()
@@ -62,7 +62,7 @@ def test_away_for_good(postgresql, database, monkeypatch, tmp_path):
 
     def engine(tasks, jobs):
         for number, task in enumerate(tasks):
-            result = grade(task)
+            result = grade_task(task)
             if number == 1:
                 postgresql.stop()
             yield result

@@ -18,7 +18,7 @@ from classroom import LIMITS, ROOT, WRONG, new_class, recorded, wait_until
 
 from autograder.grading import fingerprint as module
 from autograder.grading.gradebook import Gradebook
-from autograder.grading.task import grade
+from autograder.grading.task import grade_task
 
 pytestmark = pytest.mark.xdist_group("engine")
 
@@ -32,7 +32,7 @@ class Counting:
     def __call__(self, tasks, jobs):
         for task in tasks:
             self.graded.append(task.student)
-            yield grade(task)
+            yield grade_task(task)
 
 
 @pytest.fixture
@@ -90,8 +90,8 @@ def test_a_score_from_outside_the_sandbox_is_not_kept(graded):
 
 
 def test_other_versions(graded, monkeypatch):
-    found = module.versions()
-    monkeypatch.setattr(module, "versions", lambda: found | {"torch": "3.0"})
+    found = module.find_versions()
+    monkeypatch.setattr(module, "find_versions", lambda: found | {"torch": "3.0"})
     assert len(again(graded)) == 3
 
 

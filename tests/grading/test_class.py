@@ -19,10 +19,10 @@ from autograder.cli import app
 from autograder.execute import Limits
 from autograder.grading import grade as module
 from autograder.grading.engine import run_tasks
-from autograder.grading.grade import UsageError, find_class, grade_class
-from autograder.grading.masters import read_masters, without_answers
+from autograder.grading.grade import CannotGrade, find_class, grade_class
+from autograder.grading.masters import make_sent_master, read_masters
 from autograder.grading.pages import UNSAFE
-from autograder.grading.task import Result, Task, grade
+from autograder.grading.task import Result, Task, grade_task
 from autograder.kernels.limits import MB
 from autograder.kernels.manager import Kernels
 
@@ -35,7 +35,7 @@ def lessons(tmp_path):
 
 
 def task(notebook, student="mei", kernels=tiny.KERNELS) -> Task:
-    master = nbformat.writes(without_answers(tiny.master())).encode()
+    master = nbformat.writes(make_sent_master(tiny.master())).encode()
     limits = Limits(cell=5, notebook=30)
     return Task(student, tiny.STAGE, tiny.LESSON, tiny.dumps(notebook), master, limits, kernels=kernels)
 
@@ -54,13 +54,13 @@ def task(notebook, student="mei", kernels=tiny.KERNELS) -> Task:
 )
 def test_wrong_usage_says_what_was_expected_and_found(tmp_path, lessons, make, words):
     make(tmp_path / "class")
-    with pytest.raises(UsageError, match=f"expected SUBMITTED/<student>/<stage>/<lesson>.ipynb.*{words}|{words}"):
+    with pytest.raises(CannotGrade, match=f"expected SUBMITTED/<student>/<stage>/<lesson>.ipynb.*{words}|{words}"):
         find_class(tmp_path / "class", lessons, None, None)
 
 
 def test_no_notebook_of_the_course(tmp_path, lessons):
     tiny.hand_in(tmp_path / "class", "mei", b"{}", lesson="homework")
-    with pytest.raises(UsageError, match=r"found mei/stage9_tiny/homework.ipynb → mei: not placed \(the file is JSON"):
+    with pytest.raises(CannotGrade, match=r"found mei/stage9_tiny/homework.ipynb → mei: not placed \(the file is JSON"):
         find_class(tmp_path / "class", lessons, None, None)
 
 
@@ -71,9 +71,9 @@ def test_one_lesson_one_student(tmp_path, lessons):
     for lesson in ("99", "99_tiny", None):
         handed, _ = find_class(folder, lessons, lesson, "bob")
         assert [h.student for h in handed] == ["bob"]
-    with pytest.raises(UsageError, match='no lesson "7"'):
+    with pytest.raises(CannotGrade, match='no lesson "7"'):
         find_class(folder, lessons, "7", None)
-    with pytest.raises(UsageError, match='no student "eve"'):
+    with pytest.raises(CannotGrade, match='no student "eve"'):
         find_class(folder, lessons, None, "eve")
 
 
@@ -121,7 +121,7 @@ def test_exit_3_when_the_grader_fails(project, capsys):
 
 
 def test_without_a_sandbox_nothing_is_graded(project, capsys, monkeypatch):
-    monkeypatch.setattr(module, "trouble", lambda: "bwrap is not installed: apt install bubblewrap")
+    monkeypatch.setattr(module, "find_sandbox_trouble", lambda: "bwrap is not installed: apt install bubblewrap")
     tiny.hand_in(project / "class", "ann", tiny.dumps(tiny.answered()))
     assert grade_class(project / "class", project / "out", jobs=1) == 2
     said = capsys.readouterr().err
@@ -131,7 +131,7 @@ def test_without_a_sandbox_nothing_is_graded(project, capsys, monkeypatch):
 
 
 def test_unsafe_is_said_everywhere(project, capsys, monkeypatch):
-    monkeypatch.setattr(module, "trouble", lambda: "bwrap is not installed: apt install bubblewrap")
+    monkeypatch.setattr(module, "find_sandbox_trouble", lambda: "bwrap is not installed: apt install bubblewrap")
     tiny.hand_in(project / "class", "ann", tiny.dumps(tiny.answered()))
     assert grade_class(project / "class", project / "out", jobs=1, unsafe=True) == 0
     assert capsys.readouterr().out.count(UNSAFE) == 2
@@ -165,7 +165,7 @@ def lose_the_worker_once(marker: Path, limits):
 
 
 def test_a_fault_of_ours_is_a_result():
-    result = grade(task(tiny.stub(), kernels=no_kernel))
+    result = grade_task(task(tiny.stub(), kernels=no_kernel))
     assert result.status == "fault"
     assert "no kernels today" in result.flags[0]
     assert "Traceback" in result.traceback
@@ -240,17 +240,17 @@ def drawn(result: Result) -> str:
 def test_a_learner_sees_nothing_of_the_seed():
     notebook = tiny.answered(half=DRAWS)
     notebook.cells.append(tiny.added("print(half(0))"))
-    first, again, other = (drawn(grade(replace(task(notebook), seed=seed))) for seed in (1, 1, 2))
+    first, again, other = (drawn(grade_task(replace(task(notebook), seed=seed))) for seed in (1, 1, 2))
     assert "'seed': '40'" in first
     assert first == again == other
 
 
 def test_a_seed_reaches_the_checks():
-    master = without_answers(tiny.master())
+    master = make_sent_master(tiny.master())
     check = master.cells[tiny.find(master, "half-check-1")]
     check.source = "from llm40 import checks\nraise AssertionError(f'seed {checks.seed()}')"
     given = replace(task(tiny.answered()), master=nbformat.writes(master).encode())
-    said = [[c.message for c in grade(replace(given, seed=seed)).checks if c.message] for seed in (1, 1, 2)]
+    said = [[c.message for c in grade_task(replace(given, seed=seed)).checks if c.message] for seed in (1, 1, 2)]
     assert said[0] == said[1] == ["seed 1"] != said[2]
 
 
@@ -260,7 +260,7 @@ def test_the_reference_never_leaves_the_master():
     assert "return x / 2" not in sent
     assert "Because." not in sent
     empty = nbformat.v4.new_notebook()
-    assert b"return x / 2" not in grade(task(empty)).notebook
+    assert b"return x / 2" not in grade_task(task(empty)).notebook
 
 
 # --- where it runs --------------------------------------------------------------------------------------------
@@ -287,7 +287,7 @@ def test_a_full_disk_is_a_sentence_and_loses_nothing(project, small_disk, capsys
     (small_disk / "filler").write_bytes(b"x" * filled)
 
     def in_this_process(tasks, jobs):
-        return map(grade, tasks)
+        return map(grade_task, tasks)
 
     given = {"engine": in_this_process, "unsafe": tiny.UNSAFE}
     assert grade_class(project / "class", small_disk / "out", **given) == 3
@@ -348,7 +348,11 @@ def test_the_log_has_a_line_for_each_step(project, caplog):
     tiny.hand_in(project / "class", "mei", tiny.dumps(tiny.answered(half="def half(x):\n    return x // 2\n")))
     with caplog.at_level("INFO", "autograder.grading"):
         grade_class(
-            project / "class", project / "out", jobs=1, engine=lambda tasks, jobs: map(grade, tasks), unsafe=tiny.UNSAFE
+            project / "class",
+            project / "out",
+            jobs=1,
+            engine=lambda tasks, jobs: map(grade_task, tasks),
+            unsafe=tiny.UNSAFE,
         )
     said = [record.getMessage() for record in caplog.records]
     assert said[0] == "mei 99_tiny: handed in as mei/stage9_tiny/99_tiny.ipynb"

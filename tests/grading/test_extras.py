@@ -11,8 +11,8 @@ from nbgrader.api import Gradebook
 from autograder.execute import Limits
 from autograder.grading import exports, similarity
 from autograder.grading.grade import grade_folder
-from autograder.grading.late import BadConfig, penalty_of, read_time
-from autograder.grading.task import Check, Result, grade
+from autograder.grading.late import BadConfig, read_penalty, read_time
+from autograder.grading.task import Check, Result, grade_task
 
 pytestmark = pytest.mark.xdist_group("grading")
 
@@ -35,7 +35,7 @@ def rows(text: str) -> list[list[str]]:
 
 
 def test_canvas():
-    assert rows(exports.canvas(CLASS)) == [
+    assert rows(exports.make_canvas(CLASS)) == [
         ["Student", "ID", "SIS User ID", "SIS Login ID", "Section", "98_more", "99_tiny"],
         ["    Points Possible", "", "", "", "", "10", "10"],
         ["'=cmd()", "", "", "'=cmd()", "", "", "0"],
@@ -45,7 +45,7 @@ def test_canvas():
 
 
 def test_moodle():
-    assert rows(exports.moodle(CLASS)) == [
+    assert rows(exports.make_moodle(CLASS)) == [
         ["username", "98_more", "99_tiny"],
         ["'=cmd()", "", "0"],
         ["mei", "10", "8.5"],
@@ -57,8 +57,8 @@ def test_moodle():
 def test_no_zero_is_exported_where_nothing_was_graded(status):
     """An import would write it over an earlier grade."""
     results = [result("mei", "99_tiny", 0.0, status), result("kim", "99_tiny", 0.0)]
-    assert rows(exports.moodle(results))[1:] == [["kim", "0"], ["mei", ""]]
-    assert [row[-1] for row in rows(exports.canvas(results))[2:]] == ["0", ""]
+    assert rows(exports.make_moodle(results))[1:] == [["kim", "0"], ["mei", ""]]
+    assert [row[-1] for row in rows(exports.make_canvas(results))[2:]] == ["0", ""]
 
 
 # --- lateness -------------------------------------------------------------------------------------------------
@@ -86,18 +86,18 @@ TOO_MUCH, A_GIFT = PER_DAY.replace("3 *", "30 *"), PER_DAY.replace("3 *", "-1 *"
 
 @pytest.mark.parametrize(("text", "expected"), [("", 0.0), (ZERO, 8.0), (PER_DAY, 6.0), (TOO_MUCH, 8.0), (A_GIFT, 0.0)])
 def test_what_lateness_costs(tmp_path, text, expected):
-    penalty = penalty_of(config(tmp_path, text))
+    penalty = read_penalty(config(tmp_path, text))
     assert penalty("mei", 8.0, 2 * 86400) == expected
     assert penalty("mei", 8.0, 0) == 0
 
 
 def test_a_bad_configuration_is_named(tmp_path):
     with pytest.raises(BadConfig, match="there is no such configuration file"):
-        penalty_of(tmp_path / "nowhere.py")
+        read_penalty(tmp_path / "nowhere.py")
     with pytest.raises(BadConfig, match="ZeroDivisionError"):
-        penalty_of(config(tmp_path, "1 / 0"))
+        read_penalty(config(tmp_path, "1 / 0"))
     with pytest.raises(BadConfig, match="half"):
-        penalty_of(config(tmp_path, 'c.LateSubmissionPlugin.penalty_method = "half"'))
+        read_penalty(config(tmp_path, 'c.LateSubmissionPlugin.penalty_method = "half"'))
 
 
 def test_a_late_class(tmp_path):
@@ -114,7 +114,7 @@ def test_a_late_class(tmp_path):
             tmp_path / "out",
             source,
             limits=Limits(cell=5, notebook=30),
-            engine=lambda tasks, jobs: map(grade, tasks),
+            engine=lambda tasks, jobs: map(grade_task, tasks),
             show=lambda line: None,
             kernels=tiny.KERNELS,
             **options,
@@ -159,7 +159,7 @@ def late_class(tmp_path):
             source,
             limits=Limits(cell=5, notebook=30),
             late=late,
-            engine=lambda tasks, jobs: map(grade, tasks),
+            engine=lambda tasks, jobs: map(grade_task, tasks),
             show=lambda line: None,
             kernels=tiny.KERNELS,
             **options,
@@ -287,7 +287,7 @@ GIVEN = "def total(xs):\n    raise NotImplementedError\n"
 
 
 def test_a_copy_with_other_names_and_comments_is_found():
-    pairs = similarity.alike("09", {"ann": LONG, "bob": OTHER, "cem": COPIED, "dan": THIRD}, GIVEN)
+    pairs = similarity.find_alike("09", {"ann": LONG, "bob": OTHER, "cem": COPIED, "dan": THIRD}, GIVEN)
     first, second = pairs[:2]
     assert (first.first, first.second) == ("ann", "cem")
     assert first.share > 0.9
@@ -296,12 +296,12 @@ def test_a_copy_with_other_names_and_comments_is_found():
 
 
 def test_stubs_are_not_alike():
-    assert similarity.alike("09", {"ann": GIVEN, "bob": GIVEN, "cem": LONG}, GIVEN) == []
+    assert similarity.find_alike("09", {"ann": GIVEN, "bob": GIVEN, "cem": LONG}, GIVEN) == []
 
 
 def test_code_that_does_not_parse_is_compared_too():
     broken = LONG + "\nthis is ( not python\n"
-    assert similarity.alike("09", {"ann": LONG, "bob": broken}, GIVEN)[0].share > 0.9
+    assert similarity.find_alike("09", {"ann": LONG, "bob": broken}, GIVEN)[0].share > 0.9
 
 
 def test_the_report_shows_them(tmp_path):
@@ -314,7 +314,7 @@ def test_the_report_shows_them(tmp_path):
         source,
         limits=Limits(cell=5, notebook=30),
         compare=True,
-        engine=lambda tasks, jobs: map(grade, tasks),
+        engine=lambda tasks, jobs: map(grade_task, tasks),
         show=lambda line: None,
         kernels=tiny.KERNELS,
     )

@@ -243,30 +243,30 @@ def test_deleted_cells(of):
     _, scores, messages, flags = of("deleted")
     assert scores == FULL | {"half-check-1": 0}
     assert messages["half-check-1"] == "not written yet"
-    assert "double-check-1: deleted; ours was used" in flags
+    assert "double-check-1: deleted; the course's was used" in flags
     assert "half: deleted; the untouched stub was used" in flags
-    assert "code-imports: deleted; ours was used" in flags
+    assert "code-imports: deleted; the course's was used" in flags
 
 
 def test_edited_check_is_ours_again(of):
     _, scores, _, flags = of("edited")
     assert scores == FULL | {"double-check-1": 0, "double-check-2": 0}
-    assert "double-check-1: edited; ours was used" in flags
-    assert "code-imports: edited; ours was used" in flags  # a given name stays what it was
+    assert "double-check-1: edited; the course's was used" in flags
+    assert "code-imports: edited; the course's was used" in flags  # a given name stays what it was
 
 
 def test_duplicated_cell(of):
     _, scores, _, flags = of("duplicated")
     assert scores == FULL
     assert "half: 2 copies; the last counts" in flags
-    assert "half-check-1: 2 copies; ours was used, once" in flags
+    assert "half-check-1: 2 copies; the course's was used, once" in flags
 
 
 def test_retyped_cells(of):
     result, scores, _, flags = of("retyped")
     assert scores == FULL
     assert "double: turned into a markdown cell; read as code" in flags
-    assert "half-check-1: turned into a markdown cell; ours was used" in flags
+    assert "half-check-1: turned into a markdown cell; the course's was used" in flags
     assert "answer-why: turned into a code cell; read as markdown" in flags
     assert {c.check: c.status for c in result.checks}["answer-why"] == "to grade"
 

@@ -22,7 +22,7 @@ from traitlets.config import Config
 
 from autograder.execute import Limits
 from autograder.grading.grade import grade_folder
-from autograder.grading.task import grade
+from autograder.grading.task import grade_task
 
 pytestmark = pytest.mark.xdist_group("grading")
 WRONG = "def half(x):\n    return x // 2\n"
@@ -30,7 +30,7 @@ WRONG = "def half(x):\n    return x // 2\n"
 
 def in_this_process(tasks, jobs):
     """An engine without processes: the gradebook is what is tested here."""
-    return map(grade, tasks)
+    return map(grade_task, tasks)
 
 
 def new_course(folder: Path) -> SimpleNamespace:

@@ -15,10 +15,10 @@ from nbgrader.validator import Validator
 from traitlets.config import Config
 
 from autograder.execute import Limits
-from autograder.grading.additions import additions, imports
+from autograder.grading.additions import find_additions, find_imports
 from autograder.grading.grade import grade_folder
-from autograder.grading.rebuild import role
-from autograder.grading.task import Result, grade
+from autograder.grading.rebuild import read_role
+from autograder.grading.task import Result, grade_task
 from autograder.layout import Layout
 from autograder.learner import validate
 
@@ -176,7 +176,7 @@ def graded(tmp_path_factory) -> dict[str, Result]:
         folder / "out",
         tiny.build(folder),
         limits=LIMITS,
-        engine=lambda tasks, jobs: map(grade, tasks),
+        engine=lambda tasks, jobs: map(grade_task, tasks),
         show=lambda line: None,
         kernels=tiny.KERNELS,
     )
@@ -202,7 +202,7 @@ def validated(course, tmp_path, monkeypatch):
         lay(tmp_path, notebook.files)
         path, made = tmp_path / f"{tiny.LESSON}.ipynb", notebook.make()
         for cell in made.cells:
-            if role(cell) == "check":
+            if read_role(cell) == "check":
                 cell.source += ";"  # to nbgrader a value that is shown is a score
         nbformat.write(made, path)
         return Validator(config=Config()).validate(str(path))
@@ -240,7 +240,7 @@ def test_both_say_where_a_missing_name_is_made(graded, validated, label):
 
 def test_an_addition_is_told_and_shown(graded):
     result = graded["an import below ours"]
-    assert result.flags == ["code-imports: edited; ours was used, and then what was added to it"]
+    assert result.flags == ["code-imports: edited; the course's was used, and then what was added to it"]
 
 
 # --- the text -------------------------------------------------------------------------------------------------
@@ -261,11 +261,11 @@ def test_an_addition_is_told_and_shown(graded):
     ],
 )
 def test_additions(copy, kept):
-    assert additions(GIVEN, copy) == kept
+    assert find_additions(GIVEN, copy) == kept
 
 
 def test_imports():
     source = (
         "import a\nx = 1\nfrom b import (\n    c,\n)\n\ndef f():\n    import d\n\nif x:\n    import e\n    print(1)"
     )
-    assert imports(source) == "import a\nfrom b import (\n    c,\n)"
+    assert find_imports(source) == "import a\nfrom b import (\n    c,\n)"

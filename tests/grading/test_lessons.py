@@ -5,12 +5,12 @@ import pytest
 
 from autograder import build
 from autograder.grading.grade import SEED
-from autograder.grading.masters import without_answers
-from autograder.grading.task import Task, grade
+from autograder.grading.masters import make_sent_master
+from autograder.grading.task import Task, grade_task
 from autograder.kernels.limits import Limits
 from autograder.kernels.manager import Kernels
 from autograder.layout import ROOT
-from autograder.lesson import read_lesson, without_hidden
+from autograder.lesson import read_lesson, remove_hidden
 
 KERNELS = Kernels()
 SOURCES = sorted((ROOT / "solutions").glob("*/*.py"))
@@ -19,13 +19,13 @@ SOURCES = sorted((ROOT / "solutions").glob("*/*.py"))
 @pytest.mark.parametrize("path", SOURCES, ids=[path.stem for path in SOURCES])
 def test_reference_gets_full_marks(path):
     layout = build.Layout(ROOT)
-    master = build.dumps(build.master(read_lesson(path), layout))
+    master = build.dumps(build.make_master(read_lesson(path), layout))
     submission = nbformat.reads(master, as_version=4)
     for cell in submission.cells:
-        cell.source = without_hidden(cell.source)
+        cell.source = remove_hidden(cell.source)
     key = path.parent.name, path.stem
-    sent = nbformat.writes(without_answers(nbformat.reads(master, as_version=4))).encode()
-    result = grade(Task("ada", *key, nbformat.writes(submission).encode(), sent, Limits(), SEED, KERNELS))
+    sent = nbformat.writes(make_sent_master(nbformat.reads(master, as_version=4))).encode()
+    result = grade_task(Task("ada", *key, nbformat.writes(submission).encode(), sent, Limits(), SEED, KERNELS))
     lost = [(check.check, check.status, check.message) for check in result.checks if check.status != "passed"]
     assert (result.status, lost, result.flags) == ("graded", [], []), result.traceback
     assert result.checks

@@ -63,6 +63,9 @@ def test_each_student_gets_what_the_notebook_deserves(tmp_path):
     }
     assert {r.student for r in results} == set(STUDENTS)
     flags = {r.student: r.flags for r in results}
-    assert flags["sample-04"] == ["double-check-1: edited; ours was used", "double-check-2: deleted; ours was used"]
+    assert flags["sample-04"] == [
+        "double-check-1: edited; the course's was used",
+        "double-check-2: deleted; the course's was used",
+    ]
     assert "recognized by their text" in flags["sample-05-李雷"][0]
     assert "double-check-1: ended the kernel" in flags["sample-07"][0]

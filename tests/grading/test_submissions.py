@@ -16,7 +16,7 @@ import pytest
 import tiny
 
 from autograder.grading import archives, beside, exports
-from autograder.grading.grade import UsageError, find_class
+from autograder.grading.grade import CannotGrade, find_class
 from autograder.grading.masters import read_masters
 
 STAGE, LESSON = tiny.STAGE, tiny.LESSON
@@ -325,7 +325,7 @@ def test_names_in_any_normal_form(intake, name, form):
 def test_folder_names_that_are_not_utf8(intake, raw, student):
     intake.put(raw + f"/{STAGE}/{NAME}".encode())
     assert intake.students() == {student: WORK}
-    assert exports.intake(intake.found.files).encode()
+    assert exports.make_intake(intake.found.files).encode()
 
 
 # --- archives -------------------------------------------------------------------------------------------------
@@ -496,7 +496,7 @@ def test_the_terminal_tells_what_is_odd_and_counts_the_rest(intake):
         intake.put(f"{who}/{STAGE}/{NAME}")
     intake.put(f"cem/{STAGE}/{LESSON}_v2.ipynb").put("dan/homework.ipynb", b"")
     intake.find()
-    assert exports.told_files(intake.found.files) == [
+    assert exports.tell_files(intake.found.files) == [
         "4 files: 3 taken, 1 not placed.",
         f"  cem/{STAGE}/{LESSON}_v2.ipynb → cem, {LESSON}: taken (for {NAME})",
         "  dan/homework.ipynb → dan: not placed (the file is empty)",
@@ -504,10 +504,10 @@ def test_the_terminal_tells_what_is_odd_and_counts_the_rest(intake):
 
 
 def test_nothing_at_all(intake):
-    with pytest.raises(UsageError, match="found nothing"):
+    with pytest.raises(CannotGrade, match="found nothing"):
         intake.find()
     intake.put(NAME)
-    with pytest.raises(UsageError, match=f"found {NAME}"):
+    with pytest.raises(CannotGrade, match=f"found {NAME}"):
         intake.find()
 
 

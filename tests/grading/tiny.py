@@ -7,9 +7,9 @@ from pathlib import Path
 import nbformat
 
 from autograder.kernels.manager import Kernels
-from autograder.kernels.sandbox import trouble
+from autograder.kernels.sandbox import find_sandbox_trouble
 
-UNSAFE = bool(trouble())  # these tests are of grading, and work without a sandbox too
+UNSAFE = bool(find_sandbox_trouble())  # these tests are of grading, and work without a sandbox too
 KERNELS = Kernels(sandbox=not UNSAFE, libraries=())  # no lesson here imports PyTorch
 STAGE, LESSON = "stage9_tiny", "99_tiny"
 DOUBLE = "def double(x):\n    return 2 * x\n"
@@ -73,12 +73,12 @@ def master() -> nbformat.NotebookNode:
 
 def stub() -> nbformat.NotebookNode:
     """As in course/: what a learner gets."""
-    from autograder.grading.rebuild import blank
-    from autograder.lesson import without_hidden
+    from autograder.grading.rebuild import remove_answers
+    from autograder.lesson import remove_hidden
 
-    notebook = blank(master())
+    notebook = remove_answers(master())
     for cell in notebook.cells:
-        cell.source = without_hidden(cell.source)
+        cell.source = remove_hidden(cell.source)
     return notebook
 
 

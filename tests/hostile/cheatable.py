@@ -17,11 +17,11 @@ from box import LIMITS
 
 from autograder import build
 from autograder.grading.grade import SEED
-from autograder.grading.masters import without_answers
-from autograder.grading.rebuild import name, role
-from autograder.grading.task import Check, Result, Task, grade
+from autograder.grading.masters import make_sent_master
+from autograder.grading.rebuild import read_name, read_role
+from autograder.grading.task import Check, Result, Task, grade_task
 from autograder.kernels.manager import Kernels
-from autograder.lesson import read_lesson, without_hidden
+from autograder.lesson import read_lesson, remove_hidden
 
 TESTS = Path(__file__).parents[1]
 sys.path += [str(TESTS / "builder"), str(TESTS / "grading")]  # the tiny lessons are theirs
@@ -372,7 +372,7 @@ def built(text: str) -> str:
     with tempfile.TemporaryDirectory() as folder:
         project = tiny_course.Project(Path(folder))
         project.text = tiny_course.HEADER + text
-        return build.dumps(build.master(read_lesson(project.source), project.layout))
+        return build.dumps(build.make_master(read_lesson(project.source), project.layout))
 
 
 def build_source(folder: Path) -> Path:
@@ -384,7 +384,7 @@ def build_source(folder: Path) -> Path:
 
 
 def find(notebook: nbformat.NotebookNode, label: str) -> int:
-    return next(i for i, cell in enumerate(notebook.cells) if name(cell) == label)
+    return next(i for i, cell in enumerate(notebook.cells) if read_name(cell) == label)
 
 
 def answered(wrong: dict[str, str] | None = None, first: str = "", last: str = "") -> nbformat.NotebookNode:
@@ -394,7 +394,7 @@ def answered(wrong: dict[str, str] | None = None, first: str = "", last: str = "
     """
     notebook = nbformat.reads(source(), as_version=4)
     for cell in notebook.cells:
-        cell.source = (wrong or {}).get(name(cell)) or without_hidden(cell.source)
+        cell.source = (wrong or {}).get(read_name(cell)) or remove_hidden(cell.source)
     if first:
         notebook.cells.insert(find(notebook, "scale"), nbformat.v4.new_code_cell(first))
     if last:
@@ -431,9 +431,9 @@ class Cheat:
 
 
 def graded(submission: nbformat.NotebookNode | bytes, student: str = "mallory") -> Result:
-    master = nbformat.writes(without_answers(nbformat.reads(source(), as_version=4))).encode()
+    master = nbformat.writes(make_sent_master(nbformat.reads(source(), as_version=4))).encode()
     data = submission if isinstance(submission, bytes) else dumps(submission)
-    return grade(Task(student, STAGE, LESSON, data, master, LIMITS, SEED, KERNELS))
+    return grade_task(Task(student, STAGE, LESSON, data, master, LIMITS, SEED, KERNELS))
 
 
 def nothing_gained(result: Result, wrong: Iterable[str]) -> None:
@@ -455,7 +455,7 @@ def full_marks(result: Result) -> None:
 def outputs(result: Result, *roles: str) -> str:
     """What cells with these roles have as output in the executed notebook, as one text."""
     cells = nbformat.reads(result.notebook.decode(), as_version=4).cells
-    return "\n".join(json.dumps(cell.get("outputs", [])) for cell in cells if role(cell) in roles)
+    return "\n".join(json.dumps(cell.get("outputs", [])) for cell in cells if read_role(cell) in roles)
 
 
 def kept_secret(result: Result) -> None:

@@ -7,7 +7,7 @@ import pytest
 from box import LIMITS, SANDBOX
 
 from autograder.execute import Outcome, Step, execute
-from autograder.kernels.sandbox import trouble
+from autograder.kernels.sandbox import find_sandbox_trouble
 
 sys.path.append(str(Path(__file__).parents[1] / "grading"))  # the tiny lesson is theirs
 
@@ -17,8 +17,8 @@ def pytest_collection_modifyitems(items) -> None:
         if Path(__file__).parent not in item.path.parents:
             continue
         item.add_marker(pytest.mark.xdist_group("hostile"))
-        if trouble():
-            item.add_marker(pytest.mark.skip(reason=trouble()))
+        if find_sandbox_trouble():
+            item.add_marker(pytest.mark.skip(reason=find_sandbox_trouble()))
 
 
 @pytest.fixture(params=["forked", "started"])

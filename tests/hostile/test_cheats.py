@@ -15,7 +15,7 @@ from cheatable import EVERYTHING, STAGE, Cheat, answered, dumps, graded
 from nbformat import NotebookNode
 
 from autograder.grading.grade import grade_folder
-from autograder.grading.rebuild import role
+from autograder.grading.rebuild import read_role
 
 CHEATS: dict[str, Cheat] = {}
 ASSERTED = ("visible", "count", "mean", "order", "table", "letter")  # judged by assert statements
@@ -879,7 +879,7 @@ def test_hidden_tests_stay_hidden(label):
 
 
 def checks_in(notebook: NotebookNode) -> list[NotebookNode]:
-    return [cell for cell in notebook.cells if role(cell) == "check"]
+    return [cell for cell in notebook.cells if read_role(cell) == "check"]
 
 
 def checks_first(notebook: NotebookNode) -> None:
@@ -893,7 +893,7 @@ def checks_backwards(notebook: NotebookNode) -> None:
 
 
 def checks_deleted(notebook: NotebookNode) -> None:
-    notebook.cells = [cell for cell in notebook.cells if role(cell) != "check"]
+    notebook.cells = [cell for cell in notebook.cells if read_role(cell) != "check"]
 
 
 def checks_edited(notebook: NotebookNode) -> None:
@@ -932,7 +932,7 @@ def checks_of_their_own(notebook: NotebookNode) -> None:
 
 def exercises_named_as_checks(notebook: NotebookNode) -> None:
     for cell in list(notebook.cells):
-        if role(cell) == "exercise":
+        if read_role(cell) == "exercise":
             made = nbformat.v4.new_code_cell("pass", metadata={"nbgrader": dict(cell.metadata.nbgrader)})
             made.metadata.nbgrader.grade_id += "-check-1"
             notebook.cells.append(made)
@@ -941,7 +941,7 @@ def exercises_named_as_checks(notebook: NotebookNode) -> None:
 def names_exchanged(notebook: NotebookNode) -> None:
     """Every exercise and every check under its neighbor's name."""
     for kind in ("exercise", "check"):
-        cells = [cell for cell in notebook.cells if role(cell) == kind]
+        cells = [cell for cell in notebook.cells if read_role(cell) == kind]
         names = [cell.metadata.nbgrader.grade_id for cell in cells]
         for cell, grade_id in zip(cells, names[1:] + names[:1], strict=True):
             cell.metadata.nbgrader.grade_id = cell.id = grade_id

@@ -12,7 +12,7 @@ from cheatable import Result, answered, find, full_marks, graded
 from nbformat import reads
 from nbformat.v4 import new_code_cell
 
-from autograder.grading.rebuild import role
+from autograder.grading.rebuild import read_role
 
 PACK = 20  # habits in a notebook
 
@@ -236,7 +236,7 @@ def with_habits(cells: Mapping[str, str], answers: Mapping[str, str] | None = No
 
 def what_failed(result: Result) -> list[str]:
     """The learner's own cells that raised something, with what they raised."""
-    cells = [cell for cell in reads(result.notebook.decode(), as_version=4).cells if role(cell) == "added"]
+    cells = [cell for cell in reads(result.notebook.decode(), as_version=4).cells if read_role(cell) == "added"]
     errors = [(cell, output) for cell in cells for output in cell.outputs if output.output_type == "error"]
     return [f"{cell.source!r}: {output.ename}: {output.evalue}" for cell, output in errors]
 

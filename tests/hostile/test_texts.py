@@ -13,9 +13,9 @@ from autograder.execute import Limits
 from autograder.grading import clerk, similarity
 from autograder.grading.clerk import Clerk, TooMuch
 from autograder.grading.grade import grade_folder
-from autograder.grading.masters import without_answers
-from autograder.grading.rebuild import Unreadable, name, rebuild, role
-from autograder.grading.task import grade
+from autograder.grading.masters import make_sent_master
+from autograder.grading.rebuild import Unreadable, read_name, read_role, rebuild
+from autograder.grading.task import grade_task
 
 
 def notebook_of(*sources: str, kind: str = "code") -> bytes:
@@ -27,7 +27,7 @@ def notebook_of(*sources: str, kind: str = "code") -> bytes:
 def shuffled(number: int) -> list[str]:
     """The letters of our checks in another order: as like to them, letter for letter, as can be."""
     rng = random.Random(1)
-    checks = [cell.source for cell in tiny.stub().cells if role(cell) == "check"]
+    checks = [cell.source for cell in tiny.stub().cells if read_role(cell) == "check"]
     return ["".join(rng.sample(text, len(text))) for text in checks * (number // len(checks))]
 
 
@@ -47,7 +47,7 @@ TOO_LARGE = {
 @pytest.mark.parametrize(("data", "words"), TOO_LARGE.values(), ids=TOO_LARGE)
 def test_a_notebook_that_is_too_large(data, words):
     with pytest.raises(Unreadable, match=words):
-        clerk.read_submission(data())
+        clerk.read_submission_safely(data())
 
 
 @pytest.mark.parametrize("number", [300, 1500])
@@ -56,12 +56,12 @@ def test_cells_that_are_like_ours_to_the_letter(number):
     answered = tiny.stripped(tiny.answered())
     crowd = [nbformat.v4.new_code_cell(source) for source in shuffled(number)]
     answered.cells[3:3] = crowd
-    cells, _ = clerk.read_submission(tiny.dumps(answered))
+    cells, _ = clerk.read_submission_safely(tiny.dumps(answered))
     began = time.process_time()
-    notebook, flags = rebuild(without_answers(tiny.master()), cells)
+    notebook, flags = rebuild(make_sent_master(tiny.master()), cells)
     assert time.process_time() - began < 2
-    ours = [name(cell) for cell in notebook.cells if role(cell) != "added"]
-    assert ours == [name(cell) for cell in tiny.master().cells]
+    ours = [read_name(cell) for cell in notebook.cells if read_role(cell) != "added"]
+    assert ours == [read_name(cell) for cell in tiny.master().cells]
     assert [flag for flag in flags if "edited" in flag or "deleted" in flag] == []
     assert len(notebook.cells) == len(ours) + len(crowd)
 
@@ -71,8 +71,8 @@ def test_a_copy_of_ours_is_known_though_it_was_edited():
     answered = tiny.stripped(tiny.answered())
     cell = answered.cells[tiny.find(tiny.answered(), "double-check-1")]
     cell.source = cell.source.replace("must be", "should be")
-    flags = rebuild(without_answers(tiny.master()), clerk.read_submission(tiny.dumps(answered))[0])[1]
-    assert "double-check-1: edited; ours was used" in flags
+    flags = rebuild(make_sent_master(tiny.master()), clerk.read_submission_safely(tiny.dumps(answered))[0])[1]
+    assert "double-check-1: edited; the course's was used" in flags
 
 
 # --- the clerk ------------------------------------------------------------------------------------------------
@@ -110,7 +110,7 @@ def test_it_ends_with_the_grader():
 
 def test_many_threads_ask_it():
     told = []
-    asking = [threading.Thread(target=lambda n=n: told.append((n, clerk.colored(f"x{n}")))) for n in range(20)]
+    asking = [threading.Thread(target=lambda n=n: told.append((n, clerk.color_safely(f"x{n}")))) for n in range(20)]
     for thread in asking:
         thread.start()
     for thread in asking:
@@ -122,14 +122,14 @@ def test_many_threads_ask_it():
 def test_code_that_cannot_be_colored_is_shown_without_colors(monkeypatch):
     quick = Clerk(seconds=1)
     monkeypatch.setattr(clerk, "CLERK", quick)
-    assert clerk.colored("x = [1, 'a', b]\n" * 100_000) is None
+    assert clerk.color_safely("x = [1, 'a', b]\n" * 100_000) is None
     quick.close()
 
 
 def test_one_long_answer_is_not_compared_and_the_others_are():
     answers = {"ann": tiny.SUM * 20, "bob": tiny.SUM * 20, "mallory": "x = [1]\n" * 20_000}
     left_out = []
-    pairs = similarity.alike("99", answers, "pass", left_out.append)
+    pairs = similarity.find_alike("99", answers, "pass", left_out.append)
     assert [(pair.first, pair.second) for pair in pairs] == [("ann", "bob")]
     assert left_out == ["mallory"]
 
@@ -152,7 +152,7 @@ def test_a_class_with_all_of_them(tmp_path):
         tiny.build(tmp_path),
         limits=Limits(cell=5, notebook=60),
         compare=True,
-        engine=lambda tasks, jobs: map(grade, tasks),
+        engine=lambda tasks, jobs: map(grade_task, tasks),
         show=lambda line: None,
         kernels=tiny.KERNELS,
     )

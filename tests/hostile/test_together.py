@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 from box import LIMITS, SANDBOX, printed
 
-from autograder.execute import Kernel, KernelLost, Limits, Step, execute, started
+from autograder.execute import KernelLost, Limits, NotebookKernel, Step, execute, started
 from autograder.kernels import group
 from autograder.kernels.manager import Kernels
 
@@ -37,7 +37,7 @@ time.sleep(1)
 
 
 @asynccontextmanager
-async def alone(kernels: Kernels, limits: Limits = LIMITS) -> AsyncIterator[Kernel]:
+async def alone(kernels: Kernels, limits: Limits = LIMITS) -> AsyncIterator[NotebookKernel]:
     """A learner's kernel without a judge."""
     async with started(kernels, limits, 0, judging=False, files={}) as pair:
         yield pair.kernel
@@ -46,10 +46,10 @@ async def alone(kernels: Kernels, limits: Limits = LIMITS) -> AsyncIterator[Kern
 async def measured(kernels: Kernels, *cells: str) -> list[float]:
     """CPU seconds before the first cell, and after each."""
     async with alone(kernels) as kernel:
-        told = [kernel.manager.provisioner.cpu_seconds()]
+        told = [kernel.manager.provisioner.count_cpu_seconds()]
         for cell in cells:
             assert (await kernel.run(cell, 20, 1000)).status == "ok"
-            told.append(kernel.manager.provisioner.cpu_seconds())
+            told.append(kernel.manager.provisioner.count_cpu_seconds())
     return told
 
 
@@ -78,8 +78,8 @@ CROWD = SMALL.format(number=20, size=100 * 10**6)
 def counting(request, monkeypatch):
     """With control groups where there are some, and as it is where there are none."""
     if request.param == "looked at by us":
-        monkeypatch.setattr(group, "places", dict)
-    elif not group.places():
+        monkeypatch.setattr(group, "find_places", dict)
+    elif not group.find_places():
         pytest.skip("no control groups are to be had here")
 
 
@@ -120,7 +120,7 @@ time.sleep(1)
 
 
 def test_memory_that_no_process_shows_is_refused_where_nobody_counts_it(kernels, monkeypatch):
-    monkeypatch.setattr(group, "places", dict)
+    monkeypatch.setattr(group, "find_places", dict)
     cell = """
 import ctypes, errno, os
 libc = ctypes.CDLL(None, use_errno=True)
@@ -140,7 +140,7 @@ def test_when_the_machine_has_no_memory_left_the_kernel_with_the_most_in_all_goe
     def scores(kernel) -> list[int]:
         processes = kernel.manager.provisioner.box.group
         processes.look()
-        return [int(processes._read(process, "oom_score")) for process in processes._processes()]
+        return [int(processes._read(process, "oom_score")) for process in processes._list_processes()]
 
     async def compared() -> tuple[list[int], list[int]]:
         async with alone(kernels) as mallory, alone(kernels) as ada:
@@ -152,7 +152,9 @@ def test_when_the_machine_has_no_memory_left_the_kernel_with_the_most_in_all_goe
     assert min(crowd) > max(honest) > 0
 
 
-@pytest.mark.skipif("cpu" not in group.places() and "unified" not in group.places(), reason="no control groups here")
+@pytest.mark.skipif(
+    "cpu" not in group.find_places() and "unified" not in group.find_places(), reason="no control groups here"
+)
 def test_a_crowd_has_no_more_of_a_processor_than_one(kernels):
     """Two kernels on one core: twelve busy processes of one have at most what the busy one of the other has."""
     cores = os.sched_getaffinity(0)
@@ -162,9 +164,9 @@ def test_a_crowd_has_no_more_of_a_processor_than_one(kernels):
             both = [kernel.manager.provisioner for kernel in (mallory, ada)]
             busy = "import os, time\nfor _ in range(12):\n    if os.fork() == 0:\n        while True: pass"
             await mallory.run(busy, 20, 1000)
-            before = [kernel.cpu_seconds() for kernel in both]
+            before = [kernel.count_cpu_seconds() for kernel in both]
             await ada.run(BURN + "burn(time.process_time() + 1)", 60, 1000)
-            return [after.cpu_seconds() - began for after, began in zip(both, before, strict=True)]
+            return [after.count_cpu_seconds() - began for after, began in zip(both, before, strict=True)]
 
     os.sched_setaffinity(0, {min(cores)})
     try:
@@ -180,13 +182,13 @@ def test_nothing_is_left_of_the_groups(kernels):
 
     def groups() -> set[Path]:
         made_by = (os.getpid(), NOBODY)  # other graders on this machine have theirs meanwhile
-        places = set(group.places().values())
+        places = set(group.find_places().values())
         return {path for folder in places for pid in made_by for path in folder.glob(f"{group.PREFIX}{pid}-*")}
 
     before = groups()
     execute([Step("import os; os._exit(0)"), Step("1")], LIMITS, managers=kernels)
     assert groups() <= before
-    for folder in set(group.places().values()):
+    for folder in set(group.find_places().values()):
         (folder / f"{group.PREFIX}{NOBODY}-dead").mkdir()
         group._sweep(folder)
     assert groups() <= before

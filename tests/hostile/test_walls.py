@@ -36,7 +36,7 @@ def attempt(what):
 
 def test_nothing_of_the_disk_but_the_libraries_is_seen(run):
     """Neither solutions/ nor tests/, build/, a gradebook, a submission or a home folder: the list is the whole disk."""
-    pythons = [str(path) for path in sandbox.pythons()]
+    pythons = [str(path) for path in sandbox.find_pythons()]
     seen = printed(run(EVERYTHING.format(pythons=pythons))[0]).split("\n")
     shown = (f"{ROOT}/llm40/", f"{ROOT}/autograder/judge/", *sandbox.SETTINGS, "/tmp/")
     strange = [path for path in filter(None, seen) if not path.startswith(shown)]
@@ -296,5 +296,5 @@ print(folder.f_blocks * folder.f_frsize)
     told = printed(run(ask, limits=limits)[0]).split("\n")
     assert told[0] == "[77, 12345, 0]"
     assert told[2] == "4096000"
-    if not sandbox.gpus(dict(os.environ)):
+    if not sandbox.find_gpus(dict(os.environ)):
         assert told[1] in ("3000000000", "-1")

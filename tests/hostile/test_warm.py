@@ -15,9 +15,9 @@ from box import LIMITS, SANDBOX, printed
 
 from autograder.execute import Step, execute
 from autograder.kernels import forking
-from autograder.kernels.forking import ROOT, Warm, environment
+from autograder.kernels.forking import ROOT, WarmProcess, make_kernel_environment
 from autograder.kernels.manager import Kernels
-from autograder.kernels.sandbox import environment as inside
+from autograder.kernels.sandbox import make_sandbox_environment
 from autograder.kernels.warm import FEW
 
 pytestmark = pytest.mark.skipif(not forking.CAN_FORK, reason="kernels are forked on Linux only")
@@ -32,7 +32,7 @@ def state(pid: int) -> dict[str, str]:
 @pytest.fixture(scope="module")
 def warm():
     """A warm process with everything, that has given some kernels already, and kernels from it without a sandbox."""
-    with closing(Warm({**os.environ, "PYTHONPATH": str(ROOT), "LLM40_PROFILE": "cpu"})) as warm:
+    with closing(WarmProcess({**os.environ, "PYTHONPATH": str(ROOT), "LLM40_PROFILE": "cpu"})) as warm:
         kernels = Kernels(sandbox=False, address=warm.address)
         for _ in range(FEW):
             loaded = printed(execute([Step(LOADED)], managers=kernels)[0])
@@ -99,8 +99,8 @@ def test_it_ends_with_whoever_started_it():
     """Killed, it could clean nothing up; the kernel that is at work goes too."""
     program = (
         "import os, sys, time\n"
-        "from autograder.kernels.forking import Warm\n"
-        "warm = Warm(dict(os.environ), ())\n"
+        "from autograder.kernels.forking import WarmProcess\n"
+        "warm = WarmProcess(dict(os.environ), ())\n"
         "print(warm.process.pid, warm.address, flush=True)\n"
         "time.sleep(600)"
     )
@@ -122,7 +122,7 @@ def test_without_it_kernels_start_all_the_same(monkeypatch, sandbox):
     nowhere = Kernels(sandbox, address="/nowhere", libraries=())
     assert printed(execute(steps, LIMITS, managers=nowhere)[0]) == "here\n"
     monkeypatch.setattr(sys, "executable", "/usr/bin/false")
-    with closing(Warm(dict(os.environ), ())) as dead:
+    with closing(WarmProcess(dict(os.environ), ())) as dead:
         monkeypatch.undo()
         address = Kernels(sandbox, address=dead.address, libraries=())
         assert printed(execute(steps, LIMITS, managers=address)[0]) == "here\n"
@@ -131,12 +131,12 @@ def test_without_it_kernels_start_all_the_same(monkeypatch, sandbox):
 
 def test_a_new_one_takes_the_place_of_one_that_was_killed():
     env = {**os.environ, "PYTHONPATH": str(ROOT), "PYTHONHASHSEED": "77"}
-    address = forking.own_warm(env, ())
-    assert forking.own_warm(env, ()) == address
+    address = forking.find_own_warm(env, ())
+    assert forking.find_own_warm(env, ()) == address
     (killed,) = [warm for warm in forking._warm.values() if warm.address == address]
     killed.process.kill()
     killed.process.wait()
-    assert forking.own_warm(env, ()) != address
+    assert forking.find_own_warm(env, ()) != address
     assert not Path(address).parent.exists()
 
 
@@ -144,7 +144,7 @@ def test_a_kernel_can_be_restarted():
     """jupyter_client's own restart: same connection file, same sockets, another process."""
 
     async def restarted(manager, folder: Path) -> list[str]:
-        env = environment(folder, 0)
+        env = make_kernel_environment(folder, 0)
         await manager.start_kernel(cwd=str(folder), env=env, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
         client = manager.client()
         client.start_channels(hb=False)
@@ -181,7 +181,9 @@ def test_the_whole_start_of_a_graded_kernel():
 
 def test_what_it_is_told_of_our_environment():
     """Its own first environment stays readable in every kernel, as /proc/self/environ."""
-    kept = forking.early(inside({"AWS_SECRET_ACCESS_KEY": "hunter2", "LANG": "C.UTF-8"}, LIMITS))
+    kept = forking.choose_early(
+        make_sandbox_environment({"AWS_SECRET_ACCESS_KEY": "hunter2", "LANG": "C.UTF-8"}, LIMITS)
+    )
     assert "AWS_SECRET_ACCESS_KEY" not in kept
     assert kept["LANG"] == "C.UTF-8"
     assert "HOME" not in kept  # the sandbox's: outside of it anyone could put a folder there

@@ -120,7 +120,7 @@ def lay(root: Path) -> list[str]:
 
     work = Work(root)
     with work.lock():
-        lines = work.make_current(work.lessons())
+        lines = work.make_current(work.list_lessons())
         draw_index(work)
     return lines
 
@@ -151,7 +151,7 @@ def set_text(cell: dict, source: str) -> None:
 
 def answer(root: Path, key: str = ONE, **answers: str) -> Path:
     """Writes a learner's answers into their copy: bodies of functions, in the place of the stub's line."""
-    path = Work(root).copy(key)
+    path = Work(root).find_copy(key)
     notebook = read(path)
     for name, body in answers.items():
         cell = find(notebook, name)

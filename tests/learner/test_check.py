@@ -11,7 +11,7 @@ from learner_course import MINE, ONE, TWO
 from autograder import catalog
 from autograder.learner import check
 from autograder.learner.check import check_work
-from autograder.learner.progress import Exercise, Found, Progress, draw_bar, find_closed, find_next
+from autograder.learner.progress import CourseExercise, Finding, Progress, draw_bar, find_closed, find_next
 from autograder.learner.work import Work
 
 
@@ -157,8 +157,8 @@ def make(number: int, **status: str) -> Progress:
     lesson = Progress(catalog.BY_NUMBER[number], (60, 60))
     for name, found in status.items():
         path = "more" if name.startswith("more") else "core"
-        lesson.exercises.append(Exercise(name, "1", 10, path, 1))
-        lesson.found[name] = Found(found)
+        lesson.exercises.append(CourseExercise(name, "1", 10, path, 1))
+        lesson.found[name] = Finding(found)
     return lesson
 
 
@@ -170,12 +170,12 @@ def test_what_is_open_follows_from_the_core_of_what_stands_before() -> None:
     assert [entry.number for entry in find_closed(five, lessons)] == [2]
     assert [entry.number for entry in find_closed(nine, lessons)] == []  # 08 is not written
     assert find_next(lessons) is two  # begun
-    two.found["a"] = Found("passed")
+    two.found["a"] = Finding("passed")
     assert find_next(lessons) is five
     for lesson in (five, seven, nine):
-        lesson.found["a"] = Found("passed")
+        lesson.found["a"] = Finding("passed")
     assert find_next(lessons) is one  # what is not core comes last
-    one.found["more_b"] = Found("passed")
+    one.found["more_b"] = Finding("passed")
     assert find_next(lessons) is None
 
 
@@ -199,7 +199,7 @@ def test_the_record_of_other_lessons_stays(project, capsys) -> None:
     run(project, capsys, lesson="01")
     run(project, capsys, lesson="02")
     assert "4 of 6 points" in run(project, capsys)
-    assert Work(project).copy(ONE).is_file()
+    assert Work(project).find_copy(ONE).is_file()
 
 
 def test_modules_beside_the_copy_are_there_as_in_grading(project, capsys) -> None:

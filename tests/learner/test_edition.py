@@ -13,7 +13,7 @@ import pytest
 from learner_course import MINE, ONE
 
 from autograder.build import build_course
-from autograder.kernels.sandbox import trouble
+from autograder.kernels.sandbox import find_sandbox_trouble
 from autograder.layout import ROOT
 from autograder.release import make_release
 
@@ -81,7 +81,7 @@ def test_used_to_the_end(learners, instructors, tmp_path) -> None:
     shutil.copy(learners / "work" / "李 雷_stage1.zip", hand_in)
     arguments = ["grade", "--submitted", str(hand_in), "--out", str(tmp_path / "grades"), "--jobs", "1"]
     done = subprocess.run(
-        [sys.executable, "-m", "autograder", *arguments, *(["--unsafe"] if trouble() else [])],
+        [sys.executable, "-m", "autograder", *arguments, *(["--unsafe"] if find_sandbox_trouble() else [])],
         cwd=instructors,
         env={**os.environ, "PYTHONPATH": str(instructors)},
         capture_output=True,

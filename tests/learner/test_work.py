@@ -514,7 +514,7 @@ def test_full_disk(project, changed, monkeypatch, moment) -> None:
         patched.setattr(os, "fsync", fill)
         work = Work(project)
         with work.lock():
-            lines = work.make_current(work.lessons())
+            lines = work.make_current(work.list_lessons())
     assert set(holds(path)) == set(OWN)
     if moment < 2:
         assert path.read_bytes() == before
@@ -542,7 +542,7 @@ def test_a_disk_that_is_full_in_earnest(project, changed, tmp_path) -> None:
         course.change_lesson(project, changed)
         work = Work(project)
         with work.lock():
-            lines = work.make_current(work.lessons())
+            lines = work.make_current(work.list_lessons())
         assert lines == [f"work/{ONE}.ipynb: left as it is: No space left on device"]
         assert path.read_bytes() == before
         (small / "last").write_bytes(b"x" * shutil.disk_usage(small).free)

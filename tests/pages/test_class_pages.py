@@ -10,7 +10,7 @@ import pytest
 
 from autograder.catalog import LESSONS
 from autograder.grading.class_pages import write_class_pages
-from autograder.grading.masters import Lesson
+from autograder.grading.masters import MasterLesson
 from autograder.grading.task import Check, Result
 
 sys.path.append(str(Path(__file__).parents[2]))
@@ -29,13 +29,13 @@ SAID = (
 TWO = "2 different notebooks for this lesson (a.ipynb, a (1).ipynb): leave only the one that counts"
 
 
-def lesson(entry) -> Lesson:
+def lesson(entry) -> MasterLesson:
     cells = []
     for name in EXERCISES:
         marks = {"grade": False, "solution": True, "grade_id": name}
         path = {"path": "more" if name in MORE else "core"}
         cells.append(nbformat.v4.new_code_cell("pass", metadata={"nbgrader": marks, "llm40": path}))
-    return Lesson(entry.stage.folder, entry.name, entry.title, nbformat.v4.new_notebook(cells=cells))
+    return MasterLesson(entry.stage.folder, entry.name, entry.title, nbformat.v4.new_notebook(cells=cells))
 
 
 def result(student: str, entry, drawn: random.Random) -> Result:
@@ -53,7 +53,10 @@ def result(student: str, entry, drawn: random.Random) -> Result:
             check.status, check.score = ("withheld" if made.status == "withheld" else "not run"), 0.0
         made.flags = {"withheld": [TWO], "fault": ["the grader failed: OSError"]}.get(made.status, [])
     elif kind < 0.2:
-        made.flags = ["file: named Copy of x.ipynb; taken for x.ipynb", "softmax-check-1: edited; ours was used"]
+        made.flags = [
+            "file: named Copy of x.ipynb; taken for x.ipynb",
+            "softmax-check-1: edited; the course's was used",
+        ]
     return made
 
 

@@ -80,7 +80,7 @@ def write_cell(page, cell, text: str) -> None:
 
 def test_two_exercises_a_new_edition_and_all_is_there(page, project, answers, lab, screenshot, panel, capsys):
     server = lab(project, learner=True)
-    copy = Work(project).copy(KEY)
+    copy = Work(project).find_copy(KEY)
     page.goto(server.page("index.ipynb"))
     link = page.locator(f".jp-Notebook a[href*='{KEY}.ipynb']").first
     link.wait_for(timeout=60_000)

@@ -11,7 +11,7 @@ from autograder.layout import ROOT, Layout
 from autograder.roadmap import draw_roadmap
 from autograder.site import examine
 from autograder.site.build import find_neighbors, write_run_it
-from autograder.site.pages import Lesson, find_role, graft
+from autograder.site.pages import SiteLesson, find_role, graft
 from autograder.site.papers import ARXIV, find_papers, read_references
 from autograder.site.terms import cut_sentence, find_terms, is_term, link_terms
 
@@ -21,7 +21,7 @@ FIRST, SECOND = catalog.BY_NUMBER[1], catalog.BY_NUMBER[2]
 def read_prose() -> dict[catalog.Entry, list[str]]:
     """The prose of the real course."""
     texts = {}
-    for entry in Layout(ROOT).written():
+    for entry in Layout(ROOT).list_written():
         cells = json.loads((ROOT / "course" / f"{entry.key}.ipynb").read_text(encoding="utf-8"))["cells"]
         texts[entry] = ["".join(cell["source"]) for cell in cells[1:] if cell["cell_type"] == "markdown"]
     return texts
@@ -127,7 +127,7 @@ def test_exercises_and_checks_get_no_outputs():
 
 
 def test_neighbors_follow_prerequisites():
-    found = find_neighbors([Lesson(catalog.BY_NUMBER[n], {}, {}) for n in (1, 2, 3, 6, 8)])
+    found = find_neighbors([SiteLesson(catalog.BY_NUMBER[n], {}, {}) for n in (1, 2, 3, 6, 8)])
     keys = {
         catalog.BY_KEY[page].number: [[key for key, _ in side] for side in sides.values()]
         for page, sides in found.items()
@@ -195,6 +195,6 @@ def test_weight_counts_the_pages_own_figures_once(site):
 def test_leaks_are_found_however_they_are_marked_up(site, tmp_path, html):
     project = Project(tmp_path / "project")
     folder, pages = site(a=html, b="<pre>return x</pre>")
-    told = examine.find_leaks(folder, pages, project.layout)
+    told = examine.find_page_leaks(folder, pages, project.layout)
     assert told
     assert all(line.startswith("a.html: tells 01_high_dimensional_intuition, cell ") for line in told)

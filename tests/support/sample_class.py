@@ -28,7 +28,7 @@ from answers_file import read_answers
 
 from autograder import catalog
 from autograder.catalog import Entry
-from autograder.grading.rebuild import name, role
+from autograder.grading.rebuild import read_name, read_role
 from autograder.layout import ROOT, Layout
 
 CRASH = """
@@ -52,14 +52,14 @@ class Lesson:
         """The learner's notebook with these exercises answered."""
         notebook = nbformat.from_dict(self.stub)
         for cell in notebook.cells:
-            if role(cell) == "exercise" and name(cell) in answers:
-                cell.source = answers[name(cell)]
+            if read_role(cell) == "exercise" and read_name(cell) in answers:
+                cell.source = answers[read_name(cell)]
         return notebook
 
 
 def read_lesson(entry: Entry, layout: Layout) -> Lesson:
     master = nbformat.read(layout.masters / f"{entry.key}.ipynb", as_version=4)
-    solution = {name(cell): cell.source for cell in master.cells if role(cell) == "exercise"}
+    solution = {read_name(cell): cell.source for cell in master.cells if read_role(cell) == "exercise"}
     answers: dict[str, dict[str, str]] = {"right": {}, "wrong": {}}
     path = layout.root / "tests" / "answers" / f"{entry.key}.py"
     for answer in read_answers(path, solution) if path.is_file() else ():
@@ -92,10 +92,10 @@ def halfway(lesson: Lesson) -> bytes:
     names = list(lesson.solution)
     done = names[: (len(names) + 1) // 2]
     notebook = lesson.notebook({exercise: lesson.right[exercise] for exercise in done})
-    checks = [cell for cell in notebook.cells if role(cell) == "check"]
+    checks = [cell for cell in notebook.cells if read_role(cell) == "check"]
     checks[0].source = "pass  # it works on my machine"
     notebook.cells.remove(checks[1])
-    place = next(i for i, cell in enumerate(notebook.cells) if name(cell) == done[0])
+    place = next(i for i, cell in enumerate(notebook.cells) if read_name(cell) == done[0])
     notebook.cells.insert(place + 1, nbformat.v4.new_code_cell("print('it runs')", id="my-own-cell"))
     return dumps(notebook)
 
