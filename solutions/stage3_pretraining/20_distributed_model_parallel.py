@@ -36,8 +36,10 @@
 
 # %%
 import time
-from collections.abc import Callable, Iterable, Iterator
+import weakref
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, replace
 from itertools import pairwise
 from types import FunctionType, MethodType, ModuleType
 from unittest import mock
@@ -745,7 +747,9 @@ def own_loss(logits: Tensor, targets: Tensor, r: int, p: int) -> Tensor:
 
 # %% check="parallel_cross_entropy" points=3
 logits = torch.tensor([[1.0, 2.0, 3.0, 4.0], [4.0, 0.0, 0.0, 0.0]])
-compare_losses(parallel_cross_entropy, 2, [(logits, torch.tensor([3, 1]), torch.ones(2), -100, ())])
+found = compare_losses(
+    parallel_cross_entropy, 2, [(logits, torch.tensor([3, 1]), torch.ones(2), -100, ())]
+)
 ### BEGIN HIDDEN TESTS
 g = checks.generator(4)
 cases = []
@@ -767,7 +771,7 @@ logits[3, :3] -= 1e3
 cases.append((logits, torch.tensor([0, 4, 8, 5]), torch.ones(4).double(), -100, ()))
 across = torch.randn(9, 4, generator=g).T  # not contiguous
 cases.append((across, torch.tensor([8, 0, 3, 6]), torch.ones(1).expand(4), -100, ()))
-compare_losses(parallel_cross_entropy, 3, cases)
+found = compare_losses(parallel_cross_entropy, 3, cases)
 ### END HIDDEN TESTS
 
 # %% check="parallel_cross_entropy" points=1
@@ -961,6 +965,898 @@ def uneven_sum(rank: int) -> None:
 
 compare_along(3, cases, uneven_sum)
 ### END HIDDEN TESTS
+
+# %% [markdown]
+# ## Pipelines {#pipelines}
+#
+# Tensor parallelism cuts each layer; a **pipeline** cuts *between* layers. Stage 0 has the first
+# layers, stage 1 the next, and what travels is one activation forward and its gradient back: much
+# less than the all-reduces of tensor parallelism. The price is waiting. With one batch, stage 1
+# idles while stage 0 computes, and the other way round: of $p$ stages one works at a time.
+#
+# So the batch is cut, too: into $m$ **micro-batches**, which follow each other through the stages
+# as cars follow each other on an assembly line. Gradients add up over them, and one optimizer step
+# comes at the end, when all are through. The result is *exactly* that of the whole batch.
+#
+# At both ends of a step some stages have nothing to do: that is the **bubble**. Let $t_F$ be the
+# time of a micro-batch's forward pass in one stage and $t_B + t_W$ that of its backward pass. A
+# stage is busy for the ideal time $m\,(t_F+t_B+t_W)$. The last stage can't begin before $p-1$
+# forward passes are done, and at the end the first stage has to wait for $p-1$ backward passes:
+#
+# $$ \text{bubble} = (p-1)(t_F+t_B+t_W), \qquad
+# \frac{\text{bubble}}{\text{ideal}} = \frac{p-1}{m}, \qquad
+# \frac{\text{bubble}}{\text{total}} = \frac{p-1}{m+p-1}. $$
+#
+# Both fractions are in use, and papers are not always clear about which one they mean.
+
+# %% [markdown]
+# ### Four orders of the same work
+#
+# A **schedule** says in which order each stage does its passes; *when* then follows from who waits
+# for whom. Four are worth knowing:
+#
+# - **GPipe.** All forward passes, then all backward passes. Each stage holds the activations of
+#   all $m$ micro-batches at once.
+# - **1F1B**, one forward, one backward. As soon as a micro-batch's gradient can come back, it does,
+#   and its activations are freed. The bubble is the same; but rank $r$ holds $p-r$ micro-batches at
+#   most, however large $m$ is. So $m$ can grow, and with it the bubble's share shrinks.
+# - **Interleaved 1F1B.** Each rank has $v$ **chunks** of layers instead of one: rank 0 of 4 has
+#   stages 0 and 4 of 8. A micro-batch goes round the ranks $v$ times, in steps of a $v$-th of the
+#   length, and the bubble is a $v$-th: $\frac{p-1}{vm}$ of the ideal. There are $v$ times as many
+#   messages, and a few more micro-batches are alive.
+# - **Zero bubble, ZB-H1.** The backward pass of a layer $Y = XW$ computes two things:
+#   $\partial X = \partial Y\, W^\top$, for which the stage before is waiting, and
+#   $\partial W = X^\top \partial Y$, for which nobody is. ZB-H1 separates them: **B** (gradients
+#   of inputs) as soon as it can be, **W** (gradients of weights) where there would be a bubble.
+#
+# Why does ZB-H1 idle for $(p-1)(t_F + t_B - t_W)$ only? The way there and back is now $p-1$ times
+# $t_F + t_B$: nobody waits for a W. And rank $r$ puts off $r$ of its Ws, so that in the end it has
+# $r$ of them left to do while the last B travels to rank 0. Memory does not grow beyond what 1F1B
+# needs on rank 0: rank $r$ holds $p-r$ micro-batches that wait for their B and $r$ that wait for
+# their W.
+#
+# Below, a pass is a triple `(kind, microbatch, chunk)`, and `timeline` finds out when it runs.
+
+
+# %%
+Pass = tuple[
+    str, int, int
+]  # (kind, microbatch, chunk): kind "F", "BW" (both gradients), "B" or "W"
+COSTS = {"F": 1.0, "BW": 2.0, "B": 1.0, "W": 1.0}  # slots of time
+
+
+def timeline(order: list[list[Pass]], costs: dict[str, float] = COSTS) -> list[list[tuple]]:
+    """[rank] → (pass, start, end) in order: each pass starts as soon as its rank is free and what
+    it needs is there. Messages take no time.
+
+    Chunk c of rank r is stage c · ranks + r. A forward pass needs that of the stage before; a
+    backward pass (BW, B) its own forward pass and the BW or B of the stage behind; a W its own B.
+    Raises ValueError where ranks wait for each other for ever.
+    """
+    ranks = len(order)
+    last = ranks * (1 + max((chunk for line in order for _, _, chunk in line), default=0)) - 1
+    lines: list[list[tuple]] = [[] for _ in order]
+    ends: dict[tuple, float] = {}  # of ("F" | "B", microbatch, stage)
+    free = [0.0] * ranks
+    moved = True
+    while moved:
+        moved = False
+        for rank, line in enumerate(order):
+            for kind, microbatch, chunk in line[len(lines[rank]) :]:
+                stage = chunk * ranks + rank
+                if kind == "F":
+                    needs = [("F", microbatch, stage - 1)] if stage else []
+                elif kind == "W":
+                    needs = [("B", microbatch, stage)]
+                else:
+                    needs = [("F", microbatch, stage)]
+                    needs += [("B", microbatch, stage + 1)] if stage < last else []
+                if not all(need in ends for need in needs):
+                    break
+                start = max([free[rank], *[ends[need] for need in needs]])
+                free[rank] = end = start + costs[kind]
+                if kind != "W":
+                    ends["F" if kind == "F" else "B", microbatch, stage] = end
+                lines[rank].append(((kind, microbatch, chunk), start, end))
+                moved = True
+    for rank, line in enumerate(order):
+        if len(lines[rank]) < len(line):
+            stuck = line[len(lines[rank])]
+            raise ValueError(f"rank {rank} waits for ever: what {stuck} needs never comes")
+    return lines
+
+
+def most_live(line: list[Pass]) -> int:
+    """The most activations that a rank holds at once: from a pass F until its BW, or its W."""
+    live = most = 0
+    for kind, _, _ in line:
+        live += (kind == "F") - (kind in ("BW", "W"))
+        most = max(most, live)
+    return most
+
+
+# %% exercise="pipeline_schedule" minutes=35 difficulty=3
+def pipeline_schedule(
+    stages: int, microbatches: int, kind: str, chunks: int = 2
+) -> list[list[tuple[str, int, int]]]:
+    """In which order each rank of a pipeline does its passes.
+
+    stages: the ranks, 1 or more. microbatches: 1 or more. kind: "gpipe", "1f1b", "interleaved" or
+    "zb-h1"; ValueError for any other. chunks: the chunks of each rank (2 or more) for
+    "interleaved"; the other kinds have one, chunk 0, whatever this says.
+    Returns [rank] → passes (kind, microbatch, chunk) in order. Every rank has, for each micro-batch
+    and chunk, one "F" and one "BW"; for "zb-h1" one "F", one "B" and one "W". Micro-batches go
+    through a stage in ascending order.
+
+    "gpipe"        all forward passes, then all backward passes.
+    "1f1b"         rank r does stages − 1 − r forward passes ahead (all, if there are fewer), then
+                   one forward and one backward in turn, then the backward passes that are left.
+    "interleaved"  the same on chunks. Forward passes go in rounds: `stages` micro-batches through
+                   chunk 0, the same through chunk 1, and so on, then the next `stages`
+                   micro-batches; backward passes likewise, from the last chunk to the first.
+                   Rank r does 2(stages − 1 − r) + (chunks − 1) · stages forward passes ahead (all,
+                   if there are fewer). ValueError if stages do not divide microbatches.
+    "zb-h1"        F and B as F and BW of "1f1b". Rank r does W of micro-batch i right after B of
+                   micro-batch i + r, and the Ws that are left at the end.
+
+    With t_BW = t_B + t_W the ranks need, in all, stages − 1 times the following more than the time
+    a rank is busy: t_F + t_BW; for "zb-h1" t_F + t_B − t_W (for microbatches ≥ stages, t_W no
+    longer than t_F and t_B).
+    """
+    ### BEGIN SOLUTION
+    if kind not in ("gpipe", "1f1b", "interleaved", "zb-h1"):
+        raise ValueError(f"kind is gpipe, 1f1b, interleaved or zb-h1, not {kind!r}")
+    if kind != "interleaved":
+        chunks = 1
+    elif microbatches % stages:
+        raise ValueError(f"{stages} stages do not divide {microbatches} micro-batches")
+
+    # In rounds of `stages` micro-batches. With one chunk that is their order.
+    places = []
+    for begin in range(0, microbatches, stages):
+        of_round = range(begin, min(begin + stages, microbatches))
+        places += [(i, chunk) for chunk in range(chunks) for i in of_round]
+    forward = [("F", i, chunk) for i, chunk in places]
+    name = "B" if kind == "zb-h1" else "BW"
+    backward = [(name, i, chunks - 1 - chunk) for i, chunk in places]
+
+    def of_rank(rank: int) -> list[tuple[str, int, int]]:
+        if kind == "gpipe":
+            return forward + backward
+        ahead = stages - 1 - rank
+        if kind == "interleaved":
+            ahead = 2 * ahead + (chunks - 1) * stages
+        order = forward[:ahead]
+        for i, back in enumerate(backward):
+            order += [*forward[ahead + i :][:1], back]
+            if kind == "zb-h1" and i >= rank:
+                order.append(("W", i - rank, 0))
+        if kind == "zb-h1":
+            order += [("W", i, 0) for i in range(max(microbatches - rank, 0), microbatches)]
+        return order
+
+    return [of_rank(rank) for rank in range(stages)]
+    ### END SOLUTION
+
+
+# %% [markdown]
+# <details><summary>Hint: one loop for three kinds</summary>
+#
+# Write down all forward passes in their order, and all backward passes in theirs. Ahead come the
+# first so many forward passes; then, for each backward pass, the next forward pass (while there is
+# one) and that backward pass. The kinds differ in the two lists and in the number ahead.
+# </details>
+#
+# <details><summary>Hint: rank 0 of 1F1B, four stages</summary>
+#
+# F0 F1 F2, then F3 B0, F4 B1, …: with the one that is in turn, four micro-batches are alive.
+# </details>
+#
+# <details><summary>Hint: the order of an interleaved forward pass</summary>
+#
+# Two stages, two chunks, four micro-batches: micro-batches 0 1 in chunk 0, 0 1 in chunk 1, 2 3 in
+# chunk 0, 2 3 in chunk 1. What is the same for the backward pass?
+# </details>
+
+# %% tags=["support"]
+# Support: whether a schedule is complete and can run, and what it costs
+UNEQUAL = {"F": 3.0, "BW": 4.0, "B": 2.0, "W": 2.0}
+
+
+def examine(
+    stages: int, microbatches: int, kind: str, chunks: int = 1, costs: dict = COSTS
+) -> tuple[float, list[int]]:
+    """The idle time of a learner's schedule beyond what each rank is busy, and most_live of each
+    rank. Complete, and without ranks that wait for ever, or an AssertionError.
+    """
+    asked = {"chunks": chunks} if kind == "interleaved" else {}
+    order = pipeline_schedule(stages, microbatches, kind, **asked)
+    where = f"{kind}, {stages} stages, {microbatches} micro-batches" + (
+        f", {chunks} chunks" if chunks > 1 else ""
+    )
+    checks.kind(order, list, what=where)
+    assert len(order) == stages, f"{where}: a list of {stages} ranks is asked for"
+    kinds = ("F", "B", "W") if kind == "zb-h1" else ("F", "BW")
+    due = {(k, i, c) for k in kinds for i in range(microbatches) for c in range(chunks)}
+    for rank, line in enumerate(order):
+        checks.kind(line, list, what=f"{where}, rank {rank}")
+        line[:] = [tuple(step) if isinstance(step, list) else step for step in line]
+        missing, others = due - {*line}, [step for step in line if step not in due]
+        assert not others, f"{where}: rank {rank} has {others[0]}, which is no pass of this kind"
+        assert not missing, f"{where}: rank {rank} never does {min(missing)}"
+        assert len(line) == len(due), f"{where}: rank {rank} does a pass twice"
+        for k in kinds:
+            behind = [step for step in line if step[0] == k]
+            for chunk in range(chunks):
+                done = [i for _, i, c in behind if c == chunk]
+                assert k != "F" or done == sorted(done), (
+                    f"{where}: rank {rank} takes micro-batches in the order {done}; each stage "
+                    "gets them in the order in which the first stage began them"
+                )
+    try:
+        lines = timeline(order, costs)
+    except ValueError as stuck:
+        raise AssertionError(f"{where}: {stuck}. In which order do the others do it?") from None
+    busy = microbatches * chunks * sum(costs[k] for k in kinds)
+    return max(line[-1][2] for line in lines) - busy, [most_live(line) for line in order]
+
+
+# %% check="pipeline_schedule" points=1
+idle, live = examine(4, 8, "gpipe")
+checks.number(
+    idle,
+    9.0,
+    to=0,
+    what="the idle time of GPipe with 4 stages and 8 micro-batches",
+    hint="(p − 1)(1 + 2) slots",
+)
+assert live == [8] * 4, f"GPipe, most live micro-batches: 8 on each rank, yours {live}"
+### BEGIN HIDDEN TESTS
+for stages, microbatches in ((1, 1), (1, 4), (2, 1), (3, 2), (5, 7), (4, 4), (2, 9)):
+    for costs in (COSTS, UNEQUAL):
+        idle, live = examine(stages, microbatches, "gpipe", costs=costs)
+        checks.number(
+            idle,
+            (stages - 1) * (costs["F"] + costs["BW"]),
+            atol=1e-9,
+            what=f"the idle time of GPipe with {stages} stages, {microbatches} micro-batches",
+        )
+        assert live == [microbatches] * stages, (
+            f"GPipe does all forward passes first: {microbatches} micro-batches are alive on each "
+            f"rank, in yours {live}"
+        )
+### END HIDDEN TESTS
+
+# %% check="pipeline_schedule" points=2
+idle, live = examine(4, 8, "1f1b")
+checks.number(
+    idle,
+    9.0,
+    to=0,
+    what="the idle time of 1F1B with 4 stages and 8 micro-batches",
+    hint="The bubble is GPipe's: memory is what 1F1B saves.",
+    mistakes={"one stage after the other, without a pipeline": 72.0},
+)
+assert live == [4, 3, 2, 1], (
+    f"1F1B, most live micro-batches: [4, 3, 2, 1] for 4 ranks, yours {live}"
+)
+### BEGIN HIDDEN TESTS
+for stages, microbatches in ((1, 1), (1, 4), (2, 1), (3, 2), (5, 7), (4, 4), (2, 9), (6, 3)):
+    for costs in (COSTS, UNEQUAL):
+        idle, live = examine(stages, microbatches, "1f1b", costs=costs)
+        checks.number(
+            idle,
+            (stages - 1) * (costs["F"] + costs["BW"]),
+            atol=1e-9,
+            what=f"the idle time of 1F1B with {stages} stages, {microbatches} micro-batches",
+        )
+        due = [min(microbatches, stages - rank) for rank in range(stages)]
+        assert live == due, (
+            f"1F1B, {stages} stages, {microbatches} micro-batches: {due} are alive at most, in "
+            f"yours {live}. How many forward passes does each rank do ahead?"
+        )
+### END HIDDEN TESTS
+
+# %% check="pipeline_schedule" points=2
+idle, live = examine(4, 8, "interleaved", chunks=2)
+checks.number(
+    idle,
+    9.0,
+    to=0,
+    what="the idle time of 4 ranks with 2 chunks, 8 micro-batches",
+    hint="(p − 1)(1 + 2) slots, of half the length: a pass is one chunk's",
+    mistakes={"each chunk a pipeline of its own": 18.0},
+)
+### BEGIN HIDDEN TESTS
+for stages, microbatches, chunks in (
+    (1, 2, 2),
+    (2, 2, 2),
+    (2, 6, 3),
+    (3, 3, 4),
+    (3, 9, 2),
+    (4, 8, 3),
+    (5, 5, 2),
+):
+    for costs in (COSTS, UNEQUAL):
+        idle, live = examine(stages, microbatches, "interleaved", chunks=chunks, costs=costs)
+        what = f"{stages} stages, {microbatches} micro-batches, {chunks} chunks"
+        checks.number(
+            idle,
+            (stages - 1) * (costs["F"] + costs["BW"]),
+            atol=1e-9,
+            what=f"the idle time of {what}",
+        )
+        for rank, most in enumerate(live):
+            ahead = 2 * (stages - 1 - rank) + (chunks - 1) * stages
+            due = min(ahead + 1, microbatches * chunks)
+            assert most == due, (
+                f"{what}: rank {rank} holds up to {most} activations of a chunk, {due} are asked "
+                "for. How many forward passes does it do ahead?"
+            )
+checks.raises(ValueError, pipeline_schedule, 4, 6, "interleaved", because="4 does not divide 6")
+for rank, line in enumerate(pipeline_schedule(2, 2, "interleaved")):  # chunks left to its default
+    assert len(line) == 8, f"2 micro-batches in 2 chunks: 8 passes on rank {rank}, not {len(line)}"
+### END HIDDEN TESTS
+
+# %% check="pipeline_schedule" points=2
+idle, live = examine(4, 8, "zb-h1")
+checks.number(
+    idle,
+    3.0,
+    to=0,
+    what="the idle time of ZB-H1 with 4 stages and 8 micro-batches",
+    hint="(p − 1)(1 + 1 − 1) slots: what fills the others?",
+    mistakes={"each W right after its B": 6.0, "no bubble filled": 9.0},
+)
+assert live == [4, 4, 4, 4], (
+    f"ZB-H1, most live micro-batches (until their W): 4 on each rank, yours {live}"
+)
+### BEGIN HIDDEN TESTS
+for stages, microbatches in ((1, 1), (1, 3), (2, 2), (2, 5), (3, 3), (4, 6), (5, 9), (6, 6)):
+    for costs in (COSTS, UNEQUAL, {"F": 2.0, "BW": 2.5, "B": 2.0, "W": 0.5}):
+        idle, live = examine(stages, microbatches, "zb-h1", costs=costs)
+        what = f"ZB-H1, {stages} stages, {microbatches} micro-batches"
+        checks.number(
+            idle,
+            (stages - 1) * (costs["F"] + costs["B"] - costs["W"]),
+            atol=1e-9,
+            what=f"{what}: the idle time",
+        )
+        assert max(live) <= stages, (
+            f"{what}: {live} are alive at most; {stages} suffice on each rank"
+        )
+for stages, microbatches in ((2, 1), (3, 2), (5, 2), (4, 3)):  # too few to fill it: no worse
+    idle, live = examine(stages, microbatches, "zb-h1")
+    assert idle <= 3 * (stages - 1), f"{stages} stages, {microbatches} micro-batches: {idle} idle"
+    assert max(live) <= microbatches
+checks.raises(ValueError, pipeline_schedule, 2, 4, "dualpipe")
+checks.raises(ValueError, pipeline_schedule, 2, 4, "GPipe", because="kinds are in small letters")
+### END HIDDEN TESTS
+
+# %% tags=["experiment", "figure"]
+# Figure: your four schedules of 4 ranks and 8 micro-batches
+SHADES = {"F": "#9ecae9", "BW": plot.COLORS[1], "B": plot.COLORS[1], "W": plot.COLORS[3]}
+
+
+def gantt(ax, lines: list[list[tuple]], title: str, chunks: int = 1, label: bool = True) -> None:
+    """A row for each rank; boxes for passes, hatched where a rank idles."""
+    total = max(line[-1][2] for line in lines)
+    for rank, line in enumerate(lines):
+        idle = {"facecolor": "white", "edgecolor": "#bbbbbb", "hatch": "////", "linewidth": 0}
+        ax.broken_barh([(0, total)], (rank - 0.4, 0.8), **idle)
+        for (kind, microbatch, chunk), start, end in line:
+            ax.broken_barh(
+                [(start, end - start)],
+                (rank - 0.4, 0.8),
+                facecolor=SHADES[kind],
+                edgecolor="black" if chunk else "#777777",
+                linewidth=1.2 if chunk else 0.5,
+            )
+            if label:
+                ax.text((start + end) / 2, rank, microbatch, ha="center", va="center", fontsize=7)
+    busy = sum(end - start for _, start, end in lines[0])
+    ax.set(yticks=range(len(lines)), ylabel="rank", xlim=(0, total), title=title)
+    ax.invert_yaxis()
+    ax.grid(False)
+    ax.text(
+        1.005,
+        0.5,
+        f"idle:\n{total - busy:g} of {total:g}\nlive:\n"
+        + " ".join(str(most_live([step for step, _, _ in line])) for line in lines),
+        transform=ax.transAxes,
+        fontsize=8,
+        va="center",
+    )
+
+
+fig, axes = plot.plt.subplots(4, 1, figsize=(10, 7.6), sharex=True)
+for ax, (kind, title) in zip(
+    axes,
+    {
+        "gpipe": "GPipe",
+        "1f1b": "1F1B",
+        "interleaved": "interleaved, 2 chunks of half the length (the second in a thick frame)",
+        "zb-h1": "ZB-H1",
+    }.items(),
+    strict=True,
+):
+    half = 0.5 if kind == "interleaved" else 1.0
+    costs = {name: half * slots for name, slots in COSTS.items()}
+    gantt(ax, timeline(pipeline_schedule(4, 8, kind), costs), title)
+    ax.set_xlim(0, 33)
+axes[-1].set_xlabel("time (forward passes of a stage)")
+plot.caption(
+    fig,
+    "Blue: forward. Orange: backward, both gradients or that of the inputs. Green: gradients of "
+    "the weights. Hatched: the bubble. Right of each: idle time, and the most micro-batches (of "
+    "chunks where interleaved, so two count as one) that ranks 0 to 3 hold.",
+)
+plot.plt.show()
+
+# %% [markdown]
+# Compare the second row with the fourth: the bubble at the left is the same (no micro-batch has
+# come yet), the one at the right is filled with green. GPipe and 1F1B end at the same time; what
+# differs is written at their right.
+
+# %% tags=["experiment", "figure"]
+# Figure: the bubble and the memory, over the number of micro-batches
+counts = [4, 8, 16, 32, 64]
+idle_share, held = {}, {}
+for kind in ("gpipe", "1f1b", "interleaved", "zb-h1"):
+    idle_share[kind], held[kind] = [], []
+    for count in counts:
+        order = pipeline_schedule(4, count, kind)
+        total = max(line[-1][2] for line in timeline(order))
+        chunks = 2 if kind == "interleaved" else 1
+        idle_share[kind].append(1 - 3 * count * chunks / total)
+        held[kind].append(max(map(most_live, order)) / chunks)
+fig, axes = plot.plt.subplots(1, 2, figsize=(10, 3.3))
+for ax, lines, ylabel in (
+    (axes[0], idle_share, "bubble (share of the total)"),
+    (axes[1], held, "activations held, in micro-batches"),
+):
+    plot.curves(
+        counts, lines, xlabel="micro-batches", ylabel=ylabel, logx=True, logy=lines is held, ax=ax
+    )
+    ax.set_xticks(counts, counts)
+plot.caption(
+    fig,
+    "4 ranks, counted from your schedules; interleaved with 2 chunks. Left: GPipe and 1F1B "
+    "coincide. Right: only GPipe's memory grows with the number of micro-batches (on the rank that "
+    "holds most).",
+)
+plot.plt.show()
+
+# %% [markdown]
+# ### A pipeline of real processes
+#
+# Now run one. Each rank has its stage and its row of the schedule, and does one pass after another:
+#
+# - **F**: take the micro-batch (rank 0) or receive the activation from the rank before, run the
+#   stage, send the output to the rank behind. The last rank computes the loss instead.
+# - **BW**: receive the gradient of the output from the rank behind (the last rank begins at the
+#   loss), go backward through the stage, send the gradient of the *input* to the rank before.
+#
+# A graph of autograd ends at a process's border. What arrives is a new leaf: it needs
+# `requires_grad_()`, so that after the backward pass its `.grad` is what the rank before waits for.
+#
+# Two neighbors who both send first wait for each other for ever. In 1F1B that happens at once: rank
+# 0 sends an activation while rank 1 sends a gradient. So a rank does not wait for what it sends: it
+# goes on, and keeps the tensor alive until it has arrived.
+
+
+# %% exercise="run_pipeline" minutes=30 difficulty=3 path="more"
+def run_pipeline(
+    stage: nn.Module,
+    order: Sequence[tuple[str, int, int]],
+    inputs: Sequence[Tensor] | None,
+    targets: Sequence[Tensor] | None,
+    loss: Callable[[Tensor, Tensor], Tensor],
+    received: Tensor | None,
+    group: dist.ProcessGroup | None = None,
+) -> Tensor | None:
+    """One rank's part of a training step: all its passes of a pipeline of `group`'s ranks.
+
+    stage: this rank's layers. order: this rank's passes ("F" | "BW", microbatch, 0), in the order
+    in which they are to be done; neighbors name micro-batches in the same order. inputs: on the
+    first rank, a tensor for each micro-batch (int64 or float); None elsewhere. targets: on the last
+    rank, a tensor for each micro-batch; None elsewhere. loss: (output of the last stage, target) →
+    scalar. received: a tensor of the shape and dtype in which this rank receives an activation (its
+    values and strides mean nothing); None on the first rank. group: all ranks if None. At least two
+    ranks take part.
+
+    Afterwards each parameter's .grad has grown (from None: to it) by its gradient of the mean loss,
+    the mean over the micro-batches. Returns that mean on the last rank, a tensor without a graph;
+    None on the others. Inputs stay unchanged and get no gradient.
+
+    Activations go from rank to rank, gradients back, and nothing else is sent. After the backward
+    pass of a micro-batch its graph is gone: a rank holds as many as `order` asks for.
+    """
+    ### BEGIN SOLUTION
+    rank, last = dist.get_rank(group), dist.get_world_size(group) - 1
+    microbatches = sum(kind == "F" for kind, _, _ in order)
+    live: dict[int, tuple] = {}  # micro-batch → input, output, the output's message
+    losses: list[Tensor] = []
+    sent: list[tuple] = []  # the latest gradient and its message
+
+    def send(tensor: Tensor, to: int) -> tuple[dist.Work, Tensor]:
+        tensor = tensor.detach().contiguous()
+        return dist.isend(tensor, group=group, group_dst=to), tensor  # it lives until it has left
+
+    def receive(shape: torch.Size, dtype: torch.dtype, source: int) -> Tensor:
+        tensor = torch.empty(shape, dtype=dtype)
+        dist.recv(tensor, group=group, group_src=source)
+        return tensor
+
+    def forward(i: int) -> None:
+        if rank == 0:
+            x = inputs[i].detach()
+        else:
+            x = receive(received.shape, received.dtype, rank - 1).requires_grad_()
+        y = stage(x)
+        if rank == last:
+            y = loss(y, targets[i]) / microbatches
+            losses.append(y.detach())
+            live[i] = x, y, None
+        else:
+            live[i] = x, y, send(y, rank + 1)
+
+    def backward(i: int) -> None:
+        x, y, message = live.pop(i)
+        if rank == last:
+            y.backward()
+        else:
+            y.backward(receive(y.shape, y.dtype, rank + 1))
+            message[0].wait()  # it has arrived: its gradient came back
+        if rank:
+            while sent:
+                sent.pop()[0].wait()
+            sent.append(send(x.grad, rank - 1))
+
+    for kind, i, _ in order:
+        forward(i) if kind == "F" else backward(i)
+    for message, _ in sent:
+        message.wait()
+    return torch.stack(losses).sum() if rank == last else None
+    ### END SOLUTION
+
+
+# %% [markdown]
+# <details><summary>Hint: nothing happens until the time is over</summary>
+#
+# `dist.send` waits for the other side. `work = dist.isend(tensor, group=group, group_dst=…)` does
+# not; call `work.wait()` later. Keep the tensor until then: freed memory would be overwritten.
+# </details>
+#
+# <details><summary>Hint: gradients are m times too large</summary>
+#
+# The mean over micro-batches is a division by their number, and it has to happen before the
+# backward pass. How many there are, `order` tells every rank.
+# </details>
+#
+# <details><summary>Hint: "Tensors must be contiguous"</summary>
+#
+# A stage may return a view in other strides, and `torch.empty_like` copies strides. Send
+# `.contiguous()`, and receive into `torch.empty(shape, dtype=…)`.
+# </details>
+#
+# <details><summary>Hint: too many graphs are alive</summary>
+#
+# A graph lives as long as anything refers to an output. `dict.pop` takes a micro-batch out.
+# </details>
+
+
+# %% tags=["support"]
+# Support: stages that note what they do, orders to run, and the same step in one process
+class Noted(torch.autograd.Function):
+    """The identity. Notes its passes, and how many graphs with it are alive."""
+
+    @staticmethod
+    def forward(ctx, x: Tensor, notes: dict) -> Tensor:
+        ctx.notes, ctx.token = notes, Token()
+        notes["passes"].append("F")
+        notes["alive"].add(ctx.token)
+        notes["most"] = max(notes["most"], len(notes["alive"]))
+        return x.clone()
+
+    @staticmethod
+    def backward(ctx, gradient: Tensor) -> tuple:
+        ctx.notes["passes"].append("BW")
+        return gradient, None
+
+
+class Token:
+    pass
+
+
+class Part(nn.Module):
+    """Stage i of a pipeline. Takes tokens (batch, seq), or activations (batch, seq, 4 + i)."""
+
+    def __init__(self, i: int, stages: int) -> None:
+        super().__init__()
+        self.embed = nn.Embedding(11, 4) if i == 0 else None
+        self.linear = nn.Linear(4 + i, 11 if i == stages - 1 else 5 + i)
+        self.notes = {"passes": [], "alive": weakref.WeakSet(), "most": 0}
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = Noted.apply(x if self.embed is None else self.embed(x), self.notes)
+        return torch.tanh(self.linear(x.transpose(0, 1))).transpose(0, 1)  # not contiguous
+
+
+def make_parts(seed: int, stages: int, dtype: torch.dtype) -> list[Part]:
+    torch.manual_seed(seed)
+    return [Part(i, stages).to(dtype) for i in range(stages)]
+
+
+def token_loss(logits: Tensor, targets: Tensor) -> Tensor:
+    return F.cross_entropy(logits.flatten(0, 1), targets.flatten())
+
+
+@checks.measured
+def pipeline_steps(
+    run: Callable,
+    order: list,
+    stages: int,
+    at: int,
+    steps: list[tuple],
+    dtype: torch.dtype = torch.float64,
+    groups: tuple | None = None,
+) -> dict:
+    """Steps of stage `at`, each (inputs, targets), without zero_grad between them."""
+    stage = make_parts(7, stages, dtype)[at]
+    group = {"group": group_of(groups)} if groups else {}
+    losses = []
+    for inputs, targets in steps:
+        received = torch.empty(inputs[0].shape[1], inputs[0].shape[0], 4 + at, dtype=dtype)
+        losses.append(
+            run(
+                stage,
+                order,
+                inputs if at == 0 else None,
+                targets if at == stages - 1 else None,
+                token_loss,
+                received.transpose(0, 1) if at else None,
+                **group,
+            )
+        )
+    none_in = [name for name, p in stage.named_parameters() if p.grad is None]
+    return {
+        "losses": losses,
+        "gradients": {n: p.grad for n, p in stage.named_parameters()},
+        "none_in": none_in,
+        "passes": stage.notes["passes"],
+        "most": stage.notes["most"],
+    }
+
+
+def one_process(stages: int, steps: list[tuple], dtype: torch.dtype) -> tuple[list, list[dict]]:
+    """Losses of each step and gradients of each stage, of the parts one after another."""
+    parts = make_parts(7, stages, dtype)
+    losses = []
+    for inputs, targets in steps:
+        each = [
+            token_loss(nn.Sequential(*parts)(x), y) for x, y in zip(inputs, targets, strict=True)
+        ]
+        losses.append(sum(each) / len(each))
+        losses[-1].backward()
+    gradients = [{n: p.grad for n, p in part.named_parameters()} for part in parts]
+    return [value.detach() for value in losses], gradients
+
+
+def compare_steps(results: list[dict], steps: list[tuple], dtype: torch.dtype) -> None:
+    """results[i] is of stage i; `steps` are done again in one process."""
+    losses, gradients = one_process(len(results), steps, dtype)
+    microbatches = len(steps[0][0])
+    for at, result in enumerate(results):
+        last = at == len(gradients) - 1
+        for loss, due in zip(result["losses"], losses, strict=True):
+            if not last:
+                assert loss is None, "only the last rank returns a loss, the others None"
+                continue
+            checks.kind(loss, Tensor, what="the last rank's loss")
+            assert not loss.requires_grad, "the loss is asked for without a graph: detach it"
+            checks.close(loss, due, what="the mean loss", dtype=due.dtype)
+        assert not result["none_in"], f"stage {at}: {result['none_in'][0]} has got no gradient"
+        for name, due in gradients[at].items():
+            checks.close(
+                result["gradients"][name],
+                due,
+                what=f"the gradient of stage {at}'s {name}",
+                dtype=due.dtype,
+                mistakes={"the sum over micro-batches, not their mean": due * microbatches},
+            )
+
+
+def draw_steps(steps: int, microbatches: int, g: torch.Generator) -> list[tuple]:
+    draw = torch.randint(11, (steps, 2, microbatches, 2, 3), generator=g)
+    return [(list(inputs), list(targets)) for inputs, targets in draw]
+
+
+def ordered(text: str) -> list[tuple]:
+    """Passes as text: a letter in upper case is a forward pass, in lower case its backward pass."""
+    return [("F" if c.isupper() else "BW", ord(c.upper()) - ord("A"), 0) for c in text]
+
+
+@checks.measured
+def float_step(run: Callable, at: int, layers: list[tuple], inputs: list, targets: list) -> dict:
+    """A step of linear stages, whose inputs are floats that want a gradient."""
+    stage = nn.Linear(*layers[at][0].shape[::-1]).double()
+    stage.load_state_dict(dict(zip(("weight", "bias"), layers[at], strict=True)))
+    inputs = [x.clone().requires_grad_() for x in inputs]
+    before = [x.detach().clone() for x in inputs]
+    order = ordered("ABab")
+    received = torch.empty(len(inputs[0]), layers[at][0].shape[1], dtype=torch.float64)
+    last = at == len(layers) - 1
+    given = (stage, order, None if at else inputs, targets if last else None, F.mse_loss)
+    run(*given, received if at else None)
+    return {
+        "weight": stage.weight.grad,
+        "got gradients": any(x.grad is not None for x in inputs),
+        "been changed": not all(torch.equal(x, y) for x, y in zip(inputs, before, strict=True)),
+    }
+
+
+# %% check="run_pipeline" points=2
+steps = draw_steps(1, 3, torch.Generator().manual_seed(0))
+orders = [ordered("ABaCbc"), ordered("AaBbCc")]  # rank 0: F0 F1 BW0 F2 BW1 BW2
+results = launch(
+    lambda rank: pipeline_steps(run_pipeline, orders[rank], 2, rank, steps, torch.float32),
+    2,
+    timeout=PATIENCE,
+)
+compare_steps(results, steps, torch.float32)
+### BEGIN HIDDEN TESTS
+g = checks.generator(1)
+cases = [
+    (["ABCaDbcd", "ABaCbDcd", "AaBbCcDd"], draw_steps(2, 4, g), torch.float64),  # 1F1B, two steps
+    (["ABCcba"] * 3, draw_steps(1, 3, g), torch.float64),  # GPipe, backward in reverse order
+    (["BAba", "BAba", "BbAa"], draw_steps(1, 2, g), torch.float32),
+    (["Aa"] * 3, draw_steps(1, 1, g), torch.float64),
+]
+sizes = ((4, 3), (4, 4), (2, 4))
+layers = [(torch.randn(n, k, generator=g), torch.randn(n, generator=g)) for n, k in sizes]
+layers = [(weight.double(), bias.double()) for weight, bias in layers]
+inputs = [torch.randn(5, 3, generator=g).double() for _ in range(2)]
+targets = [torch.randn(5, 2, generator=g).double() for _ in range(2)]
+
+
+def run_case(rank: int, case: tuple | None) -> dict:
+    if case is None:
+        return float_step(run_pipeline, rank, layers, inputs, targets)
+    texts, steps, dtype = case
+    return pipeline_steps(run_pipeline, ordered(texts[rank]), 3, rank, steps, dtype)
+
+
+*of_cases, of_floats = on_ranks(3, run_case, [*cases, None])
+for (_, *due), results in zip(cases, of_cases, strict=True):
+    compare_steps(results, *due)
+weights = [layer[0].clone().requires_grad_() for layer in layers]
+x = torch.cat(inputs)
+for weight, (_, bias) in zip(weights, layers, strict=True):
+    x = F.linear(x, weight, bias)
+F.mse_loss(x, torch.cat(targets)).backward()
+for rank, result in enumerate(of_floats):
+    checks.close(result["weight"], weights[rank].grad, what=f"the gradient of stage {rank}")
+    for what in ("been changed", "got gradients"):
+        assert not result[what], f"the inputs have {what}; they should stay as they are"
+### END HIDDEN TESTS
+
+# %% check="run_pipeline" points=1
+g = checks.generator(2)
+cases = [
+    (["ABCaDbEcFdGeHfgh", "ABaCbDcEdFeGfHgh", "AaBbCcDdEeFfGgHh"], draw_steps(1, 8, g)),
+    (["ABCDEabcde"] * 3, draw_steps(1, 5, g)),
+]
+
+
+def note_case(rank: int, case: tuple) -> dict:
+    texts, steps = case
+    return pipeline_steps(run_pipeline, ordered(texts[rank]), 3, rank, steps)
+
+
+noted = on_ranks(3, note_case, cases)
+for (texts, _), results in zip(cases, noted, strict=True):
+    for rank, result in enumerate(results):
+        due = ordered(texts[rank])
+        passes = " ".join(kind for kind, _, _ in due)
+        assert " ".join(result["passes"]) == passes, (
+            f"rank {rank} is asked for the passes {passes}; yours does {' '.join(result['passes'])}"
+        )
+        # One more than asked for: a variable may still name the last output.
+        assert result["most"] <= most_live(due) + 1, (
+            f"rank {rank} holds {result['most']} graphs at once, {most_live(due)} are asked for: "
+            "who still refers to the outputs of micro-batches that are done?"
+        )
+### BEGIN HIDDEN TESTS
+for (_, steps), results in zip(cases, noted, strict=True):
+    compare_steps(results, steps, torch.float64)
+### END HIDDEN TESTS
+
+# %% check="run_pipeline" points=1
+g = checks.generator(3)
+pairs = ((0, 2), (1, 3))  # two pipelines of two stages, each with its own data
+data = [draw_steps(1, 3, g), draw_steps(1, 3, g)]
+orders = [ordered("ABaCbc"), ordered("AaBbCc")]
+
+
+def run_in_pairs(rank: int) -> dict:
+    of, at = rank % 2, rank // 2
+    return pipeline_steps(run_pipeline, orders[at], 2, at, data[of], torch.float32, pairs)
+
+
+results = launch(run_in_pairs, 4, timeout=PATIENCE)
+for of, members in enumerate(pairs):
+    compare_steps([results[rank] for rank in members], data[of], torch.float32)
+### BEGIN HIDDEN TESTS
+for result in results:
+    assert len(result["passes"]) == 6, "a rank does other passes than its own"
+### END HIDDEN TESTS
+
+
+# %% tags=["experiment", "figure"]
+# Figure: a pipeline of three processes, measured
+class Slow(nn.Module):
+    """A stage that takes 10 ms forward and 20 ms backward, and notes when."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.linear = nn.Linear(8, 8)
+        self.times: list[tuple] = []
+
+    def forward(self, x: Tensor) -> Tensor:
+        return Wait.apply(self.linear(x), self.times)
+
+
+class Wait(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x: Tensor, times: list) -> Tensor:
+        ctx.times, start = times, time.monotonic()
+        time.sleep(0.01)
+        times.append(("F", start, time.monotonic()))
+        return x.clone()
+
+    @staticmethod
+    def backward(ctx, gradient: Tensor) -> tuple:
+        start = time.monotonic()
+        time.sleep(0.02)
+        ctx.times.append(("BW", start, time.monotonic()))
+        return gradient, None
+
+
+def timed(rank: int, orders: list) -> list[tuple]:
+    torch.manual_seed(rank)
+    stage, batch = Slow(), [torch.randn(2, 8) for _ in range(6)]
+    given = (batch if rank == 0 else None, batch if rank == 2 else None)
+    received = None if rank == 0 else torch.empty(2, 8)
+    for _ in range(2):  # the first time, neighbors are connected and autograd's thread begins
+        stage.times.clear()
+        dist.barrier()
+        run_pipeline(stage, orders[rank], *given, F.mse_loss, received)
+    return [
+        (step, start, end) for step, (_, start, end) in zip(orders[rank], stage.times, strict=True)
+    ]
+
+
+fig, axes = plot.plt.subplots(2, 1, figsize=(10, 3.8), sharex=True)
+for ax, kind in zip(axes, ("gpipe", "1f1b"), strict=True):
+    lines = launch(timed, 3, pipeline_schedule(3, 6, kind))
+    begin = min(line[0][1] for line in lines)
+    lines = [
+        [(p, round(1e3 * (s - begin)), round(1e3 * (e - begin))) for p, s, e in line]
+        for line in lines
+    ]
+    gantt(ax, lines, {"gpipe": "GPipe", "1f1b": "1F1B"}[kind])
+    total, busy = max(line[-1][2] for line in lines), 6 * 30
+    print(
+        f"{kind:6} {total} ms; bubble {total / busy - 1:.2f} of the ideal, (p - 1)/m = {2 / 6:.2f}"
+    )
+axes[-1].set_xlabel("milliseconds")
+plot.caption(
+    fig,
+    "Your run_pipeline in three processes that talk through gloo; a stage sleeps 10 ms forward and "
+    "20 ms backward. The bubble is as computed, plus what messages and waking up cost.",
+)
+plot.plt.show()
 
 # %% [markdown]
 # ## Long context {#long-context}
@@ -1844,6 +2740,326 @@ compare_experts(expert_all_to_all, 3, *cases, also=too_few_experts)
 ### END HIDDEN TESTS
 
 # %% [markdown]
+# ## Planning {#planning}
+#
+# A large job uses all of it at once: $\text{gpus} = \text{dp}\cdot\text{tp}\cdot\text{pp}$. Each
+# of `dp` replicas is a pipeline of `pp` stages, and each stage is spread over `tp` GPUs. Which
+# numbers? Each way of cutting has its price:
+#
+# | | cuts | sends, for each GPU and step | at a price |
+# |---|---|---|---|
+# | dp | the batch | the gradients of its part of the model, once | no memory is saved |
+# | tp | each layer | activations, four times in each layer and micro-batch | needs fast links |
+# | pp | between layers | activations, at the border of a stage | the bubble |
+#
+# GPUs of one **node** (a machine, often 8) are joined by links several times as fast as the network
+# between nodes. So tensor parallelism stays inside a node, and the rest goes between them.
+#
+# What follows is a model of costs, with what matters to first order and nothing else. A layer
+# keeps 34 bytes for each number of its input (with FlashAttention; sequence parallelism divides
+# them by `tp`). It leaves aside embeddings, ZeRO, recomputation, and messages that hide behind
+# computation. Real planners have longer formulas and the same structure: enumerate, throw out what
+# does not fit, take the cheapest.
+
+
+# %%
+@dataclass(frozen=True)
+class Job:
+    """A model, its batch, and the machines."""
+
+    layers: int
+    width: int
+    heads: int
+    seq: int  # tokens of a sequence
+    batch: int  # sequences in a step, over all GPUs; a micro-batch is one of them
+    node: int = 8  # GPUs of a machine
+    slow: float = 9.0  # a byte between machines takes as long as so many inside one
+    bubble: float = 0.25  # the largest bubble that is accepted, as a share of the ideal time
+
+
+SMALL = Job(layers=24, width=2048, heads=16, seq=2048, batch=512)  # 1.2 billion parameters
+LARGE = Job(layers=80, width=8192, heads=64, seq=4096, batch=1024)  # 64 billion
+
+
+# %% exercise="step_costs" minutes=15 difficulty=2
+def step_costs(job: Job, dp: int, tp: int, pp: int) -> dict[str, float]:
+    """What one GPU holds and sends in a training step; bytes, but for "bubble".
+
+    With params = 12 · layers · width², micro = batch / dp (the micro-batches of a pipeline) and
+    here = layers / pp (the layers of a stage); activations and gradients are sent in bfloat16, 2
+    bytes a number; an all-reduce of n bytes among p costs each of them 2(p − 1)/p · n.
+
+    "memory": 16 bytes for each of its params / (tp · pp) parameters (weights, gradients, Adam), and
+              the activations of its layers: a layer keeps 34 · seq · width / tp bytes of a
+              micro-batch, of which min(micro, pp) are alive (1F1B on the first rank).
+    "bubble": (pp − 1) / micro, the bubble's share of the ideal time.
+    "tp":     in each of its layers and for each micro-batch, four all-reduces of seq · width
+              numbers among tp GPUs: two forward, two backward.
+    "pp":     for each micro-batch, its share 1/tp of seq · width numbers forward and as many back;
+              0 if pp is 1.
+    "dp":     an all-reduce among dp GPUs of the gradients of its parameters.
+    "weighted": what is compared: "tp" + slow · ("pp" + "dp"); where all dp · tp · pp GPUs are in
+              one node, "tp" + "pp" + "dp".
+    """
+    ### BEGIN SOLUTION
+    micro, here = job.batch / dp, job.layers / pp
+    params = 12 * job.layers * job.width**2 / (tp * pp)
+    numbers = job.seq * job.width
+    costs = {
+        "memory": 16 * params + min(micro, pp) * here * 34 * numbers / tp,
+        "bubble": (pp - 1) / micro,
+        "tp": micro * here * 4 * 2 * (tp - 1) / tp * 2 * numbers,
+        "pp": micro * 2 * 2 * numbers / tp if pp > 1 else 0.0,
+        "dp": 2 * (dp - 1) / dp * 2 * params,
+    }
+    slow = job.slow if dp * tp * pp > job.node else 1.0
+    return {**costs, "weighted": costs["tp"] + slow * (costs["pp"] + costs["dp"])}
+    ### END SOLUTION
+
+
+# %% [markdown]
+# <details><summary>Hint: whose parameters, whose layers</summary>
+#
+# A GPU has `layers / pp` layers, and of each a `tp`-th. Parameters are divided by both, layers and
+# micro-batches each by one, and an all-reduce's tensor by none: all `tp` GPUs add up the whole
+# activation.
+# </details>
+
+# %% check="step_costs" points=2
+costs = step_costs(SMALL, dp=4, tp=2, pp=4)
+checks.number(costs["memory"], 4.1272e9, to=0.001, what='"memory", in bytes')
+checks.number(costs["bubble"], 3 / 128, to=1e-6, what='"bubble"', hint="128 micro-batches")
+checks.number(
+    costs["tp"],
+    25.77e9,
+    to=0.001,
+    what='"tp", in bytes',
+    mistakes={"two all-reduces": 12.885e9, "all layers": 103.08e9, "numbers, not bytes": 12.885e9},
+)
+checks.number(costs["pp"], 1.0737e9, to=0.001, what='"pp", in bytes')
+checks.number(costs["dp"], 0.45298e9, to=0.001, what='"dp", in bytes')
+checks.number(costs["weighted"], 39.51e9, to=0.001, what='"weighted"', hint="32 GPUs, 4 nodes")
+### BEGIN HIDDEN TESTS
+g = checks.generator(4)
+for dp, tp, pp in ((1, 1, 1), (1, 8, 1), (2, 1, 1), (1, 1, 4), (2, 2, 2), (6, 2, 3), (1, 4, 6)):
+    numbers = torch.randint(1, 9, (3,), generator=g).tolist()
+    job = Job(
+        layers=12 * numbers[0],
+        width=64 * numbers[1],
+        heads=8,
+        seq=100 * numbers[2],
+        batch=12,
+        node=8,
+        slow=float(2 + 5 * torch.rand((), generator=g)),
+    )
+    costs = step_costs(job, dp, tp, pp)
+    activation = 2 * job.seq * job.width  # bytes, of one micro-batch
+    own = 12 * job.layers * job.width * job.width // (tp * pp)  # parameters
+    micro, here = job.batch // dp, job.layers // pp
+    ring = {p: sum(2 / p for _ in range(p - 1)) for p in (1, dp, tp)}
+    due = {
+        "memory": 16 * own + 17 * activation * here * min(micro, pp) / tp,
+        "bubble": (pp - 1) / micro,
+        "tp": sum(4 * ring[tp] * activation for _ in range(micro * here)),
+        "pp": 2 * micro * activation / tp if pp > 1 else 0.0,
+        "dp": ring[dp] * own * 2,
+    }
+    factor = 1.0 if dp * tp * pp <= 8 else job.slow
+    due["weighted"] = due["tp"] + (due["pp"] + due["dp"]) * factor
+    assert set(costs) == set(due), f"the keys are {', '.join(due)}; yours {', '.join(costs)}"
+    for name, value in due.items():
+        what = f'"{name}" of dp {dp}, tp {tp}, pp {pp}'
+        checks.number(costs[name], value, to=1e-9, what=what)
+### END HIDDEN TESTS
+
+
+# %% exercise="plan_parallelism" minutes=15 difficulty=2
+def plan_parallelism(config: Job, gpus: int, memory: float) -> tuple[int, int, int]:
+    """(dp, tp, pp) that fits with the least communication: the least "weighted" of `step_costs`.
+
+    config: the job. gpus: all are used, dp · tp · pp = gpus. memory: bytes of a GPU.
+    What fits: tp divides heads and node; pp divides layers; dp divides batch; "memory" is at most
+    `memory`, "bubble" at most config.bubble. Where several have the least, any of them.
+    Raises ValueError where nothing fits.
+    """
+    ### BEGIN SOLUTION
+    best, least = None, float("inf")
+    for tp in range(1, config.node + 1):
+        for pp in range(1, config.layers + 1):
+            dp, rest = divmod(gpus, tp * pp)
+            if rest or config.heads % tp or config.node % tp:
+                continue
+            if not dp or config.layers % pp or config.batch % dp:
+                continue
+            costs = step_costs(config, dp, tp, pp)
+            if costs["memory"] > memory or costs["bubble"] > config.bubble:
+                continue
+            if costs["weighted"] < least:
+                best, least = (dp, tp, pp), costs["weighted"]
+    if best is None:
+        raise ValueError(f"no dp · tp · pp = {gpus} fits into {memory:.3g} bytes a GPU")
+    return best
+    ### END SOLUTION
+
+
+# %% [markdown]
+# <details><summary>Hint: all of them</summary>
+#
+# There are few candidates: `tp` is at most `node`, `pp` at most `layers`, and `dp` is what is left.
+# Go through all, skip what breaks a rule, keep the best.
+# </details>
+
+
+# %% tags=["support"]
+# Support: all plans that fit, by brute force
+def fitting_plans(job: Job, gpus: int, memory: float) -> dict[tuple[int, int, int], float]:
+    """Each plan that fits, with its weighted communication: formulas of the docstring again."""
+    plans = {}
+    divisors = [n for n in range(1, gpus + 1) if gpus % n == 0]
+    for dp in divisors:
+        for tp in divisors:
+            if (gpus // dp) % tp:
+                continue
+            pp = gpus // dp // tp
+            whole = all(
+                n % by == 0
+                for n, by in ((job.heads, tp), (job.node, tp), (job.layers, pp), (job.batch, dp))
+            )
+            if not whole:
+                continue
+            micro, here, each = job.batch // dp, job.layers // pp, job.seq * job.width
+            own = 12 * job.layers * job.width**2 / tp / pp
+            if (pp - 1) / micro > job.bubble:
+                continue
+            if 16 * own + 34 * each / tp * here * min(pp, micro) > memory:
+                continue
+            inside = 16 * micro * here * each * (tp - 1) / tp
+            between = 4 * own * (dp - 1) / dp + (4 * each * micro / tp if pp > 1 else 0)
+            plans[dp, tp, pp] = inside + between * (job.slow if gpus > job.node else 1)
+    return plans
+
+
+def compare_plan(job: Job, gpus: int, memory: float) -> None:
+    plan = tuple(plan_parallelism(job, gpus, memory))
+    what = f"{gpus} GPUs of {memory / 1e9:.3g} GB for {job}"
+    plans = fitting_plans(job, gpus, memory)
+    best = min(plans, key=plans.get)
+    assert plan in plans, f"{what}: {plan} breaks a rule of the docstring; {best} does not"
+    assert plans[plan] <= plans[best] * (1 + 1e-9), (
+        f"{what}: {plan} sends {plans[plan] / plans[best]:.3g} times as much as {best}"
+    )
+
+
+# %% check="plan_parallelism" points=1
+plan = tuple(plan_parallelism(LARGE, 512, 80e9))
+assert plan == (16, 2, 16), f"the large job on 512 GPUs of 80 GB: (16, 2, 16), not {plan}"
+compare_plan(SMALL, 64, 80e9)
+### BEGIN HIDDEN TESTS
+g = checks.generator(5)
+tried = 0
+while tried < 30:
+    draw = torch.rand(8, generator=g).tolist()
+    job = Job(
+        layers=(12, 24, 30, 80)[int(4 * draw[0])],
+        width=(1024, 4096, 8192)[int(3 * draw[1])],
+        heads=(8, 12, 20, 64)[int(4 * draw[2])],
+        seq=(512, 4096, 32768)[int(3 * draw[3])],
+        batch=(96, 512, 640)[int(3 * draw[4])],
+        node=(4, 8, 8)[int(3 * draw[5])],
+        slow=1 + 20 * draw[6],
+        bubble=(0.05, 0.25, 1.0)[int(3 * draw[7])],
+    )
+    gpus = (4, 8, 48, 64, 240, 512)[int(6 * torch.rand((), generator=g))]
+    memory = (24e9, 80e9, 141e9)[int(3 * torch.rand((), generator=g))]
+    if fitting_plans(job, gpus, memory):
+        compare_plan(job, gpus, memory)
+        tried += 1
+### END HIDDEN TESTS
+
+# %% check="plan_parallelism" points=1
+checks.raises(ValueError, plan_parallelism, LARGE, 8, 80e9, because="1 TB on 8 GPUs of 80 GB")
+### BEGIN HIDDEN TESTS
+for job, gpus, memory in (
+    (SMALL, 7, 80e9),  # 7 divides nothing of it
+    (SMALL, 1, 19e9),  # 16 bytes a parameter are 19.3 GB
+    (replace(LARGE, bubble=0.0), 64, 80e9),  # no pipeline, and 8 GPUs are too few for a replica
+    (replace(LARGE, heads=3), 16, 141e9),  # no tensor parallelism
+):
+    assert not fitting_plans(job, gpus, memory)
+    checks.raises(ValueError, plan_parallelism, job, gpus, memory, because="nothing fits")
+# At the edge: exactly what the best plan needs still fits.
+plans = fitting_plans(LARGE, 512, 80e9)
+dp, tp, pp = min(plans, key=plans.get)
+need = 16 * 12 * 80 * 8192**2 / tp / pp + 34 * 4096 * 8192 / tp * 80 // pp * min(pp, 1024 // dp)
+compare_plan(LARGE, 512, need * (1 + 1e-9))
+edge = Job(layers=8, width=1024, heads=8, seq=64, batch=8, bubble=0.375)
+compare_plan(edge, 4, 0.5e9)  # a bubble of 3/8 is allowed
+### END HIDDEN TESTS
+
+
+# %% tags=["experiment", "figure"]
+# Figure: what each plan for the large job sends, and your choice
+MEMORY = 80e9
+fig, axes = plot.plt.subplots(1, 2, figsize=(10, 4.2))
+for ax, (title, job, gpus) in zip(
+    axes,
+    (("64 billion parameters, 512 GPUs", LARGE, 512), ("1.2 billion, 128 GPUs", SMALL, 128)),
+    strict=True,
+):
+    plans = {}
+    for tp in (1, 2, 4, 8):
+        for pp in (1, 2, 4, 8, 16):
+            dp = gpus // (tp * pp)
+            if job.layers % pp == 0 and job.batch % dp == 0:
+                plans[dp, tp, pp] = step_costs(job, dp, tp, pp)
+    chosen = plan_parallelism(job, gpus, MEMORY)
+    plans = dict(sorted(plans.items(), key=lambda item: item[1]["weighted"]))
+    at = range(len(plans))
+    left = [0.0] * len(plans)
+    for i, (name, factor) in enumerate((("tp", 1.0), ("pp", job.slow), ("dp", job.slow))):
+        widths = [factor * costs[name] / 1e9 for costs in plans.values()]
+        ax.barh(at, widths, left=left, color=plot.COLORS[i], hatch=("", "//", "")[i], label=name)
+        left = [a + b for a, b in zip(left, widths, strict=True)]
+    for row, (plan, costs) in enumerate(plans.items()):
+        fits = costs["memory"] <= MEMORY and costs["bubble"] <= job.bubble
+        why = "your plan" if plan == chosen else ""
+        if not fits:
+            why = f"{costs['memory'] / 1e9:.0f} GB" if costs["memory"] > MEMORY else "bubble"
+        ax.text(left[row], row, f" {why}", va="center", fontsize=7, weight="bold" if fits else None)
+    names = [f"{dp} · {tp} · {pp}" for dp, tp, pp in plans]
+    ax.set_yticks(list(at), names, fontsize=7)
+    ax.set(xlabel="weighted GB sent by a GPU in a step", ylabel="dp · tp · pp", title=title)
+    ax.margins(x=0.15)
+    ax.invert_yaxis()
+axes[0].legend()
+plot.caption(
+    fig,
+    "From your step_costs; bytes between nodes count 9 times. Right of a bar: why a plan does not "
+    "fit (its memory, above 80 GB, or its bubble, above 25 percent). Tensor parallelism is what "
+    "costs most, so the best plan has as little of it as memory allows.",
+)
+plot.plt.show()
+
+# %% tags=["experiment"]
+print("GPUs   memory   1.2 billion parameters   64 billion (dp, tp, pp)")
+for gpus in (64, 512, 2048):
+    for memory in (40e9, 80e9, 141e9):
+        found = []
+        for job in (SMALL, LARGE):
+            try:
+                found.append(str(plan_parallelism(job, gpus, memory)))
+            except ValueError:
+                found.append("does not fit")
+        print(f"{gpus:4} {memory / 1e9:5.0f} GB   {found[0]:22}   {found[1]}")
+
+# %% [markdown]
+# With more memory the plan for the large model has less tensor parallelism. With more GPUs and the
+# same batch it has more of it: `dp` may grow only until micro-batches are too few to fill a
+# pipeline. What the model leaves aside shifts the choice: messages that hide behind computation
+# favor `dp`, ZeRO makes it thrifty, and small matrices compute slowly, which speaks against a large
+# `tp`. What stays: tensor parallelism inside a node, pipelines and data parallelism between nodes.
+
+# %% [markdown]
 # ## Experiment: what a block costs on the wire {#experiment}
 #
 # **Question.** Two ranks, one Transformer block, and a batch of two sequences. *Data parallel*
@@ -2025,6 +3241,12 @@ def questions() -> dict[str, float | int | str]:
                weight, after the backward pass, need before the optimizer's step?
                "a"  nothing   "b"  a sum over the group   "c"  a mean over the group
                "d"  a gather along the sequence
+    "bubble":  GPipe with 8 stages and 32 micro-batches: the bubble as a share of the total time.
+    "chunks":  8 ranks, 16 micro-batches, interleaved with 4 chunks a rank: the bubble as a share of
+               the ideal time.
+    "live":    1F1B, 8 stages, 64 micro-batches: how many micro-batches does rank 2 (counted from 0)
+               hold at most?
+    "node":    which kind of parallelism belongs inside a node: "dp", "tp" or "pp"?
     """
     ### BEGIN SOLUTION
     return {
@@ -2032,6 +3254,10 @@ def questions() -> dict[str, float | int | str]:
         "wire": 2 * 7 / 8 * 4096 * 8192 * 2 / 1e6,
         "zigzag": 8 / 4.5,
         "norm": "b",
+        "bubble": 7 / (32 + 7),
+        "chunks": 7 / (4 * 16),
+        "live": 6,
+        "node": "tp",
     }
     ### END SOLUTION
 
@@ -2083,6 +3309,53 @@ assert answer in ("a", "b", "c", "d"), f"norm is one of 'a', 'b', 'c', 'd'; your
 assert answer == "b", "Which tokens has each rank's norm seen, and whose loss is it?"
 ### END HIDDEN TESTS
 
+# %% check="questions" points=1
+answer = questions()["bubble"]
+checks.kind(answer, float, what="bubble")
+### BEGIN HIDDEN TESTS
+checks.number(
+    answer,
+    0.17949,
+    what="bubble",
+    hint="How many passes fit into the total time, and how many are done?",
+    mistakes={"the share of the ideal time": 0.21875, "p in place of p - 1": 0.2},
+)
+### END HIDDEN TESTS
+
+# %% check="questions" points=1
+answer = questions()["chunks"]
+checks.kind(answer, float, what="chunks")
+### BEGIN HIDDEN TESTS
+checks.number(
+    answer,
+    0.109375,
+    what="chunks",
+    hint="The bubble has as many passes as before; how long is a pass?",
+    mistakes={"one chunk": 0.4375, "32 stages": 31 / 16},
+)
+### END HIDDEN TESTS
+
+# %% check="questions" points=1
+answer = questions()["live"]
+checks.kind(answer, int, what="live")
+### BEGIN HIDDEN TESTS
+checks.number(
+    answer,
+    6,
+    to=0,
+    what="live",
+    hint="How many forward passes come ahead of its first backward pass?",
+    mistakes={"GPipe's": 64, "those ahead, without the one in turn": 5, "the first rank's": 8},
+)
+### END HIDDEN TESTS
+
+# %% check="questions" points=1
+answer = questions()["node"]
+assert answer in ("dp", "tp", "pp"), f"node is 'dp', 'tp' or 'pp'; yours is {answer!r}"
+### BEGIN HIDDEN TESTS
+assert answer == "tp", "Which sends most, and can't go on until it has arrived?"
+### END HIDDEN TESTS
+
 # %% [markdown]
 # **Open question.** A tensor-parallel model trains; its loss falls, but more slowly than that of
 # the dense model, and the ranks' copies of the norm weights drift apart. What would you look for?
@@ -2111,6 +3384,21 @@ assert answer == "b", "Which tokens has each rank's norm seen, and whose loss is
 # gone.
 
 # %% [markdown]
+# **Open question.** A model has a first stage with a large embedding and a last stage with the
+# vocabulary's logits and the loss. Layers are dealt out evenly. What does the schedule look like,
+# and what can be done?
+
+# %% [markdown] answer="uneven-stages"
+# A pipeline moves at the pace of its slowest stage: all others idle in every micro-batch, not only
+# at both ends, and more micro-batches don't help. With a vocabulary of 128,000 and a width of 4096
+# the logits cost as much as two or three layers, so the last stage gets as many layers fewer. The
+# embedding costs memory but hardly time; it may move its stage's optimizer state over the limit,
+# where 1F1B holds the most activations already (p micro-batches). Remedies: count the logits as
+# layers when dealing out, cut the vocabulary among all stages (each computes a part of the loss),
+# recompute activations on the first stages only. Tied embeddings need their gradients added up
+# between the first and the last stage.
+
+# %% [markdown]
 # ## References, and what to read in them
 #
 # - **Shoeybi et al. 2019**, *Megatron-LM: Training Multi-Billion Parameter Language Models Using
@@ -2118,6 +3406,13 @@ assert answer == "b", "Which tokens has each rank's norm seen, and whose loss is
 # - **Korthikanti et al. 2022**, *Reducing Activation Recomputation in Large Transformer Models*,
 #   arXiv:2205.05198. Section 4: sequence parallelism, and the 34 bytes that a layer keeps for each
 #   number.
+# - **Huang et al. 2018**, *GPipe: Efficient Training of Giant Neural Networks using Pipeline
+#   Parallelism*, arXiv:1811.06965. Section 2.2: micro-batches, and the bubble.
+# - **Narayanan et al. 2021**, *Efficient Large-Scale Language Model Training on GPU Clusters Using
+#   Megatron-LM*, arXiv:2104.04473. Section 2.2: 1F1B and interleaving; section 3: how dp, tp and pp
+#   are chosen.
+# - **Qi et al. 2024**, *Zero Bubble Pipeline Parallelism*, arXiv:2401.10241. Section 2: ZB-H1 and
+#   its memory; ZB-H2, which takes twice the memory and closes the bubble.
 # - **Jacobs et al. 2023**, *DeepSpeed Ulysses: System Optimizations for Enabling Training of
 #   Extreme Long Sequence Transformer Models*, arXiv:2309.14509. Section 3.
 # - **Liu, Zaharia and Abbeel 2023**, *Ring Attention with Blockwise Transformers for Near-Infinite
@@ -2128,5 +3423,6 @@ assert answer == "b", "Which tokens has each rank's norm seen, and whose loss is
 #   Automatic Sharding*, arXiv:2006.16668. Section 2.2: experts, capacity, all-to-all.
 #
 # In production: Megatron-LM's `megatron/core/tensor_parallel/` (`mappings.py`, `layers.py`,
-# `cross_entropy.py`) and `megatron/core/transformer/moe/token_dispatcher.py`; PyTorch's
-# `torch/distributed/tensor/parallel/`.
+# `cross_entropy.py`), `megatron/core/pipeline_parallel/schedules.py` and
+# `megatron/core/transformer/moe/token_dispatcher.py`; PyTorch's
+# `torch/distributed/tensor/parallel/` and `torch/distributed/pipelining/schedules.py`.
