@@ -46,6 +46,7 @@ from unittest import mock
 
 import torch
 import torch.distributed as dist
+import torch.fx.experimental.symbolic_shapes  # backward passes load it: here once, not in each rank
 import torch.nn.functional as F
 from llm40 import checks, plot
 from llm40.distributed import launch
