@@ -397,8 +397,8 @@ compare_operators(cases)
 class ColumnParallelLinear(nn.Module):
     """A linear layer whose outputs are cut among the ranks of `group`.
 
-    linear: nn.Linear, the same on all ranks, with or without bias, any floating dtype; it stays as
-    it is and nothing of it is kept. Parameters, in linear's dtype: `weight`, this rank's rows of
+    linear: nn.Linear of float32 or float64, the same on all ranks, with or without bias; it stays
+    as it is and nothing of it is kept. Parameters, in linear's dtype: `weight`, this rank's rows of
     linear.weight, and `bias`, its part of linear.bias (None if there is none). Parts are those of
     torch.tensor_split: sizes need not be divisible.
 
@@ -1026,9 +1026,11 @@ Pass = tuple[
 COSTS = {"F": 1.0, "BW": 2.0, "B": 1.0, "W": 1.0}  # slots of time
 
 
-def timeline(order: list[list[Pass]], costs: dict[str, float] = COSTS) -> list[list[tuple]]:
+def timeline(
+    order: list[list[Pass]], costs: dict[str, float] = COSTS, message: float = 0.0
+) -> list[list[tuple]]:
     """[rank] → (pass, start, end) in order: each pass starts as soon as its rank is free and what
-    it needs is there. Messages take no time.
+    it needs is there. A message from stage to stage takes `message`, and keeps nobody busy.
 
     Chunk c of rank r is stage c · ranks + r. A forward pass needs that of the stage before; a
     backward pass (BW, B) its own forward pass and the BW or B of the stage behind; a W its own B.
@@ -1054,7 +1056,8 @@ def timeline(order: list[list[Pass]], costs: dict[str, float] = COSTS) -> list[l
                     needs += [("B", microbatch, stage + 1)] if stage < last else []
                 if not all(need in ends for need in needs):
                     break
-                start = max([free[rank], *[ends[need] for need in needs]])
+                arrive = [ends[need] + message * (need[2] != stage) for need in needs]
+                start = max([free[rank], *arrive])
                 free[rank] = end = start + costs[kind]
                 if kind != "W":
                     ends["F" if kind == "F" else "B", microbatch, stage] = end
@@ -1398,6 +1401,25 @@ plot.plt.show()
 # Compare the second row with the fourth: the bubble at the left is the same (no micro-batch has
 # come yet), the one at the right is filled with green. GPipe and 1F1B end at the same time; what
 # differs is written at their right.
+
+# %% tags=["experiment"]
+print("slots in all (4 ranks, 16 micro-batches) if a message takes")
+print(f"{'':12}" + "".join(f"{message:8g}" for message in (0, 0.1, 0.25, 0.5)))
+for kind in ("gpipe", "1f1b", "interleaved", "zb-h1"):
+    half = 0.5 if kind == "interleaved" else 1.0
+    costs = {name: half * slots for name, slots in COSTS.items()}
+    order = pipeline_schedule(4, 16, kind)
+    totals = [
+        max(line[-1][2] for line in timeline(order, costs, message))
+        for message in (0, 0.1, 0.25, 0.5)
+    ]
+    print(f"{kind:12}" + "".join(f"{total:8.4g}" for total in totals))
+
+# %% [markdown]
+# Here messages hide no longer: 1F1B waits for each of them, there and back, where GPipe waits at
+# both ends only. Interleaving works so far ahead (twice the distance to the last rank, where once
+# would do if messages were free) that messages arrive before they are needed. Plain 1F1B in
+# production does the same with a few more micro-batches ahead, and pays for it in memory.
 
 # %% tags=["experiment", "figure"]
 # Figure: the bubble and the memory, over the number of micro-batches
@@ -2498,9 +2520,10 @@ for ax, layout in zip(axes, ("contiguous", "zigzag"), strict=False):
         for chunk in (
             owner.eq(rank).nonzero().flatten().split(seq // p if layout == "contiguous" else 4)
         ):
-            ax.text(0.5, chunk.float().mean(), str(rank), color="white", va="center", fontsize=9)
+            at, color = chunk.float().mean(), "black" if rank > 1 else "white"
+            ax.text(0.5, at, str(rank), color=color, va="center", fontsize=9)
+    ax.grid(False)
     ax.set(title=layout, xlabel="key", ylabel="query")
-g = torch.Generator().manual_seed(0)
 for i, layout in enumerate(("contiguous", "zigzag")):
 
     def work(rank: int, layout: str = layout) -> int:
@@ -3182,7 +3205,7 @@ STRATEGIES = {  # (width, tokens) → numbers that a rank sends for a layer and 
     "FSDP: 3 · 12w²": lambda w, n: 36 * w * w,
     "tensor: 8nw": lambda w, n: 8 * n * w,
     "experts, 2 a token: 8nw": lambda w, n: 8 * n * w,
-    "ring, 8 times fewer KV heads: ≈ nw": lambda w, n: (2 + 4) * n * w / 8,
+    "ring, 8 times fewer KV heads: 3nw/4": lambda w, n: (2 + 4) * n * w / 8,
     "pipeline, 8 layers a stage: nw/4": lambda w, n: 2 * n * w / 8,
 }
 fig, axes = plot.plt.subplots(1, 2, figsize=(11, 3.8))
@@ -3200,6 +3223,8 @@ axes[0].set(
     xscale="log", yscale="log", xlabel="width w", ylabel="numbers sent by a rank of 2",
     title="counted, 256 tokens",
 )  # fmt: skip
+axes[0].set_xticks(widths, widths)
+axes[0].minorticks_off()
 axes[0].legend(fontsize=8)
 large = [2.0**k for k in range(9, 16)]
 plot.curves(

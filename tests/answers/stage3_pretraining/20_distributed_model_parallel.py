@@ -235,10 +235,6 @@ def parallel_cross_entropy(logits, targets, group=None, ignore_index=-100):
 + local = local.clamp(max=own - 1)
 + at_target = shifted.gather(-1, local.where(here, 0)[..., None])[..., 0].where(here, 0.0)
 
-# %% wrong="parallel_cross_entropy" because="a mean over the tokens"
-- return (total.log() - at_target).where(targets != ignore_index, 0.0)
-+ return (total.log() - at_target).where(targets != ignore_index, 0.0).mean()
-
 # %% wrong="parallel_cross_entropy" because="logits are shifted in place"
 - shifted = logits - top[..., None]
 + logits.data.sub_(top[..., None])
@@ -772,11 +768,6 @@ def exchange(rows, counts, group=None):
 - if len(counts) != dist.get_world_size(group) or sum(counts) != len(rows):
 -     raise ValueError(f"counts {counts} do not divide {len(rows)} rows among the ranks")
 
-# %% wrong="exchange" because="rows as float32"
-- received = rows.new_empty(sum(take), *rows.shape[1:])
-+ rows = rows.float()
-+ received = rows.new_empty(sum(take), *rows.shape[1:])
-
 # %% wrong="exchange" because="returns the sizes that were sent"
 - return _Exchange.apply(rows, counts, received_counts, group), received_counts
 + return _Exchange.apply(rows, counts, received_counts, group), counts
@@ -855,6 +846,10 @@ def ulysses_attention(q, k, v, attend, group=None):
 - if heads % ranks:
 -     raise ValueError(f"{heads} heads cannot be divided among {ranks} ranks")
 
+# %% wrong="ulysses_attention" because="the ranks of the job"
+- ranks, heads, own = dist.get_world_size(group), q.shape[1], q.shape[2]
++ ranks, heads, own = dist.get_world_size(), q.shape[1], q.shape[2]
+
 # %% right="ulysses_attention" because="lists of rows, head group by head group"
 def ulysses_attention(q, k, v, attend, group=None):
     p = dist.get_world_size(group)
@@ -911,10 +906,6 @@ def ring_attention(q, k, v, group=None, layout="contiguous"):
 - total = total * shrink + weights.sum(-1, keepdim=True)
 + total = total + weights.sum(-1, keepdim=True)
 
-# %% wrong="ring_attention" because="each block is normalized, then averaged"
-- return torch.cat([out / total for _, total, out in state], dim=2)
-+ return torch.cat([out / total / (rank + 1) for _, total, out in state], dim=2)
-
 # %% wrong="ring_attention" because="exponentials without a maximum"
 - new = torch.maximum(top, scores.amax(-1, keepdim=True))
 + new = torch.zeros_like(top)
@@ -958,6 +949,10 @@ def ring_attention(q, k, v, group=None, layout="contiguous"):
 # %% wrong="ring_attention" because="the last block is left out"
 - for step in range(ranks):
 + for step in range(max(ranks - 1, 1)):
+
+# %% wrong="ring_attention" because="rank and ranks of the job"
+- rank, ranks = dist.get_rank(group), dist.get_world_size(group)
++ rank, ranks = dist.get_rank(), dist.get_world_size()
 
 # %% right="ring_attention" because="log-sum-exp of each block, k and v sent apart"
 def ring_attention(q, k, v, group=None, layout="contiguous"):
