@@ -30,7 +30,7 @@
 # - **Expert parallel** cuts a mixture of experts: each rank has some experts.
 #
 # Each pays with messages of another kind, and the whole art is to know which and how many bytes.
-# The law of lesson 19 holds on: **p ranks must do exactly what one process would do.** Here it is
+# The law of lesson 19 holds on: *p ranks must do exactly what one process would do.* Here it is
 # about gradients, too, and that is where cut models are usually wrong: the forward pass is right,
 # the loss falls, and one rank's gradients lack the other ranks' share.
 
@@ -216,7 +216,8 @@ for rank, groups in enumerate(launch(mesh_groups, 4)):
 # So every function of this lesson takes a `group`, and means it: rank and number of ranks are those
 # *in the group*, `dist.get_rank(group)` and `dist.get_world_size(group)`. A function that asks the
 # whole job in its place works until the second axis is added.
-#
+
+# %% [markdown]
 # ## Tensor parallel {#tensor-parallel}
 #
 # A layer $y = xW^\top$ with $W$ of shape (out, in) can be cut in two ways.
@@ -233,6 +234,18 @@ for rank, groups in enumerate(launch(mesh_groups, 4)):
 #
 # $$ y = \sum_r \phi(x A_r^\top)\, B_r^\top . $$
 #
+# In one process, with the ranks in a loop:
+
+# %% tags=["experiment"]
+torch.manual_seed(0)
+x, a, b = torch.randn(4, 6), torch.randn(8, 6), torch.randn(3, 8)
+halves = zip(a.chunk(2, dim=0), b.chunk(2, dim=1), strict=True)  # columns of aᵀ, rows of bᵀ
+shares = [F.gelu(x @ a_r.T) @ b_r.T for a_r, b_r in halves]
+print("largest difference from the dense MLP:")
+print(f"  the sum of both shares {(sum(shares) - F.gelu(x @ a.T) @ b.T).abs().max():.1e}")
+print(f"  one share alone        {(shares[0] - F.gelu(x @ a.T) @ b.T).abs().max():.1e}")
+
+# %% [markdown]
 # Now backward. $\partial L/\partial x = \sum_r (\dots)A_r$: every rank has used $x$ for its own
 # columns, so each knows only *its* share of the gradient of $x$, and here is a second all-reduce.
 # Two operators say all of this; each is the other's mirror image, hence **conjugate**:
@@ -628,7 +641,7 @@ for rank, result in enumerate(results):
 #
 # Three numbers for each token: a maximum, a sum of exponentials, and the target's logit, which
 # exactly one rank has. The maximum comes first, since the exponentials need it. The other two are
-# both sums over ranks (those who do not have the target add 0), so they travel in **one** tensor:
+# both sums over ranks (those who do not have the target add 0), so they travel in *one* tensor:
 # two all-reduces. (Megatron takes three.)
 #
 # The gradient needs nobody: $\partial\ell/\partial z_j = e^{z_j-m}/\Sigma - [j=t]$, and after the
@@ -1416,10 +1429,9 @@ for kind in ("gpipe", "1f1b", "interleaved", "zb-h1"):
     print(f"{kind:12}" + "".join(f"{total:8.4g}" for total in totals))
 
 # %% [markdown]
-# Here messages hide no longer: 1F1B waits for each of them, there and back, where GPipe waits at
-# both ends only. Interleaving works so far ahead (twice the distance to the last rank, where once
-# would do if messages were free) that messages arrive before they are needed. Plain 1F1B in
-# production does the same with a few more micro-batches ahead, and pays for it in memory.
+# Messages make a difference: 1F1B waits for each of them, there and back, where GPipe waits at both
+# ends only. Interleaving works farther ahead (twice the distance to the last rank, where once would
+# do if messages were free), so that most messages arrive before they are needed.
 
 # %% tags=["experiment", "figure"]
 # Figure: the bubble and the memory, over the number of micro-batches
@@ -2557,7 +2569,8 @@ plot.plt.show()
 # $\bar v$; these travel along with the block, collect a share at each stop, and arrive home after
 # $p$ steps. Twice the bytes of the forward pass and more, and still hidden behind computation if
 # blocks are long enough: a block of $c$ tokens costs $O(c^2)$ to compute and $O(c)$ to send.
-#
+
+# %% [markdown]
 # ## Experts {#experts}
 #
 # A mixture of experts (lesson 11) has many MLPs, of which a token visits one or two. They are the
@@ -3383,7 +3396,7 @@ assert answer == "tp", "Which sends most, and can't go on until it has arrived?"
 ### END HIDDEN TESTS
 
 # %% [markdown]
-# **Open question.** A tensor-parallel model trains; its loss falls, but more slowly than that of
+# **Open question 1.** A tensor-parallel model trains; its loss falls, but more slowly than that of
 # the dense model, and the ranks' copies of the norm weights drift apart. What would you look for?
 
 # %% [markdown] answer="drift"
@@ -3396,7 +3409,7 @@ assert answer == "tp", "Which sends most, and can't go on until it has arrived?"
 # before the reduce; clipping by each rank's own norm.
 
 # %% [markdown]
-# **Open question.** A context of a million tokens on 64 GPUs, a model with 64 heads and 8 KV heads.
+# **Open question 2.** A context of a million tokens on 64 GPUs, a model with 64 heads and 8 KV heads.
 # Ulysses or ring?
 
 # %% [markdown] answer="long-context"
@@ -3410,7 +3423,7 @@ assert answer == "tp", "Which sends most, and can't go on until it has arrived?"
 # gone.
 
 # %% [markdown]
-# **Open question.** A model has a first stage with a large embedding and a last stage with the
+# **Open question 3.** A model has a first stage with a large embedding and a last stage with the
 # vocabulary's logits and the loss. Layers are dealt out evenly. What does the schedule look like,
 # and what can be done?
 
@@ -3441,7 +3454,7 @@ assert answer == "tp", "Which sends most, and can't go on until it has arrived?"
 #   its memory; ZB-H2, which takes twice the memory and closes the bubble.
 # - **Jacobs et al. 2023**, *DeepSpeed Ulysses: System Optimizations for Enabling Training of
 #   Extreme Long Sequence Transformer Models*, arXiv:2309.14509. Section 3.
-# - **Liu, Zaharia and Abbeel 2023**, *Ring Attention with Blockwise Transformers for Near-Infinite
+# - **Liu et al. 2023**, *Ring Attention with Blockwise Transformers for Near-Infinite
 #   Context*, arXiv:2310.01889. Section 3: when a block hides its message.
 # - **Brandon et al. 2023**, *Striped Attention: Faster Ring Attention for Causal Transformers*,
 #   arXiv:2311.09431. The imbalance; it deals out single tokens where zigzag deals chunks.
