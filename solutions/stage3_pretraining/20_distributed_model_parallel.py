@@ -3409,8 +3409,8 @@ assert answer == "tp", "Which sends most, and can't go on until it has arrived?"
 # before the reduce; clipping by each rank's own norm.
 
 # %% [markdown]
-# **Open question 2.** A context of a million tokens on 64 GPUs, a model with 64 heads and 8 KV heads.
-# Ulysses or ring?
+# **Open question 2.** A context of a million tokens on 64 GPUs, a model with 64 heads and 8 KV
+# heads. Ulysses or ring?
 
 # %% [markdown] answer="long-context"
 # Ulysses alone stops at 64 ranks, and replicates KV heads beyond 8: each rank then receives one
