@@ -1033,6 +1033,8 @@ compare_along(3, cases, uneven_sum)
 
 
 # %%
+import torch.fx.experimental.symbolic_shapes  # y.backward(gradient) loads it: once, here
+
 Pass = tuple[
     str, int, int
 ]  # (kind, microbatch, chunk): kind "F", "BW" (both gradients), "B" or "W"
@@ -1355,7 +1357,11 @@ checks.raises(ValueError, pipeline_schedule, 2, 4, "GPipe", because="kinds are i
 SHADES = {"F": "#9ecae9", "BW": plot.COLORS[1], "B": plot.COLORS[1], "W": plot.COLORS[3]}
 
 
-def gantt(ax, lines: list[list[tuple]], title: str, chunks: int = 1, label: bool = True) -> None:
+def gantt(
+    ax,
+    lines: list[list[tuple]],
+    title: str,
+) -> None:
     """A row for each rank; boxes for passes, hatched where a rank idles."""
     total = max(line[-1][2] for line in lines)
     for rank, line in enumerate(lines):
@@ -1369,8 +1375,7 @@ def gantt(ax, lines: list[list[tuple]], title: str, chunks: int = 1, label: bool
                 edgecolor="black" if chunk else "#777777",
                 linewidth=1.2 if chunk else 0.5,
             )
-            if label:
-                ax.text((start + end) / 2, rank, microbatch, ha="center", va="center", fontsize=7)
+            ax.text((start + end) / 2, rank, microbatch, ha="center", va="center", fontsize=7)
     busy = sum(end - start for _, start, end in lines[0])
     ax.set(yticks=range(len(lines)), ylabel="rank", xlim=(0, total), title=title)
     ax.invert_yaxis()
@@ -1412,8 +1417,8 @@ plot.plt.show()
 
 # %% [markdown]
 # Compare the second row with the fourth: the bubble at the left is the same (no micro-batch has
-# come yet), the one at the right is filled with green. GPipe and 1F1B end at the same time; what
-# differs is written at their right.
+# come yet), the one in the middle is shorter (nobody waits for a W), the one at the right is filled
+# with green. GPipe and 1F1B end at the same time; what differs is written at their right.
 
 # %% tags=["experiment"]
 print("slots in all (4 ranks, 16 micro-batches) if a message takes")
@@ -1454,6 +1459,8 @@ for ax, lines, ylabel in (
         counts, lines, xlabel="micro-batches", ylabel=ylabel, logx=True, logy=lines is held, ax=ax
     )
     ax.set_xticks(counts, counts)
+axes[1].set_yticks(counts, counts)
+axes[1].minorticks_off()
 plot.caption(
     fig,
     "4 ranks, counted from your schedules; interleaved with 2 chunks. Left: GPipe and 1F1B "
@@ -1873,18 +1880,24 @@ def timed(rank: int, orders: list) -> list[tuple]:
 
 
 fig, axes = plot.plt.subplots(2, 1, figsize=(10, 3.8), sharex=True)
+longest = 0
 for ax, kind in zip(axes, ("gpipe", "1f1b"), strict=True):
     lines = launch(timed, 3, pipeline_schedule(3, 6, kind))
     begin = min(line[0][1] for line in lines)
     lines = [
-        [(p, round(1e3 * (s - begin)), round(1e3 * (e - begin))) for p, s, e in line]
+        [
+            (step, round(1e3 * (start - begin)), round(1e3 * (end - begin)))
+            for step, start, end in line
+        ]
         for line in lines
     ]
     gantt(ax, lines, {"gpipe": "GPipe", "1f1b": "1F1B"}[kind])
     total, busy = max(line[-1][2] for line in lines), 6 * 30
+    longest = max(longest, total)
     print(
         f"{kind:6} {total} ms; bubble {total / busy - 1:.2f} of the ideal, (p - 1)/m = {2 / 6:.2f}"
     )
+axes[0].set_xlim(0, longest)
 axes[-1].set_xlabel("milliseconds")
 plot.caption(
     fig,
@@ -3072,8 +3085,8 @@ axes[0].legend()
 plot.caption(
     fig,
     "From your step_costs; bytes between nodes count 9 times. Right of a bar: why a plan does not "
-    "fit (its memory, above 80 GB, or its bubble, above 25 percent). Tensor parallelism is what "
-    "costs most, so the best plan has as little of it as memory allows.",
+    "fit (its memory, above 80 GB, or its bubble, above 25 percent). Cutting along one direction "
+    "alone is dear: data parallelism sends whole gradients, tensor parallelism every activation.",
 )
 plot.plt.show()
 
