@@ -970,6 +970,7 @@ drawn = torch.randn(3, 4, 5, 2, generator=g).transpose(1, 2)  # rank, 5, 4, 2: n
 short, long = drawn[:, :, :2], drawn[:, :1, :1].expand(3, 5, 4, 2)
 mixed = [long[0], short[1], long[2]]  # rank 1 is alone in its group
 cases += [(gather_sequence, short, mixed, 1, ((0, 2), (1,)))]
+short = drawn[:, :1, :1].expand(3, 5, 2, 2)
 cases += [(scatter_sum, mixed, short, 1, ((0, 2), (1,)))]
 
 
@@ -1902,7 +1903,7 @@ axes[-1].set_xlabel("milliseconds")
 plot.caption(
     fig,
     "Your run_pipeline in three processes that talk through gloo; a stage sleeps 10 ms forward and "
-    "20 ms backward. The bubble is as computed, plus what messages and waking up cost.",
+    "20 ms backward. The bubble is as computed, plus what messages and a busy machine cost.",
 )
 plot.plt.show()
 
