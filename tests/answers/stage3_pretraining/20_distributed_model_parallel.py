@@ -323,9 +323,6 @@ def parallel_cross_entropy(logits, targets, group=None, ignore_index=-100):
 - return torch.cat(parts, dim)
 + return torch.cat(parts, dim).float()
 
-# %% wrong="sequence_operators" because="an expanded gradient is gathered as it lies in memory"
-- x = x.contiguous()
-
 # %% right="sequence_operators" because="axis moved to the front, one tensor"
 class Along(torch.autograd.Function):
     @staticmethod
