@@ -496,7 +496,15 @@ def parallel_pair(make: tuple, layers: list, x: Tensor, dy: Tensor, members: tup
     modules = [kind(linear, group) for kind, linear in zip(make, linears, strict=True)]
     for linear, layer in zip(linears, layers, strict=True):
         assert torch.equal(linear.weight, layer[0]), "the dense layer was changed"
-    del linears, linear
+    with torch.no_grad():
+        parts = [p for module in modules for p in module.parameters()]
+        before = [p.clone() for p in parts]
+        for p in [p for linear in linears for p in linear.parameters()]:
+            p.zero_()
+    assert all(map(torch.equal, parts, before)), (
+        "a part shares memory with the dense layer, which others may train on: clone it"
+    )
+    del linears, linear, p
     x = x.detach().requires_grad_()
     with communication() as forward:
         hidden = modules[0](x)
@@ -684,7 +692,8 @@ def parallel_cross_entropy(
 # <details><summary>Hint: who has the target</summary>
 #
 # `targets - rank * own` is a place in the own part if it is in $[0, \text{own})$. Elsewhere take
-# any valid place (0) and multiply what comes out by 0, or `where` it away.
+# any valid place (0) and `where` away what comes out. (Multiplied by 0, a logit of −∞ that pads the
+# vocabulary would become NaN.)
 # </details>
 #
 # <details><summary>Hint: the gradient</summary>
@@ -783,6 +792,10 @@ logits = torch.randn(4, 9, generator=g).double() * 5
 logits += torch.tensor([[1e4], [-1e4], [800.0], [0.0]])  # no rank may overflow, none may vanish
 logits[3, :3] -= 1e3
 cases.append((logits, torch.tensor([0, 4, 8, 5]), torch.ones(4).double(), -100, ()))
+few = torch.tensor([[8192.0, 8192.5, 0.0], [-4096.0, -4096.5, -4096.25]])  # exact in float32
+padded = torch.tensor([[-torch.inf, 1.0, 2.0]])  # a place that no token has
+for logits, targets in ((few, torch.tensor([0, 1])), (padded, torch.tensor([1]))):
+    cases.append((logits, targets, torch.ones(len(targets)), -100, ()))
 across = torch.randn(9, 4, generator=g).T  # not contiguous
 cases.append((across, torch.tensor([8, 0, 3, 6]), torch.ones(1).expand(4), -100, ()))
 found = compare_losses(parallel_cross_entropy, 3, cases)
@@ -1105,8 +1118,9 @@ def pipeline_schedule(
     "zb-h1"; ValueError for any other. chunks: the chunks of each rank (2 or more) for
     "interleaved"; the other kinds have one, chunk 0, whatever this says.
     Returns [rank] → passes (kind, microbatch, chunk) in order. Every rank has, for each micro-batch
-    and chunk, one "F" and one "BW"; for "zb-h1" one "F", one "B" and one "W". Micro-batches go
-    through a stage in ascending order.
+    and chunk, one "F" and one "BW"; for "zb-h1" one "F", one "B" and one "W". Forward passes of a
+    chunk are in ascending order of micro-batches; so are backward passes, but for those of "gpipe",
+    which may be in any order that all ranks share.
 
     "gpipe"        all forward passes, then all backward passes.
     "1f1b"         rank r does stages − 1 − r forward passes ahead (all, if there are fewer), then
@@ -3269,7 +3283,8 @@ plot.caption(
     fig,
     "Left: dots are counted in the processes above, lines the formulas at right, halved for two "
     "ranks; dotted: n = 3w. Right: what follows weights (data, FSDP) grows with w², what follows "
-    "tokens (all others) with nw. Tensor and expert lines coincide.",
+    "tokens (all others) with nw. Tensor and expert lines coincide, where each rank sends the "
+    "experts n tokens of its own.",
 )
 plot.plt.show()
 

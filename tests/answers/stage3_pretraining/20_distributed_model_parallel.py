@@ -1260,3 +1260,18 @@ def plan_parallelism(config, gpus, memory):
 def questions():
     numbers = {"reduces": 128, "wire": 117.4, "zigzag": 1.78, "bubble": 0.179, "chunks": 0.109, "live": 6}
     return {**numbers, "norm": "b", "node": "tp"}
+
+# %% wrong="parallel_cross_entropy" because="log-sum plus maximum minus the target's logit: large numbers cancel"
+- at_target = shifted.gather(-1, local.where(here, 0)[..., None])[..., 0].where(here, 0.0)
++ at_target = logits.gather(-1, local.where(here, 0)[..., None])[..., 0].where(here, 0.0)
+
+- return (total.log() - at_target).where(targets != ignore_index, 0.0)
++ return (total.log() + top - at_target).where(targets != ignore_index, 0.0)
+
+# %% wrong="parallel_cross_entropy" because="what is not the target's is multiplied by 0, a logit of -inf too"
+- at_target = shifted.gather(-1, local.where(here, 0)[..., None])[..., 0].where(here, 0.0)
++ at_target = shifted.gather(-1, local.where(here, 0)[..., None])[..., 0] * here
+
+# %% wrong="parallel_linears" because="the row-parallel bias shares the dense layer's memory"
+- self.bias = None if linear.bias is None else nn.Parameter(linear.bias.detach().clone())
++ self.bias = None if linear.bias is None else nn.Parameter(linear.bias.detach())
