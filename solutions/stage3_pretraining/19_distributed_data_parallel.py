@@ -1202,6 +1202,7 @@ def draw_steps(ranks: int, ways: list[tuple[int, ...]], g: torch.Generator) -> l
 g = checks.generator(6)
 train_branches(DataParallel, (7, 400, draw_steps(2, [(2, 2), (2, 2)], g)))
 ### BEGIN HIDDEN TESTS
+train_branches(DataParallel, (72, 400, draw_steps(1, [(2,), (0,)], g)))
 ways = [(2, 2), (3, 3), (0, 3), (0, 0), (2, 2)]
 sizes = 1, 10_000
 _, in_one = train_branches(DataParallel, *[(70, size, draw_steps(2, ways, g)) for size in sizes])
@@ -1210,15 +1211,14 @@ for calls in (result["calls"] for result in in_one):
         f"one bucket holds all gradients, and a step calls {max(calls)} collectives; its all-reduce "
         "is asked for, and at most one small one more"
     )
-train_branches(DataParallel, (72, 400, draw_steps(1, [(2,), (0,)], g)))
 ### END HIDDEN TESTS
 
 # %% check="data_parallel" points=2
 g = checks.generator(7)
 train_branches(DataParallel, (3, 200, draw_steps(2, [(0, 1)], g)))
 ### BEGIN HIDDEN TESTS
-ways = [(0, 1, 2, 0), (1, 2, 0, 1), (0, 1, 1, 1), (1, 1, 1, 1), (2, 2, 2, 2)]
-train_branches(DataParallel, *[(30 + size, size, draw_steps(4, ways, g)) for size in (1, 520)])
+ways = [(0, 1, 2), (1, 2, 0), (0, 1, 1), (1, 1, 1), (2, 2, 2)]
+train_branches(DataParallel, *[(30 + size, size, draw_steps(3, ways, g)) for size in (1, 520)])
 ### END HIDDEN TESTS
 
 
@@ -1657,6 +1657,12 @@ compare_steps(
 )
 ### BEGIN HIDDEN TESTS
 options = {"lr": 0.03, "betas": (0.7, 0.95), "eps": 1e-2, "weight_decay": 0.3}
+start, alone = [torch.randn(3, generator=g)], [[[torch.ones(3)]]]
+compare_steps(
+    run_optimizer(ZeroOptimizer, start, alone, options),
+    adamw(start, alone[0], options),
+    "ZeroOptimizer on a single rank",
+)
 cases = []
 for shapes in ([(3, 5), (7,), (), (2, 1, 3)], [(1,), (1,)], [(4, 4)]):
     start = [torch.randn(shape, generator=g) for shape in shapes]
@@ -1674,12 +1680,6 @@ for (start, gradients, _, rates), results in zip(
     for step in range(4):
         for i in range(len(start)):
             same_on_all([result["after"][step][i] for result in results], f"parameter {i}")
-start, alone = [torch.randn(3, generator=g)], [[[torch.ones(3)]]]
-compare_steps(
-    run_optimizer(ZeroOptimizer, start, alone, options),
-    adamw(start, alone[0], options),
-    "ZeroOptimizer on a single rank",
-)
 ### END HIDDEN TESTS
 
 # %% check="zero_optimizer" points=2
@@ -1890,6 +1890,12 @@ results = run_optimizer(ZeroMuon, start, gradients, {"lr": 0.1})
 compare_steps(results, muon(start, mean_gradients(gradients, start), lr=0.1), "ZeroMuon")
 ### BEGIN HIDDEN TESTS
 options = {"lr": 0.05, "momentum": 0.8, "weight_decay": 0.5}
+start, alone = [torch.randn(3, 2, generator=g)], [[[torch.ones(3, 2)]]]
+compare_steps(
+    run_optimizer(ZeroMuon, start, alone, options),
+    muon(start, alone[0], **options),
+    "ZeroMuon on a single rank",
+)
 cases = []
 for shapes in ([(6, 4), (4, 6), (5, 5), (1, 7), (3, 2), (8, 8)], [(4, 4)]):
     start = [torch.randn(shape, generator=g) for shape in shapes]
@@ -1906,12 +1912,6 @@ for (start, gradients, _, rates), results in zip(
     for step in range(3):
         for i in range(len(start)):
             same_on_all([result["after"][step][i] for result in results], f"matrix {i}")
-start, alone = [torch.randn(3, 2, generator=g)], [[[torch.ones(3, 2)]]]
-compare_steps(
-    run_optimizer(ZeroMuon, start, alone, options),
-    muon(start, alone[0], **options),
-    "ZeroMuon on a single rank",
-)
 ### END HIDDEN TESTS
 
 # %% check="zero_muon" points=1
@@ -2235,6 +2235,7 @@ g = checks.generator(12)
 xs = [torch.randn(2, 3, generator=g) for _ in range(2)]
 results = check_layers(FullyShardedLinear, g, (draw_layers([3, 4], g), xs))
 ### BEGIN HIDDEN TESTS
+alone = check_layers(FullyShardedLinear, g, (draw_layers([3, 4], g), xs[:1]))
 cases = []
 for widths, shape, bias in (
     ([4, 5, 3], (2, 3), True),
@@ -2246,7 +2247,6 @@ for widths, shape, bias in (
     cases.append((draw_layers(widths, g, bias), xs))
 uneven = [torch.randn(1 + 3 * r, 4, generator=g) for r in range(3)]
 results = check_layers(FullyShardedLinear, g, *cases, (draw_layers([4, 3], g), uneven))
-alone = check_layers(FullyShardedLinear, g, (draw_layers([4, 3], g), uneven[:1]))
 ### END HIDDEN TESTS
 
 # %% check="fully_sharded_linear" points=2
@@ -2529,12 +2529,12 @@ def draw_batches(
 g = checks.generator(14)
 results = check_training(ShardedModule, (1, 3, 1, draw_batches(2, 1, 2, 3, g)))
 ### BEGIN HIDDEN TESTS
+alone = check_training(ShardedModule, (4, 2, 1, draw_batches(1, 1, 2, 2, g)))
 results = check_training(
     ShardedModule,
     (2, 4, 2, draw_batches(3, 3, 2, 4, g, ways=(1, 0))),
     (3, 2, 1, draw_batches(3, 1, 1, 2, g, ways=(0,))),
 )
-alone = check_training(ShardedModule, (4, 2, 1, draw_batches(1, 1, 2, 2, g)))
 ### END HIDDEN TESTS
 
 # %% check="sharded_module" points=2
@@ -2934,13 +2934,14 @@ moves = [[[torch.tensor([-1.0, 0.0])]] * 2, [[torch.tensor([0.0, -2.0])]] * 2]
 results = check_outer(DiLoCo, (start, moves, {"every": 2, "lr": 1.0, "momentum": 0.0}))
 ### BEGIN HIDDEN TESTS
 g = checks.generator(17)
+start, options = [torch.randn(3, generator=g)], {"every": 2, "lr": 0.6, "momentum": 0.5}
+alone = check_outer(DiLoCo, (start, draw_gradients(1, 4, start, g), options))
 cases = []
 for every, lr, momentum, calls in ((1, 0.7, 0.9, 4), (3, 0.5, 0.8, 10), (2, 1.3, 0.4, 5)):
     start = [torch.randn(3, 2, generator=g), torch.randn((), generator=g)]
     options = {"every": every, "lr": lr, "momentum": momentum}
     cases.append((start, draw_gradients(3, calls, start, g), options))
 results = check_outer(DiLoCo, *cases)
-alone = check_outer(DiLoCo, (start, draw_gradients(1, 4, start, g), options))
 ### END HIDDEN TESTS
 
 # %% check="diloco" points=1
