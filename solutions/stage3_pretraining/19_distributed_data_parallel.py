@@ -502,20 +502,24 @@ def star_all_reduce(tensor: Tensor) -> Tensor:
     return total
 
 
-def sent(rank: int, reduce: Callable) -> int:
-    with communication() as log:
-        reduce(torch.ones(1200))
-    return sum(size for _, size in log)
+ALGORITHMS = {"all to rank 0 and back": star_all_reduce, "your ring": ring_all_reduce}
+
+
+def sent(rank: int) -> list[int]:
+    """The numbers that this rank sends, with each algorithm."""
+    sums = []
+    for reduce in ALGORITHMS.values():
+        with communication() as log:
+            reduce(torch.ones(1200))
+        sums.append(sum(size for _, size in log))
+    return sums
 
 
 fig, axes = plot.plt.subplots(1, 2, figsize=(9, 3.2), sharey=True)
-for ax, (title, reduce) in zip(
-    axes,
-    {"all to rank 0 and back": star_all_reduce, "your ring": ring_all_reduce}.items(),
-    strict=True,
-):
-    for i, ranks in enumerate((2, 3, 5)):
-        counts = launch(sent, ranks, reduce)
+for i, ranks in enumerate((2, 3, 5)):
+    for ax, title, counts in zip(
+        axes, ALGORITHMS, zip(*launch(sent, ranks), strict=True), strict=True
+    ):
         at = [rank + (i - 1) * 0.27 for rank in range(ranks)]
         ax.bar(
             at,
@@ -526,7 +530,7 @@ for ax, (title, reduce) in zip(
             edgecolor="white",
             label=f"{ranks} ranks",
         )
-    ax.set(xlabel="rank", title=title, xticks=range(5))
+        ax.set(xlabel="rank", title=title, xticks=range(5))
 axes[0].set_ylabel("numbers sent, in tensors")
 axes[0].axhline(2, color="#888888", linestyle=":", linewidth=1)
 axes[1].axhline(2, color="#888888", linestyle=":", linewidth=1)
@@ -814,6 +818,9 @@ def gradient_of(loss: Tensor) -> Tensor:
     return torch.cat([g.flatten() for g in torch.autograd.grad(loss, [*probe.parameters()])])
 
 
+counts = [500, 600, 700, 800, 900, 990]
+
+
 def averaged_gradients(rank: int, first: int) -> list[Tensor]:
     """The mean over two ranks, of which rank 0 has the first labels: mean of means, then yours."""
     mine = slice(0, first) if rank == 0 else slice(first, 1000)
@@ -826,12 +833,9 @@ def averaged_gradients(rank: int, first: int) -> list[Tensor]:
 
 
 whole = gradient_of(F.cross_entropy(probe(tokens), answers))
-counts = [500, 600, 700, 800, 900, 990]
 errors = {"mean of the ranks' means": [], "your global mean": []}
-for first in counts:
-    for values, gradient in zip(
-        errors.values(), launch(averaged_gradients, 2, first)[0], strict=True
-    ):
+for gradients in launch(lambda rank: [averaged_gradients(rank, n) for n in counts], 2)[0]:
+    for values, gradient in zip(errors.values(), gradients, strict=True):
         values.append(float((gradient - whole).norm() / whole.norm()) + 1e-9)
 ax = plot.curves(
     [count / 10 for count in counts],
@@ -1293,7 +1297,7 @@ for (layers, per_bucket), (_, events) in zip(plans, found, strict=True):
 
 # %% tags=["experiment", "figure"]
 # Figure: a backward pass, and what is on the wire meanwhile
-def timeline(rank: int, bucket_bytes: int) -> tuple[list[float], list[list[float]]]:
+def timeline(bucket_bytes: int) -> tuple[list[float], list[list[float]]]:
     torch.manual_seed(0)
     module = nn.Sequential(*[nn.Linear(640, 640, bias=False) for _ in range(8)])
     model = DataParallel(module, bucket_bytes)
@@ -1324,13 +1328,10 @@ def timeline(rank: int, bucket_bytes: int) -> tuple[list[float], list[list[float
     return [*ready, done], wire
 
 
+sizes = {"a bucket for two layers": 2 * 4 * 640**2, "one bucket for all": 2**30}
+timelines = launch(lambda rank: [timeline(size) for size in sizes.values()], 2)[0]
 fig, axes = plot.plt.subplots(1, 2, figsize=(10, 2.9), sharex=True)
-for ax, (title, size) in zip(
-    axes,
-    {"a bucket for two layers": 2 * 4 * 640**2, "one bucket for all": 2**30}.items(),
-    strict=True,
-):
-    ready, wire = launch(timeline, 2, size)[0]
+for ax, title, (ready, wire) in zip(axes, sizes, timelines, strict=True):
     for i, (start, stop) in enumerate(zip([0.0, *ready], ready, strict=False)):
         ax.barh(
             1,
@@ -2130,7 +2131,8 @@ def sharded_layers(kind: Callable, layers: list[tuple], x: Tensor, cotangent: Te
     x, given = x.clone().requires_grad_(), cotangent.clone()
     shards = [module.shard for module in modules]
     arrived = [watch_gradient(shard) for shard in shards]
-    smallest = min(weight.numel() for weight, _ in layers)
+    # Tensors of small layers do not count: outputs are as large as weights there.
+    smallest = max(1000, min(weight.numel() for weight, _ in layers))
     padded = max(flat_of(layer, dist.get_world_size()).numel() for layer in layers)
     with LiveElements(smallest, 3 * padded) as live:
         y = x
@@ -2449,7 +2451,9 @@ def check_training(kind: Callable, *cases: tuple[int, int, int, list[list]]) -> 
 
     def run(rank: int, case: tuple) -> dict:
         seed, width, depth, batches = case
-        return sharded_training(kind, seed, width, depth, batches[rank], 3 * width * width)
+        return sharded_training(
+            kind, seed, width, depth, batches[rank], max(1000, 3 * width * width)
+        )
 
     found = on_ranks(len(cases[0][3]), run, cases)
     for case, results in zip(cases, found, strict=True):
@@ -3007,7 +3011,7 @@ def train(rank: int, how: str, seed: int) -> dict:
     model = toys.ByteModel(48, blocks, context=64)
     parallel = DataParallel(model) if how == "gradients, every step" else None
     outer = DiLoCo(model.parameters(), **WAYS[how]) if WAYS[how] else None
-    optimizer = torch.optim.AdamW(model.parameters(), lr=3e-3)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=3e-3, fused=True)
     losses, sent = [], 0.0
     for step, windows in enumerate(draw_windows(text, STEPS, 8, 10 * seed + rank)):
         loss = toys.next_byte_loss(parallel or model, windows)
@@ -3026,7 +3030,7 @@ def train(rank: int, how: str, seed: int) -> dict:
     return {"losses": losses, "MB": sent / 1e6}
 
 
-runs = {how: launch(train, 2, how, 0, timeout=60)[0] for how in WAYS}
+runs = launch(lambda rank: {how: train(rank, how, seed=0) for how in WAYS}, 2, timeout=120)[0]
 for how, run in runs.items():
     print(f"{how:24} held-out loss {run['losses'][-1]:.3f} nats a byte   sent {run['MB']:6.2f} MB")
 
