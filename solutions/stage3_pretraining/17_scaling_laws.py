@@ -74,6 +74,8 @@ import torch
 from llm40 import checks, models, plot, profile, toys
 from torch import Tensor, nn
 
+torch.set_num_threads(1)  # products as small as here take longer to share out than to compute
+
 Surface = tuple[float, float, float, float, float]  # E, A, B, alpha, beta
 
 # The law as it was printed, and as others found it from the points of the same paper's figure.
@@ -1369,8 +1371,6 @@ def train_trunk(config: models.Config, ends: Sequence[int], rate: float) -> tupl
 
 
 live = []
-threads = torch.get_num_threads()
-torch.set_num_threads(1)  # products this small take longer to share out than to compute
 for width in (16, 24, 32, 48):
     config = family(width, 3)
     per_token = sum(training_flops(config, 128, 128).values()) / 128
@@ -1387,7 +1387,6 @@ for width in (16, 24, 32, 48):
         )
     shown = " and ".join(f"{loss:.3f}" for loss in losses)
     print(f"width {width}: {ends} steps, loss {shown}; {steps} steps in all")
-torch.set_num_threads(threads)
 print(
     f"a model that knows how frequent each byte is, and nothing else: {toys.entropy_of(TEXT):.3f}"
 )

@@ -1207,13 +1207,13 @@ g = checks.generator(6)
 train_branches(DataParallel, (7, 400, draw_steps(2, [(2, 2), (2, 2)], g)))
 ### BEGIN HIDDEN TESTS
 train_branches(DataParallel, (72, 400, draw_steps(1, [(2,), (0,)], g)))
-ways = [(2, 2), (3, 3), (0, 3), (0, 0), (2, 2)]
+ways = [(2, 2), (3, 3), (0, 0), (2, 2)]
 sizes = 1, 10_000
 _, in_one = train_branches(DataParallel, *[(70, size, draw_steps(2, ways, g)) for size in sizes])
 for calls in (result["calls"] for result in in_one):
     assert max(calls) <= 2, (
-        f"one bucket holds all gradients, and a step calls {max(calls)} collectives; its all-reduce "
-        "is asked for, and at most one small one more"
+        f"one bucket holds all gradients, and a step calls {max(calls)} collectives: at most an "
+        "all-reduce and a small one more are asked for"
     )
 ### END HIDDEN TESTS
 
@@ -1221,7 +1221,7 @@ for calls in (result["calls"] for result in in_one):
 g = checks.generator(7)
 train_branches(DataParallel, (3, 200, draw_steps(2, [(0, 1)], g)))
 ### BEGIN HIDDEN TESTS
-ways = [(0, 1, 2), (1, 2, 0), (0, 1, 1), (1, 1, 1), (2, 2, 2)]
+ways = [(0, 1, 2), (1, 2, 0), (0, 3, 0), (1, 1, 1), (2, 2, 2)]
 train_branches(DataParallel, *[(30 + size, size, draw_steps(3, ways, g)) for size in (1, 520)])
 ### END HIDDEN TESTS
 
@@ -2328,9 +2328,9 @@ class ShardedModule(nn.Module):
     names; no buffers, no randomness. It may be taken apart. forward(*inputs) takes tensors and
     gives one tensor, as the module does. The parameters in the order of module.parameters(), each
     flattened, are one vector of n elements, padded with zeros to p·⌈n/p⌉. The only parameter is
-    `shard`, (⌈n/p⌉,), rank r's part. Its gradient is the mean over ranks (zeros for a parameter that
-    is not used); floating-point inputs that require gradients get their own. They are returned to
-    autograd, which adds them to `.grad`, and what backward is given stays as it is.
+    `shard`, (⌈n/p⌉,), rank r's part. Its gradient is the mean over ranks (zeros for a parameter
+    that is not used); floating-point inputs that require gradients get their own. They are returned
+    to autograd, which adds them to `.grad`, and what backward is given stays as it is.
 
     Between the passes nothing is kept but the inputs and the output: no gathered weights, no
     activations from inside.
