@@ -1204,9 +1204,9 @@ def draw_steps(ranks: int, ways: list[tuple[int, ...]], g: torch.Generator) -> l
 
 # %% check="data_parallel" points=3
 g = checks.generator(6)
-train_branches(DataParallel, (7, 400, draw_steps(2, [(2, 2), (2, 2)], g)))
+results = train_branches(DataParallel, (7, 400, draw_steps(2, [(2, 2), (2, 2)], g)))
 ### BEGIN HIDDEN TESTS
-train_branches(DataParallel, (72, 400, draw_steps(1, [(2,), (0,)], g)))
+results = train_branches(DataParallel, (72, 400, draw_steps(1, [(2,), (0,)], g)))
 ways = [(2, 2), (3, 3), (0, 0), (2, 2)]
 sizes = 1, 10_000
 _, in_one = train_branches(DataParallel, *[(70, size, draw_steps(2, ways, g)) for size in sizes])
@@ -1219,10 +1219,12 @@ for calls in (result["calls"] for result in in_one):
 
 # %% check="data_parallel" points=2
 g = checks.generator(7)
-train_branches(DataParallel, (3, 200, draw_steps(2, [(0, 1)], g)))
+results = train_branches(DataParallel, (3, 200, draw_steps(2, [(0, 1)], g)))
 ### BEGIN HIDDEN TESTS
 ways = [(0, 1, 2), (1, 2, 0), (0, 3, 0), (1, 1, 1), (2, 2, 2)]
-train_branches(DataParallel, *[(30 + size, size, draw_steps(3, ways, g)) for size in (1, 520)])
+results = train_branches(
+    DataParallel, *[(30 + size, size, draw_steps(3, ways, g)) for size in (1, 520)]
+)
 ### END HIDDEN TESTS
 
 
