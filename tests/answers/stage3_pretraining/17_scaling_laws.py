@@ -612,6 +612,52 @@ def inference_aware_optimum(surface, target, inference_tokens):
     n = (a * (alpha + beta) / (beta * gap)) ** (1 / alpha)
     return n, (b * (alpha + beta) / (alpha * gap)) ** (1 / beta) + inference_tokens / 3
 
+# %% wrong="inference_aware_optimum" because="log N is bisected to 1e-9"
+def inference_aware_optimum(surface, target, inference_tokens):
+    e, a, b, alpha, beta = surface
+    gap = target - e
+    if gap <= 0:
+        raise ValueError("no model reaches it")
+    low = math.log(a / gap) / alpha
+    high = low + 200
+    while high - low > 1e-9:
+        u = (low + high) / 2
+        left = gap - a * math.exp(-alpha * u)
+        d = (b / left) ** (1 / beta) if left > 0 else math.inf
+        if left <= 0 or alpha * (gap - left) / (beta * left) > 1 + inference_tokens / (3 * d):
+            low = u
+        else:
+            high = u
+    n = math.exp(high)
+    return n, (b / (gap - a * math.exp(-alpha * high))) ** (1 / beta)
+
+# %% wrong="inference_aware_optimum" because="twenty-six halvings"
+- for _ in range(100):
++ for _ in range(26):
+
+# %% wrong="inference_aware_optimum" because="bisection of log N that stops at 1e-5"
+def inference_aware_optimum(surface, target, inference_tokens):
+    e, a, b, alpha, beta = surface
+    gap = target - e
+    if gap <= 0:
+        raise ValueError("no model reaches it")
+    low = math.log(a / gap) / alpha
+    high = low + 200
+    while high - low > 1e-5:
+        u = (low + high) / 2
+        left = gap - a * math.exp(-alpha * u)
+        d = (b / left) ** (1 / beta) if left > 0 else math.inf
+        if left <= 0 or alpha * (gap - left) / (beta * left) > 1 + inference_tokens / (3 * d):
+            low = u
+        else:
+            high = u
+    n = math.exp(high)
+    return n, (b / (gap - a * math.exp(-alpha * high))) ** (1 / beta)
+
+# %% right="inference_aware_optimum" because="thirty halvings, which are enough for what is asked"
+- for _ in range(100):
++ for _ in range(30):
+
 # %% right="inference_aware_optimum" because="bisection of log N on the slope"
 def inference_aware_optimum(surface, target, inference_tokens):
     e, a, b, alpha, beta = surface

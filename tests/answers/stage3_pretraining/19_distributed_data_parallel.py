@@ -84,6 +84,18 @@ def ring_all_reduce(tensor, group=None):
 - return total
 + return torch.empty_like(tensor).copy_(total)
 
+# %% wrong="ring_all_reduce" because="a single rank gets its tensor itself"
+- rank, ranks = dist.get_rank(group), dist.get_world_size(group)
++ rank, ranks = dist.get_rank(group), dist.get_world_size(group)
++ if ranks == 1:
++     return tensor
+
+# %% wrong="ring_all_reduce" because="a ring wants two ranks"
+- rank, ranks = dist.get_rank(group), dist.get_world_size(group)
++ rank, ranks = dist.get_rank(group), dist.get_world_size(group)
++ if ranks < 2:
++     raise ValueError("a ring of one")
+
 # %% right="ring_all_reduce" because="batched messages, chunk r complete on rank r"
 def ring_all_reduce(tensor, group=None):
     me, p = dist.get_rank(group), dist.get_world_size(group)
@@ -167,6 +179,12 @@ def ring_all_reduce(tensor, group=None):
 - if algorithm == "ring":
 + if algorithm in ("ring", "tree", "star"):
 
+# %% wrong="communication_time" because="an empty tensor costs nothing"
+- if algorithm == "ring":
++ if not size:
++     return 0.0
++ if algorithm == "ring":
+
 # %% right="communication_time" because="a table of (messages, bytes)"
 def communication_time(size, ranks, latency, bandwidth, algorithm="ring"):
     plans = {
@@ -239,6 +257,12 @@ def global_mean_loss(logits, targets, ignore_index=-100):
 + total = losses.detach().clone()
 + dist.all_reduce(total)
 + return losses / labels.clamp(min=1) + (total - losses.detach()) / labels.clamp(min=1)
+
+# %% wrong="global_mean_loss" because="a single rank is refused"
+- labels = (targets != ignore_index).sum()
++ if dist.get_world_size() == 1:
++     raise ValueError("nothing to share")
++ labels = (targets != ignore_index).sum()
 
 # %% right="global_mean_loss" because="own mean, weighted by the share of labels"
 def global_mean_loss(logits, targets, ignore_index=-100):
@@ -497,6 +521,36 @@ class DataParallel(nn.Module):
             entry["left"] = set(whole)
         self.handles = []
 
+# %% wrong="data_parallel" because="a single rank is refused"
+- self.module = module
+- with torch.no_grad():
++ self.module = module
++ if dist.get_world_size() == 1:
++     raise ValueError("nothing to share")
++ with torch.no_grad():
+
+# %% wrong="data_parallel" because="a mean that is zero is taken for a missing one"
+- if count:
++ if part.any():
+
+# %% wrong="data_parallel" because="a gradient of zeros counts as missing"
+- there = parts[0].new_tensor([p.grad is not None for p in bucket])
++ there = parts[0].new_tensor([bool(part.any()) for part in parts])
+
+# %% wrong="data_parallel" because="asks for each parameter by itself whether anybody has its gradient" of="any-order"
+  def ready(self, number):
+      self.missing[number] -= 1
+-     if not self.missing[number]:
+-         self.start(number)
++     while len(self.flying) < len(self.buckets) and not self.missing[len(self.flying)]:
++         self.start(len(self.flying))
+
+- dist.all_reduce(used)
+- used = iter(used.tolist())
++ for one in used:
++     dist.all_reduce(one)
++ used = iter(used.tolist())
+
 # %% wrong="zero_memory" because="no master weights"
 - for first_stage, size in ((3, 2), (2, 2), (1, 12)):  # weights, gradients, optimizer state
 + for first_stage, size in ((3, 2), (2, 2), (1, 8)):
@@ -607,6 +661,20 @@ def zero_memory(parameters, ranks, stage):
 - beta1, beta2 = self.betas
 + beta1, beta2 = 0.9, 0.999
 
+# %% wrong="zero_optimizer" because="a single rank is refused"
+- self.parameters = list(parameters)
++ if dist.get_world_size() == 1:
++     raise ValueError("nothing to share")
++ self.parameters = list(parameters)
+
+# %% wrong="zero_optimizer" because="walks through the parameters twice"
+- self.parameters = list(parameters)
+- self.lr, self.betas, self.eps, self.weight_decay = lr, betas, eps, weight_decay
+- self.exp_avg = torch.zeros_like(own_part(flatten(self.parameters)))
++ self.lr, self.betas, self.eps, self.weight_decay = lr, betas, eps, weight_decay
++ self.exp_avg = torch.zeros_like(own_part(flatten(parameters)))
++ self.parameters = list(parameters)
+
 # %% right="zero_optimizer" because="PyTorch's AdamW on a shard"
 class ZeroOptimizer:
     def __init__(self, parameters, lr=1e-3, betas=(0.9, 0.999), eps=1e-8, weight_decay=0.01):
@@ -679,6 +747,24 @@ def assign_owners(sizes, ranks):
 # %% wrong="assign_owners" because="the highest of several ranks"
 - owners[i] = load.index(min(load))
 + owners[i] = max(r for r in range(ranks) if load[r] == min(load))
+
+# %% wrong="assign_owners" because="of equal loads the one after the last"
+- for i in sorted(range(len(sizes)), key=lambda i: -sizes[i]):
+-     owners[i] = load.index(min(load))
++ last = -1
++ for i in sorted(range(len(sizes)), key=lambda i: -sizes[i]):
++     last = owners[i] = min(range(ranks), key=lambda r: (load[r], (r - last - 1) % ranks))
+
+# %% wrong="assign_owners" because="of equal loads the one with fewer matrices, by a heap"
+def assign_owners(sizes, ranks):
+    import heapq
+
+    heap = [(0, 0, r) for r in range(ranks)]
+    owners = [0] * len(sizes)
+    for i in sorted(range(len(sizes)), key=lambda i: -sizes[i]):
+        load, count, owners[i] = heapq.heappop(heap)
+        heapq.heappush(heap, (load + sizes[i], count + 1, owners[i]))
+    return owners
 
 # %% right="assign_owners" because="a heap"
 def assign_owners(sizes, ranks):
@@ -839,6 +925,20 @@ class ZeroMuon:
             dist.broadcast(part, owners[i])
             m.copy_(part)
 
+# %% wrong="zero_muon" because="a single rank is refused"
+- self.matrices = list(matrices)
++ if dist.get_world_size() == 1:
++     raise ValueError("nothing to share")
++ self.matrices = list(matrices)
+
+# %% wrong="zero_muon" because="walks through the matrices twice"
+- self.matrices = list(matrices)
+- self.lr, self.momentum, self.weight_decay = lr, momentum, weight_decay
+- self.owners = assign_owners([m.numel() for m in self.matrices], dist.get_world_size())
++ self.lr, self.momentum, self.weight_decay = lr, momentum, weight_decay
++ self.owners = assign_owners([m.numel() for m in matrices], dist.get_world_size())
++ self.matrices = list(matrices)
+
 # %% wrong="fully_sharded_linear" because="the sum over ranks"
 - return dx, reduce_scatter(gradient) / dist.get_world_size(), None, None
 + return dx, reduce_scatter(gradient), None, None
@@ -997,6 +1097,58 @@ class FullyShardedLinear(nn.Module):
     def forward(self, x):
         return LinearOfShards.apply(x, self.shard, *self.sizes)
 
+# %% wrong="fully_sharded_linear" because="a single rank is refused"
+- parts = [p for p in (linear.weight, linear.bias) if p is not None]
++ if dist.get_world_size() == 1:
++     raise ValueError("nothing to share")
++ parts = [p for p in (linear.weight, linear.bias) if p is not None]
+
+# %% wrong="fully_sharded_linear" because="the gradient that comes in is divided in place"
+- dy, x = dy.reshape(-1, ctx.shape[0]), x.reshape(-1, ctx.shape[1])
++ dy, x = dy.div_(dist.get_world_size()).reshape(-1, ctx.shape[0]), x.reshape(-1, ctx.shape[1])
+
+- return dx, reduce_scatter(gradient) / dist.get_world_size(), None, None
++ return dx, reduce_scatter(gradient), None, None
+
+# %% wrong="fully_sharded_linear" because="the gradients are put together by flatten, four at a time"
+- dx = dy @ all_gather(shard)[:size].view(ctx.shape)
+- gradient = dy.new_zeros(len(shard) * dist.get_world_size())
+- dy, x = dy.reshape(-1, ctx.shape[0]), x.reshape(-1, ctx.shape[1])
+- torch.mm(dy.T, x, out=gradient[:size].view(ctx.shape))
+- if ctx.has_bias:
+-     gradient[size : size + ctx.shape[0]] = dy.sum(0)
++ full = all_gather(shard)
++ dx = dy @ full[:size].view(ctx.shape)
++ dy, x = dy.reshape(-1, ctx.shape[0]), x.reshape(-1, ctx.shape[1])
++ parts = [dy.T @ x] + ([dy.sum(0)] if ctx.has_bias else [])
++ gradient = torch.zeros_like(full)
++ gradient[: sum(part.numel() for part in parts)] = torch.cat([part.flatten() for part in parts])
+
+# %% wrong="fully_sharded_linear" because="the forward pass makes four tensors of the weight's size"
+- flat = all_gather(shard)
+- bias = flat[shape.numel() :][: shape[0]] if has_bias else None
+- return F.linear(x, flat[: shape.numel()].view(shape), bias)
++ flat = all_gather(shard)
++ bias = flat[shape.numel() :][: shape[0]] if has_bias else None
++ one, two, three = flat.clone(), flat.clone(), flat.clone()
++ return F.linear(x, flat[: shape.numel()].view(shape), bias)
+
+# %% wrong="fully_sharded_linear" because="backward puts the gradient into shard.grad itself"
+- ctx.save_for_backward(x, shard)
++ ctx.save_for_backward(x, shard)
++ ctx.mine = shard
+
+- return dx, reduce_scatter(gradient) / dist.get_world_size(), None, None
++ ctx.mine.grad = reduce_scatter(gradient) / dist.get_world_size()
++ return dx, None, None, None
+
+# %% wrong="fully_sharded_linear" because="backward adds to a gradient that is there, and returns it, too"
+- return dx, reduce_scatter(gradient) / dist.get_world_size(), None, None
++ mine = reduce_scatter(gradient) / dist.get_world_size()
++ if shard.grad is not None:
++     mine = mine + shard.grad
++ return dx, mine, None, None
+
 # %% wrong="sharded_module" because="the sum over ranks"
 - mine = reduce_scatter(gradient) / dist.get_world_size()
 + mine = reduce_scatter(gradient)
@@ -1117,6 +1269,40 @@ class ShardedModule(nn.Module):
     def forward(self, *inputs):
         return PutIn.apply(self, self.shard, *inputs)
 
+# %% wrong="sharded_module" because="a single rank is refused"
+- self.shapes = {name: p.shape for name, p in module.named_parameters()}
++ if dist.get_world_size() == 1:
++     raise ValueError("nothing to share")
++ self.shapes = {name: p.shape for name, p in module.named_parameters()}
+
+# %% wrong="sharded_module" because="the gradient that comes in is divided in place"
+- gradient, *rest = torch.autograd.grad(y, asked, dy, materialize_grads=True)
+- del y, flat, asked
+- mine = reduce_scatter(gradient) / dist.get_world_size()
++ gradient, *rest = torch.autograd.grad(y, asked, dy.div_(dist.get_world_size()), materialize_grads=True)
++ rest = [t * dist.get_world_size() for t in rest]
++ mine = reduce_scatter(gradient)
+
+# %% wrong="sharded_module" because="backward puts the gradient into shard.grad itself"
+- mine = reduce_scatter(gradient) / dist.get_world_size()
+- return None, mine, *[rest.pop(0) if n else None for n in needs]
++ ctx.owner.shard.grad = reduce_scatter(gradient) / dist.get_world_size()
++ return None, None, *[rest.pop(0) if n else None for n in needs]
+
+# %% wrong="sharded_module" because="shards as tensor_split makes them"
+- self.shard = nn.Parameter(own_part(flatten(module.parameters())).clone())
+- self.skeleton = (module.to("meta"),)  # in a tuple: its parameters are not this module's
++ whole = torch.cat([p.detach().flatten() for p in module.parameters()])
++ self.lengths = [len(part) for part in whole.tensor_split(dist.get_world_size())]
++ mine = whole.tensor_split(dist.get_world_size())[dist.get_rank()]
++ self.shard = nn.Parameter(F.pad(mine, (0, max(self.lengths) - len(mine))))
++ self.skeleton = (module.to("meta"),)  # in a tuple: its parameters are not this module's
+
+- parts = flat[: sum(sizes)].split(sizes)
++ rows = flat.view(dist.get_world_size(), -1)
++ flat = torch.cat([row[:length] for row, length in zip(rows, self.lengths, strict=True)])
++ parts = flat[: sum(sizes)].split(sizes)
+
 # %% wrong="fsdp_wrap" because="the model alone"
 - for block in model.blocks:
 -     fully_shard(block, mesh=mesh)
@@ -1144,6 +1330,11 @@ class ShardedModule(nn.Module):
 # %% wrong="fsdp_wrap" because="the model as it is"
 def fsdp_wrap(model):
     return model
+
+# %% wrong="fsdp_wrap" because="all blocks are one group"
+- for block in model.blocks:
+-     fully_shard(block, mesh=mesh)
++ fully_shard(list(model.blocks), mesh=mesh)
 
 # %% right="fsdp_wrap" because="by apply, on the default mesh"
 def fsdp_wrap(model):
@@ -1289,6 +1480,24 @@ def deepspeed_config(stage, micro_batch, accumulation, ranks, clip=1.0, offload=
 # %% wrong="diloco" because="each rank keeps its own way"
 - dist.all_reduce(delta)
 - delta /= dist.get_world_size()
+
+# %% wrong="diloco" because="a single rank is refused"
+- self.parameters = list(parameters)
++ if dist.get_world_size() == 1:
++     raise ValueError("nothing to share")
++ self.parameters = list(parameters)
+
+# %% wrong="diloco" because="a single rank takes no outer step"
+- if self.calls % self.every:
++ if self.calls % self.every or dist.get_world_size() == 1:
+
+# %% wrong="diloco" because="walks through the parameters twice"
+- self.parameters = list(parameters)
+- self.every, self.lr, self.momentum, self.calls = every, lr, momentum, 0
+- self.start = [p.detach().clone() for p in self.parameters]
++ self.every, self.lr, self.momentum, self.calls = every, lr, momentum, 0
++ self.start = [p.detach().clone() for p in parameters]
++ self.parameters = list(parameters)
 
 # %% right="diloco" because="PyTorch's SGD on the starts"
 class DiLoCo:
