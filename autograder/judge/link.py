@@ -324,12 +324,14 @@ class Link(Codec):
     def perform(self, request: object, reply: Reply, seen: list) -> object:
         if isinstance(request, Call):
             function = self.resolve(request.target)
-            outer, self.tracked = self.tracked, []
+            outer, self.tracked, self.repeated = self.tracked, [], False
             try:
                 args, kwargs = self.decode(request.args), self.decode(request.kwargs)
                 request.containers = self.tracked
             finally:
                 self.tracked = outer
+            if self.repeated:  # alone, each container is told otherwise
+                request.containers = [(value, self.encode(value)) for value, _ in request.containers]
             return self.measure(request.around, seen, lambda: function(*args, **kwargs), request.modes)
         if isinstance(request, Gradients):
             return self.serve_gradients(request, seen)

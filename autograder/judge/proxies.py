@@ -126,6 +126,7 @@ def describe(value: object, number: int, link) -> dict:
         "bases": bases(kind),
         "operators": operators(kind),
         "before_numpy": goes_before_numpy(kind),
+        "hashable": kind.__hash__ is not None,
     }
 
 
@@ -372,12 +373,12 @@ def make_object(link, number: int, description: dict) -> Handle:
     names = tuple(name for name in description["operators"] if name in OPERATORS)
     known = tuple(local_bases(description["bases"]))
     compared = link.compared(str(description["name"]))
-    before_numpy = bool(description.get("before_numpy"))
-    key = (description["name"], names, known, compared, before_numpy)
+    before_numpy, hashable = bool(description.get("before_numpy")), bool(description.get("hashable"))
+    key = (description["name"], names, known, compared, before_numpy, hashable)
     if key not in _classes:
         members = {name: remote_operator(name) for name in names}
         members |= {name: no_comparison(name) for name in COMPARING if name not in compared}
-        members["__hash__"] = Handle.__hash__
+        members["__hash__"] = Handle.__hash__ if hashable else None
         if before_numpy:
             members["__array_ufunc__"] = None
         if known:

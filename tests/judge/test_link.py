@@ -73,6 +73,31 @@ def test_expanded_tensors_and_arrays():
         assert names["echo"](array).flags.f_contiguous
 
 
+def test_an_array_that_stands_in_a_value_twice_is_one_array_at_the_other_end():
+    learner = TORCH + (
+        "from collections import namedtuple\nPair = namedtuple('Pair', 'a b')\n"
+        "def add_(make):\n    first, second = make()\n    first += 1\n    return first is second, second\n"
+        "def twice():\n    a = np.zeros(2)\n    return [a, Pair(np.ones(1), a), {'a': a}]\n"
+        "def spoil_(x, rows):\n    x += 1\n    return len(rows)\n"
+        "def keep(rows):\n    return rows[0] is rows[1]\n"
+    )
+    with judged(learner) as names:
+        array = np.zeros(2)
+        same, second = names["add_"](lambda: (array, array))
+        assert same
+        assert second.tolist() == [1, 1]
+        assert names["add_"](lambda: (array, array.copy()))[0] is False
+        one, pair, table = names["twice"]()
+        assert one is pair.b is table["a"]
+        assert one is not pair.a
+        rows = [array]
+        assert names["spoil_"](array, rows) == 1
+        assert array.tolist() == [1, 1]
+        rows = [array, array]
+        assert names["keep"](rows)
+        assert rows[0] is rows[1] is array
+
+
 def test_changes_in_place_come_back():
     learner = TORCH + (
         "def spoil_(t, rows, table, array):\n"
@@ -276,6 +301,33 @@ def test_a_learners_patch_of_a_class_is_seen_by_both():
         names["Vector"].__add__ = lambda self, other: (calls.append(1), plain(self, other))[1]
         assert list(names["Vector"](1) + names["Vector"](2)) == [3]
         assert calls == [1]
+
+
+def test_what_cannot_be_hashed_cannot_be_hashed_at_the_other_end():
+    learner = TORCH + (
+        "class Alike:\n    __hash__ = None\n    def __eq__(self, other):\n        return True\n"
+        "class Own:\n    def __len__(self):\n        return 1\n"
+        "def distinct(*nodes):\n    return len(set(nodes))\n"
+    )
+
+    class Node:
+        def __len__(self):
+            return 1
+
+    class Same(Node):
+        __hash__ = None
+
+        def __eq__(self, other):
+            return True
+
+    with judged(learner) as names:
+        node = Node()
+        assert names["distinct"](node, node, Node()) == 2
+        with pytest.raises(TypeError, match="unhashable"):
+            names["distinct"](Same(), Same())
+        assert len({names["Own"](), names["Own"]()}) == 2
+        with pytest.raises(TypeError, match="unhashable"):
+            hash(names["Alike"]())
 
 
 def test_callbacks_and_their_gradients():
