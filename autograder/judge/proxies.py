@@ -201,6 +201,7 @@ def describe_built(module: nn.Module, path: str, link) -> dict:
         ],
         "modules": [[name, link.encode(child)] for name, child in module._modules.items()],
         "training": module.training,
+        "hooks": [[kind, name, link.encode(hook)] for (kind, name), hook in link.hooks_of(module).items()],
     }
 
 
@@ -536,6 +537,8 @@ def build_module(link, number: int, description: dict) -> nn.Module:
     for name, value in description["attributes"]:
         made.__dict__[name] = link.decode(value)
     fill_module(made, description, link)
+    for kind, name, hook in description["hooks"]:
+        link.set_part(made, kind, name, link.decode(hook))
     link.share_module(number, made)
     return made
 

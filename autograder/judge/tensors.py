@@ -43,6 +43,17 @@ def modes() -> list:
     ]
 
 
+def switches() -> list:
+    """Those of the modes that a call can leave otherwise than it found them: they are the process's, not a block's."""
+    return [torch.is_grad_enabled(), str(torch.get_default_dtype()).removeprefix("torch.")]
+
+
+def set_switches(wanted: list) -> None:
+    gradients, default = wanted
+    set_grad_enabled(bool(gradients))
+    torch.set_default_dtype(dtype_of(default))
+
+
 def default_device() -> str:
     """The device of a `with torch.device(…)` or torch.set_default_device; "" where there is none.
 

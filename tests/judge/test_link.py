@@ -153,6 +153,34 @@ def test_results_of_one_call_in_another():
         checks.close(w.grad, 2 * x.T @ (x @ w.detach()))
 
 
+def test_switches_that_a_call_leaves_stay_so():
+    learner = TORCH + (
+        "def off(fails=False):\n    torch.set_grad_enabled(False)\n    if fails:\n        raise KeyError\n"
+        "def wide():\n    torch.set_default_dtype(torch.float64)\n"
+        "def back():\n    torch.set_grad_enabled(True)\n    torch.set_default_dtype(torch.float32)\n"
+        "def call(f):\n    with torch.no_grad():\n        f()\n    return torch.is_grad_enabled()\n"
+    )
+    with judged(learner) as names:
+        for left in (lambda: names["off"](), lambda: checks.raises(KeyError, names["off"], True)):
+            assert torch.is_grad_enabled()
+            left()
+            assert not torch.is_grad_enabled()
+            names["back"]()
+        names["wide"]()
+        assert torch.get_default_dtype() == torch.float64
+        names["back"]()
+        assert torch.get_default_dtype() == torch.float32
+        with torch.no_grad():
+            names["back"]()
+            assert torch.is_grad_enabled()
+            torch.set_grad_enabled(False)
+        assert names["call"](lambda: None)
+        assert torch.is_grad_enabled()
+        with pytest.raises(AssertionError, match="is_grad_enabled"), checks.kept():
+            names["off"]()
+        names["back"]()
+
+
 def test_modes_and_random_numbers_go_along():
     learner = TORCH + (
         "def modes():\n"
@@ -240,6 +268,61 @@ def test_modules_of_the_judge_are_built_at_the_other_end():
         assert names["init"](model) is model
         assert model[0].weight.unique().tolist() == [1.0]
         assert model.alpha == 3.0
+
+
+def test_hooks_on_modules_of_the_judge_are_at_both_ends():
+    learner = TORCH + (
+        "def count(model):\n    return [len(m._forward_hooks) for m in model]\n"
+        "def clear(model):\n    for m in model:\n        m._forward_hooks.clear()\n"
+        "def norms(model, loss):\n"
+        "    found, handles = [], []\n"
+        "    for m in model:\n"
+        "        hook = lambda module, into, out: found.append((module is model[0], out[0].tolist()))\n"
+        "        handles.append(m.register_full_backward_hook(hook))\n"
+        "    loss().backward()\n"
+        "    for handle in handles:\n        handle.remove()\n"
+        "    return found\n"
+        "def add(model, run):\n"
+        "    handles = [model[0].register_forward_hook(lambda m, i, out: out + 1) for _ in range(40)]\n"
+        "    out = run()\n"
+        "    for handle in handles:\n        handle.remove()\n"
+        "    return out\n"
+    )
+    with judged(learner) as names:
+        model, seen = nn.Sequential(nn.Linear(1, 1, bias=False), nn.Linear(1, 1, bias=False)), []
+        model[1].weight.data.fill_(3.0)
+        x = torch.ones(1, 1, requires_grad=True)
+        handles = [model[0].register_forward_hook(lambda *_: seen.append(1)) for _ in range(40)]  # numbered as there
+        assert names["norms"](model, lambda: model(x).sum()) == [(False, [[1.0]]), (True, [[3.0]])]
+        assert not any(m._backward_hooks for m in model)
+        seen.clear()
+        checks.close(names["add"](model, lambda: model(x)), 3 * (model(x) / 3 + 40))
+        assert len(seen) == 80  # the judge's own stay, each once
+        assert names["count"](model) == [40, 0]
+        handles.pop().remove()
+        assert names["count"](model) == [39, 0]
+        names["clear"](model)
+        assert len(model[0]._forward_hooks) == 0
+
+
+def test_a_gradient_is_put_back_after_an_error():
+    learner = TORCH + (
+        "def run(model, loss):\n"
+        "    old = model.weight.grad\n    model.weight.grad = None\n"
+        "    try:\n        loss()\n    finally:\n        model.weight.grad = old\n"
+    )
+    with judged(learner) as names:
+        model = nn.Linear(1, 1)
+        model.weight.grad = torch.full((1, 1), 7.0)
+
+        def loss():
+            assert model.weight.grad is None
+            raise KeyError("no loss")
+
+        names["run"](model, lambda: None)  # both ends know the gradient
+        with pytest.raises(KeyError, match="no loss"):
+            names["run"](model, loss)
+        assert model.weight.grad.item() == 7.0
 
 
 HANDLES = TORCH + (
