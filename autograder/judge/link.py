@@ -25,7 +25,7 @@ import torch
 from torch import Tensor, enable_grad, nn  # by these names: checks may watch torch's own
 from torch.autograd.graph import _engine_run_backward as run_backward  # as autograd.grad, which modes see
 
-from autograder.judge import messages, proxies, tensors
+from autograder.judge import messages, proxies, tensors, transforms
 from autograder.judge.messages import Attribute, Call, Envelope, Gradients, Reply
 from autograder.judge.values import Codec, Refused, find_attribute, qualified
 
@@ -271,6 +271,8 @@ class Link(Codec):
 
     def call_function(self, number: int, function: Callable, args: tuple, kwargs: dict) -> object:
         """Calls a function of the other end's, which has a proxy here."""
+        if transforms.wrapped(args, kwargs):
+            return transforms.call(lambda args, kwargs: self.call(["object", number], args, kwargs), args, kwargs)
         return self.call(["object", number], args, kwargs)
 
     def around(self) -> list:

@@ -260,7 +260,7 @@ class Mirrors:
             return known
         if torch._C._functorch.is_functorch_wrapped_tensor(t):
             raise Refused(
-                "a check's function works on values, not on the tensors of torch.func's transforms: use autograd"
+                "what is a check's works on values, not on the tensors of this transform of torch.func: use autograd"
             )
         if t.layout != torch.strided or t.is_quantized:
             raise Refused(f"a {t.layout} tensor cannot be handed over")

@@ -145,6 +145,33 @@ def test_gradients_of_every_order():
             checks.close(t.grad, grad)
 
 
+def test_a_checks_function_inside_the_transforms_of_torch_func():
+    learner = TORCH + (
+        "def jacobian(f, x):\n    return torch.func.jacrev(f)(x)\n"
+        "def slopes(f, x):\n    return torch.func.vmap(torch.func.grad(lambda t: f(t).sum()))(x)\n"
+        "def curvature(f, x):\n    return torch.func.jacrev(torch.func.jacrev(lambda t: f(t).sum()))(x)\n"
+        "def rows(f, x, i):\n    return torch.func.vmap(f, in_dims=(1, 0))(x, i)\n"
+        "def table(f, x):\n    return torch.func.vjp(f, x)[1]({'a': torch.ones_like(x), 'n': torch.ones_like(x[0])})\n"
+    )
+    x, w = torch.randn(3, dtype=torch.float64), torch.randn(4, 3, dtype=torch.float64)
+    with judged(learner) as names:
+        calls = []
+
+        def f(t):
+            calls.append(t.shape)
+            return (w @ t.exp()) * t.sum()
+
+        checks.close(names["jacobian"](f, x), torch.func.jacrev(f)(x))
+        assert len(calls) == 2  # once there, once here
+        checks.close(names["curvature"](f, x), torch.func.hessian(lambda t: f(t).sum())(x))
+        many = torch.randn(5, 3, dtype=torch.float64)
+        checks.close(names["slopes"](f, many), torch.func.vmap(torch.func.grad(lambda t: f(t).sum()))(many))
+        checks.close(names["rows"](lambda t, i: t[0] * i, many, torch.arange(3)), many[0] * torch.arange(3))
+        assert names["jacobian"](lambda t: torch.ones(2), x).tolist() == [[0.0] * 3] * 2
+        (grad,) = names["table"](lambda t: {"a": t * 3, "n": t.sum()}, x)
+        checks.close(grad, torch.full((3,), 4.0, dtype=torch.float64))
+
+
 def test_results_of_one_call_in_another():
     learner = TORCH + "def logits(x, w):\n    return x @ w\ndef loss(z):\n    return z.square().sum()\n"
     with judged(learner) as names:
