@@ -130,6 +130,31 @@ def test_a_change_of_the_judges_reaches_an_object_that_kept_the_tensor():
         assert weight.tolist() == [1.75] * 3
 
 
+def test_another_storage_at_one_end_is_another_storage_at_the_other():
+    learner = TORCH + (
+        "def move_(t):\n    t.data = t.data + 1\n"
+        "def add_(t):\n    t.data += 1\n"
+        "def keep(t):\n    global view\n    view = t.detach()\n"
+        "def seen():\n    return view.tolist()\n"
+    )
+    with judged(learner) as names:
+        weight = nn.Parameter(torch.zeros(2))
+        view, place = weight.detach(), weight.data_ptr()
+        for value in (1.0, 2.0):
+            names["add_"](weight)
+            assert (weight.data_ptr(), view.tolist()) == (place, [value] * 2)
+        names["move_"](weight)
+        assert weight.data_ptr() != place
+        assert (weight.tolist(), view.tolist()) == ([3.0] * 2, [2.0] * 2)
+        names["add_"](weight)
+        assert weight.tolist() == [4.0] * 2
+        names["keep"](weight)
+        weight.data.fill_(5.0)
+        assert names["seen"]() == [5.0] * 2
+        weight.data = torch.full((2,), 6.0)
+        assert names["seen"]() == [5.0] * 2
+
+
 def test_gradients_of_every_order():
     learner = TORCH + "def f(x, w):\n    return (x @ w).sin(), (x * 2).detach()\n"
     with judged(learner) as names:
