@@ -29,6 +29,7 @@ from autograder.lesson import (
     secrets,
     shown_path,
     stub,
+    without_hidden,
 )
 
 Breach = tuple[int, str]
@@ -315,6 +316,97 @@ def _restrict_names(lesson: Lesson) -> list[Breach]:
     return problems
 
 
+def _forbid_rebinding(lesson: Lesson) -> list[Breach]:
+    """What follows a check reads what the cells above made, in a learner's notebook too, where checks run in between.
+
+    A name that is imported is the same whoever imports it. A cell that makes a name itself is taken to make it before
+    it reads it.
+    """
+    cells = [c for c in lesson.cells if c.kind == "code"]
+    try:
+        names = [cell_names(c.source) for c in cells]
+    except SyntaxError:
+        return []  # told by _require_python
+    imported = [_imported_names(c.source) for c in cells]
+    problems = []
+    for i, check in enumerate(cells):
+        if check.role != "check":
+            continue
+        for name in sorted(names[i][0] - imported[i]):
+            makers = [j for j, (bound, _, _) in enumerate(names) if name in bound and cells[j].role != "check"]
+            above = [j for j in makers if j < i]
+            if not above:
+                continue
+            readers = [
+                k
+                for k, (bound, read, at_once) in enumerate(names)
+                if name in read - bound
+                and (
+                    (k > i and max(j for j in makers if j < k) < i)
+                    or (k < i and cells[k].role != "check" and name not in at_once)
+                )
+            ]
+            if readers:
+                made, reader = cells[above[-1]], cells[readers[-1]]
+                problems.append(
+                    (
+                        check.line,
+                        f"{check.label}: binds `{name}` anew, which the {made.role} cell in line {made.line} makes and "
+                        f"the {reader.role} cell in line {reader.line} reads: give it another name here",
+                    )
+                )
+    return problems
+
+
+def _imported_names(source: str) -> set[str]:
+    tree = ast.parse(python_of(source))
+    imports = [node for node in ast.walk(tree) if isinstance(node, (ast.Import, ast.ImportFrom))]
+    return {(alias.asname or alias.name).partition(".")[0] for node in imports for alias in node.names}
+
+
+def _forbid_shown_values(lesson: Lesson) -> list[Breach]:
+    """nbgrader takes a value that a check shows for its score. Of most calls only a run tells whether they return
+    something; `make run` looks."""
+    problems = set()
+    for cell in lesson.cells:
+        if cell.role != "check":
+            continue
+        try:
+            texts = [python_of(cell.source), python_of(without_hidden(cell.source))]
+            bodies = [ast.parse(text).body for text in texts if not text.rstrip().endswith(";")]
+        except (ValueError, SyntaxError):
+            continue  # told by other rules
+        for last in [body[-1] for body in bodies if body]:
+            if isinstance(last, ast.Expr) and _is_value(last.value):
+                problems.add(
+                    (
+                        cell.line,
+                        f"{cell.label}: ends with `{ast.unparse(last)[:60]}`, whose value is shown: nbgrader takes it "
+                        "for a score; assert it, or delete it",
+                    )
+                )
+    return sorted(problems)
+
+
+def _is_value(node: ast.expr) -> bool:
+    """Whether an expression is certain to have another value than None."""
+    if isinstance(node, ast.Constant):
+        return node.value is not None
+    if isinstance(node, ast.Call):
+        function = node.func
+        name = function.attr if isinstance(function, ast.Attribute) else getattr(function, "id", "")
+        return name in (RETURNING if isinstance(function, ast.Attribute) else RETURNING | RETURNING_BUILTINS)
+    if isinstance(node, ast.IfExp):
+        return _is_value(node.body) and _is_value(node.orelse)
+    if isinstance(node, (ast.BoolOp, ast.NamedExpr)):
+        return _is_value(node.values[-1] if isinstance(node, ast.BoolOp) else node.value)
+    return not isinstance(node, (ast.Await, ast.Yield, ast.YieldFrom))
+
+
+RETURNING = {"all", "allclose", "any", "equal", "isclose", "item", "max", "mean", "min", "sum", "tolist"}
+RETURNING_BUILTINS = {"abs", "bool", "float", "int", "isinstance", "len", "list", "repr", "round", "sorted", "str"}
+
+
 def _require_titles(lesson: Lesson) -> list[Breach]:
     """Of a folded cell JupyterLab shows the first line, and nothing else."""
     problems = []
@@ -462,6 +554,8 @@ RULES = {
     "stubs": _require_raising_stubs,
     "solutions": _forbid_solution_outside_markers,
     "sources": _restrict_names,
+    "rebinding": _forbid_rebinding,
+    "values": _forbid_shown_values,
     "titles": _require_titles,
     "hints": _require_hints,
     "questions": _limit_questions,

@@ -22,7 +22,7 @@ from contextlib import contextmanager
 import numpy
 import torch
 
-from autograder.judge import relay, sources
+from autograder.judge import relay, sources, tensors
 from autograder.judge.link import Link, Lost
 from autograder.judge.messages import Attribute, Call, Describe, Done, Fork, Gradients, Malformed, Reach, Reply
 from autograder.judge.proxies import OPERATORS
@@ -198,7 +198,7 @@ class Court:
         self.asked = set(asked) - (self.given - set(asked))
         given = os.environ.get("LLM40_SEED")
         os.environ["LLM40_SEED"] = seed
-        self.counted = False
+        self.counted, switches = False, tensors.switches()
         torch.manual_seed(0)
         random.seed(0)
         try:
@@ -217,6 +217,7 @@ class Court:
             os.environ.pop("LLM40_SEED", None)
             if given is not None:
                 os.environ["LLM40_SEED"] = given
+            tensors.set_switches(switches)
             self.link.measurements.clear()
             self.link.launches.clear()
             self.guards.clear()

@@ -25,7 +25,7 @@ import torch
 from torch import Tensor, enable_grad, nn  # by these names: checks may watch torch's own
 from torch.autograd.graph import _engine_run_backward as run_backward  # as autograd.grad, which modes see
 
-from autograder.judge import messages, proxies, tensors
+from autograder.judge import messages, proxies, tensors, transforms
 from autograder.judge.messages import Attribute, Call, Envelope, Gradients, Reply
 from autograder.judge.values import Codec, Refused, find_attribute, qualified
 
@@ -181,6 +181,8 @@ class Link(Codec):
             self.broken = True
         self.broken = False
         self.take(envelope, answer)
+        if answer.switches:
+            tensors.set_switches(answer.switches)
         for measurement, seen in zip(self.measurements, answer.seen, strict=False):
             measurement.merge(self.decode(seen))
         if answer.error is not None:
@@ -269,6 +271,8 @@ class Link(Codec):
 
     def call_function(self, number: int, function: Callable, args: tuple, kwargs: dict) -> object:
         """Calls a function of the other end's, which has a proxy here."""
+        if transforms.wrapped(args, kwargs):
+            return transforms.call(lambda args, kwargs: self.call(["object", number], args, kwargs), args, kwargs)
         return self.call(["object", number], args, kwargs)
 
     def around(self) -> list:
@@ -307,6 +311,7 @@ class Link(Codec):
                 if after != before:
                     reply.changed.append([place, after])
         except BaseException as error:
+            self.release_pending()
             reply.value = None
             reply.outputs, reply.depends, reply.call, reply.changed = [], [], 0, []
             reply.error = self.encode_exception(error)
@@ -324,13 +329,24 @@ class Link(Codec):
     def perform(self, request: object, reply: Reply, seen: list) -> object:
         if isinstance(request, Call):
             function = self.resolve(request.target)
-            outer, self.tracked = self.tracked, []
+            outer, self.tracked, self.repeated = self.tracked, [], False
             try:
                 args, kwargs = self.decode(request.args), self.decode(request.kwargs)
                 request.containers = self.tracked
             finally:
                 self.tracked = outer
-            return self.measure(request.around, seen, lambda: function(*args, **kwargs), request.modes)
+            if self.repeated:  # alone, each container is told otherwise
+                request.containers = [(value, self.encode(value)) for value, _ in request.containers]
+
+            def act() -> object:
+                before = tensors.switches()
+                try:
+                    return function(*args, **kwargs)
+                finally:
+                    after = tensors.switches()
+                    reply.switches = after if after != before else []
+
+            return self.measure(request.around, seen, act, request.modes)
         if isinstance(request, Gradients):
             return self.serve_gradients(request, seen)
         if isinstance(request, Attribute):
@@ -463,7 +479,7 @@ class Link(Codec):
             module = find()
             if module is None:
                 continue
-            view, now = self.views[number], parts_of(module, number % 2 == 0)
+            view, now = self.views[number], self.parts_of(module, number % 2 == 0)
             for key in view.keys() - now.keys():
                 envelope.modules.append([number, "delete", key[0] + " " + key[1], None])
             for key, value in now.items():
@@ -477,11 +493,12 @@ class Link(Codec):
             return
         if kind == "delete":
             kind, _, name = name.partition(" ")
-            places_of(module).get(kind, {}).pop(name, None)
+            places_of(module).get(kind, {}).pop(self.place_of(kind, name), None)
         else:
             value = self.decode(encoded)
-            set_part(module, kind, name, self.only_when_asked(value) if kind in HOOKS and self.judges else value)
-        self.views[number] = parts_of(module, number % 2 == 0)
+            value = self.only_when_asked(value) if kind in HOOKS and self.judges else value
+            self.set_part(module, kind, name, value)
+        self.views[number] = self.parts_of(module, number % 2 == 0)
 
     def only_when_asked(self, hook: Callable) -> Callable:
         """A hook that the learner's code put on a module runs while that code runs (it may have asked for
@@ -495,7 +512,48 @@ class Link(Codec):
     def share_module(self, number: int, module: nn.Module) -> None:
         weak = self.judges and number % 2 == 1
         self.shared_modules[number] = weakref.ref(module) if weak else lambda: module
-        self.views[number] = parts_of(module, number % 2 == 0)
+        self.views[number] = self.parts_of(module, number % 2 == 0)
+
+    def parts_of(self, module: nn.Module, everything: bool) -> dict:
+        """A module's own parts, by kind and name; of one that the judge handed over also its attributes and hooks."""
+        parts = {("parameter", name): value for name, value in module._parameters.items()}
+        parts |= {("buffer", name): value for name, value in module._buffers.items()}
+        parts |= {("module", name): value for name, value in module._modules.items()}
+        parts["training", ""] = module.training
+        if everything:
+            parts |= {("attribute", name): value for name, value in vars(module).items() if name not in INTERNAL}
+            parts |= self.hooks_of(module)
+        return parts
+
+    def set_part(self, module: nn.Module, kind: str, name: str, value: object) -> None:
+        if kind == "training":
+            module.training = bool(value)
+            return
+        if kind == "full hooks":
+            module._is_full_backward_hook = None if value is None else bool(value)
+            return
+        place = places_of(module).get(kind)
+        if place is None or not isinstance(name, str):
+            raise Refused("a part of no known kind")
+        if kind == "attribute" and (name in INTERNAL or hasattr(type(module), name)):
+            return  # a method that was replaced: each end keeps its own
+        wanted = {"module": nn.Module, "parameter": Tensor, "buffer": Tensor}.get(kind, object)
+        if value is not None and not isinstance(value, wanted):
+            raise Refused("a part that is none")
+        place[self.place_of(kind, name)] = value
+
+    def hooks_of(self, module: nn.Module) -> dict:
+        """A module's hooks by kind and name. PyTorch numbers those of each process: a number alone is no name."""
+        hooks = {(kind, self.name_hook(key)): hook for kind in HOOKS for key, hook in getattr(module, kind).items()}
+        return {("full hooks", ""): module._is_full_backward_hook} | hooks
+
+    def name_hook(self, key: int | str) -> str:
+        return key if isinstance(key, str) else f"{self.judges:d}{key}"
+
+    def place_of(self, kind: str, name: str) -> int | str:
+        """Where a part is kept: hooks of this end's under their numbers, the other end's under their names."""
+        own = kind in HOOKS and name.startswith(f"{self.judges:d}") and name[1:].isdecimal()
+        return int(name[1:]) if own else name
 
     # --- things: plain objects of a class that a check or a given cell defines ---
 
@@ -742,18 +800,6 @@ HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_p
 INTERNAL = frozenset(vars(nn.Module()))  # what every module has
 
 
-def parts_of(module: nn.Module, everything: bool) -> dict:
-    """A module's own parts, by kind and name; of one that the judge handed over also its attributes and hooks."""
-    parts = {("parameter", name): value for name, value in module._parameters.items()}
-    parts |= {("buffer", name): value for name, value in module._buffers.items()}
-    parts |= {("module", name): value for name, value in module._modules.items()}
-    parts["training", ""] = module.training
-    if everything:
-        parts |= {("attribute", name): value for name, value in vars(module).items() if name not in INTERNAL}
-        parts |= {(kind, str(name)): hook for kind in HOOKS for name, hook in getattr(module, kind).items()}
-    return parts
-
-
 def places_of(module: nn.Module) -> dict[str, dict]:
     """Where a module keeps its parts of each kind."""
     hooks = {kind: getattr(module, kind) for kind in HOOKS}
@@ -764,21 +810,6 @@ def places_of(module: nn.Module) -> dict[str, dict]:
         "attribute": vars(module),
         **hooks,
     }
-
-
-def set_part(module: nn.Module, kind: str, name: str, value: object) -> None:
-    if kind == "training":
-        module.training = bool(value)
-        return
-    place = places_of(module).get(kind)
-    if place is None or not isinstance(name, str):
-        raise Refused("a part of no known kind")
-    if kind == "attribute" and (name in INTERNAL or hasattr(type(module), name)):
-        return  # a method that was replaced: each end keeps its own
-    wanted = {"module": nn.Module, "parameter": Tensor, "buffer": Tensor}.get(kind, object)
-    if value is not None and not isinstance(value, wanted):
-        raise Refused("a part that is none")
-    place[name] = value
 
 
 def replace_contents(container: object, value: object) -> None:

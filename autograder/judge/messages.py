@@ -107,7 +107,7 @@ class Reply:
 
     `outputs` are the tensors of the value that carry gradients, `depends` those that the gradients go to; `changed`
     are the containers among the arguments that were changed in place, by their place; `seen` is what each
-    measurement saw.
+    measurement saw; `switches` are PyTorch's, where a call left them otherwise than it found them.
     """
 
     value: object = None
@@ -118,6 +118,7 @@ class Reply:
     changed: list = field(default_factory=list)
     seen: list = field(default_factory=list)
     storages: list = field(default_factory=list)
+    switches: list = field(default_factory=list)
 
 
 @dataclass

@@ -126,6 +126,7 @@ def describe(value: object, number: int, link) -> dict:
         "bases": bases(kind),
         "operators": operators(kind),
         "before_numpy": goes_before_numpy(kind),
+        "hashable": kind.__hash__ is not None,
     }
 
 
@@ -200,6 +201,7 @@ def describe_built(module: nn.Module, path: str, link) -> dict:
         ],
         "modules": [[name, link.encode(child)] for name, child in module._modules.items()],
         "training": module.training,
+        "hooks": [[kind, name, link.encode(hook)] for (kind, name), hook in link.hooks_of(module).items()],
     }
 
 
@@ -372,12 +374,12 @@ def make_object(link, number: int, description: dict) -> Handle:
     names = tuple(name for name in description["operators"] if name in OPERATORS)
     known = tuple(local_bases(description["bases"]))
     compared = link.compared(str(description["name"]))
-    before_numpy = bool(description.get("before_numpy"))
-    key = (description["name"], names, known, compared, before_numpy)
+    before_numpy, hashable = bool(description.get("before_numpy")), bool(description.get("hashable"))
+    key = (description["name"], names, known, compared, before_numpy, hashable)
     if key not in _classes:
         members = {name: remote_operator(name) for name in names}
         members |= {name: no_comparison(name) for name in COMPARING if name not in compared}
-        members["__hash__"] = Handle.__hash__
+        members["__hash__"] = Handle.__hash__ if hashable else None
         if before_numpy:
             members["__array_ufunc__"] = None
         if known:
@@ -535,6 +537,8 @@ def build_module(link, number: int, description: dict) -> nn.Module:
     for name, value in description["attributes"]:
         made.__dict__[name] = link.decode(value)
     fill_module(made, description, link)
+    for kind, name, hook in description["hooks"]:
+        link.set_part(made, kind, name, link.decode(hook))
     link.share_module(number, made)
     return made
 

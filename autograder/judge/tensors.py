@@ -43,6 +43,17 @@ def modes() -> list:
     ]
 
 
+def switches() -> list:
+    """Those of the modes that a call can leave otherwise than it found them: they are the process's, not a block's."""
+    return [torch.is_grad_enabled(), str(torch.get_default_dtype()).removeprefix("torch.")]
+
+
+def set_switches(wanted: list) -> None:
+    gradients, default = wanted
+    set_grad_enabled(bool(gradients))
+    torch.set_default_dtype(dtype_of(default))
+
+
 def default_device() -> str:
     """The device of a `with torch.device(…)` or torch.set_default_device; "" where there is none.
 
@@ -112,8 +123,8 @@ def without_overlap(t: Tensor) -> bool:
     return True
 
 
-def describe(t: Tensor, whole: bool, grad: object) -> list:
-    """[dtype, shape, strides, device, elements, requires_grad, parameter, gradient, offset, whole storage]."""
+def describe(t: Tensor, whole: bool, grad: object, moves: int) -> list:
+    """[dtype, shape, strides, device, elements, requires_grad, parameter, gradient, offset, whole storage, moves]."""
     storage = b""
     if whole:
         storage = torch.tensor([], dtype=torch.uint8).set_(t.untyped_storage()).numpy().tobytes()
@@ -128,6 +139,7 @@ def describe(t: Tensor, whole: bool, grad: object) -> list:
         grad,
         t.storage_offset() if whole else -1,
         storage,
+        moves,
     ]
 
 
@@ -140,7 +152,7 @@ def dtype_of(name: object) -> torch.dtype:
 
 def build(state: list) -> Tensor:
     """A tensor of this state, without a graph. Its strides are kept; gaps between its elements are NaN."""
-    name, shape, strides, device, raw, _, _, _, offset, storage = state
+    name, shape, strides, device, raw, _, _, _, offset, storage, _ = state
     dtype = dtype_of(name)
     if offset >= 0:
         return over(torch.frombuffer(bytearray(storage), dtype=torch.uint8), dtype, shape, strides, offset)
@@ -175,12 +187,12 @@ def over(t: Tensor, dtype: torch.dtype, shape: list, strides: list, offset: int 
     return torch.empty(0, dtype=dtype).set_(t.untyped_storage(), offset, shape, strides)
 
 
-def overwrite(t: Tensor, state: list) -> None:
-    """Gives a tensor another state, in place as far as that is possible."""
+def overwrite(t: Tensor, state: list, moved: bool) -> None:
+    """Gives a tensor another state: in place as far as that is possible, in a new storage where it has `moved`."""
     made = build(state)
     if state[8] >= 0 and t.untyped_storage().nbytes() == len(state[9]):
         t.untyped_storage().copy_(made.untyped_storage())
-    elif t.shape == made.shape and t.dtype == made.dtype and without_overlap(t):
+    elif not moved and t.shape == made.shape and t.dtype == made.dtype and without_overlap(t):
         t.data.copy_(made)
     else:
         t.data = made
@@ -198,6 +210,7 @@ class Mirror:
     signature: tuple = ()
     graph: object = None  # the grad_fn that it had; with another one it is another result
     linked: bool = False  # whether at both ends it is the result of the same call: its graph goes on at either
+    moves: int = 0  # how often it was given another storage: who shares the old one no longer sees what changes
     copy: Tensor | None = None  # its elements as last exchanged: faster to compare than a state
 
     def note(self, t: Tensor, signature: tuple) -> None:
@@ -249,7 +262,7 @@ class Mirrors:
             return known
         if torch._C._functorch.is_functorch_wrapped_tensor(t):
             raise Refused(
-                "a check's function works on values, not on the tensors of torch.func's transforms: use autograd"
+                "what is a check's works on values, not on the tensors of this transform of torch.func: use autograd"
             )
         if t.layout != torch.strided or t.is_quantized:
             raise Refused(f"a {t.layout} tensor cannot be handed over")
@@ -263,11 +276,11 @@ class Mirrors:
         self.outgoing.append([number, mirror.state])
         return number
 
-    def state(self, t: Tensor) -> list:
+    def state(self, t: Tensor, moves: int = 0) -> list:
         grad = None
         if t.is_leaf and t.grad is not None:
             grad = self.link.encode(t.grad)
-        return describe(t, bool(self.whole and self.whole(t)), grad)
+        return describe(t, bool(self.whole and self.whole(t)), grad, moves)
 
     def sign(self, t: Tensor) -> tuple:
         grad = t.grad if t.is_leaf else None
@@ -308,7 +321,8 @@ class Mirrors:
             signature = self.sign(t)
             if signature == mirror.signature and mirror.unchanged(t):
                 continue
-            state = self.state(t)
+            mirror.moves += signature[1] != mirror.signature[1]
+            state = self.state(t, mirror.moves)
             mirror.note(t, self.sign(t))
             if state != mirror.state:
                 mirror.state = state
@@ -321,7 +335,7 @@ class Mirrors:
         """
         fresh, held = {}, set(held)
         for number, state in states:
-            if len(state) != 10:
+            if len(state) != 11:
                 raise Refused("a tensor of no state")
             mirror = self.by_number.get(number)
             t = mirror.find() if mirror else None
@@ -329,8 +343,8 @@ class Mirrors:
                 if mirror.state != state:
                     if mirror.state is not None and mirror.state[4] != state[4]:
                         self.rewritten.add(number)
-                    overwrite(t, state)
-                mirror.state = state
+                    overwrite(t, state, moved=mirror.moves != state[10])
+                mirror.state, mirror.moves = state, state[10]
                 continue
             t = build(state)
             if number in held:

@@ -67,7 +67,30 @@ def is_named_tuple(value: object) -> bool:
 class Codec:
     """Encodes and decodes the values of one end. A link (link.py) adds tensors, generators and handles to it."""
 
+    sent: dict | None = None  # of the value that is being encoded: each array's id → [its place among them, the array]
+    received: list | None = None  # the arrays of the value that is being decoded
+    repeated = False  # whether one of them stood in it twice
+
     def encode(self, value: object, depth: int = 0) -> object:
+        """A value on the wire. An array that stands in it twice is one array at the other end too."""
+        if depth:
+            return self.encode_part(value, depth)
+        outer, self.sent = self.sent, {}
+        try:
+            return self.encode_part(value, 0)
+        finally:
+            self.sent = outer
+
+    def decode(self, encoded: object, depth: int = 0) -> object:
+        if depth:
+            return self.decode_part(encoded, depth)
+        outer, self.received = self.received, []
+        try:
+            return self.decode_part(encoded, 0)
+        finally:
+            self.received = outer
+
+    def encode_part(self, value: object, depth: int) -> object:
         kind = type(value)
         if kind in PLAIN:
             return value
@@ -96,6 +119,9 @@ class Codec:
         if isinstance(value, np.generic) and value.dtype.hasobject is False:
             return ["scalar", value.dtype.str, value.tobytes()]
         if kind is np.ndarray and not value.dtype.hasobject:
+            if id(value) in self.sent:
+                return ["same", self.sent[id(value)][0]]
+            self.sent[id(value)] = [len(self.sent), value]
             return self.encode_array(value)
         if isinstance(value, np.dtype):
             return ["numpy", value.str]
@@ -129,7 +155,7 @@ class Codec:
                 return self.encode(plain(value), depth + 1)
         return self.encode_object(value)
 
-    def decode(self, encoded: object, depth: int = 0) -> object:
+    def decode_part(self, encoded: object, depth: int) -> object:
         if not isinstance(encoded, list):
             return encoded
         if not encoded or depth > DEPTH:
@@ -145,10 +171,18 @@ class Codec:
             return CONSTRUCTED[tag][0](*(self.decode(part) for part in parts[0]))
         if tag in CONSTANTS:
             return CONSTANTS[tag]
+        if tag == "same":
+            if parts[0] not in range(len(self.received)):
+                raise Refused("the same as nothing")
+            self.repeated = True
+            return self.received[parts[0]]
         decoder = getattr(self, "decode_" + str(tag).replace(" ", "_"), None)
         if decoder is None:
             raise Refused(f"a value of no known kind: {str(tag)[:40]}")
-        return decoder(*parts)
+        value = decoder(*parts)
+        if tag == "array":
+            self.received.append(value)
+        return value
 
     # --- kinds of their own ---
 
@@ -192,7 +226,7 @@ class Codec:
         return made
 
     def decode_named(self, known: str, name: str, fields: list, items: list) -> tuple:
-        items = [self.decode(item) for item in items]
+        items = [self.decode(item, 1) for item in items]
         kind = self.find_record(known) if known else None
         if kind is None or not issubclass(kind, tuple):
             kind = namedtuple(name, fields, rename=True)
@@ -207,7 +241,7 @@ class Codec:
         for field, value in held:
             if field not in known:
                 raise Refused(f"{name[:80]} has no field {str(field)[:80]}")
-            object.__setattr__(made, field, self.decode(value))
+            object.__setattr__(made, field, self.decode(value, 1))
         return made
 
     def decode_exception(self, encoded: list) -> BaseException:

@@ -348,7 +348,7 @@ def topological_order(root) -> list:
     parents.
 
     A node is any object with an attribute `parents`, a tuple of nodes (empty for an input); a node
-    may stand in it twice. Nodes are told apart by identity (`id`). Graphs of 100,000 nodes in one
+    may stand in it twice. Nodes are told apart by identity (`id`). Graphs of 30,000 nodes in one
     chain work, and `parents` is read at most four times from each node, however many paths lead to
     it.
     """
@@ -1212,9 +1212,6 @@ def fit(images: np.ndarray, labels: np.ndarray, seed: int = 0):
 # </details>
 
 # %% check="fit" points=3
-pictures, digits = data.digits()
-pictures, digits = pictures.flatten(1).double().numpy(), digits.numpy()
-held_out = np.arange(len(digits)) % 5 == 0
 steps = []
 plain_backward = Tensor.backward
 try:

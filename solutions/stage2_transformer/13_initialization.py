@@ -136,6 +136,7 @@ def expect_drawn(
     )
 
 
+@checks.measured
 @contextmanager
 def without_nn_init() -> Iterator[None]:
     """Inside the block nn.init's Xavier and Kaiming functions refuse to work."""

@@ -1184,7 +1184,7 @@ def adam_beside_torch(
     start = [torch.randn(shape, generator=g).to(dtype) for shape in shapes]
     mine = [nn.Parameter(t.clone()) for t in start]
     theirs = [nn.Parameter(t.float()) for t in start]
-    addresses = [p.data_ptr() for p in mine]
+    held = [p.detach() for p in mine]  # as a model holds them: in their storage
     ours, peer = make(iter(mine), **settings), torch.optim.Adam(theirs, **settings)
     for step in range(steps):
         scale, size = scales[step % len(scales)], sizes[step % len(sizes)]
@@ -1214,8 +1214,7 @@ def adam_beside_torch(
                 p.grad is None if t is None else p.grad is not None and torch.equal(p.grad, t)
             )
             assert untouched, "p.grad must be left as it is: divide a copy, in float32"
-    for p, q, m, address in zip(mine, theirs, ours.master, addresses, strict=True):
-        assert m.data_ptr() != address, "a master needs storage of its own"
+    for p, q, m, view in zip(mine, theirs, ours.master, held, strict=True):
         checks.close(
             m,
             q.detach(),
@@ -1224,11 +1223,18 @@ def adam_beside_torch(
             rtol=2e-6,
             dtype=torch.float32,
         )
-        assert p.data_ptr() == address, "the parameter must be changed in place: the model holds it"
+        assert torch.equal(view, p.detach()), (
+            "the parameter must be changed in place: the model holds it"
+        )
         assert p.dtype == dtype, f"the parameter's dtype was {dtype}, and is {p.dtype}"
         assert torch.equal(p.detach(), m.to(dtype)), (
             "a parameter must be its master, rounded to its dtype"
         )
+    masters = [m.clone() for m in ours.master]
+    for p in mine:
+        p.data.zero_()
+    for m, before in zip(ours.master, masters, strict=True):
+        assert torch.equal(m, before), "a master needs storage of its own"
 
 
 def scaler_beside_torch(make, g, iterations, bad_share, early, clip, settings, kind):

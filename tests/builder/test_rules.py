@@ -210,6 +210,46 @@ BROKEN = {
         "# %%\nunit = norm([1])\n\n# %% [markdown]\n# ## Key",
         r"plain cell: uses `norm`, which is the learner's, as soon as it runs",
     ),
+    "check binds a given name anew": (
+        "for dimension in (1",
+        "math = 3\nfor dimension in (1",
+        r'cell check "norm": binds `math` anew, which the plain cell in line \d+ makes and the exercise',
+    ),
+    "check binds anew what a later cell reads": (
+        CHECKS,
+        "# %%\ndimension = 3\n\n" + CHECKS + "# %%\nprint(dimension)\n\n",
+        r'cell check "norm": binds `dimension` anew, which the plain cell in line \d+ makes and the plain cell in line',
+    ),
+    "check binds anew what an experiment made": (
+        CHECKS,
+        '# %% tags=["experiment"]\nones = 3\n\n' + CHECKS + '# %% tags=["experiment"]\nprint(ones)\n\n',
+        r'cell check "norm": binds `ones` anew, which the experiment cell in line \d+ makes and the experiment cell in',
+    ),
+    "check binds anew what a later check reads": (
+        CHECKS,
+        "# %%\nones = 3\n\n" + CHECKS.replace("norm([]) == 0", "norm([ones]) == ones"),
+        r'cell check "norm": binds `ones` anew, which the plain cell in line \d+ makes and the check cell in line',
+    ),
+    "check shows a comparison": (
+        'assert norm([]) == 0, "no numbers: length 0"',
+        "norm([]) == 0",
+        r'cell check "norm": ends with `norm\(\[\]\) == 0`, whose value is shown: nbgrader takes it for a score',
+    ),
+    "check shows a method's value": (
+        'assert norm([]) == 0, "no numbers: length 0"',
+        "norm([]).item()",
+        r'cell check "norm": ends with `norm\(\[\]\).item\(\)`, whose value',
+    ),
+    "check shows a name in its visible part": (
+        "### BEGIN HIDDEN",
+        "norm\n### BEGIN HIDDEN",
+        r'cell check "norm": ends with `norm`, whose value',
+    ),
+    "check shows what a built-in function returns": (
+        "### END HIDDEN",
+        "len(ones) if ones else 'none'\n### END HIDDEN",
+        r'cell check "norm": ends with `len\(ones\) if ones else \'none\'`, whose value',
+    ),
     "header field missing": ('#     gpu: "Nothing more."\n', "", r"header: the field `gpu` is missing"),
     "header field unknown": ("#     gpu:", "#     minutes: 90\n#     gpu:", r"header: unknown field `minutes`"),
     "header of another type": ('gpu: "Nothing more."', "gpu: 3", r"header: `gpu` must be a text"),
@@ -245,6 +285,21 @@ KEPT = {
     "long formula": ("# A vector", f"# $$ {'x + ' * 30} y $$\n# A vector"),
     "year at the beginning of a heading": ("# ## Core ideas", "# ## 2017 and what it began"),
     "magic": ("import math", "%matplotlib inline\nimport math"),
+    "check binds anew what nobody reads later": (CHECKS, "# %%\nones = 3\n\n" + CHECKS),
+    "check binds anew what is made again before it is read": (
+        CHECKS,
+        "# %%\nones = 3\n\n" + CHECKS + "# %%\nones = 3\n\n# %%\nprint(ones)\n\n",
+    ),
+    "check binds in a function": (
+        CHECKS,
+        "# %%\nones = 3\n\n" + CHECKS.replace("ones", "other") + "# %%\nprint(ones)\n\n",
+        "### END HIDDEN",
+        "def again():\n    ones = 2\n    return ones\n### END HIDDEN",
+    ),
+    "check imports again": ("for dimension in (1", "import math\nfor dimension in (1"),
+    "check ends with a call": ('assert norm([]) == 0, "no numbers: length 0"', "norm([])"),
+    "check ends with a call if need be": ('assert norm([]) == 0, "no numbers: length 0"', "norm([]) and norm([])"),
+    "check ends with a value in silence": ('assert norm([]) == 0, "no numbers: length 0"', "norm([]) == 0;"),
     "name of a check that the check itself makes": ("assert norm([]) == 0", "ones = [1.0]\nassert norm(ones[:0]) == 0"),
 }
 

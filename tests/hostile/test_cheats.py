@@ -1354,11 +1354,7 @@ HONEST = {
 }
 
 
-# A check's function cannot be called inside torch.func's transforms: docs/security.md says so.
-OPEN = pytest.mark.xfail(strict=True, reason="functions of a check take values, no tensors of a transform")
-
-
-@pytest.mark.parametrize("label", [pytest.param(k, marks=OPEN) if k == "torch.func" else k for k in HONEST])
+@pytest.mark.parametrize("label", HONEST)
 def test_honest_code_is_left_in_peace(label):
     cell, answers = HONEST[label]
     cheatable.full_marks(graded(answered(answers, cell)))

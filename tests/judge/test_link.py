@@ -73,6 +73,31 @@ def test_expanded_tensors_and_arrays():
         assert names["echo"](array).flags.f_contiguous
 
 
+def test_an_array_that_stands_in_a_value_twice_is_one_array_at_the_other_end():
+    learner = TORCH + (
+        "from collections import namedtuple\nPair = namedtuple('Pair', 'a b')\n"
+        "def add_(make):\n    first, second = make()\n    first += 1\n    return first is second, second\n"
+        "def twice():\n    a = np.zeros(2)\n    return [a, Pair(np.ones(1), a), {'a': a}]\n"
+        "def spoil_(x, rows):\n    x += 1\n    return len(rows)\n"
+        "def keep(rows):\n    return rows[0] is rows[1]\n"
+    )
+    with judged(learner) as names:
+        array = np.zeros(2)
+        same, second = names["add_"](lambda: (array, array))
+        assert same
+        assert second.tolist() == [1, 1]
+        assert names["add_"](lambda: (array, array.copy()))[0] is False
+        one, pair, table = names["twice"]()
+        assert one is pair.b is table["a"]
+        assert one is not pair.a
+        rows = [array]
+        assert names["spoil_"](array, rows) == 1
+        assert array.tolist() == [1, 1]
+        rows = [array, array]
+        assert names["keep"](rows)
+        assert rows[0] is rows[1] is array
+
+
 def test_changes_in_place_come_back():
     learner = TORCH + (
         "def spoil_(t, rows, table, array):\n"
@@ -105,6 +130,31 @@ def test_a_change_of_the_judges_reaches_an_object_that_kept_the_tensor():
         assert weight.tolist() == [1.75] * 3
 
 
+def test_another_storage_at_one_end_is_another_storage_at_the_other():
+    learner = TORCH + (
+        "def move_(t):\n    t.data = t.data + 1\n"
+        "def add_(t):\n    t.data += 1\n"
+        "def keep(t):\n    global view\n    view = t.detach()\n"
+        "def seen():\n    return view.tolist()\n"
+    )
+    with judged(learner) as names:
+        weight = nn.Parameter(torch.zeros(2))
+        view, place = weight.detach(), weight.data_ptr()
+        for value in (1.0, 2.0):
+            names["add_"](weight)
+            assert (weight.data_ptr(), view.tolist()) == (place, [value] * 2)
+        names["move_"](weight)
+        assert weight.data_ptr() != place
+        assert (weight.tolist(), view.tolist()) == ([3.0] * 2, [2.0] * 2)
+        names["add_"](weight)
+        assert weight.tolist() == [4.0] * 2
+        names["keep"](weight)
+        weight.data.fill_(5.0)
+        assert names["seen"]() == [5.0] * 2
+        weight.data = torch.full((2,), 6.0)
+        assert names["seen"]() == [5.0] * 2
+
+
 def test_gradients_of_every_order():
     learner = TORCH + "def f(x, w):\n    return (x @ w).sin(), (x * 2).detach()\n"
     with judged(learner) as names:
@@ -120,12 +170,67 @@ def test_gradients_of_every_order():
             checks.close(t.grad, grad)
 
 
+def test_a_checks_function_inside_the_transforms_of_torch_func():
+    learner = TORCH + (
+        "def jacobian(f, x):\n    return torch.func.jacrev(f)(x)\n"
+        "def slopes(f, x):\n    return torch.func.vmap(torch.func.grad(lambda t: f(t).sum()))(x)\n"
+        "def curvature(f, x):\n    return torch.func.jacrev(torch.func.jacrev(lambda t: f(t).sum()))(x)\n"
+        "def rows(f, x, i):\n    return torch.func.vmap(f, in_dims=(1, 0))(x, i)\n"
+        "def table(f, x):\n    return torch.func.vjp(f, x)[1]({'a': torch.ones_like(x), 'n': torch.ones_like(x[0])})\n"
+    )
+    x, w = torch.randn(3, dtype=torch.float64), torch.randn(4, 3, dtype=torch.float64)
+    with judged(learner) as names:
+        calls = []
+
+        def f(t):
+            calls.append(t.shape)
+            return (w @ t.exp()) * t.sum()
+
+        checks.close(names["jacobian"](f, x), torch.func.jacrev(f)(x))
+        assert len(calls) == 2  # once there, once here
+        checks.close(names["curvature"](f, x), torch.func.hessian(lambda t: f(t).sum())(x))
+        many = torch.randn(5, 3, dtype=torch.float64)
+        checks.close(names["slopes"](f, many), torch.func.vmap(torch.func.grad(lambda t: f(t).sum()))(many))
+        checks.close(names["rows"](lambda t, i: t[0] * i, many, torch.arange(3)), many[0] * torch.arange(3))
+        assert names["jacobian"](lambda t: torch.ones(2), x).tolist() == [[0.0] * 3] * 2
+        (grad,) = names["table"](lambda t: {"a": t * 3, "n": t.sum()}, x)
+        checks.close(grad, torch.full((3,), 4.0, dtype=torch.float64))
+
+
 def test_results_of_one_call_in_another():
     learner = TORCH + "def logits(x, w):\n    return x @ w\ndef loss(z):\n    return z.square().sum()\n"
     with judged(learner) as names:
         x, w = torch.randn(3, 2), torch.randn(2, 4, requires_grad=True)
         names["loss"](names["logits"](x, w)).backward()
         checks.close(w.grad, 2 * x.T @ (x @ w.detach()))
+
+
+def test_switches_that_a_call_leaves_stay_so():
+    learner = TORCH + (
+        "def off(fails=False):\n    torch.set_grad_enabled(False)\n    if fails:\n        raise KeyError\n"
+        "def wide():\n    torch.set_default_dtype(torch.float64)\n"
+        "def back():\n    torch.set_grad_enabled(True)\n    torch.set_default_dtype(torch.float32)\n"
+        "def call(f):\n    with torch.no_grad():\n        f()\n    return torch.is_grad_enabled()\n"
+    )
+    with judged(learner) as names:
+        for left in (lambda: names["off"](), lambda: checks.raises(KeyError, names["off"], True)):
+            assert torch.is_grad_enabled()
+            left()
+            assert not torch.is_grad_enabled()
+            names["back"]()
+        names["wide"]()
+        assert torch.get_default_dtype() == torch.float64
+        names["back"]()
+        assert torch.get_default_dtype() == torch.float32
+        with torch.no_grad():
+            names["back"]()
+            assert torch.is_grad_enabled()
+            torch.set_grad_enabled(False)
+        assert names["call"](lambda: None)
+        assert torch.is_grad_enabled()
+        with pytest.raises(AssertionError, match="is_grad_enabled"), checks.kept():
+            names["off"]()
+        names["back"]()
 
 
 def test_modes_and_random_numbers_go_along():
@@ -217,6 +322,61 @@ def test_modules_of_the_judge_are_built_at_the_other_end():
         assert model.alpha == 3.0
 
 
+def test_hooks_on_modules_of_the_judge_are_at_both_ends():
+    learner = TORCH + (
+        "def count(model):\n    return [len(m._forward_hooks) for m in model]\n"
+        "def clear(model):\n    for m in model:\n        m._forward_hooks.clear()\n"
+        "def norms(model, loss):\n"
+        "    found, handles = [], []\n"
+        "    for m in model:\n"
+        "        hook = lambda module, into, out: found.append((module is model[0], out[0].tolist()))\n"
+        "        handles.append(m.register_full_backward_hook(hook))\n"
+        "    loss().backward()\n"
+        "    for handle in handles:\n        handle.remove()\n"
+        "    return found\n"
+        "def add(model, run):\n"
+        "    handles = [model[0].register_forward_hook(lambda m, i, out: out + 1) for _ in range(40)]\n"
+        "    out = run()\n"
+        "    for handle in handles:\n        handle.remove()\n"
+        "    return out\n"
+    )
+    with judged(learner) as names:
+        model, seen = nn.Sequential(nn.Linear(1, 1, bias=False), nn.Linear(1, 1, bias=False)), []
+        model[1].weight.data.fill_(3.0)
+        x = torch.ones(1, 1, requires_grad=True)
+        handles = [model[0].register_forward_hook(lambda *_: seen.append(1)) for _ in range(40)]  # numbered as there
+        assert names["norms"](model, lambda: model(x).sum()) == [(False, [[1.0]]), (True, [[3.0]])]
+        assert not any(m._backward_hooks for m in model)
+        seen.clear()
+        checks.close(names["add"](model, lambda: model(x)), 3 * (model(x) / 3 + 40))
+        assert len(seen) == 80  # the judge's own stay, each once
+        assert names["count"](model) == [40, 0]
+        handles.pop().remove()
+        assert names["count"](model) == [39, 0]
+        names["clear"](model)
+        assert len(model[0]._forward_hooks) == 0
+
+
+def test_a_gradient_is_put_back_after_an_error():
+    learner = TORCH + (
+        "def run(model, loss):\n"
+        "    old = model.weight.grad\n    model.weight.grad = None\n"
+        "    try:\n        loss()\n    finally:\n        model.weight.grad = old\n"
+    )
+    with judged(learner) as names:
+        model = nn.Linear(1, 1)
+        model.weight.grad = torch.full((1, 1), 7.0)
+
+        def loss():
+            assert model.weight.grad is None
+            raise KeyError("no loss")
+
+        names["run"](model, lambda: None)  # both ends know the gradient
+        with pytest.raises(KeyError, match="no loss"):
+            names["run"](model, loss)
+        assert model.weight.grad.item() == 7.0
+
+
 HANDLES = TORCH + (
     "class Vector:\n"
     "    def __init__(self, *values):\n"
@@ -276,6 +436,33 @@ def test_a_learners_patch_of_a_class_is_seen_by_both():
         names["Vector"].__add__ = lambda self, other: (calls.append(1), plain(self, other))[1]
         assert list(names["Vector"](1) + names["Vector"](2)) == [3]
         assert calls == [1]
+
+
+def test_what_cannot_be_hashed_cannot_be_hashed_at_the_other_end():
+    learner = TORCH + (
+        "class Alike:\n    __hash__ = None\n    def __eq__(self, other):\n        return True\n"
+        "class Own:\n    def __len__(self):\n        return 1\n"
+        "def distinct(*nodes):\n    return len(set(nodes))\n"
+    )
+
+    class Node:
+        def __len__(self):
+            return 1
+
+    class Same(Node):
+        __hash__ = None
+
+        def __eq__(self, other):
+            return True
+
+    with judged(learner) as names:
+        node = Node()
+        assert names["distinct"](node, node, Node()) == 2
+        with pytest.raises(TypeError, match="unhashable"):
+            names["distinct"](Same(), Same())
+        assert len({names["Own"](), names["Own"]()}) == 2
+        with pytest.raises(TypeError, match="unhashable"):
+            hash(names["Alike"]())
 
 
 def test_callbacks_and_their_gradients():
