@@ -29,7 +29,7 @@ from autograder.lesson import (
     secrets,
     shown_path,
     stub,
-    without_hidden,
+    remove_hidden,
 )
 
 Breach = tuple[int, str]
@@ -372,7 +372,7 @@ def _forbid_shown_values(lesson: Lesson) -> list[Breach]:
         if cell.role != "check":
             continue
         try:
-            texts = [python_of(cell.source), python_of(without_hidden(cell.source))]
+            texts = [python_of(cell.source), python_of(remove_hidden(cell.source))]
             bodies = [ast.parse(text).body for text in texts if not text.rstrip().endswith(";")]
         except (ValueError, SyntaxError):
             continue  # told by other rules
