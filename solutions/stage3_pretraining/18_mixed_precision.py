@@ -998,11 +998,11 @@ plot.plt.show()
 # ## Updates that vanish {#lost-updates}
 #
 # A weight $w$ in a format with $M$ bits of mantissa, and an update $\Delta$. The sum $w+\Delta$ is
-# rounded to nearest: if $|\Delta| < \frac12\mathrm{ulp}(w)$, the nearest number is $w$. (If $w$ is a
-# power of two and $\Delta$ points toward zero, half of that: the steps below $w$ are half as wide.)
-# The update is not small, it is **gone**, and so is the next one, and the thousandth. In relative
-# terms, an update is lost for certain when $|\Delta|/|w| < 2^{-(M+2)}$: below 0.2 % in BF16 (and, low
-# in the octave, below 0.4 %).
+# rounded to nearest: if $|\Delta| < \frac12\mathrm{ulp}(w)$, the nearest number is $w$. (Half of
+# that if $w$ is a power of two and $\Delta$ points toward zero: the steps below $w$ are half as
+# wide.) The update is not small, it is **gone**, and so is the next one, and the thousandth. In
+# relative terms, an update is lost for certain when $|\Delta|/|w| < 2^{-(M+2)}$: below 0.2 % in
+# BF16 (and, low in the octave, below 0.4 %).
 #
 # Is that a case that comes up? Adam moves every weight by about the learning rate, whatever the
 # gradient. A weight of 0.03 in BF16 has $\mathrm{ulp} = 2^{-6-7} = 1.2\cdot10^{-4}$: once the
