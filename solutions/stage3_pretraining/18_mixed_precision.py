@@ -372,7 +372,7 @@ identical(
 # Every width of exponent: a normal number's fields, moved into a float64 pattern, are the number.
 g = checks.generator(14)
 for width in range(2, 9):
-    for size in (1, int(torch.randint(2, 23, (1,), generator=g)), 23):
+    for size in (int(torch.randint(1, 23, (1,), generator=g)), 23):
         fields = torch.randint(1, 2**width, (40,), generator=g)
         fields[::2] = 2**width - 1  # the octave that IEEE's rules give away; 2^128 with 8 bits
         m, sign = (torch.randint(0, 2**k, (40,), generator=g) for k in (size, 1))
@@ -1116,13 +1116,13 @@ for sign in (1, -1):
         f"3 {'+' if sign > 0 else '−'} 2⁻¹⁵ should leave 3 in one of 512 cases: 512 of 2¹⁸ draws; "
         f"yours in {ups}. How fine is your noise?"
     )
-# The smallest share that is not 0, and the largest that is not 1: about 32 of 2²¹ draws each.
+# The smallest share that is not 0, and the largest that is not 1: about 16 of 2²⁰ draws each.
 for lower, usual in ((0x0001, 1.0), (0xFFFF, 1 + 2.0**-7)):
-    x = torch.full((2**21,), 0x3F800000 + lower, dtype=torch.int32).view(torch.float32)
+    x = torch.full((2**20,), 0x3F800000 + lower, dtype=torch.int32).view(torch.float32)
     other = int((stochastic_round_bf16(x, g) != usual).sum())
-    assert 1 <= other <= 100, (
+    assert 1 <= other <= 60, (
         f"a number whose lower 16 bits are {lower:#06x} should give something else than {usual:g} "
-        f"in one of 65536 cases, about 32 of 2²¹; yours does so in {other}. Can each of the "
+        f"in one of 65536 cases, about 16 of 2²⁰; yours does so in {other}. Can each of the "
         f"65536 numbers of 16 bits be drawn?"
     )
 ### END HIDDEN TESTS
