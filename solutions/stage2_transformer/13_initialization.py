@@ -374,7 +374,8 @@ def forward_variance(
 
     measured: (depth + 1,), the mean of the squares of all entries: of x, then after each layer.
     predicted: (depth + 1,), its expectation over the weights, computed from depth, width, std, kind
-    and measured[0] alone. Both float64.
+    and measured[0] alone. Both float64. The layers run in x's dtype; the squares are taken in it or
+    in float64.
     Any other kind: ValueError.
     """
     ### BEGIN SOLUTION
@@ -896,13 +897,15 @@ def gradient_norms(
 ) -> dict[str, float]:
     """{module's name: ‖∂loss/∂output‖}: the norm of the gradient at the output of each layer.
 
-    loss: a function without arguments that runs the model and returns a scalar. It is called once.
+    loss: a function without arguments that runs the model and returns a scalar that requires a
+    gradient. It is called once.
 
-    One entry for every submodule that is an instance of one of `kinds`, with the names and in the
-    order of model.named_modules(). Such a module returns one tensor, which requires a gradient and
-    which nothing changes in place afterwards (no nn.ReLU(inplace=True) follows). A module that is
-    called several times in the run has the root of the sum of the squares over all its calls; one
-    that is not called, or on which the loss does not depend, has 0.0.
+    One entry for every module of model.named_modules() that is an instance of one of `kinds`, with
+    these names and in this order: the model itself counts, under "", and without such modules the
+    result is {}. Such a module returns one tensor, which requires a gradient and which nothing
+    changes in place afterwards (no nn.ReLU(inplace=True) follows). A module that is called several
+    times in the run has the root of the sum of the squares over all its calls; one that is not
+    called, or on which the loss does not depend, has 0.0.
 
     The model is left as it was, also when loss() raises: no hooks of ours, parameters and their
     .grad untouched.
@@ -1061,6 +1064,14 @@ checks.close(
         "the sum of the norms": float(parts[0].norm() + parts[1].norm()),
     },
 )
+# The model itself is one of its modules; of a kind that it lacks there is no entry.
+checks.close(
+    gradient_norms(shared, lambda: 3 * shared(x).sum()).get("", 0.0),
+    3 * math.sqrt(20),
+    what='the norm at a model that is a layer itself, under ""',
+)
+found = gradient_norms(shared, lambda: shared(x).sum(), (nn.Embedding,))
+assert found == {}, f"a model without a module of the kinds gives {{}}; yours gives {found!r}"
 # What was there stays: gradients, hooks, values, frozen parameters.
 model = nn.Sequential(nn.Linear(4, 6), nn.Tanh(), nn.Linear(6, 1)).double()
 model[0].weight.requires_grad_(False)
@@ -1630,9 +1641,10 @@ def mup_setup(
 ) -> list[dict]:
     """Puts a GPT of any width into µP, relative to one of width `base`; returns Adam's groups.
 
-    The width is model.embed.embedding_dim; both models have the same number of heads. In the base
-    model every matrix has standard deviation std and learning rate lr. In this one, with the
-    multipliers of mup_scale:
+    The width is model.embed.embedding_dim; both models have the same number of heads, which is
+    block.attention.heads. All matrices are weights of nn.Linear or nn.Embedding, and no two modules
+    share one (the head is not tied to the embedding). In the base model every matrix has standard
+    deviation std and learning rate lr. In this one, with the multipliers of mup_scale:
     - normal draws of mean 0 for all weights of nn.Linear and nn.Embedding (embed, position), of
       their kind's standard deviation; biases of nn.Linear 0; every nn.LayerNorm weight 1, bias 0;
     - model.logit_scale is the output's multiplier;
@@ -1763,8 +1775,8 @@ checks.close(
     },
 )
 ### BEGIN HIDDEN TESTS
-for width, base, layers in [(64, 64, 1), (32, 128, 2), (96, 32, 3)]:
-    model, r = GPT(vocab=20, width=width, layers=layers, qk_norm=layers == 2), width / base
+for width, base, layers, heads in [(64, 64, 1, 4), (32, 128, 2, 2), (96, 32, 3, 8), (48, 24, 1, 1)]:
+    model, r = GPT(20, width, layers, heads, qk_norm=layers == 2), width / base
     for _ in range(2):  # a second call changes nothing
         rates = rate_of(model, mup_setup(model, base=base, lr=0.3, generator=g))
     for name, rate in rates.items():
@@ -1781,8 +1793,8 @@ for width, base, layers in [(64, 64, 1), (32, 128, 2), (96, 32, 3)]:
     for block in model.blocks:
         checks.close(
             block.attention.score_scale,
-            (width // 4) ** -0.5 * r**-0.5,
-            what=f"score_scale at width {width}, base {base}",
+            (width // heads) ** -0.5 * r**-0.5,
+            what=f"score_scale at width {width}, base {base}, {heads} heads",
             rtol=1e-9,
         )
 ### END HIDDEN TESTS
@@ -2104,7 +2116,8 @@ def token_spread(x: Tensor) -> Tensor:
 def attention_entropy(weights: Tensor) -> Tensor:
     """The entropy of each row of attention weights in nats: weights (…, q_len, k_len) → (…, q_len).
 
-    A weight of 0 contributes 0. float16 and bfloat16 are computed in float32 and give float32.
+    A weight of 0 contributes 0. float16 and bfloat16 are computed in float32 and give float32;
+    otherwise the dtype of weights.
     """
     ### BEGIN SOLUTION
     weights = weights.float() if weights.dtype in (torch.float16, torch.bfloat16) else weights
@@ -2550,7 +2563,8 @@ class SigmaReparamLinear(nn.Module):
     Parameters: weight (out_features, in_features) and bias (out_features,), both drawn as nn.Linear
     draws them (bias=False: bias is None), and gamma, a scalar of shape (), 1 at first.
     Buffers, saved in the state_dict: u (out_features,) and v (in_features,), vectors of length 1;
-    at first random, or better.
+    at first random, or nearer to the singular vectors (after some steps of power iteration, or
+    those of a decomposition).
     """
 
     def __init__(self, in_features: int, out_features: int, bias: bool = True) -> None:

@@ -199,9 +199,9 @@ def identical(
 def decode_float(bits: Tensor, exponent: int, mantissa: int, special: str = "ieee") -> Tensor:
     """The numbers that bit patterns stand for.
 
-    bits: integers from 0 to 2^(1 + exponent + mantissa) − 1, any shape, int64: the sign is the
-    highest bit, then come `exponent` bits and `mantissa` bits. exponent from 2 to 8, mantissa from
-    1 to 23. The bias is 2^(exponent−1) − 1.
+    bits: integers from 0 to 2^(1 + exponent + mantissa) − 1, any shape (an empty one too), int64:
+    the sign is the highest bit, then come `exponent` bits and `mantissa` bits. exponent from 2 to
+    8, mantissa from 1 to 23. The bias is 2^(exponent−1) − 1.
     special: what an exponent field of all ones means.
       "ieee"  mantissa 0 is an infinity with the pattern's sign, any other mantissa is NaN
       "nan"   only the mantissa of all ones is NaN; the others are ordinary numbers
@@ -367,6 +367,35 @@ identical(
     torch.tensor(-(2 - 1 / 32) * 2.0**16, dtype=torch.float64),
     one,
     "decode_float of a pattern without axes",
+    torch.float64,
+)
+# Every width of exponent: a normal number's fields, moved into a float64 pattern, are the number.
+g = checks.generator(14)
+for width in range(2, 9):
+    for size in (int(torch.randint(1, 23, (1,), generator=g)), 23):
+        fields = torch.randint(1, 2**width, (40,), generator=g)
+        fields[::2] = 2**width - 1  # the octave that IEEE's rules give away; 2^128 with 8 bits
+        m, sign = (torch.randint(0, 2**k, (40,), generator=g) for k in (size, 1))
+        m[:4] = torch.tensor([0, 0, 2**size - 1, 2**size - 1])
+        expected = ((fields + 1024 - 2 ** (width - 1)) << 52 | m << (52 - size)).view(torch.float64)
+        expected = torch.where(sign == 1, -expected, expected)
+        bits = (sign << width | fields) << size | m
+        last = (fields == 2**width - 1) & (m == 2**size - 1)
+        for special in ("none", "nan"):
+            identical(
+                decode_float(bits, width, size, special),
+                expected.masked_fill(last, math.nan) if special == "nan" else expected,
+                bits,
+                f'decode_float of ({width}, {size}, "{special}")',
+                torch.float64,
+                "The result is float64 and exact: 2^128 is an ordinary number in it",
+            )
+nothing = torch.empty(0, 3, dtype=torch.int64)
+identical(
+    decode_float(nothing, 4, 3, "nan"),
+    torch.empty(0, 3, dtype=torch.float64),
+    nothing,
+    "decode_float of nothing",
     torch.float64,
 )
 ### END HIDDEN TESTS
@@ -536,8 +565,9 @@ def round_to_format(
 ) -> Tensor:
     """The nearest number of a format, ties to even, for each number of x.
 
-    x: float32 or float64, any shape. The format is named as in decode_float. Returns a new tensor
-    of the shape and dtype of x (float32 is only used where it holds the format's values exactly).
+    x: float32 or float64, any shape (an empty one too). The format is named as in decode_float.
+    Returns a new tensor of the shape and dtype of x (float32 is only used where it holds the
+    format's values exactly). No gradient is asked for: the result may be detached from x.
 
     - Rounding happens once, from x itself: a float64 that lies a hair above a tie goes up.
     - Subnormals are kept, not flushed to 0. The sign of zero is kept, and so is that of a number
@@ -567,8 +597,10 @@ def round_to_format(
 # <details><summary>Hint: which octave</summary>
 #
 # `torch.frexp` writes $y = f\cdot 2^e$ with $f$ between ½ and 1, so the octave of the lesson is
-# $e-1$. A logarithm would do nearly always: just below a power of two it rounds up, and the number
-# is in the wrong octave.
+# $e-1$. A logarithm is itself rounded: in float32 `log2` of the number just below $2^{100}$ is 100,
+# one octave too high. In FP16, BF16 and FP8 nobody notices, since a number that close to a power of
+# two becomes that power in either octave. With a long mantissa, such as FP32's own 23 bits, the
+# result is wrong.
 # </details>
 #
 # <details><summary>Hint: a float64 just above a tie comes out wrong</summary>
@@ -691,6 +723,25 @@ for kind, low, high in ((BF16, -135, 127), (FP16, -27, 15), (E5M2, -19, 15), (E4
             torch.float64,
             "Is it rounded twice?",
         )
+# A format that contains x's own leaves every x as it is.
+every = torch.arange(2**16).to(torch.int16)
+powers = (torch.arange(1, 255) << 23)[:, None] + torch.arange(-4, 5)  # 2^k, and those beside it
+sign = torch.randint(0, 2, powers.shape, generator=g) << 31
+powers = (powers | sign).flatten().to(torch.int32).view(torch.float32)
+for kind, x in (
+    (BF16, every.view(torch.bfloat16).float()),
+    (FP16, every.view(torch.float16).float()),
+    (FP32, powers),
+    (FP32, anything),
+):
+    identical(
+        round_to_format(x, *kind.layout),
+        x,
+        x,
+        f"round_to_format to {kind.name} of {kind.name}'s own numbers",
+        torch.float32,
+        "Is the octave exact, just below a power of two as well?",
+    )
 ### END HIDDEN TESTS
 
 # %% check="round_to_format" points=1
@@ -806,22 +857,28 @@ identical(
 )
 ### BEGIN HIDDEN TESTS
 g = checks.generator(4)
-# TF32, which PyTorch has no type for: add half of what is cut off, and a bit more where the last
-# one kept is odd.
+# TF32, which PyTorch has no type for, and longer mantissas: add half of what is cut off, and a bit
+# more where the last one kept is odd. Also just below powers of two, where a rounded logarithm is
+# an octave too high.
+below = torch.randint(1, 254, (4000,), generator=g) << 23
+below -= 2 ** torch.randint(0, 9, (4000,), generator=g) * torch.randint(1, 4, (4000,), generator=g)
 x = torch.cat(
     [
         torch.randn(4000, generator=g) * 10.0 ** torch.randint(-30, 30, (4000,), generator=g),
         1 + torch.arange(512) / 2**12,
+        below.clamp(min=2**23).to(torch.int32).view(torch.float32),
     ]
 )
 raw = x.view(torch.int32)
-identical(
-    round_to_format(x, *TF32.layout),
-    ((raw + 0xFFF + ((raw >> 13) & 1)) & ~0x1FFF).view(torch.float32),
-    x,
-    "round_to_format to TF32",
-    torch.float32,
-)
+for size in (10, 16, 19, 21, 22):
+    cut = 23 - size
+    identical(
+        round_to_format(x, 8, size),
+        ((raw + (2 ** (cut - 1) - 1) + ((raw >> cut) & 1)) & -(2**cut)).view(torch.float32),
+        x,
+        f"round_to_format to {'TF32' if size == 10 else f'8 bits of exponent and {size} more'}",
+        torch.float32,
+    )
 wide = torch.randn(3000, generator=g, dtype=torch.float64) * 10.0 ** torch.randint(
     -48, 36, (3000,), generator=g
 )
@@ -941,16 +998,17 @@ plot.plt.show()
 # ## Updates that vanish {#lost-updates}
 #
 # A weight $w$ in a format with $M$ bits of mantissa, and an update $\Delta$. The sum $w+\Delta$ is
-# rounded to nearest: if $|\Delta| < \frac12\mathrm{ulp}(w)$, the nearest number is $w$. The update
-# is not small, it is **gone**, and so is the next one, and the thousandth. In relative terms, an
-# update is lost for certain when $|\Delta|/|w| < 2^{-(M+2)}$: below 0.2 % in BF16 (and, low in the
-# octave, below 0.4 %).
+# rounded to nearest: if $|\Delta| < \frac12\mathrm{ulp}(w)$, the nearest number is $w$. (Half of
+# that if $w$ is a power of two and $\Delta$ points toward zero: the steps below $w$ are half as
+# wide.) The update is not small, it is **gone**, and so is the next one, and the thousandth. In
+# relative terms, an update is lost for certain when $|\Delta|/|w| < 2^{-(M+2)}$: below 0.2 % in
+# BF16 (and, low in the octave, below 0.4 %).
 #
 # Is that a case that comes up? Adam moves every weight by about the learning rate, whatever the
-# gradient. A weight of 0.03 in BF16 has $\mathrm{ulp} = 2^{-6-7} = 1.2\cdot10^{-4}$: with a
-# learning rate below $6\cdot10^{-5}$, which every long run reaches, it does not move again. Adam's
-# second moment fares no better: $0.999$ in BF16 is 1, and an average that decays by 0.1 % per step,
-# in steps of 0.4 to 0.8 %, does not decay.
+# gradient. A weight of 0.03 in BF16 has $\mathrm{ulp} = 2^{-6-7} = 1.2\cdot10^{-4}$: once the
+# learning rate is well below $6\cdot10^{-5}$, as it is late in most long runs, only a rare large
+# update moves it. Adam's second moment fares no better: $0.999$ in BF16 is 1, and an average that
+# decays by 0.1 % per step, in steps of 0.4 to 0.8 %, does not decay.
 #
 # **Stochastic rounding** is the remedy that costs no memory. Round $x$, between the neighbors
 # $a < x < b$, up with a probability equal to how far it is on the way:
@@ -962,11 +1020,12 @@ plot.plt.show()
 # standard deviation of at most $\sqrt{n\,\Delta\,\mathrm{ulp}}$, while the signal is $n\Delta$.
 #
 # For BF16 there is a beautiful way. It is the upper half of a float32: same sign, same exponent,
-# the first 7 of 23 bits of mantissa. The lower 16 bits, read as a number, *are* the fraction
-# $(x-a)/(b-a)$ in units of $2^{-16}$. So **add a random 16-bit number to the bit pattern, and cut
-# off the lower half**: it carries over with exactly the right probability. This works in every
-# octave, across octaves, for subnormals, and for negative numbers too, because the sign is a bit of
-# its own.
+# the first 7 of 23 bits of mantissa. The lower 16 bits, read as a number, *are* the fraction of the
+# way from the neighbor nearer to zero to the other, in units of $2^{-16}$: $(x-a)/(b-a)$ for
+# positive $x$, $(b-x)/(b-a)$ for negative. So **add a random 16-bit number to the bit pattern, and
+# cut off the lower half**: it carries over, away from zero, with exactly the right probability.
+# This works in every octave, across octaves, for subnormals, and for negative numbers too, because
+# the sign is a bit of its own.
 
 
 # %% exercise="stochastic_round_bf16" minutes=15 difficulty=2
@@ -1056,6 +1115,15 @@ for sign in (1, -1):
     assert abs(ups - 512) < 150, (
         f"3 {'+' if sign > 0 else '−'} 2⁻¹⁵ should leave 3 in one of 512 cases: 512 of 2¹⁸ draws; "
         f"yours in {ups}. How fine is your noise?"
+    )
+# The smallest share that is not 0, and the largest that is not 1: about 16 of 2²⁰ draws each.
+for lower, usual in ((0x0001, 1.0), (0xFFFF, 1 + 2.0**-7)):
+    x = torch.full((2**20,), 0x3F800000 + lower, dtype=torch.int32).view(torch.float32)
+    other = int((stochastic_round_bf16(x, g) != usual).sum())
+    assert 1 <= other <= 60, (
+        f"a number whose lower 16 bits are {lower:#06x} should give something else than {usual:g} "
+        f"in one of 65536 cases, about 16 of 2²⁰; yours does so in {other}. Can each of the "
+        f"65536 numbers of 16 bits be drawn?"
     )
 ### END HIDDEN TESTS
 
@@ -1447,6 +1515,10 @@ adam_beside_torch(
     scales=(2.0**16, 2.0**12),
     sizes=(1e-7, 1e-6),
 )
+# Of a float32 parameter p.grad.float() is p.grad itself.
+adam_beside_torch(
+    MasterWeightAdam, torch.float32, [(6,), (2, 5)], 10, g, scales=(2.0**10, 3.0), bad=(4,)
+)
 adam_beside_torch(MasterWeightAdam, torch.bfloat16, [(6,), (2, 5)], 12, g, bad=(0, 3, 4, 9))
 adam_beside_torch(
     MasterWeightAdam,
@@ -1588,7 +1660,7 @@ plot.plt.show()
 # %% [markdown]
 # ## Loss scaling {#loss-scaling}
 #
-# The other end of the range. BF16 reaches as far down as float32. FP16 stops at
+# The other end of the range. BF16's normal numbers reach as far down as float32's. FP16 stops at
 # $2^{-24} = 6\cdot10^{-8}$, and gradients go below that as a matter of course: a mean over the
 # tokens of a batch divides by thousands, and the gradient of a logit is the probability that the
 # model gave to a wrong token. Is it much? The next cell takes a trained model of the course, four
@@ -1708,7 +1780,9 @@ class DynamicLossScaler:
     torch.amp.GradScaler.
 
     growth_interval: so many updates in a row without inf or NaN multiply the scale by
-    growth_factor; any inf or NaN multiplies it by backoff_factor and starts the count anew.
+    growth_factor; any inf or NaN multiplies it by backoff_factor. The count starts anew after
+    either. In every iteration at least one parameter has a gradient, and `step` is called once at
+    most.
     """
 
     def __init__(
@@ -2097,8 +2171,9 @@ def autocast_formats(
     half: float16 or bfloat16, what AUTOCAST's first list casts to.
 
     Returns {result: format}, of the results alone, as they are at the end. Results of AUTOCAST's
-    lists have the format to which the inputs are cast. All other operations give the widest of
-    their inputs, as torch.promote_types has it (float16 with bfloat16 is float32).
+    first two lists have the format to which the inputs are cast. All other operations, those of the
+    third list among them, give the widest of their inputs, as torch.promote_types has it (float16
+    with bfloat16 is float32).
     """
     ### BEGIN SOLUTION
     known, results = dict(formats), {}
@@ -2199,7 +2274,8 @@ assert autocast_formats([], {"t": wide}, half) == {}, "a program of no lines has
 #   which need precision, **E5M2** for gradients, which need range; one scale per tensor.
 # - **DeepSeek-V3** (2412.19437, section 3.3): E4M3 for everything, made possible by fine-grained
 #   scales. Activations have one for each **1 × 128 tile** (a token, 128 channels), weights one for
-#   each **128 × 128 block**. An outlier spoils 127 neighbors, not the tensor.
+#   each **128 × 128 block**. An outlier spoils 127 neighbors in an activation's tile and 16,383 in
+#   a weight's block, not the tensor.
 #
 # Why these shapes? In $C = AB$ the scales must lie along the summed axis $K$ in pieces, because
 # inside a piece they can be taken out of the sum:
@@ -2234,12 +2310,13 @@ assert autocast_formats([], {"t": wide}, half) == {}, "a program of no lines has
 def quantize_blocks(x: Tensor, block: tuple[int, int]) -> tuple[Tensor, Tensor]:
     """x in FP8 with one scale for each block of shape `block`.
 
-    x: (rows, columns), float32 or bfloat16, any sizes: the last block of a row or column may be
-        smaller.
+    x: (rows, columns), float32 or bfloat16, finite, any sizes: the last block of a row or column
+        may be smaller.
     Returns (q, scales): q (rows, columns), float8_e4m3fn; scales (⌈rows/block[0]⌉,
     ⌈columns/block[1]⌉), float32. In each block the scale is max|x| / 448, computed in float32, and
-    q = x / scale, rounded to nearest: the largest magnitude becomes ±448, however small it is (down
-    to 1e-30). A block of zeros gives q = 0 and a scale that is finite and not 0.
+    q is x / scale, computed in float32 or float64, rounded to nearest: the largest magnitude
+    becomes ±448, however small it is (down to 1e-30). A block of zeros gives q = 0 and a scale that
+    is finite and not 0.
     """
     ### BEGIN SOLUTION
     rows, columns = x.shape
@@ -2257,10 +2334,10 @@ def blockwise_fp8_matmul(a: Tensor, b: Tensor) -> Tensor:
     """a @ b as DeepSeek-V3 does it: a in FP8 with a scale for each 1 × 128 tile, b with one for
     each 128 × 128 block.
 
-    a: (m, k), b: (k, n), float32 or bfloat16, any sizes. Returns (m, n) float32. Each piece of 128
-    along k is a product of the FP8 numbers, summed in float32; the pieces are multiplied by their
-    scales and added in float32. (PyTorch on a CPU has no product of float8 tensors: cast them to
-    float32, which is exact.)
+    a: (m, k), b: (k, n), float32 or bfloat16, finite, any sizes. Returns (m, n) float32. Each piece
+    of 128 along k is a product of the FP8 numbers, summed in float32; the pieces are multiplied by
+    their two scales, in any order, and added in float32. (PyTorch on a CPU has no product of float8
+    tensors: cast them to float32, which is exact.)
     """
     ### BEGIN SOLUTION
     qa, sa = quantize_blocks(a, (1, 128))

@@ -1251,6 +1251,10 @@ def init_numbers():
 - nn.init.xavier_normal_(module.weight, gain=gain, generator=generator)
 + nn.init.xavier_normal_(module.weight, gain=gain)
 
+# %% wrong="mup_setup" because="four heads, whatever the model has"
+- module.score_scale = (width // module.heads) ** -0.5 * table["attention"].forward
++ module.score_scale = (width // 4) ** -0.5 * table["attention"].forward
+
 # %% wrong="mup_setup" because="the draws do not come from the generator"
 - nn.init.normal_(module.weight, std=std * table[kind].init, generator=generator)
 + nn.init.normal_(module.weight, std=std * table[kind].init)
@@ -1287,6 +1291,12 @@ def init_numbers():
 - self.register_buffer("v", F.normalize(torch.randn(in_features), dim=0))
 + self.register_buffer("u", F.normalize(torch.randn(out_features), dim=0), persistent=False)
 + self.register_buffer("v", F.normalize(torch.randn(in_features), dim=0), persistent=False)
+
+# %% wrong="gradient_norms" because="the model itself is left out"
+- added = {name: [] for name, module in model.named_modules() if isinstance(module, kinds)}
++ added = {
++     name: [] for name, module in model.named_modules() if name and isinstance(module, kinds)
++ }
 
 # %% right="gradient_norms" because="the outputs themselves are kept"
 - zeros.append(torch.zeros_like(output, requires_grad=True))

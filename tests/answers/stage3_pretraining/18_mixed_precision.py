@@ -137,6 +137,13 @@ def decode_float(bits, exponent, mantissa, special="ieee"):
 - return sign * value
 + return torch.where(negative, -value, value)
 
+# %% wrong="decode_float" because="powers of two in float32, where 2^128 is infinite" of="hidden-subnormals"
+- normal = (1 + m / 2**mantissa) * 2.0 ** (e - bias).double()
++ normal = (1 + m / 2**mantissa) * (2.0 ** (e - bias)).double()
+
+- value = normal
++ value = torch.where(e == 0, subnormal, normal)
+
 # %% right="decode_float" because="a table of all patterns, in plain Python"
 def decode_float(bits, exponent, mantissa, special="ieee"):
     bias, top = (1 << (exponent - 1)) - 1, (1 << exponent) - 1
@@ -362,6 +369,16 @@ def round_to_format(x, exponent, mantissa, special="ieee", saturate=False):
 - rounded = torch.copysign(torch.floor(y.abs() / ulp + 0.5), y) * ulp
 + rounded = torch.round(y / ulp) * ulp
 
+# %% wrong="round_to_format" because="the octave from a logarithm in float32, wrong only just below powers of two"
+- octave = torch.frexp(y).exponent - 1  # frexp: |y| = f · 2^e with f in [½, 1)
++ octave = torch.log2(x.abs()).floor().nan_to_num(0, 900, -900).long()
+
+# %% wrong="round_to_format" because="the octave from a logarithm, unless the mantissa is FP32's"
+- octave = torch.frexp(y).exponent - 1  # frexp: |y| = f · 2^e with f in [½, 1)
++ octave = torch.frexp(y).exponent - 1
++ if mantissa < 23:
++     octave = torch.log2(x.abs()).floor().nan_to_num(0, 900, -900).long()
+
 # %% right="round_to_format" because="search among all numbers of the format, where they are few; the magic addend otherwise"
 def round_to_format(x, exponent, mantissa, special="ieee", saturate=False):
     bias = 2 ** (exponent - 1) - 1
@@ -583,6 +600,14 @@ def stochastic_round_bf16(x, generator):
     share = (x.double() - toward_zero.double()) / (away.double() - toward_zero.double())
     go = torch.rand(x.shape, generator=generator, dtype=torch.float64) < share
     return torch.where(go, away, result).bfloat16()
+
+# %% wrong="stochastic_round_bf16" because="the highest draw is left out"
+- noise = torch.randint(2**16, x.shape, generator=generator, dtype=torch.int32, device=x.device)
++ noise = torch.randint(0, 0xFFFF, x.shape, generator=generator, dtype=torch.int32)
+
+# %% wrong="stochastic_round_bf16" because="the lowest draw is left out"
+- noise = torch.randint(2**16, x.shape, generator=generator, dtype=torch.int32, device=x.device)
++ noise = torch.randint(1, 2**16, x.shape, generator=generator, dtype=torch.int32)
 
 # %% wrong="stochastic_round_bf16" because="every element has the noise of its neighbor in the same pair"
 - noise = torch.randint(2**16, x.shape, generator=generator, dtype=torch.int32, device=x.device)
@@ -934,6 +959,10 @@ class MasterWeightAdam:
             self.master[i].sub_(self.lr * root / (1 - b1**t) * m / (v.sqrt() + self.eps * root))
             self.params[i].data.copy_(self.master[i])
         return True
+
+# %% wrong="master_weight_adam" because="divides in place what is p.grad itself for a float32 parameter"
+- grads = [None if p.grad is None else p.grad.float() / scale for p in self.params]
++ grads = [None if p.grad is None else p.grad.float().div_(scale) for p in self.params]
 
 # %% wrong="master_weight_adam" because="the rate of the beginning is used for ever"
 - self.updates = [0] * len(self.params)
