@@ -26,10 +26,10 @@ from autograder.lesson import (
     headings,
     python_of,
     regions,
+    remove_hidden,
     secrets,
     shown_path,
     stub,
-    remove_hidden,
 )
 
 Breach = tuple[int, str]
