@@ -115,7 +115,8 @@ for d in (1, 3, 17, 50, 768):
         )
 ### END HIDDEN TESTS
 
-# %% tags=["experiment"]
+# %% tags=["experiment", "figure"]
+# Figure: how much of a ball lies in its peel, by dimension
 dimensions = [2**i for i in range(13)]
 fig, ax = plt.subplots(figsize=(7.5, 3.6))
 shares = {
@@ -341,8 +342,8 @@ def word_vectors(texts: dict[str, str]) -> tuple[list[str], Tensor]:
 
 topics, pages = word_vectors(data.documentation())
 print(
-    f"{pages.shape[0]} pages, {pages.shape[1]:,} words; "
-    f"{100 * (pages == 0).float().mean():.0f} % of the coordinates are zero"
+    f"{pages.shape[0]} pages, {pages.shape[1]:,} words; {100 * (pages == 0).float().mean():.0f} % "
+    "of the coordinates are zero"
 )
 
 page_cosines = cosine_similarity_matrix(pages, pages)
@@ -353,6 +354,8 @@ for topic in ("lambda", "integers", "dict", "import", "while"):
         ", ".join(f"{topics[i]} ({page_cosines[topics.index(topic), i]:.2f})" for i in nearest),
     )
 
+# %% tags=["experiment", "figure"]
+# Figure: pages that speak of the same things point the same way
 statements, numbers = "while for if break continue", "integers floating imaginary numbers"
 others = "dict typesmapping lists lambda function class"
 shown = [name for name in f"{statements} {numbers} {others}".split() if name in topics]
@@ -386,6 +389,8 @@ digit_cosines = cosine_similarity_matrix(pixels, pixels)
 digit_cosines.fill_diagonal_(-1)  # nobody is their own neighbor
 agree = (labels[digit_cosines.argmax(1)] == labels).float().mean()
 
+# %% tags=["experiment", "figure"]
+# Figure: the six nearest directions to four of the digits
 queries = [int((labels == digit).nonzero()[7]) for digit in (0, 3, 4, 8)]
 fig, axes = plt.subplots(len(queries), 7, figsize=(6.6, 4.6))
 for row, query in zip(axes, queries, strict=True):
@@ -413,9 +418,8 @@ fig.suptitle(
 )
 plot.caption(
     fig,
-    f"No training at all: the digit whose direction is nearest carries the same label in "
-    f"{100 * agree:.1f} % "
-    "of the 1,797 cases.",
+    "No training at all: the digit whose direction is nearest carries the same label in "
+    f"{100 * agree:.1f} % of the 1,797 cases.",
 )
 plt.show()
 
@@ -608,6 +612,12 @@ def pair_angles(vectors: Tensor) -> Tensor:
     return cosines[first, second].clamp(-1, 1).acos().rad2deg()
 
 
+centered = pixels - pixels.mean(0)
+digit_angles = pair_angles(centered)
+equivalent = 1 / digit_angles.deg2rad().cos().var().item()  # d random directions spread by 1/√d
+
+# %% tags=["experiment", "figure"]
+# Figure: angles of random vectors crowd at 90°, those of digits spread
 g = torch.Generator().manual_seed(0)
 fig, (left, right) = plt.subplots(1, 2, figsize=(10.4, 3.7))
 theta = torch.linspace(0.5, 179.5, 2000)
@@ -633,9 +643,6 @@ left.set(
 left.set_title("In many dimensions nearly all angles are 90°")
 left.legend()
 
-centered = pixels - pixels.mean(0)
-digit_angles = pair_angles(centered)
-equivalent = 1 / digit_angles.deg2rad().cos().var().item()  # d random directions spread by 1/√d
 bins = torch.arange(0, 181, 3).numpy()
 right.hist(
     digit_angles.numpy(),
@@ -666,10 +673,8 @@ right.set_ylim(0, 0.085)
 plot.caption(
     fig,
     "Left: 79,800 pairs for each d; thin grey lines are the exact density. The spread is 57°/√d. "
-    "Right: the "
-    f"angles between digits spread as those of {equivalent:.1f} independent coordinates would, "
-    f"with a longer tail of "
-    "small angles: two digits of one kind.",
+    f"Right: the angles between digits spread as those of {equivalent:.1f} independent coordinates "
+    "would, with a longer tail of small angles: two digits of one kind.",
 )
 plt.show()
 
@@ -690,7 +695,13 @@ for d in dims:
     scores = (q * keys).sum(-1)  # (200 queries, 64 keys)
     largest["q·k"].append(scores.softmax(-1).amax(-1).mean())
     largest["q·k / √d"].append((scores / math.sqrt(d)).softmax(-1).amax(-1).mean())
+print(
+    f"d = 1024: the largest weight is {largest['q·k'][-1]:.2f} unscaled, "
+    f"{largest['q·k / √d'][-1]:.2f} scaled"
+)
 
+# %% tags=["experiment", "figure"]
+# Figure: scores and the largest softmax weight, with and without √d
 fig, (left, right) = plt.subplots(1, 2, figsize=(10.4, 3.6))
 plot.curves(
     dims,
@@ -728,14 +739,9 @@ right.set_ylim(0, 1)
 plot.caption(
     fig,
     "Random queries and keys. Unscaled, the largest weight rises towards 1 although no key is "
-    "better than "
-    "another; divided by √d it does not depend on the dimension.",
+    "better than another; divided by √d it does not depend on the dimension.",
 )
 plt.show()
-print(
-    f"d = 1024: the largest weight is {largest['q·k'][-1]:.2f} unscaled, "
-    f"{largest['q·k / √d'][-1]:.2f} scaled"
-)
 
 # %% [markdown]
 # ## What a matrix does: power iteration {#power-iteration}
@@ -971,10 +977,6 @@ checks.close(
 # component**; and being a vector of 64 pixels, it is a picture.
 
 # %% tags=["experiment"]
-stretch = torch.tensor([[1.3, 0.45], [0.45, 0.8]])
-circle = torch.stack(
-    [torch.linspace(0, 2 * math.pi, 200).cos(), torch.linspace(0, 2 * math.pi, 200).sin()]
-)
 covariance = centered.T @ centered / (len(centered) - 1)
 steps = list(range(1, 202, 4))
 runs = [power_iteration(covariance, s, torch.Generator().manual_seed(3)) for s in steps]
@@ -986,6 +988,12 @@ angle_error = [
 ]
 ratio = (spectrum[-2] / spectrum[-1]).item()
 
+# %% tags=["experiment", "figure"]
+# Figure: a circle becomes an ellipse, and each step shrinks the rest
+stretch = torch.tensor([[1.3, 0.45], [0.45, 0.8]])
+circle = torch.stack(
+    [torch.linspace(0, 2 * math.pi, 200).cos(), torch.linspace(0, 2 * math.pi, 200).sin()]
+)
 fig, (left, middle, right) = plt.subplots(1, 3, figsize=(11.4, 3.6), width_ratios=(1.1, 1.5, 0.8))
 left.plot(*circle, color="#999999", linewidth=1, linestyle="-")
 left.plot(*(stretch @ circle), color=plot.COLORS[0], linestyle="-")
@@ -1038,11 +1046,10 @@ right.set_title(
 )
 plot.caption(
     fig,
-    f"Left: repeated products turn any start (grey) towards the long axis (black). Middle: on the "
-    f"covariance of the "
-    f"digits, where λ₂/λ₁ = {ratio:.2f}, the angle follows the ratio's power and the eigenvalue "
-    f"its square, down "
-    "to float32's precision. Right: the direction in which digits differ most.",
+    "Left: repeated products turn any start (grey) towards the long axis (black). Middle: on the "
+    f"covariance of the digits, where λ₂/λ₁ = {ratio:.2f}, the angle follows the ratio's power and "
+    "the eigenvalue its square, down to float32's precision. Right: the direction in which digits "
+    "differ most.",
 )
 plt.show()
 
@@ -1400,6 +1407,9 @@ checks.close(
 photo = data.pictures()["china"].mean(0)  # (427, 640), grey
 order = torch.randperm(photo.numel(), generator=torch.Generator().manual_seed(4))
 shuffled = photo.flatten()[order].view_as(photo)
+
+# %% tags=["experiment", "figure"]
+# Figure: a photograph of two, ten and forty terms
 ranks = (2, 10, 40)
 fig, axes = plt.subplots(1, 4, figsize=(11.4, 2.25))
 for ax, rank in zip(axes, (*ranks, None), strict=True):
@@ -1416,12 +1426,13 @@ for ax, rank in zip(axes, (*ranks, None), strict=True):
     ax.set(xticks=[], yticks=[])
 plot.caption(
     fig,
-    "Two terms give a tartan: every row of the picture is a mixture of the same two rows. Ten "
-    "give the building, "
-    "forty its windows; fine, irregular detail such as leaves comes last.",
+    "Two terms give a tartan: every row of the picture is a mixture of the same two rows. Ten give "
+    "the building, forty its windows; fine, irregular detail such as leaves comes last.",
 )
 plt.show()
 
+# %% tags=["experiment", "figure"]
+# Figure: the spectrum of a photograph and of the same pixels, shuffled
 fig, (left, right) = plt.subplots(1, 2, figsize=(10.4, 3.4))
 energy = {}
 for name, matrix, style in (
@@ -1447,8 +1458,7 @@ right.set_ylim(0)
 plot.caption(
     fig,
     "The first singular value of both is the mean brightness. After it the photograph's fall off "
-    "quickly and the "
-    "shuffled pixels' stay flat: low rank is a matter of arrangement.",
+    "quickly and the shuffled pixels' stay flat: low rank is a matter of arrangement.",
 )
 plt.show()
 
@@ -1649,6 +1659,9 @@ for k in ks:
     needed = 2 * (2 * math.log(count) + math.log(1 / failing)) / k
     enough = epsilons[epsilons**2 / 2 - epsilons**3 / 3 >= needed]
     promised.append(enough[0].item() if len(enough) else math.nan)
+
+# %% tags=["experiment", "figure"]
+# Figure: the error of a distance, by the number of random directions
 ax = plot.curves(
     ks,
     {
@@ -1667,12 +1680,12 @@ ax.figure.set_size_inches(7.2, 4)
 plot.caption(
     ax.figure,
     "The typical error is √(2/k), as derived, whatever D is. The worst of all pairs stays below "
-    "the "
-    f"lemma's promise, which says nothing for k under about "
+    "the lemma's promise, which says nothing for k under about "
     f"{2 * (2 * math.log(count) + math.log(1 / failing)) * 6:.0f}.",
 )
 plt.show()
 
+# %% tags=["experiment"]
 projected = johnson_lindenstrauss(pages, 300, torch.Generator().manual_seed(6))
 for topic in ("lambda", "integers", "dict", "import", "while"):
     row = topics.index(topic)
@@ -1682,7 +1695,7 @@ for topic in ("lambda", "integers", "dict", "import", "while"):
     ]
     print(
         f"{topic:>9}: nearest page {names[0]!r} in {pages.shape[1]:,} dimensions, {names[1]!r} in "
-        f"300"
+        "300"
     )
 
 # %% [markdown]
@@ -2011,7 +2024,16 @@ for rank in ranks:
         strict=True,
     ):
         accuracies[name].append(100 * accuracy_with(network, weight, unseen))
+enough = next(
+    rank
+    for rank, accuracy in zip(ranks, accuracies["$W$ cut to rank r"], strict=True)
+    if accuracy >= 100 * full_accuracy - 1
+)
+a, b = low_rank_approximation(w_after, enough)
+print(f"rank {enough}: {a.numel() + b.numel():,} numbers instead of {w_after.numel():,}")
 
+# %% tags=["experiment", "figure"]
+# Figure: singular values before and after training, and how many are needed
 fig, (left, right) = plt.subplots(1, 2, figsize=(11.4, 4))
 for (name, matrix), color, dash in zip(
     {
@@ -2064,22 +2086,13 @@ if predicted_rank:
         predicted_rank, color="#888888", linewidth=1, linestyle="-", label="your prediction"
     )
 right.legend(fontsize=8)
-enough = next(
-    rank
-    for rank, accuracy in zip(ranks, accuracies["$W$ cut to rank r"], strict=True)
-    if accuracy >= 100 * full_accuracy - 1
-)
 plot.caption(
     fig,
-    f"Left: training lifts ten singular values out of the random rest. Right: rank {enough} of "
-    f"256 gives back the "
-    f"accuracy of {100 * full_accuracy:.1f} % within a point; the untrained middle matrix in the "
-    f"trained network "
-    f"reaches {accuracies['$W_0$ cut to rank r'][-1]:.0f} %.",
+    f"Left: training lifts ten singular values out of the random rest. Right: rank {enough} of 256 "
+    f"gives back the accuracy of {100 * full_accuracy:.1f} % within a point; the untrained middle "
+    f"matrix in the trained network reaches {accuracies['$W_0$ cut to rank r'][-1]:.0f} %.",
 )
 plt.show()
-a, b = low_rank_approximation(w_after, enough)
-print(f"rank {enough}: {a.numel() + b.numel():,} numbers instead of {w_after.numel():,}")
 
 # %% [markdown]
 # **What came out.** The random start has no preferred directions: its singular values run from 1.1

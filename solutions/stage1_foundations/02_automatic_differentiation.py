@@ -191,6 +191,8 @@ def forward_difference(eps):
     return torch.stack([(smooth(at + step) - smooth(at)) / eps for step in steps])
 
 
+# %% tags=["experiment", "figure"]
+# Figure: too large a step truncates, too small a step rounds
 fig, ax = plt.subplots(figsize=(6.6, 3.8))
 ax.loglog(
     epsilons,
@@ -215,9 +217,8 @@ ax.legend()
 plot.caption(
     fig,
     "The error of a numerical gradient against its step. From the right, the central difference "
-    "falls twice as "
-    "fast as the forward difference; from the left, rounding takes over. In float32 no step gives "
-    "more than three digits.",
+    "falls twice as fast as the forward difference; from the left, rounding takes over. In float32 "
+    "no step gives more than three digits.",
 )
 plt.show()
 
@@ -996,6 +997,16 @@ for _ in range(10):
 
 
 # %% tags=["experiment"]
+w, x, b = Tensor(3.0), Tensor(-0.5), Tensor(2.0)
+product = w * x
+affine = product + b
+active = affine.relu()
+out = active * w
+out.backward()
+
+
+# %% tags=["experiment", "figure"]
+# Figure: the graph of L, with each value and its gradient
 def draw_graph(root, names: dict[int, str]) -> plt.Figure:
     """The nodes in columns by the longest way from an input; value above, gradient below."""
     order = topological_order(root)
@@ -1050,12 +1061,6 @@ def draw_graph(root, names: dict[int, str]) -> plt.Figure:
     return fig
 
 
-w, x, b = Tensor(3.0), Tensor(-0.5), Tensor(2.0)
-product = w * x
-affine = product + b
-active = affine.relu()
-out = active * w
-out.backward()
 labels = {
     id(w): "w",
     id(x): "x",
@@ -1268,6 +1273,9 @@ assert global_generator() == state, (
 predict = fit(pictures[~held_out], digits[~held_out])
 guesses = predict(pictures[held_out])
 wrong = np.flatnonzero(guesses != digits[held_out])
+
+# %% tags=["experiment", "figure"]
+# Figure: the unseen digits that your network misreads, and some others
 fig, axes = plt.subplots(2, 8, figsize=(9, 2.9))
 shown = np.concatenate(
     [wrong[:8], np.flatnonzero(guesses == digits[held_out])[: 16 - len(wrong[:8])]]
@@ -1281,9 +1289,8 @@ for ax, i in zip(axes.flat, shown, strict=False):
 plot.caption(
     fig,
     f"{len(wrong)} of {held_out.sum()} unseen digits are misread by the network that your engine "
-    f"trained "
-    f"({np.mean(guesses == digits[held_out]):.1%} right). First the misread ones, then some of "
-    f"the others.",
+    f"trained ({np.mean(guesses == digits[held_out]):.1%} right). First the misread ones, then "
+    "some of the others.",
 )
 plt.show()
 
@@ -1883,6 +1890,13 @@ layers = 144
 lengths = [1, 2, 3, 4, 6, 8, 9, 12, 16, 18, 24, 36, 48, 72]
 measured = [peak_kept(layers, s) for s in lengths]
 without = peak_kept(layers, layers)
+print(
+    f"kept at once: {without} without checkpointing, {min(measured)} with segments of "
+    f"{lengths[int(np.argmin(measured))]}"
+)
+
+# %% tags=["experiment", "figure"]
+# Figure: activations alive at once, by the length of a segment
 fig, ax = plt.subplots(figsize=(6.6, 3.6))
 ax.plot(lengths, [layers / s + s for s in lengths], label="n/s + s")
 ax.plot(lengths, measured, "o", linestyle="none", label="counted, with your checkpoint")
@@ -1904,14 +1918,9 @@ ax.legend(loc="center right", bbox_to_anchor=(1, 0.6))
 plot.caption(
     fig,
     "Short segments keep many inputs, long ones keep many activations while they are being gone "
-    "through. "
-    "The least is at s = √n, where 24 stand in for 144.",
+    "through. The least is at s = √n, where 24 stand in for 144.",
 )
 plt.show()
-print(
-    f"kept at once: {without} without checkpointing, {min(measured)} with segments of "
-    f"{lengths[int(np.argmin(measured))]}"
-)
 
 # %% [markdown]
 # ## Experiment: what does a gradient cost?
@@ -1950,6 +1959,13 @@ for h in widths:
     ratios.append(seconds(lambda p=parameters: loss_of_batch(*p).backward()) / forward)
     counts.append(sum(p.data.size for p in parameters))
 
+print(
+    "loss and gradient, in evaluations of the loss: "
+    + ", ".join(f"{n:,}: {r:.1f}" for n, r in zip(counts, ratios, strict=True))
+)
+
+# %% tags=["experiment", "figure"]
+# Figure: what a gradient costs in each of the three ways
 fig, ax = plt.subplots(figsize=(6.6, 3.8))
 ax.loglog(counts, [2 * n for n in counts], label="numerical gradient: 2 evaluations a parameter")
 ax.loglog(counts, counts, label="forward mode: 1 run a parameter")
@@ -1964,14 +1980,10 @@ ax.legend(loc="center right")
 plot.caption(
     fig,
     f"From {counts[0]} to {counts[-1]:,} parameters the gradient costs {min(ratios):.1f} to "
-    f"{max(ratios):.1f} evaluations of the "
-    "loss in reverse mode. The two other ways grow with the number of parameters.",
+    f"{max(ratios):.1f} evaluations of the loss in reverse mode. The two other ways grow with the "
+    "number of parameters.",
 )
 plt.show()
-print(
-    "loss and gradient, in evaluations of the loss: "
-    + ", ".join(f"{n:,}: {r:.1f}" for n, r in zip(counts, ratios, strict=True))
-)
 
 # %% [markdown]
 # **What came out.** The factor stays at a small constant while the number of parameters grows

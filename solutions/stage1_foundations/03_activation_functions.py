@@ -392,6 +392,8 @@ def derivative(f, x):
     return torch.autograd.grad(f(leaf).sum(), leaf)[0]
 
 
+# %% tags=["experiment", "figure"]
+# Figure: five activations, and where almost no gradient flows back
 fig, axes = plt.subplots(1, 5, figsize=(12, 2.9), sharex=True, sharey=True)
 for ax, (name, f) in zip(axes, family.items(), strict=True):
     slope = silu_backward(x, torch.ones_like(x)) if name == "SiLU" else derivative(f, x)
@@ -409,8 +411,8 @@ axes[0].legend(loc="upper left", fontsize=8)
 plot.caption(
     fig,
     "Grey: the derivative is below 0.02, almost nothing flows back. Sigmoid and tanh have such a "
-    "zone on both sides, ReLU on its whole left side. "
-    "GELU and SiLU keep a band of gradient, partly negative, left of zero.",
+    "zone on both sides, ReLU on its whole left side. GELU and SiLU keep a band of gradient, "
+    "partly negative, left of zero.",
 )
 plt.show()
 
@@ -443,6 +445,15 @@ def through_layers(f):
 
 
 measured = {name: through_layers(f) for name, f in family.items()}
+print(
+    "gradient at layer 1 over that at layer 20: "
+    + ", ".join(
+        f"{name} {gradient[0] / gradient[-1]:.0e}" for name, (_, gradient) in measured.items()
+    )
+)
+
+# %% tags=["experiment", "figure"]
+# Figure: what twenty layers leave of pictures and of the gradient
 fig, axes = plt.subplots(1, 2, figsize=(10.5, 3.6))
 layers = range(1, depth + 1)
 plot.curves(
@@ -469,18 +480,12 @@ for ax in axes:
 plot.caption(
     fig,
     "Through sigmoid layers all pictures soon look the same, and the gradient (right, read from "
-    "layer 20 to 1) loses a factor of a little more than 4 at each. "
-    "GELU and SiLU are close to x/2 for small x and lose a factor of 2, ReLU about 1.4, tanh "
-    "little. Such factors can be made good by larger weights "
-    "(lesson 13); larger weights help a sigmoid only until its units saturate.",
+    "layer 20 to 1) loses a factor of a little more than 4 at each. GELU and SiLU are close to x/2 "
+    "for small x and lose a factor of 2, ReLU about 1.4, tanh little. Such factors can be made "
+    "good by larger weights (lesson 13); larger weights help a sigmoid only until its units "
+    "saturate.",
 )
 plt.show()
-print(
-    "gradient at layer 1 over that at layer 20: "
-    + ", ".join(
-        f"{name} {gradient[0] / gradient[-1]:.0e}" for name, (_, gradient) in measured.items()
-    )
-)
 
 # %% [markdown]
 # ## Dropout
@@ -628,7 +633,8 @@ for p in (-0.1, 1.01, math.nan):
     )
 ### END HIDDEN TESTS
 
-# %% tags=["experiment"]
+# %% tags=["experiment", "figure"]
+# Figure: a digit under dropout: single draws, and their mean
 digit = data.digits()[0][4]
 fig, axes = plt.subplots(2, 6, figsize=(9, 3.5))
 for row, p in zip(axes, (0.2, 0.5), strict=True):
@@ -646,10 +652,9 @@ for row, p in zip(axes, (0.2, 0.5), strict=True):
         ax.axis("off")
 plot.caption(
     fig,
-    "A four whose pixels are dropped, on one scale of grey from 0 to 2. What is kept is darker, "
-    "by 1/(1 − p); the mean over many draws is the picture itself. "
-    "With p = 0.5 a draw varies more: its variance is p/(1 − p) = 1 times the square of the "
-    "pixel, against 0.25.",
+    "A four whose pixels are dropped, on one scale of grey from 0 to 2. What is kept is darker, by "
+    "1/(1 − p); the mean over many draws is the picture itself. With p = 0.5 a draw varies more: "
+    "its variance is p/(1 − p) = 1 times the square of the pixel, against 0.25.",
 )
 plt.show()
 
@@ -969,9 +974,9 @@ def dead_share(model, f) -> float:
     return float(torch.cat(dead).float().mean())
 
 
-fig, axes = plt.subplots(1, 3, figsize=(11, 3.3), sharey=True)
-for ax, rate in zip(axes, (0.002, 0.02, 0.05), strict=True):
-    lines = {}
+dead = {}
+for rate in (0.002, 0.02, 0.05):
+    dead[rate] = {}
     for name, f in (("ReLU", torch.relu), ("GELU", gelu), ("SiLU", silu)):
         torch.manual_seed(1)
         model, shares, step = MLPClassifier(hidden=64, activation=f, p=0.0), [], itertools.count()
@@ -982,7 +987,12 @@ for ax, rate in zip(axes, (0.002, 0.02, 0.05), strict=True):
 
         train(model, training_images, training_labels, epochs=8, lr=rate, after_step=note)
         accuracy = float((model(images[held_out]).argmax(1) == labels[held_out]).float().mean())
-        lines[f"{name}: {accuracy:.1%} right"] = shares
+        dead[rate][f"{name}: {accuracy:.1%} right"] = shares
+
+# %% tags=["experiment", "figure"]
+# Figure: how many units die while the classifier trains, by learning rate
+fig, axes = plt.subplots(1, 3, figsize=(11, 3.3), sharey=True)
+for ax, (rate, lines) in zip(axes, dead.items(), strict=True):
     plot.curves(
         range(1, 15 * len(shares), 15),
         lines,
@@ -1188,6 +1198,8 @@ with torch.no_grad():
 by_digit = torch.stack([gates[labels == digit].mean(0) for digit in range(10)])
 by_digit = by_digit[:, by_digit.argmax(0).argsort()]
 
+# %% tags=["experiment", "figure"]
+# Figure: what a gate lets through, and which digits open which gates
 fig, axes = plt.subplots(1, 2, figsize=(12, 3.6), width_ratios=[1, 2.4])
 line = torch.linspace(-4, 4, 81)
 surface = F.silu(line)[None, :] * line[:, None]
@@ -1213,11 +1225,10 @@ plot.heatmap(
 )
 plot.caption(
     fig,
-    "Left: on the left half the gate is nearly shut, whatever up is (the levels lie far apart); "
-    "on the right, up passes in proportion to the gate. Right: the gates of your SwiGLU after "
-    "training on "
-    "digits. Most units open (dark) for a few digits and are shut for the others; some are open "
-    "for all.",
+    "Left: on the left half the gate is nearly shut, whatever up is (the levels lie far apart); on "
+    "the right, up passes in proportion to the gate. Right: the gates of your SwiGLU after "
+    "training on digits. Most units open (dark) for a few digits and are shut for the others; some "
+    "are open for all.",
 )
 plt.show()
 
@@ -1263,6 +1274,20 @@ def stamp_kernel(out_ptr, n, BLOCK: tl.constexpr):  # constexpr: known when the 
 
 
 # %% tags=["experiment"]
+if profile.has_triton:
+    n, BLOCK = 21, 8
+    right, wrong = (
+        torch.full((26,), -1, dtype=torch.int32, device=profile.device) for _ in range(2)
+    )
+    stamp_kernel[(triton.cdiv(n, BLOCK),)](right, n, BLOCK=BLOCK)
+    # a mask that lets all lanes through
+    stamp_kernel[(triton.cdiv(n, BLOCK),)](wrong, n + 3, BLOCK=BLOCK)
+else:
+    print("Triton exists for Linux only: nothing to launch here.")
+
+
+# %% tags=["experiment", "figure"]
+# Figure: what a launch writes, with a mask and without one
 def draw_memory(ax, values, title, marked=()):
     for i, value in enumerate(values):
         untouched = value < 0
@@ -1293,13 +1318,6 @@ def draw_memory(ax, values, title, marked=()):
 
 
 if profile.has_triton:
-    n, BLOCK = 21, 8
-    right, wrong = (
-        torch.full((26,), -1, dtype=torch.int32, device=profile.device) for _ in range(2)
-    )
-    stamp_kernel[(triton.cdiv(n, BLOCK),)](right, n, BLOCK=BLOCK)
-    # a mask that lets all lanes through
-    stamp_kernel[(triton.cdiv(n, BLOCK),)](wrong, n + 3, BLOCK=BLOCK)
     fig, axes = plt.subplots(3, 1, figsize=(9, 3.0))
     draw_memory(
         axes[0],
@@ -1319,8 +1337,6 @@ if profile.has_triton:
         "mask they overwrite somebody else's memory, and no error tells you.",
     )
     plt.show()
-else:
-    print("Triton exists for Linux only: nothing to launch here.")
 
 # %% [markdown]
 # On a machine without a GPU, kernels run in Triton's **interpreter**: one program after another, in
@@ -1899,9 +1915,19 @@ def measure():
     return results
 
 
-fig, axes = plt.subplots(1, 2, figsize=(9.5, 3.2), sharey=True)
 if on_gpu:
     results = measure()
+elif profile.has_triton:
+    small = [torch.randn(2, 64) for _ in range(3)]
+    with checks.traffic() as there:
+        fused_swiglu_forward(*small[1:])
+    with checks.traffic() as back:
+        fused_swiglu_backward(*small)
+
+# %% tags=["experiment", "figure"]
+# Figure: the speed of your kernels on a GPU, or their traffic on a CPU
+fig, axes = plt.subplots(1, 2, figsize=(9.5, 3.2), sharey=True)
+if on_gpu:
     for i, (ax, direction) in enumerate(zip(axes, ("forward", "backward"), strict=True)):
         for j, (name, values) in enumerate(results.items()):
             median, low, high = values[i]
@@ -1914,21 +1940,16 @@ if on_gpu:
             )
             print(
                 f"{direction:8} {name:14} {median:.2f} TB/s, {median / results['copy'][i][0]:.0%} "
-                f"of a copy"
+                "of a copy"
             )
         ax.set_title(direction)
     axes[0].set_ylabel("TB/s, of the bytes that must move")
     plot.caption(
         fig,
         f"{torch.cuda.get_device_name()}, {rows} × {hidden}, bfloat16; higher is better. Bars: "
-        f"median, whiskers: 20 and 80 % quantiles.",
+        "median, whiskers: 20 and 80 % quantiles.",
     )
 elif profile.has_triton:
-    small = [torch.randn(2, 64) for _ in range(3)]
-    with checks.traffic() as there:
-        fused_swiglu_forward(*small[1:])
-    with checks.traffic() as back:
-        fused_swiglu_backward(*small)
     for ax, direction, counted, eager in zip(
         axes, ("forward", "backward"), (there, back), ((3, 2), (6, 3)), strict=True
     ):
@@ -1961,9 +1982,9 @@ elif profile.has_triton:
     axes[1].legend(loc="upper right")
     plot.caption(
         fig,
-        f"Traffic of SwiGLU's element-wise part. The times are arithmetic, not a measurement: "
-        f"{rows} × {hidden} in bfloat16 at the 4.8 TB/s of an H200's memory. "
-        "Fusion saves 2 of 5 tensors forward and 4 of 9 backward, and nothing else.",
+        "Traffic of SwiGLU's element-wise part. The times are arithmetic, not a measurement: "
+        f"{rows} × {hidden} in bfloat16 at the 4.8 TB/s of an H200's memory. Fusion saves 2 of 5 "
+        "tensors forward and 4 of 9 backward, and nothing else.",
     )
 else:
     plt.close(fig)
@@ -2047,6 +2068,16 @@ for name, make in kinds.items():
         with torch.no_grad():
             final[name].append(float(F.cross_entropy(model(test[:, :8]), test[:, 8])) / math.log(2))
 
+means = {name: sum(losses) / 3 for name, losses in final.items()}
+spread = max(max(losses) - min(losses) for losses in final.values())
+print(
+    ", ".join(f"{name} {mean:.3f}" for name, mean in means.items())
+    + f" bits per byte; best to worst {max(means.values()) - min(means.values()):.3f}, largest "
+    f"spread between seeds {spread:.3f}"
+)
+
+# %% tags=["experiment", "figure"]
+# Figure: feed-forward layers of equal size, three seeds of each
 fig, ax = plt.subplots(figsize=(6.6, 3.2))
 for i, losses in enumerate(final.values()):
     ax.plot(
@@ -2076,16 +2107,9 @@ ax.legend(loc="upper left", bbox_to_anchor=(1, 1))
 plot.caption(
     fig,
     f"Next byte from 8 bytes, {steps} steps of {batch}. Compare the distance between the means "
-    f"with the spread of the three seeds of one kind.",
+    "with the spread of the three seeds of one kind.",
 )
 plt.show()
-means = {name: sum(losses) / 3 for name, losses in final.items()}
-spread = max(max(losses) - min(losses) for losses in final.values())
-print(
-    ", ".join(f"{name} {mean:.3f}" for name, mean in means.items())
-    + f" bits per byte; best to worst {max(means.values()) - min(means.values()):.3f}, largest "
-    f"spread between seeds {spread:.3f}"
-)
 
 # %% [markdown]
 # **What came out.** On the two cores where this was written: ReLU 3.53, GELU 3.51, GeGLU 3.29,

@@ -422,6 +422,8 @@ def by_patches(norm):
     return normed.permute(2, 0, 3, 1, 4).reshape(photo.shape)
 
 
+# %% tags=["experiment", "figure"]
+# Figure: a shadow and haze, as each norm lets them be seen
 fig, axes = plt.subplots(1, 3, figsize=(11, 2.9))
 for ax, (title, image) in zip(
     axes,
@@ -440,9 +442,9 @@ for ax, (title, image) in zip(
 plot.caption(
     fig,
     "Between the dotted lines lies a shadow, to the right of them haze. RMSNorm cannot see the "
-    "shadow, but sees the haze, which flattens every patch; "
-    "LayerNorm sees neither. It also makes bold color of the faint unevenness of the sky: once "
-    "the mean is gone, nothing else is left to measure by.",
+    "shadow, but sees the haze, which flattens every patch; LayerNorm sees neither. It also makes "
+    "bold color of the faint unevenness of the sky: once the mean is gone, nothing else is left to "
+    "measure by.",
 )
 plt.show()
 
@@ -465,6 +467,17 @@ plt.show()
 points = torch.randn(500, 3, generator=torch.Generator().manual_seed(1)) * torch.tensor(
     [1.0, 1.6, 0.7]
 )
+images, _ = data.digits()
+widths = [2**p for p in range(2, 13)]
+gen = torch.Generator().manual_seed(2)
+shares = []
+for width in widths:
+    thirty_layers = torch.randn(30, 64, width, generator=gen)
+    hidden = images.flatten(1)[:50] @ thirty_layers
+    shares.append(float((hidden.mean(-1).square() / hidden.square().mean(-1)).mean()))
+
+# %% tags=["experiment", "figure"]
+# Figure: the mean is one direction, and holds 1/D of the squared length
 fig = plt.figure(figsize=(11, 3.7))
 for place, (title, cloud) in enumerate(
     {"x": points, "on the sphere, on the circle": None}.items(), 1
@@ -484,14 +497,6 @@ for place, (title, cloud) in enumerate(
     ax.locator_params(nbins=4)
     ax.tick_params(labelsize=7, pad=-2)
 ax = fig.add_subplot(1, 3, 3)
-images, _ = data.digits()
-widths = [2**p for p in range(2, 13)]
-gen = torch.Generator().manual_seed(2)
-shares = []
-for width in widths:
-    thirty_layers = torch.randn(30, 64, width, generator=gen)
-    hidden = images.flatten(1)[:50] @ thirty_layers
-    shares.append(float((hidden.mean(-1).square() / hidden.square().mean(-1)).mean()))
 plot.curves(
     widths,
     {"measured": shares, "1/D": [1 / w for w in widths]},
@@ -504,10 +509,10 @@ plot.curves(
 )
 plot.caption(
     fig,
-    "Left: a cloud of points and the direction of the mean. Middle: RMSNorm keeps the direction "
-    "of every point, LayerNorm first removes the component along "
-    "(1, 1, 1), which leaves a circle. Right: the share of the squared length that LayerNorm "
-    "removes, for real digits behind random layers, falls as 1/D.",
+    "Left: a cloud of points and the direction of the mean. Middle: RMSNorm keeps the direction of "
+    "every point, LayerNorm first removes the component along (1, 1, 1), which leaves a circle. "
+    "Right: the share of the squared length that LayerNorm removes, for real digits behind random "
+    "layers, falls as 1/D.",
 )
 plt.show()
 
@@ -705,6 +710,19 @@ for n in sizes:
         draws["LayerNorm"].append(layer_norm(company)[0])
     for name, rows in draws.items():
         spread[name].append(float(torch.stack(rows).std(dim=0).mean()))
+
+drift = {}
+for momentum in (0.5, 0.1, 0.01):
+    norm = BatchNorm1d(64, momentum=momentum).to(profile.device)
+    drift[f"momentum {momentum}"] = []
+    for _ in range(150):
+        norm(hidden[torch.randint(len(hidden), (16,), generator=gen)])
+        drift[f"momentum {momentum}"].append(
+            float((norm.running_mean - hidden.mean(0)).abs().mean())
+        )
+
+# %% tags=["experiment", "figure"]
+# Figure: BatchNorm: one digit in changing company, and running estimates
 fig, axes = plt.subplots(1, 2, figsize=(10.5, 3.4))
 plot.curves(
     sizes,
@@ -715,15 +733,6 @@ plot.curves(
     logx=True,
     ax=axes[0],
 )
-drift = {}
-for momentum in (0.5, 0.1, 0.01):
-    norm = BatchNorm1d(64, momentum=momentum).to(profile.device)
-    drift[f"momentum {momentum}"] = []
-    for _ in range(150):
-        norm(hidden[torch.randint(len(hidden), (16,), generator=gen)])
-        drift[f"momentum {momentum}"].append(
-            float((norm.running_mean - hidden.mean(0)).abs().mean())
-        )
 plot.curves(
     range(150),
     drift,
@@ -735,9 +744,8 @@ plot.curves(
 plot.caption(
     fig,
     "Left: the output of one and the same digit depends on who else is in its batch, the more the "
-    "smaller the batch; LayerNorm's does not. "
-    "Right: running estimates that follow quickly stay noisy, calm ones arrive late. Training and "
-    "evaluation compute different functions.",
+    "smaller the batch; LayerNorm's does not. Right: running estimates that follow quickly stay "
+    "noisy, calm ones arrive late. Training and evaluation compute different functions.",
 )
 plt.show()
 
@@ -907,25 +915,29 @@ checks.relative_l2(dw, expected[1], 2e-6, what="dw in float32")
 # below lets one point move under $-dx$; the loss rewards pointing to the right.
 
 # %% tags=["experiment"]
-fig, axes = plt.subplots(1, 2, figsize=(10.5, 4), width_ratios=[1, 1.25])
 angles = torch.arange(16) * (2 * math.pi / 16)
 grid = torch.cat(
     [radius * torch.stack([angles.cos(), angles.sin()], dim=-1) for radius in (0.8, 1.4, 2.0, 2.6)]
 )
 target = torch.tensor([1.0, 0.0])
 downhill = -rms_norm_backward(grid, torch.ones(2), (-target).expand(len(grid), 2), eps=0.0)[0]
-axes[0].quiver(
-    *grid.T, *downhill.T, angles="xy", scale_units="xy", scale=3, width=0.005, color=plot.COLORS[0]
-)
-axes[0].add_patch(plt.Circle((0, 0), math.sqrt(2), fill=False, linestyle=":", color="black"))
-axes[0].set(xlim=(-3.2, 3.2), ylim=(-3.2, 3.2), aspect="equal", xlabel="x₁", ylabel="x₂")
-axes[0].set_title("−dx for a loss that wants x to point right")
+
 lengths = {}
 for rate in (0.1, 0.5, 2.0):
     point, lengths[f"learning rate {rate}"] = torch.tensor([-0.3, 0.1]), []
     for _ in range(60):
         lengths[f"learning rate {rate}"].append(float(point.norm()))
         point = point - rate * rms_norm_backward(point, torch.ones(2), -target, eps=0.0)[0]
+
+# %% tags=["experiment", "figure"]
+# Figure: steps along the tangent lead outward: length only grows
+fig, axes = plt.subplots(1, 2, figsize=(10.5, 4), width_ratios=[1, 1.25])
+axes[0].quiver(
+    *grid.T, *downhill.T, angles="xy", scale_units="xy", scale=3, width=0.005, color=plot.COLORS[0]
+)
+axes[0].add_patch(plt.Circle((0, 0), math.sqrt(2), fill=False, linestyle=":", color="black"))
+axes[0].set(xlim=(-3.2, 3.2), ylim=(-3.2, 3.2), aspect="equal", xlabel="x₁", ylabel="x₂")
+axes[0].set_title("−dx for a loss that wants x to point right")
 plot.curves(
     range(60),
     lengths,
@@ -936,10 +948,9 @@ plot.curves(
 )
 plot.caption(
     fig,
-    "Left: the gradient runs along circles, never toward the center or away from it, and is "
-    "weaker farther out; the dotted circle is where RMSNorm puts every point. "
-    "Right: steps along the tangent lead outward. The largest learning rate jumps farthest out "
-    "and then hardly moves.",
+    "Left: the gradient runs along circles, never toward the center or away from it, and is weaker "
+    "farther out; the dotted circle is where RMSNorm puts every point. Right: steps along the "
+    "tangent lead outward. The largest learning rate jumps farthest out and then hardly moves.",
 )
 plt.show()
 
@@ -1133,6 +1144,9 @@ for scale in scales:
         weights = torch.softmax(scores, dim=-1)
         largest[name].append(float(scores.abs().max()))
         entropy[name].append(float(torch.special.entr(weights).sum(-1).mean()))
+
+# %% tags=["experiment", "figure"]
+# Figure: scores and entropy as q and k grow, with and without the norm
 fig, axes = plt.subplots(1, 2, figsize=(10.5, 3.3))
 plot.curves(
     scales,
@@ -1165,8 +1179,8 @@ axes[1].annotate(
 plot.caption(
     fig,
     "Without the norm the scores grow with the square of the size, and the softmax over 256 keys "
-    "narrows to one of them (entropy 0), where its gradient vanishes. "
-    "With it, size does not matter.",
+    "narrows to one of them (entropy 0), where its gradient vanishes. With it, size does not "
+    "matter.",
 )
 plt.show()
 
@@ -1533,6 +1547,9 @@ unigram = float(
     torch.special.entr(counts / counts.sum()).sum()
 )  # nats a byte for one who knows only how frequent each byte is
 runs = {depth: {kind: train(kind, depth) for kind in KINDS} for depth in (4, 12)}
+
+# %% tags=["experiment", "figure"]
+# Figure: training without warm-up, at depth 4 and at depth 12
 fig, axes = plt.subplots(1, 2, figsize=(10.5, 3.5), sharey=True)
 for ax, (depth, kinds) in zip(axes, runs.items(), strict=True):
     smooth = {kind: losses.unfold(0, 20, 1).mean(-1) for kind, (losses, *_) in kinds.items()}
@@ -1551,12 +1568,13 @@ for ax, (depth, kinds) in zip(axes, runs.items(), strict=True):
 plot.caption(
     fig,
     "Training loss, mean of the last twenty steps, Adam at 0.003. At depth 4 all four learn. At "
-    "depth 12 both Post-Norm models stay where knowing how frequent each "
-    "byte is would put them, while the two Pre-Norm curves lie on each other.",
+    "depth 12 both Post-Norm models stay where knowing how frequent each byte is would put them, "
+    "while the two Pre-Norm curves lie on each other.",
 )
 plt.show()
 
-# %% tags=["experiment"]
+# %% tags=["experiment", "figure"]
+# Figure: gradients by layer and by step, and how alike positions become
 fig, axes = plt.subplots(1, 3, figsize=(13, 3.5))
 shown = ("Post-Norm", "Pre-Norm", "Pre-RMSNorm")
 plot.curves(
@@ -1594,6 +1612,8 @@ plot.caption(
     "state at every position, whatever stands there.",
 )
 plt.show()
+
+# %% tags=["experiment"]
 trained = runs[12]["Pre-Norm"][3]
 with torch.no_grad():
     x = trained.bytes(batches[0, :, :-1]) + trained.places.weight
@@ -1631,6 +1651,9 @@ x, weight = torch.ones(64, 4096, dtype=torch.bfloat16), torch.ones(4096, dtype=t
 with checks.moved() as work:
     rms_norm(x, weight)
 per_number = [(name, size / x.numel()) for name, size in work.steps if size / x.numel() > 0.2]
+
+# %% tags=["experiment", "figure"]
+# Figure: bytes moved for each number, by operations and by one kernel
 fig, ax = plt.subplots(figsize=(9, 2.3))
 for row, pieces in enumerate(([("read x", 2.0), ("write y", 2.0)], per_number)):
     left = 0.0
@@ -1957,7 +1980,8 @@ for scale in (0.1, 500.0):
 #
 # We take the third.
 
-# %% tags=["experiment"]
+# %% tags=["experiment", "figure"]
+# Figure: eleven rows, three programs, three partial sums
 rows, width, programs = 11, 18, 3
 owner = torch.arange(rows) % programs
 fig, axes = plt.subplots(1, 3, figsize=(9.5, 2.9), width_ratios=[1, 1, 1])
@@ -1993,8 +2017,8 @@ axes[0].set_ylabel("row")
 plot.caption(
     fig,
     "Eleven rows for three programs. Each walks down its rows, adding up in registers; three "
-    "partial sums reach memory, and one small sum ends it. "
-    "The last round is ragged: program 2 has a row fewer.",
+    "partial sums reach memory, and one small sum ends it. The last round is ragged: program 2 has "
+    "a row fewer.",
 )
 plt.show()
 
@@ -2352,6 +2376,10 @@ if profile.name == "gpu" and not profile.interpret:
         f"{torch.cuda.get_device_name()}, PyTorch {torch.__version__}, Triton "
         f"{triton.__version__}; bfloat16, 8192 rows; GB/s, median"
     )
+
+# %% tags=["experiment", "figure"]
+# Figure: the speed of your kernels on a GPU, or what the bytes alone cost
+if profile.name == "gpu" and not profile.interpret:
     fig, axes = plt.subplots(1, 2, figsize=(11, 3.6), sharey=True)
     names = ["copy", "this lesson", "F.rms_norm", "torch.compile"]
     for ax, direction in zip(axes, ("forward", "backward"), strict=True):
@@ -2416,8 +2444,8 @@ else:
     plot.caption(
         fig,
         "Arithmetic, not a measurement. Left: a norm has 1 FLOP for each byte and lies on the "
-        "slope, two orders of magnitude below the ridge; no faster arithmetic "
-        "would help. Right: what the bytes alone cost.",
+        "slope, two orders of magnitude below the ridge; no faster arithmetic would help. Right: "
+        "what the bytes alone cost.",
     )
 plt.show()
 

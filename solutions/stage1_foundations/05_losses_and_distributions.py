@@ -517,7 +517,8 @@ checks.close(
 )
 ### END HIDDEN TESTS
 
-# %% tags=["experiment"]
+# %% tags=["experiment", "figure"]
+# Figure: label smoothing is content at last; the z-loss stays near 0
 import matplotlib.pyplot as plt
 from llm40 import plot
 
@@ -557,10 +558,9 @@ axes[1].set(
 axes[1].legend()
 plot.caption(
     fig,
-    "300 words. Left: without smoothing the loss falls forever as the target's odds grow; with "
-    "it, it is least (dot) at a finite margin. "
-    "Right: a constant added to the logits changes no probability and no cross-entropy. Only the "
-    "z-loss sees it.",
+    "300 words. Left: without smoothing the loss falls forever as the target's odds grow; with it, "
+    "it is least (dot) at a finite margin. Right: a constant added to the logits changes no "
+    "probability and no cross-entropy. Only the z-loss sees it.",
 )
 plt.show()
 
@@ -760,6 +760,9 @@ def word_logits(label: int) -> Tensor:
 
 sections = torch.stack([word_logits(label) for label in range(len(SECTIONS))])
 matrix = kl_divergence(sections[:, None], sections[None])
+
+# %% tags=["experiment", "figure"]
+# Figure: how far apart the words of two sections are
 fig, ax = plt.subplots(figsize=(6.4, 4.2))
 plot.heatmap(
     matrix,
@@ -775,8 +778,8 @@ plot.heatmap(
 plot.caption(
     fig,
     "The 300 commonest words. Two chapters about objects (specialnames, types) are near each "
-    "other; who expects the debugger's manual is most "
-    "surprised by format strings. The matrix is not symmetric: compare the two triangles.",
+    "other; who expects the debugger's manual is most surprised by format strings. The matrix is "
+    "not symmetric: compare the two triangles.",
 )
 plt.show()
 
@@ -793,6 +796,13 @@ for a in steps:
         mean = (log_p.exp() * k).sum()
         means[name].append(float(mean) / true[-1] - 1)
         spreads[name].append(float((log_p.exp() * (k - mean) ** 2).sum().sqrt()) / true[-1])
+print(
+    f"at KL = {true[0]:.1e}: one draw of k1 has {spreads['k1'][0] / spreads['k3'][0]:.0f} times "
+    "the spread of k3"
+)
+
+# %% tags=["experiment", "figure"]
+# Figure: bias and spread of the three estimates of KL
 fig, axes = plt.subplots(1, 2, figsize=(10.5, 3.6))
 plot.curves(
     true,
@@ -817,15 +827,10 @@ for ax in axes:
 plot.caption(
     fig,
     "From the words of 'compound' towards those of 'debugger'. Left: k1 and k3 lie on 0. Right: "
-    "for small KL one draw of k1 is wrong by many times the quantity itself; "
-    "k2 and k3 are far steadier. For large KL the advantage goes, since r then has rare, very "
-    "large values.",
+    "for small KL one draw of k1 is wrong by many times the quantity itself; k2 and k3 are far "
+    "steadier. For large KL the advantage goes, since r then has rare, very large values.",
 )
 plt.show()
-print(
-    f"at KL = {true[0]:.1e}: one draw of k1 has {spreads['k1'][0] / spreads['k3'][0]:.0f} times "
-    f"the spread of k3"
-)
 
 # %% [markdown]
 # ## Perplexity, and bits per byte
@@ -968,8 +973,8 @@ checks.raises(ValueError, bits_per_byte, [1.0, 2.0], [3], "x", because="Two loss
 
 # %% tags=["experiment"]
 # One kind of model, five tokenizers: tokens of 1 to 5 bytes, each model a table of how often a
-# token occurs. Unseen tokens are backed off to single
-# bytes, so that every text has a probability: P(token) = (count + 256 · Π P(byte)) / (all + 256).
+# token occurs. Unseen tokens are backed off to single bytes, so that every text has a probability:
+# P(token) = (count + 256 · Π P(byte)) / (all + 256).
 documents = data.deduplicate(data.documentation())
 train_documents, test_documents = data.split(documents, held_out=0.2)
 train_bytes = "\n".join(train_documents.values()).encode()
@@ -993,6 +998,9 @@ def token_loss(width: int) -> tuple[float, int]:
 
 widths = [1, 2, 3, 4, 5]
 measured = [token_loss(width) for width in widths]
+
+# %% tags=["experiment", "figure"]
+# Figure: five tokenizers by perplexity and by bits per byte
 fig, axes = plt.subplots(1, 2, figsize=(9.5, 3.3))
 axes[0].bar(widths, [perplexity([loss], [n]) for loss, n in measured], color=plot.COLORS[0])
 axes[0].set(
@@ -1011,8 +1019,8 @@ axes[1].set(
 plot.caption(
     fig,
     "Held-out documentation. The perplexities belong to different questions and cannot be "
-    "compared. Bits per byte can: longer tokens carry context, until "
-    "there are too many of them for this text to count.",
+    "compared. Bits per byte can: longer tokens carry context, until there are too many of them "
+    "for this text to count.",
 )
 plt.show()
 
@@ -1288,6 +1296,9 @@ lines = {
     "GRU, update bias 2": fading("GRU", 2.0),
     "LSTM, forget bias 2": fading("LSTM", 2.0),
 }
+
+# %% tags=["experiment", "figure"]
+# Figure: what is left of a gradient, by steps back in time
 fig, ax = plt.subplots(figsize=(7.2, 3.9))
 plot.curves(
     range(80),
@@ -1303,8 +1314,8 @@ ax.legend(loc="lower left", ncols=2, fontsize=9)
 plot.caption(
     fig,
     "Your cells with PyTorch's initial weights, 32 units, random inputs. The gates alone do "
-    "little: they start half open. With a bias that starts the forget "
-    "gate near 1, a gradient of usable size comes through.",
+    "little: they start half open. With a bias that starts the forget gate near 1, a gradient of "
+    "usable size comes through.",
 )
 plt.show()
 
@@ -1546,6 +1557,10 @@ for size in (100, 300, 1500):
             curves[kind] = np.convolve(losses, np.ones(6) / 6, "valid")
             if kind != "bag of words":
                 classifier = model
+print(f"six trainings in {time.perf_counter() - start:.0f} s")
+
+# %% tags=["experiment", "figure"]
+# Figure: six classifiers: does it help to know the order of the words?
 fig, axes = plt.subplots(1, 2, figsize=(10.5, 3.5))
 steps = range(len(curves["bag of words"]))
 plot.curves(
@@ -1603,7 +1618,6 @@ plot.caption(
     "points or so.",
 )
 plt.show()
-print(f"six trainings in {time.perf_counter() - start:.0f} s")
 
 # %% [markdown]
 # **What came out.** Two runs differ by up to four points, and the figure shows one of each; here
@@ -1649,6 +1663,8 @@ def reliability(model: nn.Module, bins: int = 8) -> tuple[np.ndarray, np.ndarray
     return x, y, float(np.abs(x - y).mean())
 
 
+# %% tags=["experiment", "figure"]
+# Figure: how sure a classifier is, and how often it is right
 fig, ax = plt.subplots(figsize=(5.6, 4.2))
 ax.plot([0.2, 1], [0.2, 1], color="#777777", linestyle=":", linewidth=1.2, label="calibrated")
 for name, model, marker in (("ε = 0", classifier, "o"), ("ε = 0.2", smoothed, "s")):
@@ -1665,8 +1681,8 @@ ax.legend(loc="lower right")
 plot.caption(
     fig,
     "Below the dotted line a classifier is surer than it is right: without smoothing (ε = 0) it "
-    "is. With ε = 0.2 it errs the other way and is right more often "
-    "than it says. Each point: 58 passages.",
+    "is. With ε = 0.2 it errs the other way and is right more often than it says. Each point: 58 "
+    "passages.",
 )
 plt.show()
 
@@ -2344,6 +2360,9 @@ for name, loss_fn in ways.items():
         with checks.allocations() as counted:
             whole_step(loss_fn, rows, vocab, torch.float16)
         used[name] = counted.shapes[rows, vocab]
+
+# %% tags=["experiment", "figure"]
+# Figure: what loss and gradient keep in memory, in three ways
 fig, ax = plt.subplots(figsize=(6.6, 3.0))
 bars = ax.barh(
     list(used),
@@ -2406,8 +2425,8 @@ if on_gpu:
     plot.caption(
         fig,
         f"{torch.cuda.get_device_name()}, PyTorch {torch.__version__}, Triton "
-        f"{triton.__version__}. A copy reads and writes the logits once; the fused loss reads "
-        f"them twice and writes them once.",
+        f"{triton.__version__}. A copy reads and writes the logits once; the fused loss reads them "
+        "twice and writes them once.",
     )
     plt.show()
 else:
@@ -2415,9 +2434,8 @@ else:
     print(
         "No GPU here. At 4.8 TB/s (an H200), moving the 2 GiB of logits once takes "
         f"{size / 4.8e12 * 1e3:.2f} ms. The fused loss reads them twice and writes them once: "
-        f"{3 * size / 4.8e12 * 1e3:.2f} ms. "
-        f"Its arithmetic, two exponentials a logit, is {2 * size / 2 / 3.9e12 * 1e3:.2f} ms at "
-        f"3.9 T/s and runs beside the traffic."
+        f"{3 * size / 4.8e12 * 1e3:.2f} ms. Its arithmetic, two exponentials a logit, is "
+        f"{2 * size / 2 / 3.9e12 * 1e3:.2f} ms at 3.9 T/s and runs beside the traffic."
     )
 
 # %% [markdown]

@@ -615,6 +615,9 @@ scenes = [
     (bowl, (-3.5, 1.5), 40, 0.6, (0.038, 0.04, 0.3), (-4, 4), (-2.2, 2.2), (0.0, 0.0)),
     (rosenbrock, (-1.2, 1.0), 300, 0.9, (0.0012, 0.0008, 0.1), (-2, 2), (-0.8, 2.6), (1.0, 1.0)),
 ]
+
+# %% tags=["experiment", "figure"]
+# Figure: three rules' paths over a bowl and through Rosenbrock's valley
 fig, axes = plt.subplots(2, 3, figsize=(9.4, 5.4), sharex="row", sharey="row")
 for row, (function, start, updates, momentum, rates, xs, ys, goal) in zip(
     axes, scenes, strict=True
@@ -712,10 +715,15 @@ contestants = {
     "momentum": (sgd_momentum_step, (30.0, 100.0, 200.0)),
     "Adam": (adam_step, (0.3, 1.0, 3.0)),
 }
-fig, axes = plt.subplots(1, 2, figsize=(8.6, 3.5), sharey=True)
-for ax, (name, (step, rates)) in zip(axes, contestants.items(), strict=True):
+chosen = {}
+for name, (step, rates) in contestants.items():
     runs = {rate: train_table(step, lr=rate) for rate in rates}
-    rate, best = min(runs.items(), key=lambda run: float(run[1][-1] @ weights))
+    chosen[name] = min(runs.items(), key=lambda run: float(run[1][-1] @ weights))
+
+# %% tags=["experiment", "figure"]
+# Figure: what each rule has learned after 50 updates, by word frequency
+fig, axes = plt.subplots(1, 2, figsize=(8.6, 3.5), sharey=True)
+for ax, (name, (rate, best)) in zip(axes, chosen.items(), strict=True):
     plot.curves(
         range(len(best)),
         dict(zip(groups, best.T, strict=True)),
@@ -880,6 +888,9 @@ for name, step in (("Adam with L2", adam_step), ("AdamW", adamw_step)):
         grad = sizes * torch.randn(200, 25, generator=noise)
         theta, state = step(theta, grad, state, lr=lr, weight_decay=decay)
     left[name] = theta.mean(0)
+
+# %% tags=["experiment", "figure"]
+# Figure: what is left of a weight of 1, by the size of its gradients
 ax = plot.curves(
     sizes,
     left,
@@ -1312,11 +1323,18 @@ def becomes(value, steps):
 
 
 x = torch.logspace(-4, -0.001, 120, dtype=torch.float64).tolist()
-fig, axes = plt.subplots(1, 2, figsize=(9.2, 3.6))
 rounds = {
     f"{steps} round{'s' * (steps > 1)}": [becomes(value, steps) for value in x]
     for steps in (1, 3, 5)
 }
+spectra = {
+    "gradient / its norm": torch.linalg.svdvals(gradient / gradient.norm()),
+    "after 5 rounds": torch.linalg.svdvals(newton_schulz(gradient)),
+}
+
+# %% tags=["experiment", "figure"]
+# Figure: what the rounds do to one singular value, and to a real gradient
+fig, axes = plt.subplots(1, 2, figsize=(9.2, 3.6))
 plot.curves(
     x,
     rounds,
@@ -1327,10 +1345,6 @@ plot.curves(
 )
 axes[0].set_xscale("log")
 axes[0].axhspan(0.68, 1.21, color="#dddddd", zorder=0)
-spectra = {
-    "gradient / its norm": torch.linalg.svdvals(gradient / gradient.norm()),
-    "after 5 rounds": torch.linalg.svdvals(newton_schulz(gradient)),
-}
 plot.curves(
     range(1, 129),
     spectra,
@@ -1658,17 +1672,22 @@ assert bool(((inner > 0.68) & (inner < 1.21)).all()), (
 # %% tags=["experiment"]
 # How large is an update's average entry, for the shapes of a small transformer's matrices?
 shapes = [(512, 512), (1024, 256), (256, 1024), (256, 64), (64, 256), (64, 64)]
-fig, ax = plt.subplots(figsize=(7.4, 3.3))
 random = torch.Generator().manual_seed(0)
-for i, (name, marker) in enumerate((("original", "o"), ("match_rms_adamw", "s"))):
-    rms = []
+rms = {}
+for name in ("original", "match_rms_adamw"):
+    rms[name] = []
     for shape in shapes:
         grad = torch.randn(shape, generator=random)
         [new] = follow(muon_step, torch.zeros(shape), [grad], lr=1.0, adjust_lr_fn=name)
-        rms.append(float(new.square().mean().sqrt()))
+        rms[name].append(float(new.square().mean().sqrt()))
+
+# %% tags=["experiment", "figure"]
+# Figure: the same learning rate, two very different updates
+fig, ax = plt.subplots(figsize=(7.4, 3.3))
+for i, (name, marker) in enumerate((("original", "o"), ("match_rms_adamw", "s"))):
     ax.plot(
         range(len(shapes)),
-        rms,
+        rms[name],
         marker,
         color=plot.COLORS[i],
         linestyle="",
@@ -2151,7 +2170,8 @@ checks.raises(
 )
 ### END HIDDEN TESTS
 
-# %% tags=["experiment"]
+# %% tags=["experiment", "figure"]
+# Figure: two schedules with the same peak
 steps = range(1001)
 ax = plot.curves(
     steps,
@@ -2741,16 +2761,28 @@ def train_bytes(lr, warmup_steps, updates=120, seed=0):
     return losses
 
 
+trained = {}
+for rate in (0.001, 0.005, 0.01):
+    runs = {
+        name: train_bytes(rate, warmup)
+        for name, warmup in (("no warm-up", 0), ("40 updates of warm-up", 40))
+    }
+    print(
+        f"lr {rate:g}: "
+        + ", ".join(f"{name} {sum(losses[-15:]) / 15:.2f}" for name, losses in runs.items()),
+        "nats over the last 15 updates",
+    )
+    trained[rate] = runs
+
+
+# %% tags=["experiment", "figure"]
+# Figure: the start of a run with and without warm-up, at three peaks
 def smooth(values, width=9):
     return torch.tensor(values).unfold(0, width, 1).mean(1)
 
 
 fig, axes = plt.subplots(1, 3, figsize=(9.6, 3.3), sharey=True)
-for ax, rate in zip(axes, (0.001, 0.005, 0.01), strict=True):
-    runs = {
-        name: train_bytes(rate, warmup)
-        for name, warmup in (("no warm-up", 0), ("40 updates of warm-up", 40))
-    }
+for ax, (rate, runs) in zip(axes, trained.items(), strict=True):
     plot.curves(
         range(9, 121),
         {name: smooth(losses) for name, losses in runs.items()},
@@ -2761,11 +2793,6 @@ for ax, rate in zip(axes, (0.001, 0.005, 0.01), strict=True):
     )
     ax.axhline(plateau, color="#888888", linewidth=1, linestyle=":")
     ax.set_ylim(2.3, 5.6)
-    print(
-        f"lr {rate:g}: "
-        + ", ".join(f"{name} {sum(losses[-15:]) / 15:.2f}" for name, losses in runs.items()),
-        "nats over the last 15 updates",
-    )
 axes[0].set_ylabel("loss (nats a byte, mean of 9)")
 axes[0].annotate(
     "byte frequencies only",
@@ -2843,6 +2870,9 @@ for name, (rule, rates) in entries.items():
         ((rate, race(rule, rate)) for rate in rates), key=lambda run: run[1][0][-1]
     )
     curves[f"{name}, lr {rate:g} ({100 * accuracy:.1f} %)"] = losses
+
+# %% tags=["experiment", "figure"]
+# Figure: four rules on handwritten digits
 ax = plot.curves(
     range(0, 61, 4),
     curves,

@@ -974,6 +974,8 @@ for pair in merges:
     }
 saved = [before - after for before, after in pairwise(lengths)]
 
+# %% tags=["experiment", "figure"]
+# Figure: the work of a training, and what each merge saves
 fig, axes = plot.plt.subplots(1, 2, figsize=(11, 3.9))
 plot.curves(
     numbers,
@@ -1471,6 +1473,29 @@ assert encode_chat([{"role": "user", "content": ""}], swapped) == [258, *b"user\
 
 
 # %% tags=["experiment"]
+english, english_held_out = data.split(data.deduplicate(data.documentation()))
+code, code_held_out = data.split(data.source_code())
+lines = [line for text in data.chinese_text().values() for line in text.split("\n")]
+chinese = "\n".join(line for i, line in enumerate(lines) if i % 10)
+mixture = "<|endoftext|>".join(
+    ["\n".join(english.values()), "\n".join(code.values())[:500_000], chinese]
+)
+merges = train_bpe(mixture, 256 + 4096 + 1, ["<|endoftext|>"])
+tokenizer = Tokenizer(merges, ["<|endoftext|>"])
+
+symbols, rows = [bytes([byte]) for byte in b" representation"], []
+while True:
+    known = [pair for pair in pairwise(symbols) if pair in tokenizer.ranks]
+    best = min(known, key=tokenizer.ranks.get, default=None)
+    left = "done" if best is None else f"next: merge {tokenizer.ranks[best]}"
+    rows.append((left, [symbol.decode() for symbol in symbols]))
+    if best is None:
+        break
+    symbols = merge_pair(symbols, best, best[0] + best[1])
+
+
+# %% tags=["experiment", "figure"]
+# Figure: a word put together, merge by merge
 def token_boxes(ax, rows: list[tuple[str, list[str]]], title: str = "") -> None:
     """Each row's tokens as boxes of fixed-width text. A space is shown as ·, a line feed as ↵."""
     tints = ("#cfe3f1", "#fbe3b5", "#d5eee4", "#f3dcea")
@@ -1505,25 +1530,6 @@ def token_boxes(ax, rows: list[tuple[str, list[str]]], title: str = "") -> None:
     ax.set_title(title)
 
 
-english, english_held_out = data.split(data.deduplicate(data.documentation()))
-code, code_held_out = data.split(data.source_code())
-lines = [line for text in data.chinese_text().values() for line in text.split("\n")]
-chinese = "\n".join(line for i, line in enumerate(lines) if i % 10)
-mixture = "<|endoftext|>".join(
-    ["\n".join(english.values()), "\n".join(code.values())[:500_000], chinese]
-)
-merges = train_bpe(mixture, 256 + 4096 + 1, ["<|endoftext|>"])
-tokenizer = Tokenizer(merges, ["<|endoftext|>"])
-
-symbols, rows = [bytes([byte]) for byte in b" representation"], []
-while True:
-    known = [pair for pair in pairwise(symbols) if pair in tokenizer.ranks]
-    best = min(known, key=tokenizer.ranks.get, default=None)
-    left = "done" if best is None else f"next: merge {tokenizer.ranks[best]}"
-    rows.append((left, [symbol.decode() for symbol in symbols]))
-    if best is None:
-        break
-    symbols = merge_pair(symbols, best, best[0] + best[1])
 fig, ax = plot.plt.subplots(figsize=(8.4, 0.38 * len(rows) + 0.5))
 token_boxes(ax, rows, title="“ representation”, merge by merge")
 plot.caption(
@@ -1560,13 +1566,11 @@ def bytes_per_token(text: str, tokenizer: Tokenizer) -> float:
 
 sizes = [0, 64, 128, 256, 512, 1024, 2048, 4096]
 english_only = Tokenizer(train_bpe("\n".join(english.values()), 256 + 4096, []))
-fig, axes = plot.plt.subplots(1, 2, figsize=(11, 4), sharey=True)
-final = {}
-for ax, (title, full) in zip(
-    axes,
-    {"trained on the mixture": tokenizer, "trained on English alone": english_only}.items(),
-    strict=True,
-):
+curves = {}
+for title, full in {
+    "trained on the mixture": tokenizer,
+    "trained on English alone": english_only,
+}.items():
     results = {name: [] for name in [*held_out, "numbers"]}
     for size in sizes:
         shorter = Tokenizer(full.merges[:size])
@@ -1575,6 +1579,16 @@ for ax, (title, full) in zip(
         results["numbers"].append(
             sum(map(len, literals)) / sum(len(encode(literal, shorter)) for literal in literals)
         )
+    curves[title] = results
+final = {
+    title: {name: values[-1] for name, values in results.items()}
+    for title, results in curves.items()
+}
+
+# %% tags=["experiment", "figure"]
+# Figure: bytes per token by vocabulary size, from two training texts
+fig, axes = plot.plt.subplots(1, 2, figsize=(11, 4), sharey=True)
+for ax, (title, results) in zip(axes, curves.items(), strict=True):
     plot.curves(
         [256 + size for size in sizes],
         results,
@@ -1584,7 +1598,6 @@ for ax, (title, full) in zip(
         logx=True,
         ax=ax,
     )
-    final[title] = {name: values[-1] for name, values in results.items()}
 mixed, alone = final.values()
 plot.caption(
     fig,
@@ -1621,6 +1634,8 @@ grid = torch.tensor(
 patterns = Counter("+".join(str(len(token)) for token in tokens) for tokens in pieces_of.values())
 single = [number for number, tokens in pieces_of.items() if len(tokens) == 1]
 
+# %% tags=["experiment", "figure"]
+# Figure: how many tokens each number from 1000 to 9999 takes
 fig, axes = plot.plt.subplots(1, 2, figsize=(11, 4.6), width_ratios=(1.35, 1))
 image = axes[0].imshow(
     grid,
@@ -1712,6 +1727,8 @@ for name, cut in schemes.items():
         count += len({frozenset(borders(cut(number), places)) for number in numbers}) == 1
     aligned[name] = 100 * count / len(problems)
 
+# %% tags=["experiment", "figure"]
+# Figure: the same sum, cut in four ways
 a, b = 1234567, 89012
 fig, axes = plot.plt.subplots(1, 2, figsize=(11, 2.6), width_ratios=(1.5, 1))
 rows = [
@@ -2358,6 +2375,9 @@ per_word = {
     "WordPiece": sum(len(wordpiece_tokenize(word, wordpieces)) for word in unseen),
     "Unigram": sum(len(unigram_viterbi("▁" + word, log_probs)[0]) for word in unseen),
 }
+
+# %% tags=["experiment", "figure"]
+# Figure: one sentence, three tokenizers of about 1,000 entries
 fig, ax = plot.plt.subplots(figsize=(11, 1.5))
 token_boxes(ax, list(cut.items()), title="One sentence, three tokenizers of about 1,000 entries")
 plot.caption(
@@ -2378,16 +2398,22 @@ plot.plt.show()
 # $a < 1$, which flattens the distribution; 0.1 to 0.5 are usual.
 
 # %% tags=["experiment"]
-fig, axes = plot.plt.subplots(1, 3, figsize=(11, 2.9))
-for ax, word in zip(axes, ["▁unexpectedly", "▁iterators", "▁the"], strict=True):
+segmentations = {}
+for word in ["▁unexpectedly", "▁iterators", "▁the"]:
     candidates = []
     for chosen in range(2 ** (len(word) - 1)):
         cuts = [0, *(i + 1 for i in range(len(word) - 1) if chosen >> i & 1), len(word)]
         tokens = [word[i:j] for i, j in pairwise(cuts)]
         if all(token in log_probs for token in tokens):
             candidates.append((sum(log_probs[token] for token in tokens), tokens))
+    segmentations[word] = sorted(candidates, reverse=True)  # the most probable first
+
+# %% tags=["experiment", "figure"]
+# Figure: the five most probable segmentations of three words
+fig, axes = plot.plt.subplots(1, 3, figsize=(11, 2.9))
+for ax, (word, candidates) in zip(axes, segmentations.items(), strict=True):
     log_z, _ = unigram_expected_counts(word, log_probs)
-    best = sorted(candidates, reverse=True)[:5]
+    best = candidates[:5]
     ax.barh(
         range(len(best)),
         [100 * math.exp(score - log_z) for score, _ in best],
@@ -2492,6 +2518,8 @@ per_character = {
     code: measures["trained on English"][code] / len(text) for code, text in same_content.items()
 }
 
+# %% tags=["experiment", "figure"]
+# Figure: the premium of a language, under three measures
 order = sorted(languages, key=premium["trained on English"].get)
 fig, ax = plot.plt.subplots(figsize=(8.6, 4.8))
 for marker, color, (name, values) in zip(

@@ -630,6 +630,8 @@ _, causal = scaled_dot_product_attention(
     x, x, x, others & causal_mask(len(sentence), len(sentence))
 )
 
+# %% tags=["experiment", "figure"]
+# Figure: a sentence's weights, looking both ways and with a causal mask
 fig, axes = plot.plt.subplots(1, 2, figsize=(11, 5))
 plot.attention(both_ways, sentence, title="bidirectional (BERT)", colorbar=False, ax=axes[0])
 plot.attention(causal, sentence, title="causal (GPT)", ax=axes[1])
@@ -680,6 +682,8 @@ for dim in dims:
         bands[name][1].append(float(high))
         certainty[name].append(float(w.amax(-1).mean()))
 
+# %% tags=["experiment", "figure"]
+# Figure: what the gradient must pass, and how decided a row is
 fig, axes = plot.plt.subplots(1, 2, figsize=(11, 3.8))
 axes[0].set_ylim(1e-6, 1)
 plot.curves(
@@ -1083,7 +1087,8 @@ checks.close(
 )
 ### END HIDDEN TESTS
 
-# %% tags=["experiment"]
+# %% tags=["experiment", "figure"]
+# Figure: Llama-2-70B's cache under three kinds of attention
 contexts = [2**n for n in range(10, 18)]
 variants = {"MHA, 64 KV heads": 64, "GQA, 8 KV heads (as built)": 8, "MQA, 1 KV head": 1}
 gib = {
@@ -1871,6 +1876,9 @@ def train(
 
 two_layers, loss_two = train(layers=2, heads=4)
 one_layer, loss_one = train(layers=1, heads=8)
+
+# %% tags=["experiment", "figure"]
+# Figure: the same number of heads, in series and in parallel
 ax = plot.curves(
     range(len(loss_two)),
     {"two layers of 4 heads": loss_two, "one layer of 8 heads": loss_one},
@@ -1951,6 +1959,8 @@ print(
     + ", ".join(f"{name}: {float(n):.1f}" for name, n in zip(names, table[:, 3], strict=True))
 )
 
+# %% tags=["experiment", "figure"]
+# Figure: what the heads look at, and what the model can do without
 fig, axes = plot.plt.subplots(1, 2, figsize=(11, 4.2), gridspec_kw={"width_ratios": [1, 1.6]})
 plot.heatmap(
     table[:, :3],
@@ -1996,7 +2006,8 @@ plot.caption(
 )
 plot.plt.show()
 
-# %% tags=["experiment"]
+# %% tags=["experiment", "figure"]
+# Figure: all heads of the trained model on one sequence
 # the first sequence: (8 heads, seq, seq)
 all_maps = torch.cat([weights[0] for weights in maps]).cpu()
 labels = [
@@ -2257,6 +2268,9 @@ text = ["the", "cat", "sat", "on", "a", "mat", ".", "the", "cat", "sat", "on"]
 words = sorted(set(text))
 ids = torch.tensor([[words.index(word) for word in text]])
 logits, built = run_circuit(induction_weights(len(words), len(text)), ids, len(words), len(text))
+
+# %% tags=["experiment", "figure"]
+# Figure: your circuit's two layers on a sentence, with no training
 fig, axes = plot.plt.subplots(1, 2, figsize=(11, 4.8))
 plot.attention(built[0][0], text, title="layer 1: previous token", colorbar=False, ax=axes[0])
 plot.attention(built[1][0], text, title="layer 2: induction", ax=axes[1])
