@@ -442,7 +442,8 @@ for p in (59_999, 48_611, 31_337):
     )
 ### END HIDDEN TESTS
 
-# %% tags=["experiment"]
+# %% tags=["experiment", "figure"]
+# Figure: the addresses, and how alike two of them are
 from llm40 import plot
 
 plt = plot.plt
@@ -855,7 +856,8 @@ checks.close(
 )
 ### END HIDDEN TESTS
 
-# %% tags=["experiment"]
+# %% tags=["experiment", "figure"]
+# Figure: what T5 and ALiBi do with a distance
 distance = torch.arange(0, 257)
 fig, axes = plt.subplots(1, 3, figsize=(13, 3.6))
 for name, bidirectional, color, dash in (
@@ -1284,7 +1286,8 @@ for length, dim in [(100_001, 12), (60_000, 22)]:
 checks.raises(ValueError, rope_cache, 4, 5, because="5 features do not form pairs")
 ### END HIDDEN TESTS
 
-# %% tags=["experiment"]
+# %% tags=["experiment", "figure"]
+# Figure: how far each pair turns, in 12 tokens and in 200
 cos, sin = rope_cache(200, 16)
 fig = plt.figure(figsize=(11, 5.2))
 grid = fig.add_gridspec(2, 4, height_ratios=[1, 0.85])
@@ -1613,6 +1616,8 @@ random = torch.stack(
 )
 partial = torch.complex(cos, sin).cumsum(1).abs().mean(1)  # the mean of |S_j| over j
 
+# %% tags=["experiment", "figure"]
+# Figure: does RoPE's score fall with the distance? The bound and two cases
 fig, axes = plt.subplots(1, 3, figsize=(13, 3.6))
 axes[0].plot(plot.array(partial / partial[0]))
 axes[0].set(ylabel="mean |S|, as a share of distance 0")
@@ -2701,6 +2706,21 @@ if profile.name == "gpu" and not profile.interpret:
                 lambda o=out: torch.autograd.grad(o, (q, k), arriving, retain_graph=True),
             )
         ]
+else:
+    few = 64  # tokens: bytes are proportional to them
+    cos, sin = rope_cache(few, HEAD_DIM, 500_000.0)
+    with BytesMoved() as counted:
+        eager(
+            *(torch.ones(1, few, h, HEAD_DIM, dtype=torch.bfloat16) for h in (Q_HEADS, K_HEADS)),
+            cos,
+            sin,
+        )
+    megabytes = [(name, size * TOKENS / few / 1e6) for name, size in counted.steps]
+    total = sum(size for _, size in megabytes)
+
+# %% tags=["experiment", "figure"]
+# Figure: your kernel beside its peers, or on a CPU what each operation must move
+if profile.name == "gpu" and not profile.interpret:
     fig, axes = plt.subplots(1, 2, figsize=(9.5, 3.4), sharey=True)
     for i, (ax, direction) in enumerate(zip(axes, ("forward", "backward"), strict=True)):
         for j, (name, times) in enumerate(found.items()):
@@ -2723,16 +2743,6 @@ if profile.name == "gpu" and not profile.interpret:
         "bfloat16. Median; whiskers: 20 and 80 % quantiles.",
     )
 else:
-    few = 64  # tokens: bytes are proportional to them
-    cos, sin = rope_cache(few, HEAD_DIM, 500_000.0)
-    with BytesMoved() as counted:
-        eager(
-            *(torch.ones(1, few, h, HEAD_DIM, dtype=torch.bfloat16) for h in (Q_HEADS, K_HEADS)),
-            cos,
-            sin,
-        )
-    megabytes = [(name, size * TOKENS / few / 1e6) for name, size in counted.steps]
-    total = sum(size for _, size in megabytes)
     fig, ax = plt.subplots(figsize=(10, 2.6))
     ax.barh(1, must_move / 1e6, color=plot.COLORS[5], edgecolor="black", height=0.55)
     ax.text(
@@ -2897,7 +2907,8 @@ for kind in KINDS:
         + "".join(f"{float(curves[kind][a:b].mean()):10.2f}" for a, b in spans.values())
     )
 
-# %% tags=["experiment"]
+# %% tags=["experiment", "figure"]
+# Figure: the loss of five kinds of position, within L and beyond
 fig, axes = plt.subplots(1, 2, figsize=(12, 4), width_ratios=[1.5, 1])
 smooth = {
     kind: curve.unfold(0, 16, 4).mean(-1) for kind, curve in curves.items()
@@ -2974,12 +2985,21 @@ place = torch.arange(LONG)
 near = (place[:, None] >= place) & (
     place[:, None] - place < LENGTH
 )  # each token sees itself and the 63 before it
-fig, ax = plt.subplots(figsize=(7.5, 3.7))
-for kind, color in (("RoPE", plot.COLORS[0]), ("sinusoidal", plot.COLORS[6])):
+limited = {}
+for kind in ("RoPE", "sinusoidal"):
     trained[kind].bias = near[None].to(profile.device)
-    limited = loss_by_position(trained[kind], windows)
+    limited[kind] = loss_by_position(trained[kind], windows)
     trained[kind].bias = None
-    middle = torch.arange(LONG).float().unfold(0, 16, 4).mean(-1)
+    print(
+        f"{kind:11} at positions 129 to 256: {float(curves[kind][128:].mean()):.2f} seeing "
+        f"everything, {float(limited[kind][128:].mean()):.2f} seeing the last {LENGTH}"
+    )
+
+# %% tags=["experiment", "figure"]
+# Figure: new positions, or new distances? Two models that may look back 63
+fig, ax = plt.subplots(figsize=(7.5, 3.7))
+middle = torch.arange(LONG).float().unfold(0, 16, 4).mean(-1)
+for kind, color in (("RoPE", plot.COLORS[0]), ("sinusoidal", plot.COLORS[6])):
     ax.plot(
         plot.array(middle),
         plot.array(smooth[kind]),
@@ -2989,14 +3009,10 @@ for kind, color in (("RoPE", plot.COLORS[0]), ("sinusoidal", plot.COLORS[6])):
     )
     ax.plot(
         plot.array(middle),
-        plot.array(limited.unfold(0, 16, 4).mean(-1)),
+        plot.array(limited[kind].unfold(0, 16, 4).mean(-1)),
         color=color,
         linestyle="-",
         label=f"{kind}, sees the last {LENGTH}",
-    )
-    print(
-        f"{kind:11} at positions 129 to 256: {float(curves[kind][128:].mean()):.2f} seeing "
-        f"everything, {float(limited[128:].mean()):.2f} seeing the last {LENGTH}"
     )
 ax.axvline(LENGTH, color="#888888", linestyle=":", linewidth=1.2)
 ax.set(xlabel="position in the window (bytes)", ylabel="loss (nats a byte), mean of 16 positions")

@@ -253,9 +253,8 @@ ax.annotate(
 plot.caption(
     fig,
     "Computed by your functions. Cutting the width moves a line down and leaves its slope: MLA "
-    "lies a factor of "
-    f"{tables[0]['MHA'] / tables[0]['MLA']:.0f} under MHA, between GQA with 8 heads and MQA. "
-    f"Cutting the length changes the slope: a window is flat from 4096 on.",
+    f"lies a factor of {tables[0]['MHA'] / tables[0]['MLA']:.0f} under MHA, between GQA with 8 "
+    "heads and MQA. Cutting the length changes the slope: a window is flat from 4096 on.",
 )
 plot.plt.show()
 
@@ -1111,6 +1110,9 @@ variants = {
     "MLA, 20 + 12": (32, lambda: MultiHeadLatentAttention(small)),
 }
 results = {name: train_bytes(attention) for name, (_, attention) in variants.items()}
+
+# %% tags=["experiment", "figure"]
+# Figure: what the same cache buys, spent in three ways
 fig, axes = plot.plt.subplots(1, 2, figsize=(11, 3.8), width_ratios=[1.6, 1])
 smooth = {
     name: torch.tensor(losses).unfold(0, 10, 5).mean(-1) for name, (losses, _) in results.items()
@@ -1694,6 +1696,8 @@ def measure_decode(heads, length, batch=32, rank=512, rope_dim=64):
     return found
 
 
+# %% tags=["experiment", "figure"]
+# Figure: your kernel beside its peers, or on a CPU the arithmetic of decoding
 if on_gpu:
     lengths = (4096, 8192, 16384, 32768)
     fig, axes = plot.plt.subplots(1, 2, figsize=(10.5, 3.8))
@@ -3235,6 +3239,9 @@ copying = F.pad(known, (0, 1), value=True)  # of each query: can its next token 
 sink_mass = [
     [float(w[..., 0].mean(1)[at].mean()) for at in (copying, ~copying)] for w in (first, second)
 ]
+
+# %% tags=["experiment", "figure"]
+# Figure: what the model learns to recall, and the sink that it makes
 period = int((~known[0]).sum())
 fig, axes = plot.plt.subplots(1, 3, figsize=(13, 4), width_ratios=[1.15, 1.1, 0.9])
 plot.curves(
@@ -3370,6 +3377,9 @@ patterns = {
     "top-k, true weights": by_weights,
 }
 found = {name: [score(recall, make(n)) for n in budgets] for name, make in patterns.items()}
+
+# %% tags=["experiment", "figure"]
+# Figure: recall and calm against the number of keys, by pattern
 fig, axes = plot.plt.subplots(1, 2, figsize=(11.5, 4.2))
 plot.curves(
     budgets,
@@ -3403,10 +3413,9 @@ plot.caption(
     fig,
     f"With 4 keys: indexer {found['top-k, indexer'][four][0]:.0f} % recalled, true weights "
     f"{found['top-k, true weights'][four][0]:.0f} %, window {found['window'][four][0]:.0f} %. "
-    f"Crosses: the share of tokens whose block "
-    "fits in the window, which is all that a window can do. Right: without the sink the model is "
-    "wrong with confidence where it should shrug; one kept token repairs that, and brings back no "
-    "memory.",
+    "Crosses: the share of tokens whose block fits in the window, which is all that a window can "
+    "do. Right: without the sink the model is wrong with confidence where it should shrug; one "
+    "kept token repairs that, and brings back no memory.",
 )
 plot.plt.show()
 
@@ -3462,9 +3471,9 @@ fig.supylabel("query position", fontsize=10)
 plot.caption(
     fig,
     "Dark: may attend; in brackets the share of all pairs. Longformer and BigBird look both ways; "
-    "a global token is a row and a column. The chosen pattern has as many "
-    "keys a query as the window. It finds the sink and, from the second block on, the diagonals "
-    "of the copies, wherever they are in this text.",
+    "a global token is a row and a column. The chosen pattern has as many keys a query as the "
+    "window. It finds the sink and, from the second block on, the diagonals of the copies, "
+    "wherever they are in this text.",
 )
 plot.plt.show()
 
@@ -3522,6 +3531,8 @@ for q, k, v in recorder.calls:
     counts.append([computed for computed, _ in row])
     errors.append([error for _, error in row])
 
+# %% tags=["experiment", "figure"]
+# Figure: the window that each head needs, and the blocks that this saves
 fig, axes = plot.plt.subplots(1, 2, figsize=(12, 4.2))
 plot.heatmap(
     torch.tensor(needed),

@@ -304,6 +304,9 @@ size = size[1:]  # the first token, which sees nothing, is a case of its own
 strong = torch.zeros_like(size).scatter(1, size.topk(size.shape[1] // 10).indices, 1.0)
 common = strong @ strong.T / strong.sum(1)
 common = float((common.sum() - common.diagonal().sum()) / (len(size) * (len(size) - 1)))
+
+# %% tags=["experiment", "figure"]
+# Figure: which cells fire at which token, and how many matter
 cells = size.amax(0).topk(14).indices
 order = size[:, cells].argmax(0).argsort()
 cells = cells[order]
@@ -2248,6 +2251,8 @@ held_out_loss = {
 }
 
 
+# %% tags=["experiment", "figure"]
+# Figure: the losses of four runs, while training and on held-out text
 def smooth(values: list[float], width: int = 15) -> Tensor:
     return torch.tensor(values).unfold(0, width, 1).mean(-1)
 
@@ -2438,9 +2443,8 @@ plot.caption(
     fig,
     "The model balanced by bias. Each column sums to 1. Guessing a token's expert from the token "
     f"alone is right in {100 * purity[0]:.0f} % of the cases in layer 1 and {100 * purity[1]:.0f} "
-    "% in layer 2 "
-    f"(by chance: about {100 / EXPERTS:.0f} %). Guessing prose or code from the expert is right "
-    f"in {100 * lean[0]:.0f} and {100 * lean[1]:.0f} % (by chance: 50 %).",
+    f"% in layer 2 (by chance: about {100 / EXPERTS:.0f} %). Guessing prose or code from the "
+    f"expert is right in {100 * lean[0]:.0f} and {100 * lean[1]:.0f} % (by chance: 50 %).",
 )
 plot.plt.show()
 for expert in range(EXPERTS):
@@ -3080,6 +3084,8 @@ def measure_grouped() -> dict[str, list[float]]:
     return speed
 
 
+# %% tags=["experiment", "figure"]
+# Figure: your kernel beside its peers, or on a CPU the roofline's arithmetic
 if profile.name == "gpu" and not profile.interpret:
     speed = measure_grouped()
     fig, ax = plot.plt.subplots(figsize=(6.5, 3.2))
@@ -3111,8 +3117,8 @@ else:
         "Hollow: the most that the arithmetic intensity allows. At 32,768 tokens "
         f"{2 * rows * INNER * WIDE / 1e12:.2f} TFLOP take "
         f"{2 * rows * INNER * WIDE / PEAK * 1e3:.1f} ms at the peak. At 64 tokens the "
-        f"{GROUPS * (1 - (1 - TOP / GROUPS) ** 64):.0f} experts "
-        f"in use are {2 * 125.9 * INNER * WIDE / 1e6:.0f} MB to read, "
+        f"{GROUPS * (1 - (1 - TOP / GROUPS) ** 64):.0f} experts in use are "
+        f"{2 * 125.9 * INNER * WIDE / 1e6:.0f} MB to read, "
         f"{2 * 125.9 * INNER * WIDE / BANDWIDTH * 1e6:.0f} µs, for work of "
         f"{2 * 64 * TOP * INNER * WIDE / PEAK * 1e6:.1f} µs.",
     )

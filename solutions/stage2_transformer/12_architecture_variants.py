@@ -2267,16 +2267,16 @@ plot.curves(
 near = min(range(len(exact)), key=lambda i: abs(exact[i] - 0.1))
 plot.caption(
     fig,
-    f"180 held-out dates in three languages. Left: each token predicted from the right tokens "
-    f"before it; a word is the name of a month or a weekday, a Chinese "
-    f"character counts as a sign. Right: what the model writes on its own. At step "
-    f"{snapshots[near]}, {exact[near]:.0%} of the dates are exact and BLEU is {bleu[near]:.0f}: "
-    f"it gives credit for every run of "
-    "right tokens, and a date with one wrong digit is a wrong date.",
+    "180 held-out dates in three languages. Left: each token predicted from the right tokens "
+    "before it; a word is the name of a month or a weekday, a Chinese character counts as a sign. "
+    f"Right: what the model writes on its own. At step {snapshots[near]}, {exact[near]:.0%} of the "
+    f"dates are exact and BLEU is {bleu[near]:.0f}: it gives credit for every run of right tokens, "
+    "and a date with one wrong digit is a wrong date.",
 )
 plot.plt.show()
 
-# %% tags=["experiment"]
+# %% tags=["experiment", "figure"]
+# Figure: where the model looks in the source, token by token as it writes
 # Pinyin for the figure, which has to be readable without a Chinese font and without Chinese.
 SOUNDS = [
     "nián (year)",
@@ -2335,10 +2335,10 @@ for ax, language, title in zip(axes, ("fr", "zh"), ("into French", "into Chinese
 plot.caption(
     fig,
     "Cross-attention of the last decoder layer, mean of four heads, while the model writes. A row "
-    "is a token that is being written, its weights over the source sum to 1. "
-    "Right panel: the year comes first, and the first four rows look to the source's end. In both, "
-    "see which rows find their own digit or name, and where those of signs and spaces, which need "
-    "little from the source, leave their weight.",
+    "is a token that is being written, its weights over the source sum to 1. Right panel: the year "
+    "comes first, and the first four rows look to the source's end. In both, see which rows find "
+    "their own digit or name, and where those of signs and spaces, which need little from the "
+    "source, leave their weight.",
 )
 plot.plt.show()
 
@@ -3038,9 +3038,8 @@ axes[1].legend(loc="upper right", fontsize=8)
 plot.caption(
     fig,
     "Counted by your function. In GPT-2 nearly a third of the parameters is the table of tokens; "
-    "in every larger model the feed-forward layers hold most of them, "
-    "from Llama-2-70B on more than three quarters. Experts separate what a model holds from what "
-    "a token costs.",
+    "in every larger model the feed-forward layers hold most of them, from Llama-2-70B on more "
+    "than three quarters. Experts separate what a model holds from what a token costs.",
 )
 plot.plt.show()
 

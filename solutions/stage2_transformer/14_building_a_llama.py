@@ -2183,10 +2183,8 @@ axes[0].set_ylabel("probability")
 plot.caption(
     fig,
     "Next-token probabilities of the trained model by rank, before any filter, and the last token "
-    "that "
-    "each filter keeps. Top-k keeps 20 tokens at both places; top-p and min-p keep what the "
-    "model's own "
-    "certainty leaves. Sharpening first makes the same top-p keep fewer, or as few.",
+    "that each filter keeps. Top-k keeps 20 tokens at both places; top-p and min-p keep what the "
+    "model's own certainty leaves. Sharpening first makes the same top-p keep fewer, or as few.",
 )
 plot.plt.show()
 
@@ -3161,6 +3159,8 @@ for name, wrap in (("causal", lambda m: m), ("no causal mask", Peeking)):
     losses, _ = train(wrap(Llama(tiny)).to(profile.device), corpus[1000:1065], memorize)
     memory[name] = losses
 
+# %% tags=["experiment", "figure"]
+# Figure: one window learned by heart, with the causal mask and without
 ax = plot.curves(
     range(1, 71),
     memory,
@@ -3176,8 +3176,8 @@ ax.annotate(
 )
 plot.caption(
     ax.figure,
-    "Both begin at ln V, as a model must that knows nothing, and go towards 0 "
-    "side by side. The broken model, which could copy its answers, gains nothing from it here.",
+    "Both begin at ln V, as a model must that knows nothing, and go towards 0 side by side. The "
+    "broken model, which could copy its answers, gains nothing from it here.",
 )
 plot.plt.show()
 
@@ -3376,8 +3376,7 @@ used = mfu(speed, mini, options.context, peak)
 need = flops_per_token(mini, options.context)
 print(
     f"{speed:,.0f} tokens/s × {need / 1e6:.1f} MFLOP = {speed * need / 1e9:.0f} of "
-    f"{peak / 1e9:.0f} GFLOP/s: "
-    f"MFU {100 * used:.0f} %"
+    f"{peak / 1e9:.0f} GFLOP/s: MFU {100 * used:.0f} %"
 )
 
 # %% tags=["experiment", "figure"]
@@ -3486,6 +3485,24 @@ if profile.device.type == "cuda":
         f"MFU {used[0]:.0f} % of {peak / 1e12:.0f} TFLOP/s in a large product, {used[1]:.0f} % of "
         f"an H100's 989"
     )
+else:
+    need, parameters = flops_per_token(LLAMA_160M, 1024), 162_417_408
+    attention = 12 * LLAMA_160M.layers * 1024 * LLAMA_160M.hidden_size
+    print(
+        f"LLaMA-160M, sequences of 1,024: {need / 1e6:.0f} MFLOP per token, "
+        f"{100 * attention / need:.0f} % of it attention's own products; weights, gradients and "
+        f"AdamW: {16 * parameters / 2**30:.1f} GiB"
+    )
+    machines = {"this CPU, float32": peak, "A100, bfloat16": 312e12, "H100, bfloat16": 989e12}
+    shares = [0.05 * i for i in range(1, 15)]
+    total = 20 * parameters * need
+    hours = {
+        name: [total / (top * share) / 3600 for share in shares] for name, top in machines.items()
+    }
+
+# %% tags=["experiment", "figure"]
+# Figure: the loss on this GPU, or on a CPU the hours that a whole training takes
+if profile.device.type == "cuda":
     ax = plot.curves(
         range(1, 401),
         {"loss": losses + more},
@@ -3498,19 +3515,6 @@ if profile.device.type == "cuda":
     )
     plot.plt.show()
 else:
-    need, parameters = flops_per_token(LLAMA_160M, 1024), 162_417_408
-    attention = 12 * LLAMA_160M.layers * 1024 * LLAMA_160M.hidden_size
-    print(
-        f"LLaMA-160M, sequences of 1,024: {need / 1e6:.0f} MFLOP per token, "
-        f"{100 * attention / need:.0f} % of it "
-        f"attention's own products; weights, gradients and AdamW: {16 * parameters / 2**30:.1f} GiB"
-    )
-    machines = {"this CPU, float32": peak, "A100, bfloat16": 312e12, "H100, bfloat16": 989e12}
-    shares = [0.05 * i for i in range(1, 15)]
-    total = 20 * parameters * need
-    hours = {
-        name: [total / (top * share) / 3600 for share in shares] for name, top in machines.items()
-    }
     ax = plot.curves(
         [100 * share for share in shares], hours, logy=True, xlabel="MFU (%)", ylabel="hours"
     )

@@ -1014,10 +1014,9 @@ axes[0, 0].legend(loc="upper left", fontsize=8)
 plot.caption(
     fig,
     "A quarter of the tokens hidden, mean span 3. Above: how often a position is hidden, in 2000 "
-    "draws. T5's code never hides the first position and always the last. Yours is even inside "
-    "and lower at the "
-    "two ends, which is what 'every arrangement alike' means: fewer runs can reach an end. Below: "
-    "twelve of your arrangements, dark is hidden.",
+    "draws. T5's code never hides the first position and always the last. Yours is even inside and "
+    "lower at the two ends, which is what 'every arrangement alike' means: fewer runs can reach an "
+    "end. Below: twelve of your arrangements, dark is hidden.",
 )
 plot.plt.show()
 
@@ -1661,6 +1660,9 @@ for n in ks:
         with Alive(smallest=2 * 56 * 1000 // 2) as meter:
             run(hidden, heads, targets).backward()
         measured[name].append(meter.peak / (2 * 64 * 1000))
+
+# %% tags=["experiment", "figure"]
+# Figure: the peak of memory against the number of heads, and at full size
 fig, axes = plot.plt.subplots(1, 2, figsize=(11, 3.6))
 plot.curves(
     ks,
@@ -1693,9 +1695,8 @@ plot.caption(
     fig,
     "Left: every tensor as large as the logits of one head, counted while the loss and its "
     "gradients are computed. Head by head it does not depend on the number of heads. Right: the "
-    "measured peak for four heads, multiplied by the "
-    f"size of one head's logits for 8 sequences of 4096 tokens and Llama 3's vocabulary in "
-    f"float32, {gib:.1f} GiB.",
+    "measured peak for four heads, multiplied by the size of one head's logits for 8 sequences of "
+    f"4096 tokens and Llama 3's vocabulary in float32, {gib:.1f} GiB.",
 )
 plot.plt.show()
 
@@ -2436,9 +2437,9 @@ plot.caption(
     fig,
     "White: no influence whatever. Crosses: leaks, at the depth's own rule (depth k may look k "
     "ahead, and has k outputs fewer: the white rows). The prefix is no bug, as long as its tokens "
-    "are not targets. "
-    "Bug A is a mask shifted by one, and in two layers it reaches two ahead. Bug B divides the "
-    "embeddings by their norm over the whole sequence: pale, everywhere, and enough to learn from.",
+    "are not targets. Bug A is a mask shifted by one, and in two layers it reaches two ahead. Bug "
+    "B divides the embeddings by their norm over the whole sequence: pale, everywhere, and enough "
+    "to learn from.",
 )
 plot.plt.show()
 

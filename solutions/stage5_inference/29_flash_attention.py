@@ -362,6 +362,8 @@ for start in range(0, n, block):
     history.append((state[0], *merged))
     state = merged
 
+# %% tags=["experiment", "figure"]
+# Figure: how the sums so far shrink each time the maximum rises
 fig, axes = plt.subplots(1, 3, figsize=(11, 3.1))
 steps = range(1, len(history) + 1)
 axes[0].bar(
@@ -394,9 +396,8 @@ axes[2].legend()
 plot.caption(
     fig,
     "Each time the maximum rises, the old sum shrinks by exp(m − m′) and the new block counts for "
-    "more. After the last block "
-    "the estimate is the exact output; before it, the estimate is exact attention over the keys "
-    "seen so far.",
+    "more. After the last block the estimate is the exact output; before it, the estimate is exact "
+    "attention over the keys seen so far.",
 )
 plt.show()
 
@@ -735,11 +736,10 @@ axes[5].set_title("output so far", fontsize=10)
 plot.caption(
     fig,
     "One program's work, from left to right: query tile 4 (rows 64 to 79) meets key tiles 0 to 4 "
-    "and stops; what lies to the right, above the "
-    "diagonal, is never loaded. Orange is on chip now; of the blue tiles only (m, l, o) is left. "
-    "Hatched tiles cross the diagonal and need a mask, one in each row of tiles. Far right: after "
-    "each step o / l is exact attention over the keys seen so far, and only after the last one, to "
-    "rounding, the output.",
+    "and stops; what lies to the right, above the diagonal, is never loaded. Orange is on chip "
+    "now; of the blue tiles only (m, l, o) is left. Hatched tiles cross the diagonal and need a "
+    "mask, one in each row of tiles. Far right: after each step o / l is exact attention over the "
+    "keys seen so far, and only after the last one, to rounding, the output.",
 )
 plt.show()
 
@@ -885,7 +885,8 @@ checks.raises(ValueError, hbm_bytes, 8, 64, 4096, "paged", because="There is no 
 # flash move at $S = 8192$ for $D = 64$, for $D = 128$ and for $D = 256$? And is there a head
 # dimension at which it moves *more*?
 
-# %% tags=["experiment"]
+# %% tags=["experiment", "figure"]
+# Figure: how much less flash moves, by sequence length and by head dimension
 lengths = [2**p for p in range(7, 17)]
 M = 100 * 1024
 fig, axes = plt.subplots(1, 2, figsize=(10.5, 3.6))
@@ -921,10 +922,9 @@ axes[1].set_yscale("log", base=2)
 axes[1].set_yticks([0.5, 1, 2, 4, 8, 16, 32], ["½", "1", "2", "4", "8", "16", "32"])
 plot.caption(
     fig,
-    "Left: both grow as S², so the lines are parallel once a head no longer fits in one tile; "
-    "more fast memory shifts flash's line down. "
-    "Right: the advantage falls as 1/D²; below the dotted line tiling moves more bytes than the S "
-    "× S matrices would.",
+    "Left: both grow as S², so the lines are parallel once a head no longer fits in one tile; more "
+    "fast memory shifts flash's line down. Right: the advantage falls as 1/D²; below the dotted "
+    "line tiling moves more bytes than the S × S matrices would.",
 )
 plt.show()
 for D in (64, 128, 256):
@@ -976,6 +976,9 @@ for S in lengths:
             function(q, k, v)
         largest[name].append(made.largest)
         seconds[name].append(median_seconds(function, q, k, v) * 1e3)
+
+# %% tags=["experiment", "figure"]
+# Figure: the largest tensor and the time, standard and tiled
 fig, axes = plt.subplots(1, 2, figsize=(10.5, 3.4))
 plot.curves(
     lengths,
@@ -1000,9 +1003,9 @@ plot.curves(
 plot.caption(
     fig,
     "Left: the standard way's largest tensor is S × S; the tiled one's is a tile of 128 × 128, "
-    "then the output, S × 64. Right: from Python every tile "
-    "pays for a dozen small operations, so short sequences lose; long ones may gain a little, "
-    "once S × S leaves the cache. The full gain takes one kernel for the whole loop.",
+    "then the output, S × 64. Right: from Python every tile pays for a dozen small operations, so "
+    "short sequences lose; long ones may gain a little, once S × S leaves the cache. The full gain "
+    "takes one kernel for the whole loop.",
 )
 plt.show()
 
@@ -2461,6 +2464,9 @@ with_sdpa = training_losses(sdpa, tokens, steps, **size)
 with_flash = training_losses(
     lambda q, k, v: FlashAttention.apply(q, k, v, True), tokens, steps, **size
 )
+
+# %% tags=["experiment", "figure"]
+# Figure: the losses of both, and how far rounding drives them apart
 fig, axes = plt.subplots(1, 2, figsize=(10.5, 3.2))
 plot.curves(
     range(steps),
@@ -2481,8 +2487,8 @@ axes[1].set_title("what the order of summation does")
 plot.caption(
     fig,
     "Left: both lines lie on each other. Right: they differ, where they do, in the last bits of "
-    "float32 (2⁻²³ is 1.2e-7): sums in another order round "
-    "differently. Exact attention does not mean bit-identical attention.",
+    "float32 (2⁻²³ is 1.2e-7): sums in another order round differently. Exact attention does not "
+    "mean bit-identical attention.",
 )
 plt.show()
 
@@ -2688,6 +2694,8 @@ def measure(S, D, causal, tokens=16384, heads=16):
     return results
 
 
+# %% tags=["experiment", "figure"]
+# Figure: your kernels beside PyTorch's, or on a CPU the roofline's arithmetic
 def compare(D, lengths=(1024, 4096, 16384, 32768)):
     """A chart and a table for one head dimension."""
     fig, axes = plt.subplots(1, 4, figsize=(15, 3.6), sharex=True, sharey=True)
@@ -2772,11 +2780,11 @@ else:
     axes[1].legend(ncols=3, loc="upper center", fontsize=8)
     plot.caption(
         fig,
-        "Arithmetic for square tiles in 200 KB, without any cache: not a measurement. Left: "
-        "tiling moves attention up the slope, at D = 64 past the ridge. Right: at D = 64 "
-        "products and exponentials then take equally long, and a kernel that runs them one after "
-        "the other reaches half of the peak. At D = 128 reading K and V again "
-        "would still be the slowest; taller query tiles and the L2 cache take care of that.",
+        "Arithmetic for square tiles in 200 KB, without any cache: not a measurement. Left: tiling "
+        "moves attention up the slope, at D = 64 past the ridge. Right: at D = 64 products and "
+        "exponentials then take equally long, and a kernel that runs them one after the other "
+        "reaches half of the peak. At D = 128 reading K and V again would still be the slowest; "
+        "taller query tiles and the L2 cache take care of that.",
     )
     plt.show()
 
