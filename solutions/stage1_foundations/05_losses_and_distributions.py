@@ -518,7 +518,7 @@ checks.close(
 ### END HIDDEN TESTS
 
 # %% tags=["experiment", "figure"]
-# Figure: label smoothing is content at last; the z-loss stays near 0
+# Figure: smoothing is content at last; z-loss, a reason to stay near 0
 import matplotlib.pyplot as plt
 from llm40 import plot
 
