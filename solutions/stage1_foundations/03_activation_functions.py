@@ -1867,11 +1867,11 @@ if profile.has_triton:
 # %% [markdown]
 # ### On the hardware
 #
-# On a GPU the next cell measures achieved **bandwidth**: the bytes that *must* move (3 tensors
+# On a GPU the next cells measure achieved **bandwidth**: the bytes that *must* move (3 tensors
 # forward, 5 backward), over the time taken. The yardstick is a plain copy in the same run, which no
 # kernel of this kind can beat; the peers are eager PyTorch and `torch.compile`, whose compiler
-# finds this fusion by itself and also writes Triton. On a CPU the cell counts the traffic of your
-# kernels instead and says what it would cost.
+# finds this fusion by itself and also writes Triton. On a CPU they count the traffic of your
+# kernels instead and say what it would cost.
 
 # %% tags=["experiment"]
 rows, hidden = 8192, 14336  # 8k tokens of a LLaMA-3-8B feed-forward layer

@@ -2328,10 +2328,10 @@ for scale in (1e-3, 300.0):
 # %% [markdown]
 # ## On the hardware
 #
-# On a GPU the next cell measures both kernels beside a plain copy of the same size, PyTorch's
+# On a GPU the next cells measure both kernels beside a plain copy of the same size, PyTorch's
 # `F.rms_norm`, and `torch.compile` of it. The bar to reach is the copy: forward moves 4 bytes for
 # each bfloat16 number, as a copy does, and backward 6 (reads $x$ and $dy$, writes $dx$). On a CPU
-# the cell draws the arithmetic instead, for the numbers of an H200.
+# they draw the arithmetic instead, for the numbers of an H200.
 
 
 # %% tags=["experiment"]

@@ -2626,11 +2626,11 @@ if moved is not None:
 # %% [markdown]
 # ### On the hardware
 #
-# On a GPU the next cell measures the shape of a LLaMA-3-8B layer, 8,192 tokens with 32 query and 8
+# On a GPU the next cells measure the shape of a LLaMA-3-8B layer, 8,192 tokens with 32 query and 8
 # key heads of 128 features in bfloat16, beside three peers in the same run: a plain **copy** of the
 # same bytes, which is the limit; your `apply_rope` in **eager** PyTorch; and the same through
-# **`torch.compile`**. The goal for a kernel of this kind is 1.1 times `torch.compile`. On a CPU the
-# cell counts the bytes of every operation of your `apply_rope` and says what they would cost.
+# **`torch.compile`**. The goal for a kernel of this kind is 1.1 times `torch.compile`. On a CPU
+# they count the bytes of every operation of your `apply_rope` and say what it would cost.
 
 # %% tags=["experiment"]
 from torch.utils._python_dispatch import TorchDispatchMode

@@ -1633,10 +1633,10 @@ checks.relative_l2(
 ### END HIDDEN TESTS
 
 # %% [markdown]
-# On a GPU the next cell measures your kernel beside three things in the same run: a plain copy of
+# On a GPU the next cells measure your kernel beside three things in the same run: a plain copy of
 # the cache (half of whose traffic is reading it: the kernel's time is compared with that of
 # *reading*); PyTorch's batched products in the latent space; and `scaled_dot_product_attention`
-# with the latent gathered as one key-value head of 576. On a CPU it shows the arithmetic: where on
+# with the latent gathered as one key-value head of 576. On a CPU they show the arithmetic: where on
 # the roofline the ways to decode lie.
 
 # %% tags=["experiment"]

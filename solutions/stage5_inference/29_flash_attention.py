@@ -2639,9 +2639,9 @@ checks.number(
 # %% [markdown]
 # ## On the hardware
 #
-# On a GPU the next cell measures your kernels beside those of PyTorch's SDPA in the same run: its
+# On a GPU the next cells measure your kernels beside those of PyTorch's SDPA in the same run: its
 # default, FlashAttention-2, and cuDNN, which is written for this GPU. TFLOP/s are counted as
-# $4S^2D$ per head forward, 2.5 times that backward, half with a causal mask. On a CPU it shows the
+# $4S^2D$ per head forward, 2.5 times that backward, half with a causal mask. On a CPU they show the
 # arithmetic instead: where on the roofline standard attention and tiled attention lie.
 
 
