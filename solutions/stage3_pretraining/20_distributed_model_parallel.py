@@ -13,16 +13,16 @@
 #       One model cut apart, in real processes: layers by their columns and rows, a loss over a
 #       vocabulary that no rank has whole, pipelines, attention over sequences that are cut, experts
 #       that live elsewhere, and a plan that puts these together.
-#     gpu: "Nothing more: all of it is processes that talk through gloo, on any machine."
+#     gpu: "Nothing more: all of it is processes that talk through gloo, on Linux or macOS."
 # ---
 
 # %% [markdown]
 # ## The problem
 #
 # Lesson 19 cut the *batch*: every rank computes with the whole model. That ends in three ways. One
-# example of 128,000 tokens does not fit, whatever is sharded. One layer of a large model is slower
-# than a user wants to wait. And with a fixed batch there are at some point more ranks than
-# examples. So this lesson cuts the computation of *one* example. There are few places to cut:
+# example of 128,000 tokens does not fit, whatever is sharded. One large layer takes one GPU too
+# long. And with a fixed batch there are at some point more ranks than examples. So this lesson cuts
+# the computation of *one* example. There are few places to cut:
 #
 # - **Tensor parallel** cuts every matrix: each rank has some columns or rows of it.
 # - **Sequence parallel** and **context parallel** cut the sequence: each rank has some tokens.
@@ -214,8 +214,8 @@ for rank, groups in enumerate(launch(mesh_groups, 4)):
 
 # %% [markdown]
 # So every function of this lesson takes a `group`, and means it: rank and number of ranks are those
-# *in the group*, `dist.get_rank(group)` and `dist.get_world_size(group)`. A function that asks the
-# whole job in its place works until the second axis is added.
+# *in the group*, `dist.get_rank(group)` and `dist.get_world_size(group)`. A function that uses all
+# ranks instead works until the mesh gets a second axis.
 
 # %% [markdown]
 # ## Tensor parallel {#tensor-parallel}
@@ -228,9 +228,9 @@ for rank, groups in enumerate(launch(mesh_groups, 4)):
 # **Row parallel**: each rank has some inputs. $x$ is cut, each rank gets a whole $y$, but only its
 # share of the sum: $y=\sum_r x_r W_r^\top$, an all-reduce.
 #
-# Column, then row, then, is a whole MLP with *one* all-reduce: what is between the two (GELU, a
-# gate, the heads of attention) acts on each output alone and does not mind the cut. With
-# $y=\phi(xA^\top)B^\top$:
+# A column-parallel layer followed by a row-parallel one makes a whole MLP with *one* all-reduce.
+# GELU acts on each output alone, a gate on pairs that are cut alike, attention within a head: none
+# of them needs another rank. With $y=\phi(xA^\top)B^\top$:
 #
 # $$ y = \sum_r \phi(x A_r^\top)\, B_r^\top . $$
 #
@@ -284,6 +284,7 @@ def sum_over_ranks(x: Tensor, group: dist.ProcessGroup | None = None) -> Tensor:
     ### END SOLUTION
 
 
+# Here is room for your classes of torch.autograd.Function.
 ### BEGIN SOLUTION
 def all_reduced(x: Tensor, group: dist.ProcessGroup | None) -> Tensor:
     total = x.clone(memory_format=torch.contiguous_format)
@@ -402,8 +403,9 @@ compare_operators(cases)
 # And attention? Query, key and value projections are column parallel, by whole heads; the output
 # projection is row parallel: one all-reduce forward and one backward, as in the MLP. A projection
 # that computes q, k and v at once must be cut in each of its three parts; cut in $p$ pieces as it
-# stands, rank 0 would get all queries. Where there are fewer KV heads than ranks (grouped queries,
-# lesson 9) they are **replicated**: two ranks keep the same KV head, and its gradient is their sum.
+# stands, rank 0 of 4 would get queries only. Where there are fewer KV heads than ranks (grouped
+# queries, lesson 9) they are **replicated**: two ranks keep the same KV head, and its gradient is
+# their sum.
 
 
 # %% exercise="parallel_linears" minutes=25 difficulty=2
@@ -473,7 +475,7 @@ class RowParallelLinear(nn.Module):
 #
 # <details><summary>Hint: which operator, where</summary>
 #
-# $f$ before the first product, $g$ after the second: forward and backward each pass one all-reduce.
+# $f$ before the first product, $g$ after the second: each pass has one all-reduce.
 # </details>
 
 
@@ -650,7 +652,7 @@ for rank, result in enumerate(results):
 # Three numbers for each token: a maximum, a sum of exponentials, and the target's logit, which
 # exactly one rank has. The maximum comes first, since the exponentials need it. The other two are
 # both sums over ranks (those who do not have the target add 0), so they travel in *one* tensor:
-# two all-reduces. (Megatron takes three.)
+# two all-reduces. (Megatron's plain version takes three, its fused one these two.)
 #
 # The gradient needs nobody: $\partial\ell/\partial z_j = e^{z_j-m}/\Sigma - [j=t]$, and after the
 # forward pass each rank knows $m$ and $\Sigma$ for its own $j$.
@@ -836,8 +838,8 @@ for result in results:
 # activations on each rank. The backward of the gather is a reduce-*scatter* and not a cut: each
 # rank has used *all* tokens for its own columns, so it has a share of every token's gradient.
 #
-# One new duty: the weights of the norms are on all ranks, and each sees its own tokens only. Their
-# gradients must be summed over the group before the optimizer's step.
+# One new duty: norm weights, and row-parallel biases added after $\bar g$, are whole on every rank
+# but see only its tokens. Sum their gradients over the group before the optimizer's step.
 
 
 # %% exercise="sequence_operators" minutes=18 difficulty=2
@@ -867,6 +869,7 @@ def scatter_sum(x: Tensor, dim: int = 1, group: dist.ProcessGroup | None = None)
     ### END SOLUTION
 
 
+# Here is room for your classes of torch.autograd.Function.
 ### BEGIN SOLUTION
 def gathered(x: Tensor, dim: int, group: dist.ProcessGroup | None) -> Tensor:
     x = x.contiguous()
@@ -1004,12 +1007,14 @@ compare_along(3, cases, uneven_sum)
 #
 # So the batch is cut, too: into $m$ **micro-batches**, which follow each other through the stages
 # as cars follow each other on an assembly line. Gradients add up over them, and one optimizer step
-# comes at the end, when all are through. The result is *exactly* that of the whole batch.
+# comes at the end, when all are through. If all micro-batches count equally many tokens, the mean
+# over them is *exactly* the whole batch's.
 #
 # At both ends of a step some stages have nothing to do: that is the **bubble**. Let $t_F$ be the
-# time of a micro-batch's forward pass in one stage and $t_B + t_W$ that of its backward pass. A
-# stage is busy for the ideal time $m\,(t_F+t_B+t_W)$. The last stage can't begin before $p-1$
-# forward passes are done, and at the end the first stage has to wait for $p-1$ backward passes:
+# time of a micro-batch's forward pass in one stage and $t_B + t_W$ that of its backward pass
+# ($t_B$ for the gradients of inputs, $t_W$ for those of weights). A stage is busy for the ideal
+# time $m\,(t_F+t_B+t_W)$. The last stage can't begin before $p-1$ forward passes are done, and at
+# the end the first stage has to wait for $p-1$ backward passes:
 #
 # $$ \text{bubble} = (p-1)(t_F+t_B+t_W), \qquad
 # \frac{\text{bubble}}{\text{ideal}} = \frac{p-1}{m}, \qquad
@@ -1024,7 +1029,7 @@ compare_along(3, cases, uneven_sum)
 # for whom. Four are worth knowing:
 #
 # - **GPipe.** All forward passes, then all backward passes. Each stage holds the activations of
-#   all $m$ micro-batches at once.
+#   all $m$ micro-batches at once. (The paper keeps the stages' inputs and computes the rest again.)
 # - **1F1B**, one forward, one backward. As soon as a micro-batch's gradient can come back, it does,
 #   and its activations are freed. The bubble is the same; but rank $r$ holds $p-r$ micro-batches at
 #   most, however large $m$ is. So $m$ can grow, and with it the bubble's share shrinks.
@@ -1032,22 +1037,23 @@ compare_along(3, cases, uneven_sum)
 #   stages 0 and 4 of 8. A micro-batch goes round the ranks $v$ times, in steps of a $v$-th of the
 #   length, and the bubble is a $v$-th: $\frac{p-1}{vm}$ of the ideal. There are $v$ times as many
 #   messages, and a few more micro-batches are alive.
-# - **Zero bubble, ZB-H1.** The backward pass of a layer $Y = XW$ computes two things:
-#   $\partial X = \partial Y\, W^\top$, for which the stage before is waiting, and
-#   $\partial W = X^\top \partial Y$, for which nobody is. ZB-H1 separates them: **B** (gradients
+# - **Zero bubble, ZB-H1.** The backward pass of a layer $Y = XW^\top$ computes two things:
+#   $\partial X = \partial Y\, W$, for which the previous stage is waiting, and
+#   $\partial W = \partial Y^\top X$, for which nobody is. ZB-H1 separates them: **B** (gradients
 #   of inputs) as soon as it can be, **W** (gradients of weights) where there would be a bubble.
-#
+
+# %% [markdown]
 # Why does ZB-H1 idle for $(p-1)(t_F + t_B - t_W)$ only? The way there and back is now $p-1$ times
-# $t_F + t_B$: nobody waits for a W. And rank $r$ puts off $r$ of its Ws, so that in the end it has
-# $r$ of them left to do while the last B travels to rank 0. Memory does not grow beyond what 1F1B
-# needs on rank 0: rank $r$ holds $p-r$ micro-batches that wait for their B and $r$ that wait for
-# their W.
+# $t_F + t_B$: nobody waits for a W. And rank $r$ puts off $r$ of its Ws: the last rank has put off
+# $p-1$ when its last B ends, so that B ends $(p-1)\,t_W$ earlier. It needs $p-1$ more Bs to reach
+# rank 0, which then does one W; the other ranks do the Ws that they have left meanwhile. Memory
+# does not grow beyond what 1F1B needs on rank 0: rank $r$ holds $p-r$ micro-batches that wait for
+# their B and $r$ that wait for their W.
 #
 # Below, a pass is a triple `(kind, microbatch, chunk)`, and `timeline` finds out when it runs.
 
 
 # %%
-import torch.fx.experimental.symbolic_shapes  # y.backward(gradient) loads it: once, here
 
 Pass = tuple[
     str, int, int
@@ -1062,7 +1068,7 @@ def timeline(
     it needs is there. A message from stage to stage takes `message`, and keeps nobody busy.
 
     Chunk c of rank r is stage c · ranks + r. A forward pass needs that of the stage before; a
-    backward pass (BW, B) its own forward pass and the BW or B of the stage behind; a W its own B.
+    backward pass (BW, B) its own forward pass and the BW or B of the next stage; a W its own B.
     Raises ValueError where ranks wait for each other for ever.
     """
     ranks = len(order)
@@ -1133,9 +1139,9 @@ def pipeline_schedule(
     "zb-h1"        F and B as F and BW of "1f1b". Rank r does W of micro-batch i right after B of
                    micro-batch i + r, and the Ws that are left at the end.
 
-    With t_BW = t_B + t_W the ranks need, in all, stages − 1 times the following more than the time
-    a rank is busy: t_F + t_BW; for "zb-h1" t_F + t_B − t_W (for microbatches ≥ stages, t_W no
-    longer than t_F and t_B).
+    With t_BW = t_B + t_W (of one chunk) all passes together take a rank's busy time and (stages −
+    1) · (t_F + t_BW); for "zb-h1" (stages − 1) · (t_F + t_B − t_W), if microbatches ≥ stages and
+    t_W ≤ t_F, t_B.
     """
     ### BEGIN SOLUTION
     if kind not in ("gpipe", "1f1b", "interleaved", "zb-h1"):
@@ -1489,13 +1495,13 @@ plot.plt.show()
 #
 # Now run one. Each rank has its stage and its row of the schedule, and does one pass after another:
 #
-# - **F**: take the micro-batch (rank 0) or receive the activation from the rank before, run the
-#   stage, send the output to the rank behind. The last rank computes the loss instead.
-# - **BW**: receive the gradient of the output from the rank behind (the last rank begins at the
-#   loss), go backward through the stage, send the gradient of the *input* to the rank before.
+# - **F**: take the micro-batch (rank 0) or receive the activation from the previous rank, run the
+#   stage, send the output to the next rank. The last rank computes the loss instead.
+# - **BW**: receive the gradient of the output from the next rank (the last rank begins at the
+#   loss), go backward through the stage, send the gradient of the *input* to the previous rank.
 #
 # A graph of autograd ends at a process's border. What arrives is a new leaf: it needs
-# `requires_grad_()`, so that after the backward pass its `.grad` is what the rank before waits for.
+# `requires_grad_()`, so that after the backward pass its `.grad` is what the previous rank awaits.
 #
 # Two neighbors who both send first wait for each other for ever. In 1F1B that happens at once: rank
 # 0 sends an activation while rank 1 sends a gradient. So a rank does not wait for what it sends: it
@@ -1515,12 +1521,12 @@ def run_pipeline(
     """One rank's part of a training step: all its passes of a pipeline of `group`'s ranks.
 
     stage: this rank's layers. order: this rank's passes ("F" | "BW", microbatch, 0), in the order
-    in which they are to be done; neighbors name micro-batches in the same order. inputs: on the
-    first rank, a tensor for each micro-batch (int64 or float); None elsewhere. targets: on the last
-    rank, a tensor for each micro-batch; None elsewhere. loss: (output of the last stage, target) →
-    scalar. received: a tensor of the shape and dtype in which this rank receives an activation (its
-    values and strides mean nothing); None on the first rank. group: all ranks if None. At least two
-    ranks take part.
+    in which they are to be done; neighbors do their F passes in one order of micro-batches, and
+    their BW passes in one order. inputs: on the first rank, a tensor for each micro-batch (int64 or
+    float); None elsewhere. targets: on the last rank, a tensor for each micro-batch; None
+    elsewhere. loss: (output of the last stage, target) → scalar. received: a tensor of the shape
+    and dtype in which this rank receives an activation (its values and strides mean nothing); None
+    on the first rank. group: all ranks if None. At least two ranks take part.
 
     Afterwards each parameter's .grad has grown (from None: to it) by its gradient of the mean loss,
     the mean over the micro-batches. Returns that mean on the last rank, a tensor without a graph;
@@ -1925,9 +1931,11 @@ plot.plt.show()
 # ## Long context {#long-context}
 #
 # With a million tokens even one layer's activations of one example are too large. **Context
-# parallelism** cuts the sequence everywhere, for the whole model. Norms, MLPs and the loss don't
-# mind, each token goes through them alone. Attention does: every query needs all keys before it.
-# There are two ways to give it to them.
+# parallelism** cuts the sequence everywhere, for the whole model. Norms and MLPs take each token
+# alone; so does the loss, if targets and positions are made before the cut. Each rank has all
+# weights and some of the tokens, so gradients of weights are summed over the group, as in data
+# parallelism. Attention is another matter: every query needs all keys before it. There are two ways
+# to give it to them.
 #
 # - **All-to-all** (Ulysses): for the time of attention exchange *a part of the sequence, all heads*
 #   for *the whole sequence, a part of the heads*. Attention itself stays as it is.
@@ -1970,6 +1978,7 @@ def exchange(
     ### END SOLUTION
 
 
+# Here is room for your classes of torch.autograd.Function.
 ### BEGIN SOLUTION
 def moved(rows: Tensor, give: list[int], take: list[int], group) -> Tensor:
     received = rows.new_empty(sum(take), *rows.shape[1:])
@@ -2118,8 +2127,9 @@ compare_exchange(
 # ### Ulysses
 #
 # A rank has (batch, heads, own, head_dim): all heads of its tokens. Rank $s$ is to have heads
-# $sh/p$ to $(s+1)h/p-1$ of all tokens. So the part of the heads is *whom it goes to*, and the
-# tokens are the rows; what comes in, in the order of ranks, is in the order of the sequence.
+# $sh/p$ to $(s+1)h/p-1$ of all tokens. So a row is one token with one rank's share of the heads,
+# and that share decides where it goes. Rows arrive in the order of ranks, which is the order of the
+# sequence.
 #
 # A rank sends and receives a $p$-th of $q$, $k$, $v$ and the output: with more ranks and the same
 # sequence the bytes *fall*. An all-gather of $k$ and $v$ would not. The price: at most as many
@@ -2139,9 +2149,10 @@ def ulysses_attention(
     q: (batch, heads, own, head_dim), k and v: (batch, kv_heads, own, head_dim): the queries, keys
     and values of this rank's consecutive part of the sequence; rank 0 has the first. `own` may
     differ from rank to rank. The number of ranks divides heads, ValueError otherwise; kv_heads
-    divides heads, and where the ranks do not divide kv_heads, KV heads are repeated up to `heads`.
+    divides heads. k and v may have fewer heads than q: `attend` handles that. Where the ranks do
+    not divide kv_heads, each KV head is repeated heads/kv_heads times (repeat_interleave) first.
     attend(q, k, v) is called once, with this rank's heads (rank r: the r-th part of them) and
-    the whole sequence; it takes fewer KV heads, too.
+    the whole sequence.
     Returns what it gives for this rank's queries, all heads: (batch, heads, own, head_dim).
     Gradients flow to all ranks' q, k and v.
     """
@@ -2291,20 +2302,22 @@ compare_attention(ulysses_attention, 3, *cases, also=too_few_heads)
 # %% [markdown]
 # ### Ring attention
 #
-# Queries stay. In step $s$ rank $r$ works on the keys and values of rank $r-s$, while it hands them
+# Queries stay. In step $i$ rank $r$ works on the keys and values of rank $r-i$, while it hands them
 # on to rank $r+1$: $p-1$ messages, and never more than two foreign blocks in memory. What a query
-# has seen so far is merged with what it sees next as in lesson 29's tiles: keep a maximum $m$, a
-# sum $\ell$ and an unnormalized output $o$,
+# has seen so far is merged with what it sees next by an online softmax (lesson 29 builds
+# FlashAttention on it): begin with a maximum $m=-\infty$, a sum $\ell=0$ and an unnormalized output
+# $o=0$; for the scores $s_j$ of the keys $j$ of the next block,
 #
 # $$ m' = \max(m, \max_j s_j),\quad \ell' = \ell e^{m-m'} + \sum_j e^{s_j-m'},\quad
 # o' = o\,e^{m-m'} + \sum_j e^{s_j-m'} v_j, $$
 #
 # and divide at the end: $o/\ell$. The result does not depend on the order of the blocks.
 #
-# The causal mask makes most of this unnecessary, and unfair. With consecutive parts
-# (**contiguous**) rank 0 needs its own block only, rank $p-1$ all $p$; since all wait for the
-# slowest, skipping saves nothing. The **zigzag** layout cuts the sequence into $2p$ chunks and
-# gives rank $r$ the chunks $r$ and $2p-1-r$, an early and a late one: all have the same work.
+# The causal mask makes almost half of this work unnecessary, and what is left uneven. With
+# consecutive parts (**contiguous**) rank 0 needs its own block only, rank $p-1$ all $p$; since all
+# wait for the slowest, skipping saves no time. The **zigzag** layout cuts the sequence into $2p$
+# chunks and gives rank $r$ the chunks $r$ and $2p-1-r$, an early and a late one: all have the same
+# work.
 
 
 # %%
@@ -2601,10 +2614,10 @@ plot.plt.show()
 # %% [markdown]
 # ## Experts {#experts}
 #
-# A mixture of experts (lesson 11) has many MLPs, of which a token visits one or two. They are the
-# obvious thing to cut: rank $r$ keeps the $r$-th part of the **experts**, tokens travel to them and
-# back. Two all-to-alls forward, two backward; each moves as many rows as there are tokens times
-# experts visited, whatever the number of experts is.
+# A mixture of experts (lesson 11) has many MLPs, of which a token visits a few (2 of 8 in Mixtral,
+# 8 of 256 in DeepSeek-V3). They are the obvious thing to cut: rank $r$ keeps the $r$-th part of the
+# **experts**, tokens travel to them and back. Two all-to-alls forward, two backward; each moves as
+# many rows as there are tokens times experts visited, whatever the number of experts is.
 #
 # The splits are as uneven as the router's taste. A rank may get nothing; all may want one expert.
 # (Hence capacity limits and balancing losses, lesson 11.) And rows must come back to exactly where
@@ -2619,15 +2632,17 @@ def expert_all_to_all(
     """Sends each token to the rank of its expert.
 
     tokens: (n, width), this rank's; n differs from rank to rank and may be 0. assignment: (n,)
-    int64, the expert of each, from 0 to experts − 1; −1: no expert, the token stays. experts: how
-    many there are on all ranks together; each rank has experts/ranks consecutive ones, rank 0 the
-    first. ValueError if the ranks do not divide them.
+    int64, the expert of each, from 0 to experts − 1; −1: no expert, not sent, its output is zeros
+    (for several experts a token, repeat it first). experts: how many there are on all ranks
+    together; each rank has experts/ranks consecutive ones, rank 0 the first. ValueError if the
+    ranks do not divide them.
     Returns (received, counts, combine):
       received (m, width): the tokens of this rank's experts, from all ranks; sorted by expert, then
         by the rank they come from, then by their place there.
       counts (experts/ranks,) int64: how many each of this rank's experts has.
       combine(outputs): sends rows (m, any width), in the order of received, back to where their
-        tokens came from: (n, that width), zeros for tokens of no expert. May be called often.
+        tokens came from: (n, that width), zeros for tokens of no expert. May be called often, by
+        all ranks equally often, also those without rows.
     Gradients flow through received, and through combine. Uses exchange: no token goes to
     a rank that does not need it.
     """
@@ -2821,10 +2836,10 @@ compare_experts(expert_all_to_all, 3, *cases, also=too_few_experts)
 # between nodes. So tensor parallelism stays inside a node, and the rest goes between them.
 #
 # What follows is a model of costs, with what matters to first order and nothing else. A layer
-# keeps 34 bytes for each number of its input (with FlashAttention; sequence parallelism divides
-# them by `tp`). It leaves aside embeddings, ZeRO, recomputation, and messages that hide behind
-# computation. Real planners have longer formulas and the same structure: enumerate, throw out what
-# does not fit, take the cheapest.
+# keeps 34 bytes for each number of its input (in 16 bits, a GELU MLP of 4 widths, dropout, and
+# FlashAttention; sequence parallelism divides them by `tp`). It leaves aside embeddings, ZeRO,
+# recomputation, and messages that hide behind computation. Real planners have longer formulas and
+# the same structure: enumerate, throw out what does not fit, take the cheapest.
 
 
 # %%
@@ -3118,8 +3133,9 @@ for gpus in (64, 512, 2048):
         print(f"{gpus:4} {memory / 1e9:5.0f} GB   {found[0]:22}   {found[1]}")
 
 # %% [markdown]
-# With more memory the plan for the large model has less tensor parallelism. With more GPUs and the
-# same batch it has more of it: `dp` may grow only until micro-batches are too few to fill a
+# From 40 to 80 GB the large model's `tp` falls from 4 to 2 on 64 and on 512 GPUs; 141 GB saves
+# pipeline stages on 64 and changes nothing on the others. With 2,048 GPUs and the same batch it is
+# 8, at any memory: `dp` may grow only until micro-batches are too few to fill a
 # pipeline. What the model leaves aside shifts the choice: messages that hide behind computation
 # favor `dp`, ZeRO makes it thrifty, and small matrices compute slowly, which speaks against a large
 # `tp`. What stays: tensor parallelism inside a node, pipelines and data parallelism between nodes.
@@ -3230,14 +3246,14 @@ for tokens in (64, 256, 1024):
 
 # %% [markdown]
 # The losses agree: three ways to cut, one computation. Data and tensor parallelism send the same at
-# $12w^2 = 4nw$, that is $n=3w$ tokens, here 192: below it tensor parallelism sends less. But real
-# batches have millions of tokens and $w$ is some thousands. So tensor parallelism sends far more,
-# and what it sends is needed *at once*, while gradients travel behind the backward pass. That is
-# why it stays inside a machine. Sequence parallelism sends what tensor parallelism does, and keeps
-# less; least of all keeps data parallelism, whose ranks see half of the tokens each. (Here the
-# gathered $h$ is kept whole; Megatron keeps a part and gathers once more.)
-# Milliseconds, between processes that share two cores, say little beyond that: small tensors all
-# cost about the same, the latency.
+# $12w^2 = 4nw$, that is $n=3w$ tokens, here 192: below it tensor parallelism sends less. Here $n$
+# is what one group works on in a step: for the large job on 512 GPUs 262,144 tokens, ten times $3w
+# = 24{,}576$. There tensor parallelism sends far more, and what it sends is needed *at once*, while
+# gradients travel behind the backward pass. That is why it stays inside a machine. Sequence
+# parallelism sends what tensor parallelism does, and keeps less; least of all keeps data
+# parallelism, whose ranks see half of the tokens each. (Here the gathered $h$ is kept whole;
+# Megatron keeps a part and gathers once more.) Milliseconds, between processes that share a few
+# cores, say little beyond that: small tensors all cost about the same, the latency.
 
 # %% tags=["experiment", "figure"]
 # Figure: numbers sent for each layer by strategy, against the width
@@ -3475,12 +3491,13 @@ assert answer == "tp", "Which sends most, and can't go on until it has arrived?"
 #   arXiv:2205.05198. Section 4: sequence parallelism, and the 34 bytes that a layer keeps for each
 #   number.
 # - **Huang et al. 2018**, *GPipe: Efficient Training of Giant Neural Networks using Pipeline
-#   Parallelism*, arXiv:1811.06965. Section 2.2: micro-batches, and the bubble.
+#   Parallelism*, arXiv:1811.06965. Section 2: micro-batches, and the bubble.
 # - **Narayanan et al. 2021**, *Efficient Large-Scale Language Model Training on GPU Clusters Using
 #   Megatron-LM*, arXiv:2104.04473. Section 2.2: 1F1B and interleaving; section 3: how dp, tp and pp
 #   are chosen.
 # - **Qi et al. 2024**, *Zero Bubble Pipeline Parallelism*, arXiv:2401.10241. Section 2: ZB-H1 and
-#   its memory; ZB-H2, which takes twice the memory and closes the bubble.
+#   its memory; ZB-H2, which takes almost twice the memory and closes the bubble if F, B and W take
+#   equally long.
 # - **Jacobs et al. 2023**, *DeepSpeed Ulysses: System Optimizations for Enabling Training of
 #   Extreme Long Sequence Transformer Models*, arXiv:2309.14509. Section 3.
 # - **Liu et al. 2023**, *Ring Attention with Blockwise Transformers for Near-Infinite
@@ -3488,7 +3505,7 @@ assert answer == "tp", "Which sends most, and can't go on until it has arrived?"
 # - **Brandon et al. 2023**, *Striped Attention: Faster Ring Attention for Causal Transformers*,
 #   arXiv:2311.09431. The imbalance; it deals out single tokens where zigzag deals chunks.
 # - **Lepikhin et al. 2020**, *GShard: Scaling Giant Models with Conditional Computation and
-#   Automatic Sharding*, arXiv:2006.16668. Section 2.2: experts, capacity, all-to-all.
+#   Automatic Sharding*, arXiv:2006.16668. Sections 2 and 3: experts, capacity, all-to-all.
 #
 # In production: Megatron-LM's `megatron/core/tensor_parallel/` (`mappings.py`, `layers.py`,
 # `cross_entropy.py`), `megatron/core/pipeline_parallel/schedules.py` and
