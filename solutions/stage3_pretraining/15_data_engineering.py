@@ -43,7 +43,7 @@
 #
 # | term | meaning |
 # |---|---|
-# | **document** | one text: a page, a file. Documents are dictionaries from a name to a text |
+# | **document** | one text: a page, a file. A collection of documents is a dictionary from names to texts |
 # | **shingle** | a run of $w$ words in a row; a document is compared as the *set* of its shingles |
 # | **Jaccard similarity** | $J(A,B)=\lvert A\cap B\rvert\,/\,\lvert A\cup B\rvert$, from 0 (nothing in common) to 1 (the same set) |
 # | **signature** | $k$ hash values that stand for a set of any size |
@@ -164,11 +164,10 @@ def draw(low: int, high: int, generator: torch.Generator) -> int:
 # to 10 characters long on average; there are few `#` and few ellipses; most words contain a letter;
 # not every line is a bullet point, few lines end in an ellipsis (teasers do); and at least two of
 # eight ordinary words occur: *the, be, to, of, and, that, have, with*. The last rule alone removes
-# lists, tables, code without comments, and text that is not English.
+# most lists, tables and text that is not English.
 #
-# The limits stand in `LIMITS`, as Gopher has them. They were tuned by looking at what is thrown
-# away, which is what you will do below. Two of the signals count `#` and ellipses *per word*, and
-# an ellipsis is written as three full stops or as one character.
+# The limits stand in `LIMITS`, as Gopher has them. Two of the signals count `#` and ellipses *per
+# word*, and an ellipsis is written as three full stops or as one character.
 
 # %%
 STOP_WORDS = ("the", "be", "to", "of", "and", "that", "have", "with")
@@ -391,8 +390,8 @@ checks.raises(KeyError, keep, {}, because="no signal at all")
 # Pages made by programs repeat themselves: the same line for every product, the same phrase for the
 # search engine. A language model that reads many of them learns to loop. Gopher's second table
 # measures how much of a page is said twice, at three scales: lines and paragraphs, short phrases
-# (how much of the text is its *most common* pair, triple, quadruple of words?) and long ones (how
-# much of the text lies in runs of 5 to 10 words that stood there before?).
+# (how much of the text does *one* repeated pair, triple or quadruple of words cover?) and long ones
+# (how much of the text lies in runs of 5 to 10 words that stood there before?).
 #
 # Papers leave such definitions a little open, and libraries differ. Ours: **the first occurrence
 # of a line, a paragraph or a long phrase is not a repetition, the others are**; and where
@@ -412,8 +411,8 @@ def repetition_signals(text: str) -> dict[str, float]:
     "top_2", "top_3", "top_4": for n = 2, 3, 4: of the characters of all words, words_of(text), the
                        share that lies in occurrences of one n-gram, the n-gram for which this share
                        is largest among those that occur at least twice
-    "repeated_5" … "repeated_10": for n = 5 … 10: of the same characters, the share that lies in an
-                       n-gram which began at an earlier word already
+    "repeated_5" … "repeated_10": for n = 5 … 10: of the same characters, the share that lies in a
+                       second or later occurrence of an n-gram
 
     A word in several overlapping occurrences counts once. 0 where there is nothing to divide by, or
     nothing that occurs twice.
@@ -568,7 +567,8 @@ def shingle_ids(text: str, width: int = 5) -> np.ndarray:
 # %% [markdown]
 # <details><summary>Hint: numbers beyond 2⁶³</summary>
 #
-# NumPy makes floats of a list with numbers that large unless you say `dtype=np.uint64`.
+# NumPy makes floats of a list with numbers below and above 2⁶³, and of an empty one, unless you say
+# `dtype=np.uint64`.
 # </details>
 
 # %% check="shingle_ids" points=1
@@ -611,20 +611,21 @@ checks.close(
 # ### One hash, one coin
 #
 # A crawl holds billions of such sets; they cannot be compared with each other, nor even kept.
-# **MinHash** (Broder 1997) keeps $k$ numbers of each. Let $h$ be a random hash function, one that
-# puts the ids in random order. Look at the smallest hash in $A\cup B$. Every element is equally
-# likely to be the one that has it. If that element is in both sets, then
-# $\min h(A)=\min h(B)$; if it is in one only, the other set's minimum is larger. So
+# **MinHash** (Broder 1997; with $k$ hash functions Broder et al. 1998) keeps $k$ numbers of each.
+# Let $h$ be a random hash function, one that puts the ids in random order. Look at the smallest
+# hash in $A\cup B$. Every element is equally likely to be the one that has it. If that element is
+# in both sets, then $\min h(A)=\min h(B)$; if it is in one only, the other set's minimum is larger.
+# So
 #
 # $$ P\bigl[\min h(A)=\min h(B)\bigr]=\frac{\lvert A\cap B\rvert}{\lvert A\cup B\rvert}=J(A,B). $$
 #
 # Each hash function is a coin that falls on "equal" with probability $J$. With $k$ of them the
 # share of equal minima estimates $J$ without bias and with the standard error
-# $\sqrt{J(1-J)/k}$: 0.04 at most for $k=128$, however large the documents are.
+# $\sqrt{J(1-J)/k}$: at most 0.044 for $k=128$, however large the documents are.
 #
-# **Which hash functions?** $h(x)=ax+b$ with random $a$ and $b$. Textbooks take the remainder
-# modulo the prime $2^{61}-1$, and programs that do so with 64-bit numbers are wrong: $ax$ has up
-# to 122 bits and overflows before the remainder is taken. Overflow itself, though, is a fine
+# **Which hash functions?** $h(x)=ax+b$ with random $a$ and $b$. Libraries often take the remainder
+# modulo the prime $2^{61}-1$. In 64-bit arithmetic $ax$, which has up to 122 bits, overflows first,
+# so that the result is not the textbook's function. Overflow itself, though, is a fine
 # remainder: modulo $2^{64}$. If $a$ is odd, no two ids collide, for an odd number has an inverse
 # there. (The ids must look random already; BLAKE2b sees to that.)
 
@@ -977,7 +978,7 @@ def deduplicate(
     seeds: np.ndarray = SEEDS,
     bands: int = 32,
 ) -> dict[str, str]:
-    """The documents without near-duplicates, in the order in which they were given.
+    """One document of each cluster of near-duplicates, in the order in which they were given.
 
     Two documents are joined if they are candidates by LSH (signatures of their shingle_ids of
     `width` words under `seeds`, in `bands` bands) *and* the Jaccard similarity of their shingles
@@ -1172,7 +1173,7 @@ print(f"{whole} pairs in which one document stands whole inside of the other")
 
 # %% [markdown]
 # Look at the second column. The topic "if" is "else", word for word, and deduplication finds it.
-# But many a topic stands *whole* inside a longer chapter, and Jaccard similarity does not mind: a
+# But many a topic stands *whole* inside a longer chapter, and Jaccard similarity does not notice: a
 # page of 100 shingles inside a book of 10,000 has $J=0.01$. That is a property of the measure, not
 # a mistake of yours. Pipelines that care use **containment**, $\lvert A\cap B\rvert/\lvert
 # A\rvert$, or look for long common substrings with a suffix array (Lee et al. 2021). The models
@@ -1184,7 +1185,8 @@ print(f"{whole} pairs in which one document stands whole inside of the other")
 # Benchmarks lie on the web too. A model that has read the questions with their answers scores
 # better on them and is no better. GPT-3's authors looked for this by **n-gram overlap**: a
 # benchmark item and a training document that share a run of 13 words, in lower case and without
-# punctuation, are taken for related. Thirteen is long enough for two texts not to meet by accident.
+# punctuation, are taken for related. Thirteen words seldom match by accident (licenses and famous
+# quotes do). GPT-3 cut out the match with its surroundings; we drop the whole document.
 #
 # The overlap is used in both directions. Training documents that share a run are removed *before*
 # training; and the items that were found are reported, so that a score can be given with and
@@ -1399,8 +1401,8 @@ class QualityClassifier(nn.Module):
 # <details><summary>Hint: nothing is learned</summary>
 #
 # Rows have norm 1, so that single features are about 0.1, and plain gradient descent needs a rate
-# of 10 or so. The gradient of the cross-entropy in a logit is sigmoid(logit) − label; it may be
-# written down, or left to autograd and an optimizer.
+# of 10 or so. The gradient of the cross-entropy with respect to a logit is sigmoid(logit) − label;
+# it may be written down, or left to autograd and an optimizer.
 # </details>
 
 # %% check="quality_classifier" points=1
@@ -1507,9 +1509,9 @@ assert float(loss) < 0.45, (
 #
 # A model is trained on rows of equal length, and documents have all lengths. Three ways:
 #
-# - **Pad** each document to a row of its own: most of the rows is padding.
+# - **Pad** each document to a row of its own: much of the rows is padding.
 # - **Concatenate and cut**: write all documents one after the other, with a separator, and cut
-#   every `capacity` tokens. No token is wasted, and most documents are cut somewhere. A model that
+#   every `capacity` tokens. No token is wasted, but many documents are cut. A model that
 #   reads the second half of a text without the first learns to make up what it cannot know.
 # - **Pack** whole documents into rows, as suitcases into a car. This is bin packing, which is hard
 #   to solve exactly and easy to solve well: take the documents from the longest to the shortest,
@@ -1622,10 +1624,11 @@ for bad in ([0], [3, -1], [5, 6]):
 # ### A row with several documents
 #
 # In a packed row, causal attention lets a token look at everything before it: the documents that
-# happen to stand there too. A **document mask** forbids it. Positions restart with each document,
-# or else its first token would be number 300, and so would rotary angles be if they were absolute.
-# And the label of a document's last token would be the first token of another: nobody can know that
-# one, so it is ignored (label −100).
+# happen to stand there too. A **document mask** forbids it. Positions restart with each document;
+# otherwise its first token might have position 300. (Rotary attention sees only differences of
+# positions, so that under a mask the restart changes nothing there.) And the label of a document's
+# last token would be the first token of another: nobody can know that one, so it is ignored (label
+# −100). In practice a document ends with an end token, which is then the only one without a label.
 #
 # A row is described by the number of the document that each token belongs to; −1 is padding:
 #
@@ -1885,11 +1888,13 @@ plot.plt.show()
 
 # %% [markdown]
 # **Does the mask matter?** For cost it does: a row of 4,096 tokens with documents of 512 needs an
-# eighth of the attention, if the kernel can skip what is masked. For quality, be skeptical. The
-# mask is right and costs nothing, and Llama 3's authors found that it mattered little in ordinary
-# pretraining and much in training on very long sequences. Our own measurement: how well does the
+# eighth of the attention, if the kernel can skip what is masked. For quality, results
+# differ: Zhao et al. (2024) found a clear gain, Llama 3's authors little in ordinary pretraining
+# and much in training on very long sequences. (A dense mask, as in exercise 12, keeps SDPA from its
+# fast kernels; FlexAttention and FlashAttention's form for rows of several documents skip what is
+# masked.) Our own measurement: how well does the
 # course's `tiny` predict a source file alone (as behind a mask), and how well after another file in
-# the same row? Predict the sign of the difference.
+# the same row? Predict the sign of the difference (loss after a stranger minus loss alone).
 
 # %% tags=["experiment"]
 tiny, _ = models.load("tiny")
@@ -1912,9 +1917,9 @@ print(f"difference {difference.mean():+.3f}, standard error {error:.3f}, {len(te
 # %% [markdown]
 # A stranger in the row does not hurt here: the loss is *lower* after it. Both are files of the same
 # library, and the first tells what kind of text this is, in what style, with which names. That is
-# what a mask takes away. (`tiny` was also trained on rows without masks.) So at this size and
-# length there is no loss of quality to be cured. The mask pays in arithmetic, and where many short
-# documents share a very long row.
+# what a mask takes away. (`tiny` was also trained on rows without masks.) So for this model
+# and these files the stranger does no harm; whether *training* with a mask helps, this does not
+# test. The mask pays in arithmetic, and where many short documents share a very long row.
 
 # %% [markdown]
 # ## Mixing sources {#mixing}
@@ -1925,8 +1930,8 @@ print(f"difference {difference.mean():+.3f}, standard error {error:.3f}, {len(te
 # proportional, $T\to\infty$ is uniform. (It came from multilingual models, whose languages have
 # the same problem.)
 #
-# How much is it worth to read something twice? Muennighoff et al. (2023) fitted it: of $U$ unique
-# tokens read for $E$ epochs, the $R=E-1$ repetitions count as
+# How much is it worth to read something twice? Muennighoff et al. (2023) fitted it: $U$ unique
+# tokens read for $E$ epochs, with $R=E-1$ repetitions, are worth as much as
 #
 # $$ D' = U\Bigl(1+R^*\bigl(1-e^{-R/R^*}\bigr)\Bigr),\qquad R^*\approx 15.4 $$
 #
@@ -2094,9 +2099,9 @@ plot.plt.show()
 # twice and some never, a loss curve cannot be reproduced, and a spike at step 81,230 cannot be
 # looked into.
 #
-# The trick is to have no state. If the order of an epoch is computed from (seed, epoch) alone, a
-# whole loader is three numbers: **seed, epoch, index of the next batch**. No file position, no
-# generator's state, no list of what was seen.
+# The trick is to keep almost no state. If the order of an epoch is computed from (seed, epoch)
+# alone, a whole loader is three numbers: **seed, epoch, index of the next batch**. No file
+# position, no generator's state, no list of what was seen.
 #
 # **Ranks.** Every rank computes the same order and takes its own part of each batch. What is
 # counted in the state is *global* batches, so a run can be resumed on another number of ranks: the
@@ -2154,7 +2159,8 @@ class ResumableLoader:
         ### END SOLUTION
 
     def state_dict(self) -> dict[str, int]:
-        """{"seed", "epoch", "index"}: index is the number of batches of this epoch that were given.
+        """{"seed", "epoch", "index"}: index is the number of batches of this epoch that were given;
+        after an epoch's last batch that is all of them, until the next call.
         The dictionary does not change when the loader goes on, and is the same on every rank."""
         ### BEGIN SOLUTION
         return {"seed": self.seed, "epoch": self.epoch, "index": self.index}
@@ -2327,8 +2333,8 @@ assert [next(loader) for _ in range(9)] == one, "the order depends on more than 
 ### END HIDDEN TESTS
 
 # %% [markdown]
-# The same in real processes. Four ranks read, and after five batches the run is killed; two ranks
-# go on from the state. The ranks gather what each has read, so that nothing is taken on trust.
+# The same in real processes. Four ranks read, and after five batches the run ends; two new ranks go
+# on from its state. The ranks gather what each has read, so that nothing is taken on trust.
 
 
 # %% tags=["experiment"]
@@ -2431,6 +2437,7 @@ kind_of = {name: kind for name, (kind, _) in crawl.items()}
 raw = {name: text for name, (_, text) in crawl.items()}
 
 stages = {"crawl": raw}
+# Without exercise 3, leave the second stage out: stages["repetition"] = stages["rules"].
 stages["rules"] = {name: text for name, text in raw.items() if keep(quality_signals(text))}
 stages["repetition"] = {
     name: text
@@ -2482,10 +2489,10 @@ plot.plt.show()
 
 # %% [markdown]
 # What is the text worth, stage by stage? The judge is a model that learns in one pass: it counts
-# which token follows which three, two, one and no tokens before it, and interpolates (Witten and
+# which token follows each context of 3, 2, 1 and 0 tokens, and interpolates (Witten and
 # Bell's way: the more different followers a context has had, the more is left to shorter contexts).
-# One such model for the documents of each stage, and its bits per byte on the two halves of the
-# exam, which no stage was told apart.
+# We train one such model per stage and measure bits per byte on both halves of the exam. No stage
+# knows to which half an item belongs.
 
 
 # %% tags=["experiment"]
@@ -2572,9 +2579,10 @@ plot.plt.show()
 #
 # *The clean half* gains a little from the rules (0.06 to 0.07 bits per byte), nothing from the
 # repetition filter, and most from deduplication (0.10 to 0.13), from less than two thirds of the
-# text. Then it *loses* 0.15 by decontamination: the forum quoted neighbors of these paragraphs,
-# from the same documents, and neighbors teach. "Clean" is a matter of degree, and so is every
-# number that one reports for a benchmark.
+# text. Part of this belongs to the judge: copies raise its counts, but not the number of different
+# followers. Then it *loses* 0.15 by decontamination: the forum quoted neighbors of these
+# paragraphs, from the same documents, and neighbors teach. "Clean" is a matter of degree, and so is
+# every number that one reports for a benchmark.
 #
 # Why counts, and no small Transformer? We tried: 120 steps of a model with 96 channels on the raw
 # and on the filtered crawl gave 3.02 and 3.03 bits per byte on the clean half, 3.05 and 3.08 on the
@@ -2591,7 +2599,7 @@ def rows_from(documents: dict[str, str], capacity: int) -> tuple[Tensor, Tensor]
     """Tokens and document ids of packed rows, both (rows, capacity)."""
     pieces = []
     for ids in tokenizer.encode_batch(list(documents.values())):
-        ids = [tokenizer.eos, *ids]
+        ids = [tokenizer.eos, *ids, tokenizer.eos]
         pieces += [ids[cut : cut + capacity] for cut in range(0, len(ids), capacity)]
     rows = pack_sequences([len(piece) for piece in pieces], capacity)
     tokens = torch.full((len(rows), capacity), tokenizer.pad)
@@ -2811,6 +2819,8 @@ assert answer == "verify", (
 #   A1 with the limits for repetition.
 # - **Broder 1997**, *On the resemblance and containment of documents*, Proceedings of Compression
 #   and Complexity of Sequences. Shingles, minima, and containment beside resemblance.
+# - **Broder et al. 1998**, *Min-wise Independent Permutations*, STOC. One minimum for each of $k$
+#   functions.
 # - **Lee et al. 2021**, *Deduplicating Training Data Makes Language Models Better*,
 #   [arXiv:2107.06499](https://arxiv.org/abs/2107.06499). Suffix arrays beside MinHash, and how much
 #   of the test sets stood in the training sets.
@@ -2827,6 +2837,9 @@ assert answer == "verify", (
 # - **Grattafiori et al. 2024**, *The Llama 3 Herd of Models*,
 #   [arXiv:2407.21783](https://arxiv.org/abs/2407.21783). Section 3.1 on the data, 3.2 on the
 #   document mask.
+# - **Zhao et al. 2024**, *Analysing The Impact of Sequence Composition on Language Model
+#   Pre-Training*, [arXiv:2402.13991](https://arxiv.org/abs/2402.13991). What documents that share a
+#   row do to training.
 # - **Muennighoff et al. 2023**, *Scaling Data-Constrained Language Models*,
 #   [arXiv:2305.16264](https://arxiv.org/abs/2305.16264). Section 3 and appendix A: the worth of
 #   repeated tokens.

@@ -31,10 +31,12 @@
 #   whole model on a part of the batch, but *stores* only a part of it. (Cutting the computation of
 #   one example apart is lesson 20.)
 # - **What do the ranks tell each other, and when?** A gradient has as many numbers as the model. If
-#   sharing it takes longer than computing it, a second machine is worth nothing.
+#   sharing it takes longer than computing it, a second machine is worth nothing, unless the two
+#   overlap.
 #
-# There is a law that makes all of this testable: **p ranks must do exactly what one process would
-# do with the whole batch.** Nearly every check of this lesson compares with that one process.
+# There is a law that makes all of this testable: **p ranks must do what one process would
+# do with the whole batch, up to rounding.** Nearly every check of this lesson compares with that
+# one process.
 #
 # And there is a new kind of fault. A wrong gradient shows in the loss; a rank that waits for a
 # message that nobody sends shows *nothing*. So the checks here run with a time limit, and tell
@@ -80,7 +82,7 @@ from torch.utils._pytree import tree_leaves
 # | **all-gather** | part $s_r$ | $s_0, s_1, \dots, s_{p-1}$ one after another |
 # | **reduce-scatter** | $x_r$, in $p$ parts | part $r$ of $\sum_i x_i$ |
 #
-# The last three are the whole lesson, and one equation connects them:
+# The last three carry most of the lesson, and one equation connects them:
 # **all-reduce = reduce-scatter, then all-gather.** Data parallel training calls the left side; ZeRO
 # puts the optimizer's step between the two halves on the right.
 #
@@ -275,9 +277,10 @@ def same_on_all(results: list[Tensor], what: str) -> None:
 # The ring cuts the tensor into $p$ chunks, and every rank only ever talks to its neighbors: it
 # sends to rank $r+1$ and receives from rank $r-1$ (modulo $p$).
 #
-# **Reduce-scatter**, $p-1$ steps. In step $s$ rank $r$ sends chunk $r-s$ and adds what it receives
-# to its chunk $r-s-1$. A chunk travels round the ring and picks up one rank's share at each stop;
-# after $p-1$ steps it is complete, and it is complete on rank $r$ for chunk $r+1$.
+# **Reduce-scatter**, $p-1$ steps. In step $s = 0, \dots, p-2$ rank $r$ sends chunk $r-s$ (modulo
+# $p$) and adds what it receives to its chunk $r-s-1$. A chunk travels round the ring and picks up
+# one rank's share at each stop; after $p-1$ steps it is complete, and it is complete on rank $r$
+# for chunk $r+1$.
 #
 # **All-gather**, $p-1$ steps. The complete chunks go round once more, now copied instead of added:
 # in step $s$ rank $r$ sends chunk $r+1-s$ and overwrites its chunk $r-s$.
@@ -286,8 +289,8 @@ def same_on_all(results: list[Tensor], what: str) -> None:
 # + \underbrace{(p-1)\frac np}_{\text{all-gather}} \;=\; 2\,\frac{p-1}{p}\,n \;<\; 2n . $$
 #
 # **The cost per rank hardly depends on the number of ranks.** All links are busy all the time, and
-# no rank is special. It is also the least possible: each rank must send its share of every number
-# once, and somebody must tell it the result.
+# no rank is special. The star sends as much in total, but rank 0 sends half of it. No algorithm
+# makes its busiest rank send less than the ring does (Patarasuk and Yuan prove it).
 #
 # Since chunk $i$ is added up along one path and then copied, all ranks end with the same bits. That
 # matters: models that differ in the last bit drift apart.
@@ -297,8 +300,9 @@ def same_on_all(results: list[Tensor], what: str) -> None:
 def ring_all_reduce(tensor: Tensor, group: dist.ProcessGroup | None = None) -> Tensor:
     """The sum of `tensor` over the ranks of `group`, by messages between neighbors on a ring.
 
-    tensor: any shape, strides and dtype; of one shape on all ranks, which need not be divisible by
-    their number (chunks as `torch.tensor_split` makes them; some may be empty). It stays unchanged.
+    tensor: any shape, strides and dtype; the same shape on all ranks. Its number of elements need
+    not be a multiple of theirs: chunks are those of `torch.tensor_split` of the flat tensor, and
+    some may be empty. It stays unchanged.
     group: the ranks that take part (all ranks of the job if None). Neighbors are neighbors in the
     group: `dist.get_rank(group)`, `dist.get_world_size(group)`.
     Returns a new contiguous tensor of tensor's shape and dtype, on all ranks the same bit for bit.
@@ -690,7 +694,7 @@ plot.plt.show()
 # \nabla L = \sum_r \frac{n_r}{N}\,\nabla L_r, \qquad L_r = \frac1{n_r}\sum_i \ell_{r,i} . $$
 #
 # So one all-reduce of the gradients is enough, and each rank can then take the same optimizer step.
-# But look at the weights. Everybody's data parallel code **averages**: it computes
+# But look at the weights. PyTorch's DDP and FSDP **average** by default: they compute
 # $\tfrac1p\sum_r \nabla L_r$. That equals $\nabla L$ only if all $n_r$ are the same.
 #
 # Texts are padded, prompts are masked, so the $n_r$ differ. With 900 labels here and 100 there, the
@@ -862,7 +866,8 @@ plot.plt.show()
 #
 # One message per parameter would pay the latency hundreds of times; one message for all would have
 # nothing left to overlap with. So parameters are collected in **buckets** of some megabytes
-# (PyTorch: 25), *last parameter first*, since that is about the order in which gradients come.
+# (PyTorch: 25 MiB, the first 1 MiB), *last parameter first*, since that is about the order in which
+# gradients come.
 
 
 # %% exercise="make_buckets" minutes=8 difficulty=1
@@ -975,9 +980,10 @@ class DataParallel(nn.Module):
     Buckets are those of make_buckets([*module.parameters()], bucket_bytes), and each is reduced by
     one dist.all_reduce(…, async_op=True), called during the backward pass, as soon as its gradients
     and all buckets before it are there. What could not be started then, is started in `finish()`,
-    which may call one small collective more for each bucket: never one for each parameter. A mean
-    that happens to be zero is a gradient like any other. Parameters are contiguous, of any
-    floating-point dtype. `ready` and `start` are a proposal; the call and `finish()` are asked for.
+    which may call one small collective more for each bucket: never one for each parameter. (What
+    tells which gradients are there may ride in the bucket, or be that collective.) A mean that
+    happens to be zero is a gradient like any other. Parameters are contiguous, of any
+    floating-point dtype. `ready` and `start` are optional; the call and `finish()` are asked for.
     """
 
     def __init__(self, module: nn.Module, bucket_bytes: int = 25 * 2**20) -> None:
@@ -1380,11 +1386,11 @@ plot.plt.show()
 # | 2 | and gradients | $2+\tfrac{2+12}p$ |
 # | 3 (FSDP) | and weights | $\tfrac{2+2+12}p$ |
 #
-# Stages 1 and 2 cost nothing on the wire. An all-reduce is a reduce-scatter and an all-gather;
-# ZeRO stops after the first half, when rank $r$ has shard $r$ of the mean gradient. It updates
-# shard $r$ of the parameters, with shard $r$ of the moments, and the all-gather then carries
-# *parameters* in place of gradients. Stage 3 gathers weights for the forward and again for the
-# backward pass: $3\tfrac{p-1}p n$ in place of $2\tfrac{p-1}p n$.
+# Stages 1 and 2 cost nothing more on the wire than data parallel. An all-reduce is a reduce-scatter
+# and an all-gather; ZeRO stops after the first half, when rank $r$ has shard $r$ of the mean
+# gradient. It updates shard $r$ of the parameters, with shard $r$ of the moments, and the
+# all-gather then carries *parameters* in place of gradients. Stage 3 gathers weights for the
+# forward and again for the backward pass: $3\tfrac{p-1}p n$ in place of $2\tfrac{p-1}p n$.
 
 
 # %% exercise="zero_memory" minutes=6 difficulty=1
@@ -1696,7 +1702,7 @@ for rank, result in enumerate(results):
     )
     traffic = elements_sent(result["logs"][-1], 4)
     assert traffic <= 2 * 0.75 * 1240 + 50, (
-        f"a step sends {traffic:.0f} elements from each rank; an all-reduce of 1240 sends 1860"
+        f"on a ring a step would send {traffic:.0f} elements from each rank, an all-reduce 1860"
     )
     checks.close(
         result["after"][-1][0],
@@ -1720,13 +1726,13 @@ for rank, result in enumerate(results):
 # ## Whole matrices: Muon among ranks {#muon}
 #
 # Cutting by elements works since Adam looks at one element at a time. **Muon** (lesson 6) does not:
-# it replaces the momentum of a matrix by the nearest orthogonal one, and half a matrix has no
-# orthogonal neighbor of its own. So whole matrices are dealt out: each has one **owner**, which
-# keeps its momentum, orthogonalizes, and broadcasts the result. The models shipped with this course
-# were trained with Muon, on one machine.
+# it replaces the momentum of a matrix by the nearest orthogonal one, and the nearest to half a
+# matrix is not half of the nearest to the whole. So whole matrices are dealt out: each has one
+# **owner**, which keeps its momentum, orthogonalizes, and broadcasts the result. The models shipped
+# with this course were trained with Muon, on one machine.
 #
-# Then the work is only as well balanced as the deal. Finding the best deal is NP-hard; the old rule
-# *largest first, each to the rank that has least so far* has a largest load of at most a third
+# Then the memory is only as well balanced as the deal. Finding the best deal is NP-hard; the old
+# rule *largest first, each to the rank that has least so far* has a largest load of at most a third
 # above the best.
 
 
@@ -1803,7 +1809,7 @@ class ZeroMuon:
 
     matrices: 2-D float32 parameters, the same on all ranks, contiguous. Owners are those of
     assign_owners by the numbers of elements. In step(), with g the mean over ranks of a matrix's
-    .grad (None counts as zeros), its owner computes
+    .grad (None counts as zeros: weights decay all the same), its owner computes
 
         momentum ← μ·momentum + (1 − μ)·g              (zeros at the beginning)
         direction = orthogonalize((1 − μ)·g + μ·momentum)
@@ -1951,11 +1957,14 @@ for rank, (result, own) in enumerate(zip(results, (300 + 144, 300 + 81 + 48), st
 # whole on each rank for its part of the batch, goes into a reduce-scatter at once, and a rank keeps
 # the shard that belongs to its weights.
 #
-# At any time *one* layer is whole, out of all of them.
+# Here *one* layer is whole at a time, out of all of them; with prefetching, two.
 #
 # $$ \text{forward:}\; W=\text{gather}(w_r),\; y = xW^\top + b \qquad
 # \text{backward:}\; W=\text{gather}(w_r),\; \bar x = \bar y W,\;
-# \bar w_r = \tfrac1p\,\text{reduce-scatter}\bigl(\textstyle\sum \bar y^\top x\bigr) $$
+# \bar w_r = \tfrac1p\,\text{reduce-scatter}\bigl([\bar y^\top x,\ \textstyle\sum_i \bar y_i]\bigr)
+# $$
+#
+# with $i$ over rows; $w_r$ is a shard of $W$ and $b$ together.
 #
 # Autograd must not get hold of $W$: `F.linear(x, W)` would keep it until the backward pass, and the
 # memory would be that of an unsharded model. So the layer is an `autograd.Function` of its own,
@@ -2000,8 +2009,8 @@ class FullyShardedLinear(nn.Module):
     p·⌈n/p⌉. The only parameter is `shard`, (⌈n/p⌉,): rank r's part of it.
 
     forward(x), x (…, in_features), gives (…, out_features). The gradient of `shard` is the mean
-    over the ranks of the gradients of their losses, and that of x is that of this rank's loss; both
-    are returned to autograd, which adds them to `.grad`, and what backward is given stays as it is.
+    over the ranks of the gradients of their losses, and that of x is that of this rank's loss.
+    Return both from `backward`; do not write to `.grad`, nor change what backward is given.
     Gathered weights are freed after the forward pass, and gathered once more in the
     backward pass: between the two nothing as large as the weight is alive, and during each no more
     than 3 tensors of the padded vector's size at a time.
@@ -2331,8 +2340,8 @@ class ShardedModule(nn.Module):
     gives one tensor, as the module does. The parameters in the order of module.parameters(), each
     flattened, are one vector of n elements, padded with zeros to p·⌈n/p⌉. The only parameter is
     `shard`, (⌈n/p⌉,), rank r's part. Its gradient is the mean over ranks (zeros for a parameter
-    that is not used); floating-point inputs that require gradients get their own. They are returned
-    to autograd, which adds them to `.grad`, and what backward is given stays as it is.
+    that is not used); floating-point inputs that require gradients get their own. Return
+    them from `backward`; do not write to `.grad`, nor change what backward is given.
 
     Between the passes nothing is kept but the inputs and the output: no gathered weights, no
     activations from inside.
@@ -2623,8 +2632,8 @@ plot.plt.show()
 # PyTorch's own is `fully_shard` (FSDP2). It alters a module in place: parameters become `DTensor`s,
 # shards that know the whole; hooks gather before the module runs and free afterwards. **What you
 # call it on decides what is whole at a time.** Called on the model alone, it makes one group of all
-# parameters, which is gathered at the beginning: no memory is saved while it runs. So it is called
-# on each block first, and last on the model, which gets what is left (embedding, head).
+# parameters, which is gathered at the beginning: all weights are whole while it runs. So it is
+# called on each block first, and last on the model, which gets what is left (embedding, head).
 
 # %%
 from torch.distributed.device_mesh import init_device_mesh
@@ -2811,9 +2820,9 @@ checks.raises(ValueError, deepspeed_config, 0, 1, 1, 1, offload=True)
 # %% [markdown]
 # ## DiLoCo: talk every H steps {#diloco}
 #
-# All of the above tells each other something in every step. Between machines in one hall that is
+# In all methods above, the ranks communicate in every step. Between machines in one hall that is
 # fine; between halls it is not. **DiLoCo** lets every rank train for $H$ steps on its own data with
-# its own optimizer (the **inner** one), and then treats the way it has come as a gradient:
+# its own optimizer (the **inner** one), and then treats the distance traveled as a gradient:
 #
 # $$ \Delta = \tfrac1p\sum_r (\theta_{\text{start}} - \theta_r), \qquad
 # v \leftarrow \mu v + \Delta, \qquad
@@ -2821,8 +2830,8 @@ checks.raises(ValueError, deepspeed_config, 0, 1, 1, 1, offload=True)
 #
 # The **outer** step is SGD with Nesterov momentum; all ranks then go on from the new
 # $\theta_{\text{start}}$. With $\eta = 1$ and $\mu = 0$ it is plain averaging of models. Traffic
-# falls by $H$; inner optimizer state is never sent. It is *not* the law of this lesson any more:
-# $p$ ranks do something else than one process would.
+# falls by a factor of $H$; inner optimizer state is never sent. It is *not* the law of this lesson
+# any more: $p$ ranks do something else than one process would.
 
 
 # %% exercise="diloco" minutes=15 difficulty=2 path="more"
@@ -2830,14 +2839,14 @@ class DiLoCo:
     """The outer optimizer.
 
     parameters: float32, contiguous, the same on all ranks when it is made: that is the first start.
-    step() is called after each inner step and does nothing but in every `every`-th call. Then, for
-    each parameter θ with its start and velocity v (zeros at the beginning):
+    step() is called after each inner step and acts only on every `every`-th call. Then, for each
+    parameter θ with its start and velocity v (zeros at the beginning):
 
         Δ = mean over ranks of (start − θ)
         v ← momentum·v + Δ
         start ← start − lr·(Δ + momentum·v),   θ ← start
 
-    Nothing is communicated in between, and one number for each element in an `every`-th call.
+    An `every`-th call all-reduces each element once; other calls send nothing.
     """
 
     def __init__(
@@ -3064,19 +3073,20 @@ plot.plt.show()
 # What to make of it, over the seeds that were tried: gradients in every step are best or next to
 # it, but at this size and after 100 steps even ranks that never talk are not far behind. DiLoCo
 # with $H = 25$ lies among them for a 25th of the traffic. With $H = 5$ it is *worst*, worse than
-# silence, while averaging just as often is not. So it is not the silence: it is the outer momentum.
-# Successive $\Delta$ of five steps point the same way, and $\mu = 0.9$ adds them up to ten times
-# their length; with $H = 25$ there are four outer steps, too few for that. The paper found its
-# $\eta$ and $\mu$ with $H$ in the hundreds, and they belong to it.
+# silence, while averaging just as often is not. The likely cause is the outer momentum: if
+# successive $\Delta$ point the same way, $\mu = 0.9$ with $\eta = 0.7$ makes the twentieth step
+# $6\Delta$ long, and the fourth, where $H = 25$ ends, $3\Delta$. The paper found its $\eta$ and
+# $\mu$ with $H$ in the hundreds, and they belong to it.
 
 # %% [markdown]
 # ## On the hardware {#hardware}
 #
 # The model of [](#cost) has two numbers. The next cell measures all-reduces of many sizes between
-# processes of this machine and fits them: $t \approx a + n/b$, with $a$ from the smallest time and
+# processes of this machine and fits $t \approx a + n/b$ (on a ring $a = 2(p-1)\alpha$ and $b =
+# p\beta/(2(p-1))$), with $a$ from the smallest time and
 # $b$ from the largest tensor. On a machine of several GPUs it measures the same over NCCL, with one
-# process for each GPU: they can't be forked from a notebook, since a forked process can't use CUDA,
-# so `torchrun` starts them from a file, as it does on a cluster.
+# process for each GPU: they can't be forked from a notebook, since a process forked from one that
+# has used CUDA can't use it, so `torchrun` starts them from a file, as it does on a cluster.
 
 # %%
 SCRIPT = """
@@ -3171,9 +3181,8 @@ def questions() -> dict[str, float | int | str]:
               GPUs of 80 GB (10⁹ bytes). The lowest ZeRO stage whose weights, gradients and state
               fit, leaving activations aside: 0, 1, 2 or 3.
     "tokens": rank 0 has 300 labels with a mean loss of 2.0, rank 1 has 100 with a mean of 4.0.
-              Gradients are averaged over the two ranks, each from its own mean loss. Of which loss
-              is that the gradient minus that of the global token mean: how much larger is the
-              optimized value than the global mean? (loss of the first minus loss of the second)
+              Averaging the gradients of these means minimizes the mean of the two means. How much
+              larger is its value than the global token mean?
     "fsdp":   how many times as many bytes does FSDP (stage 3) send as data parallel training, per
               step, if weights are gathered for the forward and again for the backward pass?
     "hang":   a rank skips a branch of the model in one batch, and the job hangs. Why?
@@ -3297,8 +3306,8 @@ assert answer == "b", "Who calls which collective? A collective ends when all ra
 #   Models*, arXiv:1910.02054. Figure 1 is your `zero_memory`; section 7 counts the communication.
 # - **Zhao et al. 2023**, *PyTorch FSDP: Experiences on Scaling Fully Sharded Data Parallel*,
 #   arXiv:2304.11277. Section 3: flat parameters, what is gathered when, and prefetching.
-# - **Liu et al. 2025**, *Muon is Scalable for LLM Training*, arXiv:2502.16982. Section 2.3: Muon
-#   distributed in ZeRO's manner.
+# - **Liu et al. 2025**, *Muon is Scalable for LLM Training*, arXiv:2502.16982. Section 2.3: another
+#   way to distribute Muon: gather each matrix, keep your shard.
 # - **Douillard et al. 2023**, *DiLoCo: Distributed Low-Communication Training of Language Models*,
 #   arXiv:2311.08105. Algorithm 1; the outer optimizers that were tried.
 #
