@@ -1316,6 +1316,8 @@ for kind in kinds:
                 p -= 1e-3 * gradient
             moved[kind].append(float((model(x) - before).square().mean().sqrt()) / 1e-3)
 
+# %% tags=["experiment", "figure"]
+# Figure: the gradient by layer, and how far one step moves the logits
 fig, axes = plot.plt.subplots(1, 2, figsize=(11, 3.9))
 plot.curves(
     range(1, 33),
@@ -1341,9 +1343,8 @@ plot.caption(
     fig,
     "Untrained stacks of width 32. Left: DeepNorm and pre-norm pass the gradient through "
     "unchanged; in plain post-norm it wanders by a factor of several. Right: the change of the "
-    "logits "
-    "by one step of gradient descent on the matrices of the blocks. With DeepNorm it does not "
-    "depend on the depth.",
+    "logits by one step of gradient descent on the matrices of the blocks. With DeepNorm it does "
+    "not depend on the depth.",
 )
 plot.plt.show()
 for kind in kinds:
@@ -1910,6 +1911,8 @@ for width in widths:
         for what, value in moved_by_training(model, groups, tokens).items():
             sizes[name].setdefault(what, []).append(value)
 
+# %% tags=["experiment", "figure"]
+# Figure: what four updates change, by width, in both parametrizations
 fig, axes = plot.plt.subplots(1, 2, figsize=(10.4, 3.7), sharey=True)
 for ax, (name, lines) in zip(axes, sizes.items(), strict=True):
     plot.curves(
@@ -1995,6 +1998,8 @@ for width in widths:
         train_mlp(width, lr, mup_scale(width, 32), 32) for lr in rates
     ]
 
+# %% tags=["experiment", "figure"]
+# Figure: which learning rate is best, by width, in both parametrizations
 fig, axes = plot.plt.subplots(1, 2, figsize=(10.4, 3.8), sharey=True)
 for ax, (name, lines) in zip(axes, final.items(), strict=True):
     plot.curves(
@@ -2394,6 +2399,8 @@ for _ in range(12):
         curves[name].append(float(token_spread(state[name])))
         ranks[name].append(float(token_rank(state[name])))
 
+# %% tags=["experiment", "figure"]
+# Figure: which stacks make all tokens alike, layer by layer
 fig, axes = plot.plt.subplots(1, 2, figsize=(11, 3.9))
 plot.curves(
     range(13),
@@ -2415,9 +2422,9 @@ plot.caption(
     fig,
     "40 characters of the documentation through random layers of width 64 in float64. Left: "
     "attention alone triples its number of zeros per layer, with or without an MLP (second line: "
-    "computed so that small "
-    "differences keep their digits; the plain computation ends in rounding). With a residual the "
-    "tokens stay apart, although (right) they drift toward a common direction.",
+    "computed so that small differences keep their digits; the plain computation ends in "
+    "rounding). With a residual the tokens stay apart, although (right) they drift toward a common "
+    "direction.",
 )
 plot.plt.show()
 zeros = [
@@ -2483,6 +2490,8 @@ for s in scale.tolist():
             float(token_spread(x).mean())
         )
 
+# %% tags=["experiment", "figure"]
+# Figure: entropy and the spread of the tokens, by the size of the scores
 fig, axes = plot.plt.subplots(1, 2, figsize=(11, 3.8))
 for ax, lines, ylabel, title in (
     (axes[0], entropies, "entropy (nats)", "entropy"),
@@ -2502,9 +2511,8 @@ plot.caption(
     fig,
     "256 characters, untrained attention layers; means over six stacks; the dotted line is "
     "$\\sqrt{2\\log T}$. Small scores: every row is an average, and without a residual the tokens "
-    "collapse. Large scores: "
-    "the entropy is gone, and a stack of four layers keeps its tokens apart. A residual makes the "
-    "left end usable.",
+    "collapse. Large scores: the entropy is gone, and a stack of four layers keeps its tokens "
+    "apart. A residual makes the left end usable.",
 )
 plot.plt.show()
 
@@ -2926,6 +2934,8 @@ runs = {
 }
 
 
+# %% tags=["experiment", "figure"]
+# Figure: what keeps the entropy up, and whether the loss follows
 def smooth(values: list[float], width: int = 9) -> Tensor:
     return torch.tensor(values).unfold(0, width, 1).mean(1)
 

@@ -443,8 +443,8 @@ plot.caption(
     fig,
     "The nearest number to 0.1. The exponent field 123 of FP32, TF32 and BF16 means 2⁻⁴, and so "
     "does the 11 of FP16 and E5M2 with their other bias: the mantissa is the same, 1.1001100…, "
-    "rounded at another place. "
-    "E4M3 has one bit more for it than E5M2. FP4 has nothing between 0 and 0.5.",
+    "rounded at another place. E4M3 has one bit more for it than E5M2. FP4 has nothing between 0 "
+    "and 0.5.",
 )
 plot.plt.show()
 
@@ -511,10 +511,9 @@ inside = int((decode_float(torch.arange(256), *E4M3.layout).abs() <= 1).sum())
 plot.caption(
     fig,
     f"Above: each octave has the same number of steps, so the numbers crowd toward zero ({inside} "
-    f"of E4M3's 256 patterns lie in [−1, 1]); short grey marks are subnormal, evenly spaced down "
-    f"to 0. "
-    "E4M3 is twice as fine as E5M2 wherever both are normal. Below: solid where the precision is "
-    "full, dotted where it fades. FP16 is a short bar beside BF16, at the same cost.",
+    "of E4M3's 256 patterns lie in [−1, 1]); short grey marks are subnormal, evenly spaced down to "
+    "0. E4M3 is twice as fine as E5M2 wherever both are normal. Below: solid where the precision "
+    "is full, dotted where it fades. FP16 is a short bar beside BF16, at the same cost.",
 )
 plot.plt.show()
 
@@ -987,10 +986,9 @@ ax.legend(ncols=4, loc="lower center", bbox_to_anchor=(0.5, 0.0))
 plot.caption(
     fig,
     "Each format is a bathtub. On the floor, a saw of one tooth per octave whose height the "
-    "mantissa decides; on the left the subnormals, an octave of relative precision lost per "
-    "octave down, then zero; on the right the "
-    "wall of overflow (errors are cut off at the top). FP16 is eight times as fine as BF16 from "
-    "6·10⁻⁵ to 65504, and BF16 has no walls in this picture.",
+    "mantissa decides; on the left the subnormals, an octave of relative precision lost per octave "
+    "down, then zero; on the right the wall of overflow (errors are cut off at the top). FP16 is "
+    "eight times as fine as BF16 from 6·10⁻⁵ to 65504, and BF16 has no walls in this picture.",
 )
 plot.plt.show()
 
@@ -1190,6 +1188,9 @@ for i in range(steps):
     nearest = (nearest + 0.001).bfloat16().float()
     random = stochastic_round_bf16(random + 0.001, g).float()
     lines[i, 0], lines[i, 1:9], lines[i, 9] = nearest, random, (i + 1) * 0.001
+
+# %% tags=["experiment", "figure"]
+# Figure: where a sum in BF16 stops, and where stochastic rounding takes it
 fig, axes = plot.plt.subplots(1, 2, figsize=(11, 3.8), width_ratios=[1.5, 1])
 axes[0].plot(lines[:, 1:9], color=plot.COLORS[1], linestyle="-", linewidth=0.7)
 axes[0].plot([], [], color=plot.COLORS[1], linestyle="-", label="stochastic rounding, eight runs")
@@ -1207,10 +1208,10 @@ plot.caption(
     fig,
     f"Rounded to nearest, the sum stops at {float(nearest):g}, from where on half of a step, 2⁻⁹, "
     f"is more than the addend: it has taken {int((lines[:, 0] < nearest).sum())} of ten thousand "
-    f"additions. On the way it is off as well: where a step is "
-    f"of the size of the addend, each addition counts as one step or two. Stochastic rounding "
-    f"ends between {float(random.min()):.2f} and {float(random.max()):.2f}, wrong by chance but "
-    f"not in one direction.",
+    "additions. On the way it is off as well: where a step is of the size of the addend, each "
+    "addition counts as one step or two. Stochastic rounding ends between "
+    f"{float(random.min()):.2f} and {float(random.max()):.2f}, wrong by chance but not in one "
+    "direction.",
 )
 plot.plt.show()
 
@@ -1619,7 +1620,6 @@ def train_digits(kind: str, steps: int = 320, lr: float = 1e-3) -> tuple[list[fl
     return losses, changed
 
 
-fig, axes = plot.plt.subplots(1, 2, figsize=(11, 3.9))
 names = {
     "float32": "float32",
     "naive": "naive BF16",
@@ -1627,6 +1627,10 @@ names = {
     "master": "BF16, master weights",
 }
 results = {name: train_digits(kind) for kind, name in names.items()}
+
+# %% tags=["experiment", "figure"]
+# Figure: four ways to keep the weights: the loss, and what an update moves
+fig, axes = plot.plt.subplots(1, 2, figsize=(11, 3.9))
 ticks = [10 * (i + 1) for i in range(len(results["float32"][0]))]
 plot.curves(
     ticks,
@@ -1651,7 +1655,7 @@ end = "; ".join(f"{name} {losses[-1]:.4f}" for name, (losses, _) in results.item
 plot.caption(
     fig,
     f"Loss at the end: {end}. Right: in the naive run fewer and fewer weights move, first the "
-    f"large ones stop and, as the learning rate falls, all but those near zero. With a master the "
+    "large ones stop and, as the learning rate falls, all but those near zero. With a master the "
     "half-precision copy also changes seldom; the difference is that nothing is forgotten in "
     "between.",
 )
@@ -1702,6 +1706,9 @@ for parameter in small.parameters():
 text = tokenizer.encode("\n".join(list(data.documentation().values())[:12]))
 tokens = torch.tensor(text[: 4 * 257], device=profile.device).view(4, 257)
 counts = octave_counts(small, tokens)
+
+# %% tags=["experiment", "figure"]
+# Figure: where gradients lie in FP16's range, as they are and scaled
 fig, axes = plot.plt.subplots(2, 2, figsize=(11, 5.4), sharex=True, sharey="row")
 lost = {}
 for row, name in enumerate(("activations", "logits")):
@@ -1736,11 +1743,10 @@ for row, name in enumerate(("activations", "logits")):
     axes[row, 0].set_ylabel(f"% of the gradients\nof {name}")
 plot.caption(
     fig,
-    f"The course's small model, 1,024 tokens. Dark: FP16 gives 0 or infinity; light: subnormal, "
+    "The course's small model, 1,024 tokens. Dark: FP16 gives 0 or infinity; light: subnormal, "
     f"less precise. As they are, {lost['logits', 0]:.0f} % of the logits' gradients become zero, "
-    f"and the activations' gradients are mostly subnormal, while the upper half of FP16's range "
-    f"is empty. "
-    "Multiplying the loss moves the whole picture to the right, without changing its shape.",
+    "and the activations' gradients are mostly subnormal, while the upper half of FP16's range is "
+    "empty. Multiplying the loss moves the whole picture to the right, without changing its shape.",
 )
 plot.plt.show()
 
@@ -2070,6 +2076,9 @@ runs = {
     "FP16, no scaling": train_fp16(None),
     "FP16, your scaler": train_fp16(DynamicLossScaler(init_scale=2.0**32, growth_interval=25)),
 }
+
+# %% tags=["experiment", "figure"]
+# Figure: training in FP16 with and without scaling, and where the scale goes
 fig, axes = plot.plt.subplots(1, 3, figsize=(12.5, 3.7))
 steps = range(len(runs["float32"]["loss"]))
 plot.curves(
@@ -2108,10 +2117,9 @@ end = "; ".join(f"{name} {log['loss'][-1]:.1e}" for name, log in runs.items())
 plot.caption(
     fig,
     f"Loss at the end: {end}. {len(scaled['skipped'])} of {len(scaled['scale'])} updates were "
-    f"skipped. Without scaling the gradients become exactly zero, the hard examples' among the "
-    f"last, and then training stands still. "
-    "The scale falls from its start until nothing overflows; then the gradients shrink, and it "
-    "climbs after them.",
+    "skipped. Without scaling the gradients become exactly zero, the hard examples' among the "
+    "last, and then training stands still. The scale falls from its start until nothing overflows; "
+    "then the gradients shrink, and it climbs after them.",
 )
 plot.plt.show()
 
@@ -2617,6 +2625,8 @@ for i, block in enumerate(small.layers):
         real.setdefault(name, []).append(relative(value, captured[i] @ weight))
 largest = max(float(t.abs().max() / t.abs().median()) for t in captured.values())
 
+# %% tags=["experiment", "figure"]
+# Figure: the error of six products: one outlier, and a model's activations
 fig, axes = plot.plt.subplots(1, 2, figsize=(11.5, 4.2))
 plot.curves(
     sizes,
@@ -2643,14 +2653,13 @@ axes[0].get_legend().remove()
 axes[1].legend(fontsize=7.5, loc="upper center", ncols=2)
 plot.caption(
     fig,
-    f"Relative error against float32. Left: whole numbers suffer from an outlier of 10; with an "
-    f"exponent in every number a single scale does as well as fine ones until the bulk of the "
-    f"numbers becomes subnormal, beyond 10,000, and then the error grows up to 100 %. Right: the "
-    f"largest activation is up to "
-    f"{largest:,.0f} times the median, and a scale per tensor is not yet a catastrophe in this "
-    f"small model. The floor of 2–4 % is what 3 bits of mantissa cost under any scale; that of "
-    f"MXFP8 is higher because its scales are powers of two, and cut off what lies between 448 and "
-    f"512 of them.",
+    "Relative error against float32. Left: whole numbers suffer from an outlier of 10; with an "
+    "exponent in every number a single scale does as well as fine ones until the bulk of the "
+    "numbers becomes subnormal, beyond 10,000, and then the error grows up to 100 %. Right: the "
+    f"largest activation is up to {largest:,.0f} times the median, and a scale per tensor is not "
+    "yet a catastrophe in this small model. The floor of 2–4 % is what 3 bits of mantissa cost "
+    "under any scale; that of MXFP8 is higher because its scales are powers of two, and cut off "
+    "what lies between 448 and 512 of them.",
 )
 plot.plt.show()
 
@@ -3009,6 +3018,9 @@ bars = {
     "mixed,\ncheckpointed": training_memory(xl, 8, 1024, checkpointing=True),
     "mixed, check-\npointed, 1 × 8": training_memory(xl, 1, 1024, checkpointing=True),
 }
+
+# %% tags=["experiment", "figure"]
+# Figure: where the memory of a training run goes, and what length does to it
 fig, axes = plot.plt.subplots(1, 2, figsize=(11.5, 4.2), width_ratios=[1.5, 1])
 below = [0.0] * len(bars)
 hatches = ("", "//", "..", "", "xx")
