@@ -894,7 +894,7 @@ assert steps.count < 60_000, (
 # Before you run the next cell, predict: 128 hashes, once as 32 bands of 4 rows, once as 16 of 8 and
 # once as 8 of 16. Where does each curve rise, and does the measurement follow the formula although
 # the hash functions are as simple as $ax+b$? The documents are sets of random ids with a known
-# Jaccard similarity, and every pair goes through your two functions.
+# Jaccard similarity, and every pair goes through your two functions (the curves are exercise 6).
 
 
 # %% tags=["experiment"]
