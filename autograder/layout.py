@@ -1,6 +1,7 @@
 """The project's folders, and a way to write a file whole."""
 
 import os
+import secrets
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -58,15 +59,19 @@ class Layout:
         return [entry for entry in catalog.LESSONS if self.find_source(entry).is_file()]
 
 
-def write(path: Path, text: str | bytes) -> None:
-    """Write a file whole or not at all, also where the disk is full or the power fails; text with `\\n` line ends."""
+def write(path: Path, data: str | bytes, durable: bool = True) -> None:
+    """Write a file whole or not at all, also where the disk is full; text with `\\n` line ends.
+
+    durable: the power may fail, too. What can be made again need not wait for the disk.
+    """
     path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}")
+    temporary = path.with_name(f".tmp-{secrets.token_hex(8)}")  # short: `path`'s own name may be as long as names get
     try:
-        with open(temporary, "wb") as file:
-            file.write(text.encode() if isinstance(text, str) else text)
-            file.flush()
-            os.fsync(file.fileno())
+        with open(temporary, "xb") as file:
+            file.write(data.encode() if isinstance(data, str) else data)
+            if durable:
+                file.flush()
+                os.fsync(file.fileno())
         temporary.replace(path)
     finally:
         temporary.unlink(missing_ok=True)

@@ -19,7 +19,8 @@ def pytest_terminal_summary(terminalreporter, config: pytest.Config) -> None:
             terminalreporter.write_line(line)
     seconds = Counter()
     for report in reports:
-        seconds[report.nodeid.split("::")[0].rpartition("/")[0]] += report.duration
+        if isinstance(report, pytest.TestReport):  # a file that could not be collected has no duration
+            seconds[report.nodeid.split("::")[0].rpartition("/")[0]] += report.duration
     if seconds.total() > LONG:
         terminalreporter.section("seconds by folder, of all workers together")
         for folder, spent in seconds.most_common():

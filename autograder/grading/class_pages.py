@@ -9,11 +9,12 @@ from datetime import UTC, datetime
 from functools import cached_property
 from pathlib import Path
 
-from autograder.grading.files import write_file
 from autograder.grading.masters import MasterLesson
-from autograder.grading.pages import UNSAFE, load_page_templates
+from autograder.grading.pages import UNSAFE
 from autograder.grading.similarity import SimilarPair
 from autograder.grading.task import WAITING, Check, Result
+from autograder.layout import write
+from autograder.templating import read_template, render
 
 MESSAGES = 5  # of an exercise, the commonest
 TO_DECIDE = 50  # notebooks listed on the first page because a person must look at them
@@ -180,31 +181,24 @@ def write_class_pages(
     `notes` are files that were left out; `pairs` are answers that resemble each other, None where nobody looked.
     """
     the_class = Class(results, lessons)
+    script = read_template("class_report.js").strip()
     about = {
         "the_class": the_class,
         "unsafe": UNSAFE if unsafe else "",
         "created": datetime.now(UTC).strftime("%Y-%m-%d %H:%M UTC"),
-        "script": _read_script(),
-        "script_hash": base64.b64encode(hashlib.sha256(_read_script().encode()).digest()).decode(),
+        "script": script,
+        "script_hash": base64.b64encode(hashlib.sha256(script.encode()).digest()).decode(),
     }
     front = {"notes": notes, "seconds": seconds, "pairs": pairs, "limit": TO_DECIDE, "top": ""}
-    pages = {out / "report.html": _render("class_report.html.j2", **about, **front)}
+    pages = {out / "report.html": render("class_report.html.j2", **about, **front)}
     for lesson in the_class.lessons:
         place = out / "report" / "lessons" / f"{lesson.name}.html"
-        pages[place] = _render("class_lesson.html.j2", **about, lesson=lesson, top="../../")
+        pages[place] = render("class_lesson.html.j2", **about, lesson=lesson, top="../../")
     for row in the_class.rows:
         place = out / "report" / "students" / f"{row.student}.html"
-        pages[place] = _render("class_student.html.j2", **about, row=row, top="../../")
+        pages[place] = render("class_student.html.j2", **about, row=row, top="../../")
     for place, text in pages.items():
-        write_file(place, text)
+        write(place, text, durable=False)
     for place in (out / "report").glob("*/*.html"):
         if place not in pages:
             place.unlink()
-
-
-def _read_script() -> str:
-    return load_page_templates().loader.get_source(load_page_templates(), "class_report.js")[0].strip()
-
-
-def _render(template: str, **values) -> str:
-    return load_page_templates().get_template(template).render(**values)

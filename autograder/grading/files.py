@@ -3,7 +3,6 @@
 import errno
 import io
 import os
-import tempfile
 import unicodedata
 from collections import Counter
 from collections.abc import Callable
@@ -195,20 +194,6 @@ def _read_member_stamp(member: archives.Member) -> str | None:
         return None if member.problem else member.read()[:PEEKED].decode("utf-8", "replace")
     except BadArchive:
         return None
-
-
-def write_file(path: Path, data: bytes | str) -> None:
-    """Writes a file whole or not at all: a reader never sees half of it."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.NamedTemporaryFile(dir=path.parent, prefix=".tmp-", delete=False) as file:
-        try:
-            file.write(data.encode() if isinstance(data, str) else data)
-            file.close()
-            os.chmod(file.name, 0o644)
-            os.replace(file.name, path)
-        except BaseException:
-            os.unlink(file.name)
-            raise
 
 
 def is_out_of_room(error: BaseException | None) -> bool:

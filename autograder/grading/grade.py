@@ -31,7 +31,7 @@ from autograder.grading import exports, pages, similarity, submissions
 from autograder.grading.archives import BadArchive
 from autograder.grading.class_pages import write_class_pages
 from autograder.grading.engine import Engine, NoScheduler, run_tasks
-from autograder.grading.files import Delivery, decode_name, is_out_of_room, write_file
+from autograder.grading.files import Delivery, decode_name, is_out_of_room
 from autograder.grading.fingerprint import digest_answers, make_fingerprint
 from autograder.grading.gradebook import COURSE, Gradebook, ManualEntries, NoDatabase, make_address
 from autograder.grading.late import BadConfig, HandIn, read_penalty, waive_penalty
@@ -41,7 +41,7 @@ from autograder.grading.submissions import Submission
 from autograder.grading.task import Check, Result, Task, is_graded_by_hand, parse
 from autograder.kernels.manager import Kernels
 from autograder.kernels.sandbox import find_sandbox_trouble
-from autograder.layout import ROOT
+from autograder.layout import ROOT, write
 from autograder.pool import count_cores
 
 OK, USAGE, FAULT = 0, 2, 3
@@ -249,12 +249,12 @@ class Writer:
             autograded.unlink(missing_ok=True)
             page.unlink(missing_ok=True)
         else:
-            write_file(autograded, result.notebook)
+            write(autograded, result.notebook, durable=False)
             self._write_page(result, page, entered)
 
     def _write_page(self, result: Result, page: Path, entered: ManualEntries) -> None:
         text = pages.make_feedback(result, self._find_title(result), self._collect_flags(result), self.unsafe, entered)
-        write_file(page, text)
+        write(page, text, durable=False)
 
 
 def digest_work(notebook: NotebookNode | None) -> str:
@@ -327,9 +327,9 @@ def grade_folder(
                 count(result)
     results = sorted(writer.results, key=lambda r: (r.student, r.stage, r.lesson))
     for name, make_table in exports.TABLES.items():
-        write_file(out / name, make_table(results))
-    write_file(out / "intake.csv", exports.make_intake(found.files))
-    write_file(out / "nbgrader_config.py", _make_config(submitted, out, source, db))
+        write(out / name, make_table(results), durable=False)
+    write(out / "intake.csv", exports.make_intake(found.files), durable=False)
+    write(out / "nbgrader_config.py", _make_config(submitted, out, source, db), durable=False)
     pairs = list(_compare_answers(out, lessons, results, show)) if compare else None
     notes = exports.list_left_out(found.files)
     write_class_pages(out, results, lessons, notes, time.monotonic() - began, unsafe, pairs)

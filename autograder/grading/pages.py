@@ -6,12 +6,11 @@ import hashlib
 import json
 import unicodedata
 from collections import defaultdict
-from dataclasses import asdict
+from dataclasses import asdict, dataclass
 from functools import cache
 from pathlib import Path
 
 import nbformat
-from jinja2 import Environment, PackageLoader
 from pygments.formatters import HtmlFormatter
 
 from autograder.execute import ANSI
@@ -19,6 +18,7 @@ from autograder.grading.clerk import color_safely
 from autograder.grading.gradebook import ManualEntries
 from autograder.grading.rebuild import read_name, read_role
 from autograder.grading.task import Check, Result
+from autograder.templating import read_template, render
 
 UNSAFE = "Graded without a sandbox (--unsafe): the code ran with all the rights of whoever graded it."
 OUTPUT_CHARS = 20_000  # of one output on the learner's page
@@ -63,16 +63,6 @@ def _count_columns(text: str) -> int:
 # --- pages ----------------------------------------------------------------------------------------------------
 
 
-@cache
-def load_page_templates() -> Environment:
-    environment = Environment(
-        loader=PackageLoader("autograder", "templates"), autoescape=True, trim_blocks=True, lstrip_blocks=True
-    )
-    environment.filters.update(number=lambda value: f"{value:g}")
-    environment.globals.update(status=STATUS)
-    return environment
-
-
 def digest_shown(result: Result, title: str, flags: list[str], unsafe: bool, entered: ManualEntries) -> str:
     """All that a learner's page shows beside the notebook, as a hash that stands in the page."""
     checks = [asdict(check) for check in result.checks]
@@ -88,9 +78,8 @@ def shows(page: Path, shown: str) -> bool:
 
 @cache
 def _digest_templates() -> str:
-    loader = load_page_templates().loader
-    sources = [loader.get_source(load_page_templates(), name)[0] for name in ("feedback.html.j2", "class_style.css.j2")]
-    return hashlib.sha256("".join(sources).encode()).hexdigest()
+    sources = read_template("feedback.html.j2") + read_template("class_style.css.j2")
+    return hashlib.sha256(sources.encode()).hexdigest()
 
 
 def make_feedback(result: Result, title: str, flags: list[str], unsafe: bool, entered: ManualEntries) -> str:
@@ -111,38 +100,45 @@ def make_feedback(result: Result, title: str, flags: list[str], unsafe: bool, en
     groups: dict[str, list[Check]] = defaultdict(list)
     for check in result.checks:
         groups[check.exercise].append(check)
-    return (
-        load_page_templates()
-        .get_template("feedback.html.j2")
-        .render(
-            result=result,
-            title=title,
-            flags=flags,
-            shown=digest_shown(result, title, flags, unsafe, entered),
-            unsafe=UNSAFE if unsafe else "",
-            groups=groups,
-            cells=cells,
-            entered=entered,
-            style=HtmlFormatter(style="default").get_style_defs("pre"),
-        )
+    return render(
+        "feedback.html.j2",
+        result=result,
+        title=title,
+        flags=flags,
+        shown=digest_shown(result, title, flags, unsafe, entered),
+        unsafe=UNSAFE if unsafe else "",
+        groups=groups,
+        cells=cells,
+        entered=entered,
+        status=STATUS,
+        style=HtmlFormatter(style="default").get_style_defs("pre"),
     )
 
 
-def _describe_output(output: dict) -> dict:
-    """An output as text, or as a picture; HTML that a learner's code made is not put into a page."""
+@dataclass
+class Shown:
+    """An output on a page: text, or a picture in base64."""
+
+    text: str = ""
+    picture: str = ""
+    error: bool = False
+
+
+def _describe_output(output: dict) -> Shown:
+    """HTML that a learner's code made is not put into a page."""
     if output["output_type"] == "stream":
-        return {"text": _cut(output["text"])}
+        return Shown(_cut(output["text"]))
     if output["output_type"] == "error":
         trace = [line for line in output.get("traceback", []) if isinstance(line, str)]
-        return {"text": _cut("\n".join(trace) or f"{output.get('ename')}: {output.get('evalue')}"), "error": True}
+        return Shown(_cut("\n".join(trace) or f"{output.get('ename')}: {output.get('evalue')}"), error=True)
     data = output.get("data", {})
     picture = data.get("image/png")
     if isinstance(picture, str):
         try:
-            return {"picture": base64.b64encode(base64.b64decode(picture)).decode()}
+            return Shown(picture=base64.b64encode(base64.b64decode(picture)).decode())
         except (binascii.Error, ValueError):
-            return {"text": "[a picture that cannot be read]"}
-    return {"text": _cut(str(data.get("text/plain", "")))}
+            return Shown("[a picture that cannot be read]")
+    return Shown(_cut(str(data.get("text/plain", ""))))
 
 
 def _cut(text: str) -> str:

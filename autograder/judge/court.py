@@ -33,6 +33,7 @@ OWN_FILES = f"{os.sep}autograder{os.sep}"
 MEASURED = (  # of llm40.checks
     "allocations",
     "calls",
+    "communication",
     "compiled",
     "flops",
     "forbidden",

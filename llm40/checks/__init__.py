@@ -16,6 +16,7 @@ marks a lesson's own.
 | What did the call do to what it was given? | `unchanged`, `kept`, `keeps_dtype`, `uses_generator` |
 | How much work was it? | `allocations`, `calls`, `forbidden`, `launches`, `saved`, `flops`, `moved`, `traffic` |
 | Does a kernel keep to its buffers, and would a GPU run it? | `buffers`, `guarded`, `guarded_allocations`, `compiled` |
+| What do processes send, and hold? | `on_ranks`, `communication`, `held_elements` |
 | Does a server of theirs answer? | `reachable` |
 | Random inputs | `seed`, `generator`, `randn` |
 """
@@ -24,6 +25,7 @@ from llm40.checks.behavior import gradients, keeps_dtype, kept, raises, unchange
 from llm40.checks.buffers import Buffers, Guarded, buffers, guarded, guarded_allocations
 from llm40.checks.compiler import compiled
 from llm40.checks.inputs import generator, randn, seed
+from llm40.checks.ranks import PATIENCE, communication, held_elements, on_ranks
 from llm40.checks.server import reachable
 from llm40.checks.values import HALF, RTOL, close, drawn, kind, number, parts, relative_l2
 from llm40.checks.work import (
@@ -47,6 +49,7 @@ from llm40.checks.work import (
 
 __all__ = [
     "HALF",
+    "PATIENCE",
     "RTOL",
     "Allocations",
     "Buffers",
@@ -61,6 +64,7 @@ __all__ = [
     "buffers",
     "calls",
     "close",
+    "communication",
     "compiled",
     "drawn",
     "flops",
@@ -69,6 +73,7 @@ __all__ = [
     "gradients",
     "guarded",
     "guarded_allocations",
+    "held_elements",
     "keeps_dtype",
     "kept",
     "kind",
@@ -76,6 +81,7 @@ __all__ = [
     "measured",
     "moved",
     "number",
+    "on_ranks",
     "parts",
     "raises",
     "randn",

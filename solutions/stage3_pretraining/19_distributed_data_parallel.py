@@ -49,11 +49,9 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from collections.abc import Callable, Iterable, Sequence
 from itertools import pairwise
 from pathlib import Path
-from types import FunctionType, MethodType, ModuleType
 from unittest import mock
 
 import torch
@@ -145,109 +143,18 @@ def own_part(flat: Tensor) -> Tensor:
 
 
 # %% [markdown]
-# And an instrument: it writes down what a rank asks of its process groups, for the figures and the
+# `with checks.communication() as log:` writes down what a rank asks of its process groups, as pairs
+# of a kind ("message", "all-reduce", …) and the elements of the whole tensor, for figures and
 # checks.
-
-# %%
-# Methods of a process group, beneath the functions of torch.distributed.
-OPERATIONS = (
-    "send",
-    "allreduce",
-    "allreduce_coalesced",
-    "reduce_scatter",
-    "reduce_scatter_single",
-    "reduce_scatter_tensor_coalesced",
-    "_reduce_scatter_base",
-    "allgather",
-    "all_gather_single",
-    "allgather_into_tensor_coalesced",
-    "_allgather_base",
-    "broadcast",
-    "reduce",
-    "gather",
-    "scatter",
-    "alltoall",
-    "alltoall_base",
-    "all_to_all_single",
-)
-
-
-@checks.measured
-@contextmanager
-def communication() -> Iterator[list]:
-    """Inside the block: (operation, elements of the whole tensor) of all that this rank asks of its
-    process groups, in order. Operations that only receive are left out.
-    """
-    log: list[tuple[str, int]] = []
-
-    def noting(name: str) -> Callable:
-        act = getattr(dist.ProcessGroup, name)
-
-        def note(group, *args, **kwargs):
-            sizes = [sum(t.numel() for t in tree_leaves(a) if isinstance(t, Tensor)) for a in args]
-            log.append((name, max(sizes)))
-            return act(group, *args, **kwargs)
-
-        return note
-
-    with ExitStack() as patches:
-        for name in OPERATIONS:
-            if hasattr(dist.ProcessGroup, name):
-                patch = mock.patch.object(dist.ProcessGroup, name, noting(name))
-                patches.enter_context(patch)
-        yield log
 
 
 # %% tags=["support"]
-# Support: what a rank has sent, what it holds, and how long a check waits
-PATIENCE = 15.0  # seconds until a launch that hangs is ended
-
-
-def on_ranks(ranks: int, act: Callable, cases: Iterable) -> list[list]:
-    """What act(rank, case) gives, all cases one after another in one launch: [case][rank]."""
-    results = launch(lambda rank: [act(rank, case) for case in cases], ranks, timeout=PATIENCE)
-    return [list(of_case) for of_case in zip(*results, strict=True)]
-
-
+# Support: what a rank has sent, groups, and vectors to compare
 def elements_sent(log: list[tuple[str, int]], ranks: int) -> float:
     """What the operations of a log cost one rank on a ring, in elements."""
     share = (ranks - 1) / ranks
-    total = 0.0
-    for name, elements in log:
-        if "reduce_scatter" in name or "gather" in name:
-            total += share * elements
-        elif name.startswith("allreduce"):
-            total += 2 * share * elements
-        else:
-            total += elements
-    return total
-
-
-def held_elements(thing: object, besides: Iterable[Tensor] = ()) -> int:
-    """Elements in all tensors that an object leads to, each storage once, but for `besides`."""
-    seen = {t.untyped_storage().data_ptr() for t in besides}
-    count, visited, todo = 0, set(), [thing]
-    while todo:
-        value = todo.pop()
-        if id(value) in visited:
-            continue
-        visited.add(id(value))
-        if isinstance(value, Tensor):
-            if value.is_meta:
-                continue
-            place = value.untyped_storage()
-            if place.data_ptr() not in seen:
-                seen.add(place.data_ptr())
-                count += place.nbytes() // value.element_size()
-        elif isinstance(value, dict):
-            todo += [*value.values()]
-        elif isinstance(value, list | tuple | set):
-            todo += [*value]
-        elif hasattr(value, "__dict__") and not isinstance(
-            value, type | ModuleType | FunctionType | MethodType
-        ):
-            todo += [*vars(value).values()]
-    return count
+    costs = {"reduce-scatter": share, "all-gather": share, "gather": share, "all-reduce": 2 * share}
+    return sum(costs.get(kind, 1.0) * elements for kind, elements in log)
 
 
 @checks.measured
@@ -352,7 +259,7 @@ def ring_all_reduce(tensor: Tensor, group: dist.ProcessGroup | None = None) -> T
 
 # %% check="ring_all_reduce" points=2
 inputs = torch.tensor([[1.0, 2.0, 3.0, 4.0], [10.0, 20.0, 30.0, 40.0]])
-results = launch(lambda rank: ring_all_reduce(inputs[rank]), 2, timeout=PATIENCE)
+results = launch(lambda rank: ring_all_reduce(inputs[rank]), 2, timeout=checks.PATIENCE)
 for rank, result in enumerate(results):
     checks.close(
         result,
@@ -379,7 +286,7 @@ def reduce_one(rank: int, case: Tensor) -> Tensor:
         return ring_all_reduce(case[rank])
 
 
-for case, results in zip(cases, on_ranks(3, reduce_one, cases), strict=True):
+for case, results in zip(cases, checks.on_ranks(3, reduce_one, cases), strict=True):
     for rank, result in enumerate(results):
         checks.kind(result, Tensor, what=f"ring_all_reduce on rank {rank} of 3")
         checks.close(
@@ -398,14 +305,16 @@ numbers = torch.arange(12.0)
 
 
 def count_messages(rank: int, tensor: Tensor) -> tuple[list, Tensor]:
-    with communication() as log:
+    with checks.communication() as log:
         result = ring_all_reduce(tensor[rank])
     return list(log), result
 
 
-for rank, (log, result) in enumerate(on_ranks(3, count_messages, [numbers.expand(3, 12)])[0]):
+for rank, (log, result) in enumerate(
+    checks.on_ranks(3, count_messages, [numbers.expand(3, 12)])[0]
+):
     checks.close(result, 3 * numbers, what=f"the sum on rank {rank} of 3")
-    others = [name for name, _ in log if name != "send"]
+    others = [name for name, _ in log if name != "message"]
     assert not others, (
         f"rank {rank} calls {others[0]}: only messages between two ranks are asked for"
     )
@@ -421,12 +330,14 @@ for rank, (log, result) in enumerate(on_ranks(3, count_messages, [numbers.expand
 ### BEGIN HIDDEN TESTS
 g = checks.generator(2)
 tensors = [torch.randn(ranks, size, generator=g) for ranks, size in ((4, 100), (4, 11), (1, 5))]
-counted = on_ranks(4, count_messages, tensors[:2]) + on_ranks(1, count_messages, tensors[2:])
+counted = checks.on_ranks(4, count_messages, tensors[:2]) + checks.on_ranks(
+    1, count_messages, tensors[2:]
+)
 for tensor, logs in zip(tensors, counted, strict=True):
     ranks, size = tensor.shape
     for rank, (log, result) in enumerate(logs):
         checks.close(result, tensor.double().sum(0).float(), what=f"the sum on rank {rank}")
-        assert all(name == "send" for name, _ in log), (
+        assert all(name == "message" for name, _ in log), (
             "only messages between two ranks are asked for"
         )
         sizes = [size for _, size in log]
@@ -453,7 +364,7 @@ def reduce_in_pairs(rank: int) -> Tensor:
     return ring_all_reduce(pairs[rank : rank + 1], group_of((0, 2), (1, 3)))
 
 
-for rank, result in enumerate(launch(reduce_in_pairs, 4, timeout=PATIENCE)):
+for rank, result in enumerate(launch(reduce_in_pairs, 4, timeout=checks.PATIENCE)):
     checks.close(
         result,
         torch.tensor([101.0 if rank % 2 == 0 else 1010.0]),
@@ -476,7 +387,7 @@ def reduce_in_groups(rank: int) -> Tensor:
     return result
 
 
-results = launch(reduce_in_groups, 3, timeout=PATIENCE)
+results = launch(reduce_in_groups, 3, timeout=checks.PATIENCE)
 for members in groups:
     for rank in members:
         checks.close(
@@ -513,7 +424,7 @@ def sent(rank: int) -> list[int]:
     """The numbers that this rank sends, with each algorithm."""
     sums = []
     for reduce in ALGORITHMS.values():
-        with communication() as log:
+        with checks.communication() as log:
             reduce(torch.ones(1200))
         sums.append(sum(size for _, size in log))
     return sums
@@ -749,7 +660,7 @@ def loss_here(rank: int) -> float:
     return global_mean_loss(logits, targets[rank]).item()
 
 
-first, second = launch(loss_here, 2, timeout=PATIENCE)
+first, second = launch(loss_here, 2, timeout=checks.PATIENCE)
 easy = math.log(1 + math.exp(-3.0))
 checks.close(
     (first + second) / 2,
@@ -781,10 +692,10 @@ for ignored, dtype in ((-100, torch.float64), (2, torch.float32)):
         targets[r][:, r::2] = ignored  # rank 0 loses all that it has
     cases.append((logits, targets, ignored))
 cases.append(([torch.randn(3, 4, generator=g)] * 3, [torch.full((3,), -100)] * 3, -100))
-*labeled, nobody = on_ranks(3, loss_and_gradient, cases)
+*labeled, nobody = checks.on_ranks(3, loss_and_gradient, cases)
 alone = ([torch.randn(2, 2, 3, generator=g)], [torch.tensor([[1, -100], [0, 2]])], -100)
 cases[-1:] = [alone]
-labeled += on_ranks(1, loss_and_gradient, [alone])
+labeled += checks.on_ranks(1, loss_and_gradient, [alone])
 for (logits, targets, ignored), results in zip(cases, labeled, strict=True):
     dtype, ranks = logits[0].dtype, len(logits)
     leaves = [x.double().requires_grad_() for x in logits]
@@ -1112,7 +1023,7 @@ def parallel_steps(wrap: Callable, seed: int, bucket_bytes: int, steps: list[tup
     gradients, calls = [], []
     for tokens, targets, way in steps:
         module.zero_grad()
-        with communication() as log:
+        with checks.communication() as log:
             F.cross_entropy(model(tokens, way=way), targets).backward()
             model.finish()
         gradients.append(gradients_of(module))
@@ -1146,7 +1057,7 @@ def train_branches(wrap: Callable, *cases: tuple[int, int, list[list[tuple]]]) -
         seed, bucket_bytes, steps = case
         return parallel_steps(wrap, seed, bucket_bytes, steps[rank])
 
-    found = on_ranks(len(cases[0][2]), train, cases)
+    found = checks.on_ranks(len(cases[0][2]), train, cases)
     for (seed, _, steps), results in zip(cases, found, strict=True):
         compare_gradients(results, seed, steps)
     return found
@@ -1266,7 +1177,7 @@ def events_here(rank: int, case: tuple) -> list[tuple]:
     return bucket_events(DataParallel, *case)
 
 
-events = on_ranks(2, events_here, [(4, 8, 4 * 64)])[0][0]
+events = checks.on_ranks(2, events_here, [(4, 8, 4 * 64)])[0][0]
 early = events[: events.index(("finish",))]
 reduced = [event for event in early if event[0] == "reduce"]
 assert len(reduced) >= 3, (
@@ -1282,7 +1193,7 @@ assert events.index(("gradient", 0)) > first, (
 )
 ### BEGIN HIDDEN TESTS
 plans = [(6, 2), (5, 1), (4, 4)]
-found = on_ranks(2, events_here, [(layers, 6, each * 4 * 36) for layers, each in plans])
+found = checks.on_ranks(2, events_here, [(layers, 6, each * 4 * 36) for layers, each in plans])
 for (layers, per_bucket), (_, events) in zip(plans, found, strict=True):
     large = [i for i, event in enumerate(events) if event[0] == "reduce" and event[1] >= 36]
     assert len(large) == layers // per_bucket, (
@@ -1578,13 +1489,13 @@ def optimizer_steps(
             p.grad = None if g is None else g.clone()
         if step in rates:
             optimizer.lr = rates[step]
-        with communication() as log:
+        with checks.communication() as log:
             optimizer.step()
         logs.append(list(log))
         after.append([p.detach().clone() for p in parameters])
     for p in parameters:
         p.grad = None
-    return {"after": after, "held": held_elements(optimizer, parameters), "logs": logs}
+    return {"after": after, "held": checks.held_elements(optimizer, parameters), "logs": logs}
 
 
 def mean_gradients(gradients: list[list[list]], start: list[Tensor]) -> list[list[Tensor]]:
@@ -1612,7 +1523,7 @@ def run_optimizers(make: Callable, *cases: tuple) -> list[list[dict]]:
         start, gradients, options, rates = case
         return optimizer_steps(make, start, gradients[rank], options, rates)
 
-    return on_ranks(len(cases[0][1]), run, cases)
+    return checks.on_ranks(len(cases[0][1]), run, cases)
 
 
 def run_optimizer(make: Callable, start: list[Tensor], gradients: list, options: dict) -> list:
@@ -2157,7 +2068,7 @@ def sharded_layers(kind: Callable, layers: list[tuple], x: Tensor, cotangent: Te
         "shards": [[p.detach().clone() for p in module.parameters()] for module in modules],
         "gradients": [gradient_from(*each) for each in zip(shards, arrived, strict=True)],
         "dy kept": torch.equal(given, cotangent),
-        "held": held_elements(modules),
+        "held": checks.held_elements(modules),
         "forward": forward,
         "between": between,
         "most": live.most,
@@ -2191,7 +2102,7 @@ def check_layers(kind: Callable, g: torch.Generator, *cases: tuple[list, list]) 
         layers, xs, cotangents = case
         return sharded_layers(kind, layers, xs[rank], cotangents[rank])
 
-    found = on_ranks(len(cases[0][1]), run, drawn)
+    found = checks.on_ranks(len(cases[0][1]), run, drawn)
     for case, results in zip(drawn, found, strict=True):
         compare_layers(results, *case)
     return found
@@ -2453,7 +2364,7 @@ def sharded_training(
         "dy kept": kept,
         "between": between,
         "most": live.most,
-        "held": held_elements(modules),
+        "held": checks.held_elements(modules),
     }
 
 
@@ -2466,7 +2377,7 @@ def check_training(kind: Callable, *cases: tuple[int, int, int, list[list]]) -> 
             kind, seed, width, depth, batches[rank], max(1000, 3 * width * width)
         )
 
-    found = on_ranks(len(cases[0][3]), run, cases)
+    found = checks.on_ranks(len(cases[0][3]), run, cases)
     for case, results in zip(cases, found, strict=True):
         compare_training(results, *case)
     return found
@@ -2700,7 +2611,7 @@ def fsdp_training(wrap: Callable, depth: int, batches: list[Tensor]) -> dict:
 g = checks.generator(16)
 windows = torch.randint(0, 256, (2, 2, 3, 6), generator=g)  # (rank, step, batch, seq + 1)
 results = launch(
-    lambda rank: fsdp_training(fsdp_wrap, 2, list(windows[rank])), 2, timeout=3 * PATIENCE
+    lambda rank: fsdp_training(fsdp_wrap, 2, list(windows[rank])), 2, timeout=3 * checks.PATIENCE
 )
 for result in results:
     assert sorted(result["groups"]) == ["", "blocks.0", "blocks.1"], (
@@ -2897,7 +2808,7 @@ def outer_steps(
         with torch.no_grad():
             for p, move in zip(parameters, step, strict=True):
                 p.add_(move)
-        with communication() as log:
+        with checks.communication() as log:
             outer.step()
         logs.append(list(log))
         after.append([p.detach().clone() for p in parameters])
@@ -2911,7 +2822,7 @@ def check_outer(make: Callable, *cases: tuple[list, list, dict]) -> list[list[di
         start, moves, options = case
         return outer_steps(make, start, moves[rank], options)
 
-    found = on_ranks(len(cases[0][1]), run, cases)
+    found = checks.on_ranks(len(cases[0][1]), run, cases)
     for (start, moves, options), results in zip(cases, found, strict=True):
         compare_outer(results, start, moves, **options)
     return found
@@ -3027,7 +2938,7 @@ def train(rank: int, how: str, seed: int) -> dict:
     for step, windows in enumerate(draw_windows(text, STEPS, 8, 10 * seed + rank)):
         loss = toys.next_byte_loss(parallel or model, windows)
         optimizer.zero_grad()
-        with communication() as log:
+        with checks.communication() as log:
             loss.backward()
             if parallel:
                 parallel.finish()

@@ -37,12 +37,9 @@
 # %%
 import time
 import weakref
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from itertools import pairwise
-from types import FunctionType, MethodType, ModuleType
-from unittest import mock
 
 import torch
 import torch.distributed as dist
@@ -53,111 +50,19 @@ from llm40.distributed import launch
 from torch import Tensor, nn
 from torch.autograd.graph import saved_tensors_hooks
 from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
 
 # %% [markdown]
-# As in lesson 19, `launch(function, 2)` runs `function(rank)` in two forked processes, and an
-# instrument writes down what a rank asks of its process groups.
-
-# %%
-# Methods of a process group, beneath the functions of torch.distributed.
-OPERATIONS = {
-    "send": "message",
-    "allreduce": "all-reduce",
-    "allreduce_coalesced": "all-reduce",
-    "reduce_scatter": "reduce-scatter",
-    "reduce_scatter_single": "reduce-scatter",
-    "reduce_scatter_tensor_coalesced": "reduce-scatter",
-    "_reduce_scatter_base": "reduce-scatter",
-    "allgather": "all-gather",
-    "all_gather_single": "all-gather",
-    "allgather_into_tensor_coalesced": "all-gather",
-    "_allgather_base": "all-gather",
-    "broadcast": "broadcast",
-    "reduce": "reduce",
-    "gather": "gather",
-    "scatter": "scatter",
-    "alltoall": "all-to-all",
-    "alltoall_base": "all-to-all",
-    "all_to_all_single": "all-to-all",
-}
-
-
-@checks.measured
-@contextmanager
-def communication() -> Iterator[list]:
-    """Inside the block: (kind, elements of the whole tensor) of all that this rank asks of its
-    process groups, in order. Operations that only receive are left out.
-    """
-    log: list[tuple[str, int]] = []
-
-    def noting(name: str) -> Callable:
-        act = getattr(dist.ProcessGroup, name)
-
-        def note(group, *args, **kwargs):
-            sizes = [sum(t.numel() for t in tree_leaves(a) if isinstance(t, Tensor)) for a in args]
-            log.append((OPERATIONS[name], max(sizes)))
-            return act(group, *args, **kwargs)
-
-        return note
-
-    with ExitStack() as patches:
-        for name in OPERATIONS:
-            if hasattr(dist.ProcessGroup, name):
-                patch = mock.patch.object(dist.ProcessGroup, name, noting(name))
-                patches.enter_context(patch)
-        yield log
+# As in lesson 19, `launch(function, 2)` runs `function(rank)` in two forked processes, and
+# `checks.communication()` writes down what a rank asks of its process groups.
 
 
 # %% tags=["support"]
-# Support: many cases in one launch, groups, and what a rank holds
-PATIENCE = 15.0  # seconds until a launch that hangs is ended
-
-
-def on_ranks(ranks: int, act: Callable, cases: Iterable, also: Callable | None = None) -> list:
-    """What act(rank, case) gives, all cases one after another in one launch: [case][rank].
-
-    also(rank): what each rank does first.
-    """
-
-    def all_cases(rank: int) -> list:
-        if also:
-            also(rank)
-        return [act(rank, case) for case in cases]
-
-    results = launch(all_cases, ranks, timeout=PATIENCE)
-    return [list(of_case) for of_case in zip(*results, strict=True)]
-
-
+# Support: groups of ranks, and leaves in float64
 @checks.measured
 def group_of(members: tuple[tuple[int, ...], ...]) -> object:
     """The group of these that this rank is in, None (all ranks) for none. All ranks call it."""
     groups = [dist.new_group(list(ranks)) for ranks in members]
     return next((g for g, m in zip(groups, members, strict=True) if dist.get_rank() in m), None)
-
-
-def held_elements(thing: object) -> int:
-    """Elements in all tensors that an object leads to, each storage once and whole."""
-    count, visited, todo = 0, set(), [thing]
-    while todo:
-        value = todo.pop()
-        if id(value) in visited:
-            continue
-        visited.add(id(value))
-        if isinstance(value, Tensor):
-            place = value.untyped_storage()
-            if place.data_ptr() not in visited:
-                visited.add(place.data_ptr())
-                count += place.nbytes() // value.element_size()
-        elif isinstance(value, dict):
-            todo += [*value.values()]
-        elif isinstance(value, list | tuple | set):
-            todo += [*value]
-        elif hasattr(value, "__dict__") and not isinstance(
-            value, type | ModuleType | FunctionType | MethodType
-        ):
-            todo += [*vars(value).values()]
-    return count
 
 
 def mates(rank: int, ranks: int, members: tuple = ()) -> tuple[int, ...]:
@@ -180,12 +85,12 @@ def run(function: Callable, x: Tensor, cotangent: Tensor, members: tuple = (), *
     group = group_of(members)
     leaf = x.detach().requires_grad_()
     before, dy = leaf.detach().clone(), cotangent.clone()
-    with communication() as forward:
+    with checks.communication() as forward:
         y = function(leaf, group=group, **options)
     assert isinstance(y, Tensor), f"a tensor is asked for, not {type(y).__name__}"
     assert y.requires_grad, "the result carries no gradient: is it an autograd.Function?"
     value = y.detach().clone()
-    with communication() as backward:
+    with checks.communication() as backward:
         gradient = torch.autograd.grad(y, leaf, cotangent)[0]
     assert torch.equal(leaf, before), "x was changed in place: work on a copy"
     assert torch.equal(cotangent, dy), (
@@ -339,7 +244,7 @@ def compare_operators(cases: list[tuple]) -> None:
     """Cases are pairs, copy then sum, of (operator, xs, cotangents, groups)."""
     ranks = len(cases[0][1])
     for i, (case, results) in enumerate(
-        zip(cases, on_ranks(ranks, run_operator, cases), strict=True)
+        zip(cases, checks.on_ranks(ranks, run_operator, cases), strict=True)
     ):
         _, xs, dys, *members = case
         dtype, copies = xs[0].dtype, i % 2 == 0
@@ -508,13 +413,13 @@ def parallel_pair(make: tuple, layers: list, x: Tensor, dy: Tensor, members: tup
     )
     del linears, linear, p
     x = x.detach().requires_grad_()
-    with communication() as forward:
+    with checks.communication() as forward:
         hidden = modules[0](x)
         y = modules[1](torch.tanh(hidden))
-    with communication() as backward:
+    with checks.communication() as backward:
         y.backward(dy)
     return {
-        "held": held_elements(modules),
+        "held": checks.held_elements(modules),
         "hidden": hidden.detach(),
         "y": y.detach(),
         "dx": x.grad,
@@ -541,7 +446,7 @@ def draw_pair(widths: tuple[int, int, int], shape: tuple, g: torch.Generator, **
 
 def compare_pairs(ranks: int, make: tuple, *cases: tuple) -> list[list[dict]]:
     """Cases of (layers, x, dy) or (layers, x, dy, groups), against dense layers in one process."""
-    results = on_ranks(ranks, lambda rank, case: parallel_pair(make, *case), cases)
+    results = checks.on_ranks(ranks, lambda rank, case: parallel_pair(make, *case), cases)
     for case, found in zip(cases, results, strict=True):
         compare_pair(found, *case)
     return results
@@ -715,10 +620,10 @@ def vocabulary_loss(loss: Callable, case: tuple, rank: int) -> dict:
     ranks = dist.get_world_size(group)
     leaf = logits.chunk(ranks, dim=-1)[dist.get_rank(group)].detach().requires_grad_()
     before = leaf.detach().clone(), targets.clone()
-    with communication() as forward:
+    with checks.communication() as forward:
         losses = loss(leaf, targets, group=group, ignore_index=ignored)
     assert losses.requires_grad, "the losses carry no gradient"
-    with communication() as backward:
+    with checks.communication() as backward:
         gradient = torch.autograd.grad(losses, leaf, cotangent)[0]
     assert torch.equal(leaf, before[0]), "logits were changed in place"
     assert torch.equal(targets, before[1]), "targets were changed in place"
@@ -731,7 +636,7 @@ def vocabulary_loss(loss: Callable, case: tuple, rank: int) -> dict:
 
 
 def compare_losses(loss: Callable, ranks: int, cases: list[tuple]) -> list[list[dict]]:
-    found = on_ranks(ranks, lambda rank, case: vocabulary_loss(loss, case, rank), cases)
+    found = checks.on_ranks(ranks, lambda rank, case: vocabulary_loss(loss, case, rank), cases)
     for (logits, targets, cotangent, ignored, members), results in zip(cases, found, strict=True):
         leaf = wide(logits)
         due = F.cross_entropy(
@@ -932,7 +837,7 @@ def run_along(rank: int, case: tuple) -> dict:
 
 def compare_along(ranks: int, cases: list[tuple], also: Callable | None = None) -> None:
     """Cases are pairs, gather then scatter, of (operator, xs, cotangents, dim, groups)."""
-    found = on_ranks(ranks, run_along, cases, also)
+    found = checks.on_ranks(ranks, run_along, cases, also)
     for i, (case, results) in enumerate(zip(cases, found, strict=True)):
         _, xs, dys, dim, *members = case
         gathers = i % 2 == 0
@@ -1765,7 +1670,7 @@ orders = [ordered("ABaCbc"), ordered("AaBbCc")]  # rank 0: F0 F1 BW0 F2 BW1 BW2
 results = launch(
     lambda rank: pipeline_steps(run_pipeline, orders[rank], 2, rank, steps, torch.float32),
     2,
-    timeout=PATIENCE,
+    timeout=checks.PATIENCE,
 )
 compare_steps(results, steps, torch.float32)
 ### BEGIN HIDDEN TESTS
@@ -1790,7 +1695,7 @@ def run_case(rank: int, case: tuple | None) -> dict:
     return pipeline_steps(run_pipeline, ordered(texts[rank]), 3, rank, steps, dtype)
 
 
-*of_cases, of_floats = on_ranks(3, run_case, [*cases, None])
+*of_cases, of_floats = checks.on_ranks(3, run_case, [*cases, None])
 for (_, *due), results in zip(cases, of_cases, strict=True):
     compare_steps(results, *due)
 weights = [layer[0].clone().requires_grad_() for layer in layers]
@@ -1817,7 +1722,7 @@ def note_case(rank: int, case: tuple) -> dict:
     return pipeline_steps(run_pipeline, ordered(texts[rank]), 3, rank, steps)
 
 
-noted = on_ranks(3, note_case, cases)
+noted = checks.on_ranks(3, note_case, cases)
 for (texts, _), results in zip(cases, noted, strict=True):
     for rank, result in enumerate(results):
         due = ordered(texts[rank])
@@ -1847,7 +1752,7 @@ def run_in_pairs(rank: int) -> dict:
     return pipeline_steps(run_pipeline, orders[at], 2, at, data[of], torch.float32, pairs)
 
 
-results = launch(run_in_pairs, 4, timeout=PATIENCE)
+results = launch(run_in_pairs, 4, timeout=checks.PATIENCE)
 for of, members in enumerate(pairs):
     compare_steps([results[rank] for rank in members], data[of], torch.float32)
 ### BEGIN HIDDEN TESTS
@@ -2027,7 +1932,7 @@ def exchange_rows(send: Callable, rank: int, case: tuple) -> dict:
     before = rows.clone()
     if rows.is_floating_point():
         rows.requires_grad_()
-    with communication() as log:
+    with checks.communication() as log:
         received, came = send(rows, counts, group)
     result = {"received": received.detach().clone(), "counts": list(came), "log": list(log)}
     result["contiguous"] = received.is_contiguous()
@@ -2035,7 +1940,7 @@ def exchange_rows(send: Callable, rank: int, case: tuple) -> dict:
     if rows.is_floating_point():
         assert received.requires_grad, "what is received carries no gradient"
         weights = torch.arange(received.numel()).view(received.shape).to(rows.dtype) + 100 * rank
-        with communication() as log:
+        with checks.communication() as log:
             received.backward(weights)
         result["gradient"], result["backward"] = rows.grad, list(log)
     assert torch.equal(rows.detach(), before), "rows were changed in place"
@@ -2044,7 +1949,7 @@ def exchange_rows(send: Callable, rank: int, case: tuple) -> dict:
 
 
 def compare_exchange(send: Callable, ranks: int, *cases: tuple, also=None) -> None:
-    found = on_ranks(ranks, lambda rank, case: exchange_rows(send, rank, case), cases, also)
+    found = checks.on_ranks(ranks, lambda rank, case: exchange_rows(send, rank, case), cases, also)
     for (rows, counts, members), results in zip(cases, found, strict=True):
         for rank, result in enumerate(results):
             mine = mates(rank, ranks, members)
@@ -2214,7 +2119,7 @@ def attention_here(attend: Callable, rank: int, case: tuple) -> dict:
         heads.append((*q.shape, k.shape[2]))
         return full_attention(q, k, v)
 
-    with communication() as log:
+    with checks.communication() as log:
         out = attend(q, k, v, counting, group)
     assert out.requires_grad, "the result carries no gradient"
     value = out.detach().clone()
@@ -2230,7 +2135,9 @@ def attention_here(attend: Callable, rank: int, case: tuple) -> dict:
 
 
 def compare_attention(attend: Callable, ranks: int, *cases: tuple, also=None) -> None:
-    found = on_ranks(ranks, lambda rank, case: attention_here(attend, rank, case), cases, also)
+    found = checks.on_ranks(
+        ranks, lambda rank, case: attention_here(attend, rank, case), cases, also
+    )
     for (q, k, v, dy, parts, members), results in zip(cases, found, strict=True):
         leaves = [wide(x) for x in (q, k, v)]
         out = full_attention(*leaves)
@@ -2450,7 +2357,7 @@ def ring_here(attend: Callable, rank: int, case: tuple) -> dict:
     mine = [lay_out(x, ranks, layout)[rank] for x in whole]
     mine = [x.transpose(1, 2).contiguous().transpose(1, 2) for x in mine]  # not contiguous
     before = [x.clone() for x in mine]
-    with communication() as log, Products() as products:
+    with checks.communication() as log, Products() as products:
         out = attend(*mine, group, layout)
     for name, x, was in zip("qkv", mine, before, strict=True):
         assert torch.equal(x, was), f"{name} was changed in place"
@@ -2458,7 +2365,7 @@ def ring_here(attend: Callable, rank: int, case: tuple) -> dict:
 
 
 def compare_rings(attend: Callable, ranks: int, *cases: tuple, also=None) -> None:
-    found = on_ranks(ranks, lambda rank, case: ring_here(attend, rank, case), cases, also)
+    found = checks.on_ranks(ranks, lambda rank, case: ring_here(attend, rank, case), cases, also)
     for (q, k, v, layout, members), results in zip(cases, found, strict=True):
         whole = full_attention(q.double(), k.double(), v.double())
         for rank, result in enumerate(results):
@@ -2697,7 +2604,7 @@ def experts_here(send: Callable, rank: int, case: tuple) -> dict:
     ranks, r = dist.get_world_size(group), dist.get_rank(group)
     leaf, assignment = tokens[rank].detach().requires_grad_(), assignments[rank].clone()
     before = leaf.detach().clone()
-    with communication() as log:
+    with checks.communication() as log:
         received, counts, combine = send(leaf, assignment, len(weights), group)
         spent = total_sent(log)
     assert isinstance(counts, Tensor), "counts are asked for as a tensor of int64"
@@ -2726,7 +2633,7 @@ def experts_here(send: Callable, rank: int, case: tuple) -> dict:
 
 
 def compare_experts(send: Callable, ranks: int, *cases: tuple, also=None) -> None:
-    found = on_ranks(ranks, lambda rank, case: experts_here(send, rank, case), cases, also)
+    found = checks.on_ranks(ranks, lambda rank, case: experts_here(send, rank, case), cases, also)
     for (tokens, assignments, weights, members), results in zip(cases, found, strict=True):
         dtype, experts = weights.dtype, len(weights)
         for members_ in members or (tuple(range(ranks)),):
@@ -3223,9 +3130,9 @@ def block_step(rank: int, way: str, width: int, tokens: int) -> dict:
         dist.barrier()
         begin = time.perf_counter()
         kept.clear()
-        with communication() as log, saved_tensors_hooks(keep, lambda t: t):
+        with checks.communication() as log, saved_tensors_hooks(keep, lambda t: t):
             loss = block(x, w, *WAYS[way]).square().sum() / 2
-        with communication() as backward:
+        with checks.communication() as backward:
             loss.backward()
             if way == "data":
                 dist.all_reduce(torch.cat([p.grad.flatten() for p in w.values()]))

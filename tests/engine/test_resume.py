@@ -124,12 +124,12 @@ def test_what_a_failed_write_leaves(graded, monkeypatch):
     """The disk is full while the page is written: neither scores nor result have changed, and a later call mends it."""
     from autograder.grading import grade as grading
 
-    def full(path, data):
+    def full(path, data, durable):
         raise OSError(28, "No space left on device")
 
     tiny.hand_in(graded.folder / "in", "学生-01", tiny.dumps(tiny.answered(half=WRONG)))
     with monkeypatch.context() as patch:
-        patch.setattr(grading, "write_file", full)
+        patch.setattr(grading, "write", full)
         with pytest.raises(OSError, match="No space"):
             again(graded)
     assert recorded(f"sqlite:///{graded.out / 'gradebook.db'}") == graded.expected
