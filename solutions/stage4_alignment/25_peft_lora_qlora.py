@@ -1871,9 +1871,9 @@ def finetune(way: str, lr: float, rank: int = 16, steps: int = 40, seed: int = 0
 # %% [markdown]
 # First the learning rate. Thinking Machines report that LoRA's best rate is about ten times that of
 # full finetuning, at any rank. One reason: at first $A$ is random and fixed, so an update of $B$ by
-# the rate $\eta$ moves $W$ by $s\,\Delta B A$. With $\alpha=16$ and $r=16$, $s=1$, and each entry of
-# $\Delta B A$ is a sum of 16 terms of size $\eta\cdot 1/\sqrt{3\cdot\text{in}}$: for $\text{in}=96$
-# about $\eta\cdot 4/17$ if their signs are random, a quarter of what Adam would do to $W$ itself.
+# the rate $\eta$ moves $W$ by $s\,\Delta B A$. With $\alpha=r=16$, $s=1$, and each entry of
+# $\Delta B A$ is a sum of 16 terms of size $\eta/\sqrt{3\cdot\text{in}}$. For 96 inputs that is
+# about $\eta\cdot4/17$ if their signs are random: a quarter of what Adam would do to $W$ itself.
 #
 # **Write down first**: on a grid in steps of about three, how far apart are the best rates here?
 
