@@ -157,8 +157,23 @@ checks.number(training_bytes(0, 0), 0.0, what="bytes of nothing", atol=1e-9)
 # size. If they add up like independent ones, $\lVert BA\rVert \propto \sqrt r$; if they point the
 # same way, $\propto r$. $\alpha/r$ keeps the second in check and lets the first fade as the rank
 # grows; **rsLoRA** divides by $\sqrt r$. Its paper proves that outputs and gradients then stay of
-# one size at every rank.
-#
+# one size at every rank. Here is the first step alone, with signs at random:
+
+# %% tags=["experiment"]
+draw = torch.Generator().manual_seed(0)
+print("‖BA‖ after one step of Adam, in units of the learning rate, α = 16:")
+for rank in (1, 4, 16, 64):
+    a = (2 * torch.rand(rank, 96, generator=draw) - 1) / math.sqrt(96)
+    b = (
+        torch.randint(0, 2, (96, rank), generator=draw) * 2.0 - 1.0
+    )  # each entry moves by ± the rate
+    size = float((b @ a).norm())
+    print(
+        f"rank {rank:2}: {size:5.1f}   times α/r {16 / rank * size:6.1f}   "
+        f"times α/√r {16 / math.sqrt(rank) * size:6.1f}"
+    )
+
+# %% [markdown]
 # **Dropout** acts on what the adapter reads, never on what $W$ reads: the frozen path was trained
 # without it.
 
@@ -1393,7 +1408,8 @@ assert held_bytes(layer) < 40_000, "after a forward pass the layer keeps the deq
 #
 # The norm is that of the *adapted* row. With the norm of $W_i$ in its place the length is not under
 # the control of $m$; that mistake stood in a popular program for a long time. The paper's
-# "column-wise norm" means the same rows: it writes $W$ as (in, out).
+# "column-wise norm" means the same rows: it writes $W$ as (in, out). PEFT takes rows, too; LyCORIS
+# took one length for each input, and files of the two do not fit each other.
 #
 # Backward, the paper treats $\lVert V_i\rVert$ as a constant. With it inside the graph, the
 # gradient of $V_i$ would lose its part along $V_i$; without, it is $m_i/\lVert V_i\rVert$ times the

@@ -556,6 +556,13 @@ def questions():
         "merge": "c", "rank": 4.0, "server": 4096,
     }
 
+# %% wrong="questions" because="integers as texts, one choice in lower case"
+def questions():
+    return {
+        "even": "2048", "moments": "134", "first": "b", "bits": "4.06", "widest": "0.03",
+        "merge": "B", "rank": "1/4", "server": "128",
+    }
+
 # %% right="questions" because="numbers by hand"
 def questions():
     return {
