@@ -2086,8 +2086,8 @@ def questions() -> dict[str, float | int | str]:
                  bytes) do Adam's two moments take, in float32?
     "first":     in the very first backward pass, which factor gets a gradient that is not zero:
                  "A", "B" or "both"?
-    "bits":      bits a weight for NF4 in blocks of 128, scales in 8 bits, their scales in float32
-                 for blocks of 256.
+    "bits":      NF4 in blocks of 128, their scales in 8 bits, and one float32 for each 256 scales:
+                 how many bits does a weight take beyond the four of its code?
     "widest":    a block whose absmax is 0.2: how far can a weight be from its NF4 value, at most?
     "merge":     an adapter trained beside a four-bit base is added to the dequantized base, and the
                  sum is quantized again. Compared with base and adapter apart, the outputs are
@@ -2103,7 +2103,7 @@ def questions() -> dict[str, float | int | str]:
         "even": 2048,
         "moments": 32 * 4 * 16 * 8192 * 8 / 1e6,
         "first": "B",
-        "bits": 4 + 8 / 128 + 32 / (128 * 256),
+        "bits": 8 / 128 + 32 / (128 * 256),
         "widest": 0.2 * (1 - 0.6961928) / 2,
         "merge": "b",
         "rank": 0.25,
@@ -2152,11 +2152,10 @@ checks.kind(answer, float, what="bits")
 ### BEGIN HIDDEN TESTS
 checks.number(
     answer,
-    4.0635,
-    to=0.0005,
+    0.063477,
     what="bits",
     hint="One 8-bit code for 128 weights, one float32 for 256 of those",
-    mistakes={"scales in float32": 4.25, "blocks of 64": 4.127, "scales without theirs": 4.0},
+    mistakes={"scales in float32": 0.25, "blocks of 64": 0.12695, "scales without theirs": 0.0625},
 )
 ### END HIDDEN TESTS
 

@@ -545,27 +545,27 @@ def multi_lora_linear(x, weight, A, B, scaling, index):
 # %% wrong="questions" because="the usual slips"
 def questions():
     return {
-        "even": 4096, "moments": 67.1, "first": "A", "bits": 4.25, "widest": 0.0277,
+        "even": 4096, "moments": 67.1, "first": "A", "bits": 0.25, "widest": 0.0277,
         "merge": "a", "rank": 0.0625, "server": 256,
     }
 
 # %% wrong="questions" because="other slips"
 def questions():
     return {
-        "even": 1024, "moments": 268.4, "first": "both", "bits": 4.127, "widest": 0.0608,
+        "even": 1024, "moments": 268.4, "first": "both", "bits": 0.0625, "widest": 0.0608,
         "merge": "c", "rank": 4.0, "server": 4096,
     }
 
 # %% wrong="questions" because="integers as texts, one choice in lower case"
 def questions():
     return {
-        "even": "2048", "moments": "134", "first": "b", "bits": "4.06", "widest": "0.03",
+        "even": "2048", "moments": "134", "first": "b", "bits": "0.06", "widest": "0.03",
         "merge": "B", "rank": "1/4", "server": "128",
     }
 
 # %% right="questions" because="numbers by hand"
 def questions():
     return {
-        "even": 2048, "moments": 134.2, "first": "B", "bits": 4.0635, "widest": 0.0304,
+        "even": 2048, "moments": 134.2, "first": "B", "bits": 0.0635, "widest": 0.0304,
         "merge": "b", "rank": 0.25, "server": 128,
     }
