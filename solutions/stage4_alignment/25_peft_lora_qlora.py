@@ -13,7 +13,7 @@
 #       Low-rank adapters and the tools around them: LoRA put into a trained model, the NF4 format
 #       with its scales quantized once more, QLoRA, DoRA, learned prefixes, and one batch through
 #       many adapters.
-#     gpu: "Nothing more: every cell runs on a CPU; on a GPU the same cells run there."
+#     gpu: "Nothing more: every cell runs on the CPU, with or without a GPU."
 # ---
 
 # %% [markdown]
@@ -61,7 +61,7 @@ from types import FunctionType, MethodType, ModuleType
 
 import torch
 import torch.nn.functional as F
-from llm40 import checks, data, models, plot, profile
+from llm40 import checks, data, models, plot
 from llm40.models import Cache, Llama
 from torch import Tensor, nn
 
@@ -264,12 +264,17 @@ class LoRALinear(nn.Module):
 # </details>
 
 # %% tags=["support"]
-# Support: layers with random adapters, and gradients
+# Support: normal numbers, and layers with random adapters
+
+
+def normal(*shape: int, **options) -> Tensor:
+    """As checks.randn, on the CPU: all modules of this lesson are there."""
+    return checks.randn(*shape, **options).cpu()
 
 
 def linear(columns: int, rows: int, generator: torch.Generator, bias: bool = True) -> nn.Linear:
     """A layer in float64 with normal weights."""
-    layer = nn.Linear(columns, rows, bias=bias, dtype=torch.float64, device=profile.device)
+    layer = nn.Linear(columns, rows, bias=bias, dtype=torch.float64)
     with torch.no_grad():
         for p in layer.parameters():
             p.copy_(torch.randn(p.shape, generator=generator, dtype=p.dtype))
@@ -292,7 +297,7 @@ wanted = {"A": (2, 3), "B": (2, 2), "base.weight": (2, 3), "base.bias": (2,)}
 assert found == wanted, f"the parameters should be {wanted}; yours are {found}"
 trained = {name for name, p in layer.named_parameters() if p.requires_grad}
 assert trained == {"A", "B"}, f"A and B are trained, and nothing else; yours: {sorted(trained)}"
-x = torch.ones(1, 3, dtype=torch.float64, device=profile.device)
+x = torch.ones(1, 3, dtype=torch.float64)
 checks.close(layer(x), base(x), what="the output at first", hint="B is zero, so nothing is added")
 ### BEGIN HIDDEN TESTS
 g = checks.generator(2)
@@ -305,7 +310,7 @@ for columns, rows, rank, bias in [(7, 4, 3, True), (1, 6, 2, False), (5, 1, 9, T
     assert found == {"A": (rank, columns), "B": (rows, rank)}, f"trained parameters: {found}"
     for p in (layer.A, layer.B):
         assert p.dtype == torch.float64, "A and B have the format of the weight"
-    x = checks.randn(4, columns, generator=g, dtype=torch.float64)
+    x = normal(4, columns, generator=g, dtype=torch.float64)
     checks.close(layer(x), base(x), what="the output at first")
     checks.close(layer.B, torch.zeros_like(layer.B), what="B at first", rtol=0)
     checks.close(base.weight, before, what="the frozen weight", rtol=0)
@@ -357,7 +362,7 @@ for columns, rows, rank, alpha, rslora, bias in [
     if rslora:
         scale, other = other, scale
     checks.number(layer.scaling, scale, to=1e-9, what="the attribute scaling")
-    x = checks.randn(3, 5, columns, generator=g, dtype=torch.float64).transpose(0, 1)
+    x = normal(3, 5, columns, generator=g, dtype=torch.float64).transpose(0, 1)
     plain = x @ w.T + (base.bias.detach() if bias else 0.0)
     with checks.kept(x=x, layer=layer):
         y = layer(x)
@@ -371,7 +376,7 @@ for columns, rows, rank, alpha, rslora, bias in [
             "α without the rank": plain + alpha * (x @ (b @ a).T),
         },
     )
-    leaf, dy = x.clone().requires_grad_(), checks.randn(5, 3, rows, generator=g, dtype=x.dtype)
+    leaf, dy = x.clone().requires_grad_(), normal(5, 3, rows, generator=g, dtype=x.dtype)
     layer.zero_grad()
     layer(leaf).backward(dy)
     full = torch.einsum("bto,bti->oi", dy, x)  # ∂L/∂W
@@ -381,7 +386,7 @@ for columns, rows, rank, alpha, rslora, bias in [
     assert all(p.grad is None for p in base.parameters()), "the frozen layer got a gradient"
 # The order of the products, on a layer whose matrix is larger than all else.
 layer = fill(LoRALinear(nn.Linear(300, 200), 2), g)
-x = checks.randn(3, 300, generator=g).to("cpu")
+x = normal(3, 300, generator=g)
 with checks.allocations() as made:
     layer(x)
 assert made.largest < 10_000, (
@@ -457,7 +462,7 @@ for columns, rows, rank, rslora, bias in [(7, 4, 3, False, True), (4, 6, 9, True
     base = linear(columns, rows, g, bias)
     layer = fill(LoRALinear(base, rank, 5.0, 0.5, rslora), g).eval()
     w = base.weight.detach().clone()
-    x = checks.randn(6, columns, generator=g, dtype=torch.float64)
+    x = normal(6, columns, generator=g, dtype=torch.float64)
     before = layer(x).detach()
     layer.unmerge()
     checks.close(base.weight, w, what="the weight when unmerge() had nothing to do", rtol=0)
@@ -631,7 +636,7 @@ for alpha, dropout, rslora in [(5.0, 0.0, False), (3.0, 0.5, True)]:
     )
     assert layers[1].base is kept, "the layer itself is wrapped, not a copy"
     scale = alpha / (2 if rslora else 4)
-    x = checks.randn(7, 6, generator=g, dtype=torch.float64)
+    x = normal(7, 6, generator=g, dtype=torch.float64)
     for layer in layers:
         assert layer.A.dtype == torch.float64, "A has the format of the weight"
         fill(layer, g).eval()
@@ -870,7 +875,7 @@ for shape, block, scale, dtype in [
     ((6, 64), 48, 0.3, torch.bfloat16),
     ((64,), 64, 2.0, torch.float16),
 ]:
-    x = checks.randn(*shape, generator=g, scale=scale, dtype=torch.float64).to(dtype)
+    x = normal(*shape, generator=g, scale=scale, dtype=torch.float64).to(dtype)
     if x.dim() > 1:
         x = x.transpose(0, 1)  # not contiguous
         x[0] = 0
@@ -943,7 +948,7 @@ for shape, block, dtype in [
         rtol={torch.float16: 1e-3, torch.bfloat16: 8e-3}.get(dtype, 1e-6),
     )
 # Laws: there and back; what is representable stays; the scale of a block is free.
-x = checks.randn(9, 50, generator=g, scale=0.02)
+x = normal(9, 50, generator=g, scale=0.02)
 x[3] = 0
 packed, absmax = quantize_nf4(x, 64)
 back = dequantize_nf4(packed, absmax, x.shape)
@@ -1353,8 +1358,8 @@ for columns, rows, rank, alpha, block, bias in [
         "W′ is more than half a step of the scales away from the nearest NF4 values"
     )
     fill(layer, g)
-    x = checks.randn(3, 2, columns, generator=g).transpose(0, 1)
-    leaf, dy = x.clone().requires_grad_(), checks.randn(2, 3, rows, generator=g)
+    x = normal(3, 2, columns, generator=g).transpose(0, 1)
+    leaf, dy = x.clone().requires_grad_(), normal(2, 3, rows, generator=g)
     a, b, scale = layer.A.detach(), layer.B.detach(), alpha / rank
     y = layer(leaf)
     expected = x @ (w + scale * b @ a).T + (base.bias.detach() if bias else 0.0)
@@ -1384,7 +1389,7 @@ assert held < 20_000, f"the layer keeps {held:,} bytes in parameters and buffers
 held = held_bytes(layer)
 assert held < 20_000, f"the layer keeps {held:,} bytes; 18,444 are enough. A copy of the weight?"
 g = checks.generator(11)
-x = checks.randn(3, 256, generator=g).to("cpu").requires_grad_()
+x = normal(3, 256, generator=g).requires_grad_()
 for text in ("the first", "another"):
     with checks.saved() as kept:
         y = layer(x)
@@ -1493,7 +1498,7 @@ for columns, rows, rank, alpha, bias in [
     )
     assert layer.m.dtype == layer.A.dtype == torch.float64, "the format is that of the weight"
     checks.close(layer.B, torch.zeros_like(layer.B), what="B at first", rtol=0)
-    x = checks.randn(2, 5, columns, generator=g, dtype=torch.float64)
+    x = normal(2, 5, columns, generator=g, dtype=torch.float64)
     checks.close(layer(x), base(x), what="the output at first")
     fill(layer, g)
     with torch.no_grad():
@@ -1540,8 +1545,8 @@ for columns, rows, rank, alpha in [(6, 4, 3, 5.0), (4, 7, 2, 1.0)]:
         layer.m.copy_(torch.rand(rows, generator=g) + 0.5)
     scale = alpha / rank
     a, b, m, w = (t.detach().clone() for t in (layer.A, layer.B, layer.m, base.weight))
-    leaf = checks.randn(3, 2, columns, generator=g, dtype=torch.float64).requires_grad_()
-    dy = checks.randn(3, 2, rows, generator=g, dtype=torch.float64)
+    leaf = normal(3, 2, columns, generator=g, dtype=torch.float64).requires_grad_()
+    dy = normal(3, 2, rows, generator=g, dtype=torch.float64)
     layer(leaf).backward(dy)
     v = w + scale * b @ a
     norm = v.norm(dim=1)
@@ -1761,10 +1766,10 @@ for batch, seq, columns, rows, count, rank in [
     (0, 4, 3, 2, 2, 2),
     (4, 4, 4, 4, 4, 4),
 ]:
-    x = checks.randn(seq, batch, columns, generator=g, dtype=torch.float64).transpose(0, 1)
-    w = checks.randn(rows, columns, generator=g, dtype=torch.float64)
-    a = checks.randn(count, rank, columns, generator=g, dtype=torch.float64)
-    b = checks.randn(count, rows, rank, generator=g, dtype=torch.float64)
+    x = normal(seq, batch, columns, generator=g, dtype=torch.float64).transpose(0, 1)
+    w = normal(rows, columns, generator=g, dtype=torch.float64)
+    a = normal(count, rank, columns, generator=g, dtype=torch.float64)
+    b = normal(count, rows, rank, generator=g, dtype=torch.float64)
     scaling = torch.rand(count, generator=g, dtype=torch.float64) + 0.5
     index = torch.randint(-1, count, (batch,), generator=g)
     if batch:
@@ -1777,8 +1782,8 @@ for batch, seq, columns, rows, count, rank in [
         checks.close(y, expected, what=f"{batch} rows and {count} adapters, each row merged alone")
     assert y.shape == (batch, seq, rows), f"the result has shape {tuple(y.shape)}"
 index = torch.tensor([2, -1, 0, 2])
-x, w = (checks.randn(*s, generator=g) for s in ((4, 3, 6), (5, 6)))
-a, b = (checks.randn(*s, generator=g) for s in ((3, 2, 6), (3, 5, 2)))
+x, w = (normal(*s, generator=g) for s in ((4, 3, 6), (5, 6)))
+a, b = (normal(*s, generator=g) for s in ((3, 2, 6), (3, 5, 2)))
 scaling = torch.tensor([0.5, 2.0, 3.0])
 
 
