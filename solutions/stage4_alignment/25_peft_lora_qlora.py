@@ -2001,8 +2001,8 @@ plot.plt.show()
 # they were with five seeds: nearer to the estimate of four than to the ten that longer runs of
 # large models gave. Rank 16 ends near the blocks in full with about a quarter of their parameters:
 # ahead of them with one seed in five, behind with four, and adapters differ more from seed to seed.
-# Whether rank 4, 16 or 64 is ahead depends on the seed; rank 1 is behind rank 4 with each. QLoRA
-# cannot be told from LoRA: its four bits cost less than the seeds differ.
+# Whether rank 16 or 64 is ahead depends on the seed; rank 64 is ahead of rank 4, and rank 4 of rank
+# 1, with each. QLoRA cannot be told from LoRA: its four bits cost less than the seeds differ.
 #
 # Training everything is far ahead, with every seed. What it has beyond "blocks" is the embedding,
 # which is also the head: the digits' and the chat's tokens were rare in `tiny`'s training text. No
@@ -2071,9 +2071,9 @@ plot.plt.show()
 
 # %% [markdown]
 # Nothing forced the update in full into few directions, and yet four of them carry most of it. It
-# has a tail, too, which the adapter lacks: of its 64 directions it uses a handful. So a higher rank
-# cannot help *here*, after 40 steps on one format. It is no law: on longer training with more data,
-# Biderman et al. find updates of full finetuning whose rank is 10 to 100 times that of usual
+# has a tail, too, which the adapter lacks: of its 64 directions it uses a handful, so most of that
+# rank is idle *here*, after 40 steps on one format. It is no law: on longer training with more
+# data, Biderman et al. find updates of full finetuning whose rank is 10 to 100 times that of usual
 # adapters, and LoRA then falls behind on tasks far from pretraining, while it forgets less.
 
 # %% [markdown]
