@@ -1858,7 +1858,7 @@ plot.plt.show()
 # - *Slerp of the weights* is the mean: the weights are so nearly parallel that the arc is a line.
 #   Slerp of the *task vectors*, which are nearly orthogonal, keeps their norm: about 0.7 of each
 #   in place of 0.5. That is what makes it better, not the arc.
-# - *TIES* at density 0.8 is close to the sum, and not ahead of it on both. At 0.2, the paper's
+# - *TIES* at density 0.8 comes close to the sum and is not ahead of it. At 0.2, the paper's
 #   usual choice, it loses a good part of `upper` and all that finetuning brought to `max`, at the
 #   best of the scales tried. The lines below the table say why: the largest fifth of the entries
 #   holds about three fifths of the squared norm, less than it would of normal numbers (65 %). A
@@ -1866,7 +1866,7 @@ plot.plt.show()
 #   the skill.
 
 # %% [markdown]
-# - *DARE* with $p$ = 0.5 costs next to nothing. With 0.9 the noise is nine times the square of
+# - *DARE* with $p$ = 0.5 costs little. With 0.9 the noise is nine times the square of
 #   the entries, and more of `upper` is lost, how much by the luck of the draw. Yu et al. drop
 #   nine entries in ten and more, in models ten thousand times as large, where each output is a
 #   sum over many more entries.
