@@ -1459,9 +1459,8 @@ plot.plt.show()
 # %% [markdown]
 # The copy is restored bit for bit, and its barrier is gone. The second training is not the first in
 # disguise: it has found partly other units, and no order makes them the same. Most of its barrier
-# goes, and a little stays. How much the two differ depends on the random starts; that matching
-# takes most of it away does not. Ainsworth et al. find the same for wide networks, and that it is
-# not always so: narrow and deep ones, and those caught early in training, may keep their barrier.
+# goes, and a little stays; so it did with five pairs of random starts. Ainsworth et al. find the
+# same for wide networks, and that narrow ones, and those early in training, keep more of it.
 
 # %% [markdown]
 # ## Fisher weights
@@ -2084,8 +2083,8 @@ checks.number(
 # - **Wortsman et al. 2022**, *Model soups*, arXiv:2203.05482. Section 2 and algorithm 1 for the
 #   greedy soup; section 4 compares a soup with an ensemble by the curvature along the line.
 # - **Ilharco et al. 2022**, *Editing Models with Task Arithmetic*, arXiv:2212.04089. Sections 3 and
-#   4: negation and addition; figure 5 has the cosines between task vectors.
-# - **Yadav et al. 2023**, *TIES-Merging*, arXiv:2306.01708. Figures 2 to 4 for what interferes,
+#   4: negation and addition; and the cosines between task vectors, most of them near 0.
+# - **Yadav et al. 2023**, *TIES-Merging*, arXiv:2306.01708. The figures of what interferes,
 #   algorithm 1, and the ablation of the three steps.
 # - **Yu et al. 2023**, *Language Models are Super Mario*, arXiv:2311.03099. DARE, and up to which
 #   drop rate finetuned models of several sizes go along.
@@ -2093,8 +2092,8 @@ checks.number(
 #   Section 3, where the mean is a maximum of a product of Gaussian posteriors.
 # - **Frankle et al. 2020**, *Linear Mode Connectivity and the Lottery Ticket Hypothesis*,
 #   arXiv:1912.05671. Section 3: how early in training two runs come to share a valley.
-# - **Ainsworth et al. 2022**, *Git Re-Basin*, arXiv:2209.04836. Section 3: matching of activations
-#   and of weights; section 5 for where it fails.
+# - **Ainsworth et al. 2022**, *Git Re-Basin*, arXiv:2209.04836. The three ways to match units,
+#   barriers against width and training time, and a counterexample to the single valley.
 # - **Izmailov et al. 2018**, *Averaging Weights Leads to Wider Optima and Better Generalization*,
 #   arXiv:1803.05407. Averages along one training run.
 # - **Li et al. 2025**, *Model Merging in Pre-training of Large Language Models*, arXiv:2505.12082.
