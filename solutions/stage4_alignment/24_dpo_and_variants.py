@@ -635,9 +635,9 @@ axes[1].axhline(0, color="#555555", linewidth=0.9, linestyle="-")
 axes[1].get_legend().remove()
 plot.caption(
     fig,
-    "DPO's push fades and never ends; robust DPO's stays, at ε/(1 − 2ε), and its loss falls below 0, "
-    "as an unbiased estimate may. cDPO's turns where σ(h) = 1 − ε, IPO's at its target 1/(2τ), here "
-    "2: beyond it the gap is pulled back.",
+    "DPO's push fades and never ends; robust DPO's stays, at ε/(1 − 2ε), and its loss falls below "
+    "0, as an unbiased estimate may. cDPO's turns where σ(h) = 1 − ε, IPO's at its target 1/(2τ), "
+    "here 2: beyond it the gap is pulled back.",
 )
 plot.plt.show()
 
