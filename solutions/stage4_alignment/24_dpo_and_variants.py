@@ -59,7 +59,7 @@
 # | $\lvert y\rvert$ | `chosen_length`, … | counted tokens of a response: `(batch,)` |
 # | $\hat r(x, y)$ | rewards | implicit reward β log(π/π_ref): `(batch,)` |
 #
-# Every function below with `loss` in its name is **minimized**. All logarithms are natural.
+# Every function below with `loss` in its name is minimized. All logarithms are natural.
 
 # %%
 import copy
@@ -97,8 +97,8 @@ def rectangle(prompts: list[list[int]], responses: list[list[int]]) -> tuple[Ten
 # tokens of the response. Three boundaries decide what the number is, and two programs that draw
 # them differently report different losses for the same model:
 #
-# - the **prompt** does not count: both answers share it, and nobody chose it;
-# - **padding** does not count;
+# - the prompt does not count: both answers share it, and nobody chose it;
+# - padding does not count;
 # - the **end token** counts. It is the decision to stop. Without it, an answer that rambles on is
 #   never told from one that ends.
 
@@ -235,6 +235,7 @@ checks.close(
     sequence_logprob(big, labels),
     by_loops(big, labels),
     what="with large logits",
+    atol=1e-3,  # a rounding of differences of a thousand
     hint="log_softmax, not the log of softmax",
 )
 labels = ragged(4, 7, 5)
@@ -393,7 +394,7 @@ for shape, beta in [((7,), 0.7), ((3, 5), 0.1), ((2, 3, 4), 2.5), ((2, 1), 0.3)]
     checks.close(best, beta * weights.sum(-1).log(), what="the objective at the optimum")
     if shape[-1] > 1:
         other = (policy.log() + 0.3 * checks.randn(*shape, generator=g).double()).softmax(-1)
-        assert bool((objective(other, ref, reward, beta) < best).all()), (
+        assert bool((objective(other, ref, reward, beta) <= best + 1e-12).all()), (
             f"shape {shape}: another policy reaches more of the objective than yours."
         )
     checks.close(
@@ -649,8 +650,8 @@ plot.plt.show()
 # $$ -\,\beta\,\sigma(\hat r_l - \hat r_w)\;\big[\nabla\log\pi(y_w) - \nabla\log\pi(y_l)\big]: $$
 #
 # a direction, and a weight that is large where the implicit rewards have the pair the wrong way
-# round. (The weight has a **β** in front that is often dropped; it does not matter to Adam, and it
-# does to everything that compares gradients.)
+# round. (The weight has a β in front that is often dropped. Adam does not notice; everything that
+# compares gradients does.)
 #
 # It reads as "raise the chosen, lower the rejected". What happens is something else once answers
 # share parameters. Take the smallest model that shares: answer $y$ has fixed features $\phi_y$, and
@@ -733,12 +734,11 @@ for answers, d, beta in [(3, 2, 0.1), (6, 3, 1.7), (2, 5, 0.4), (9, 1, 3.0)]:
     log_ratio = (features @ leaf).log_softmax(0) - ref
     loss = F.softplus(-beta * (log_ratio[chosen] - log_ratio[rejected]))
     (slope,) = torch.autograd.grad(loss, leaf)
-    # The directional derivative along −slope, by central differences in float64.
-    step = 1e-5
-    expected = (
-        (features @ (theta - step * slope)).log_softmax(0)
-        - (features @ (theta + step * slope)).log_softmax(0)
-    ) / (2 * step)
+    # The directional derivative along −slope, by the whole Jacobian.
+    jacobian = torch.autograd.functional.jacobian(
+        lambda t, features=features: (features @ t).log_softmax(0), theta
+    )
+    expected = -jacobian @ slope
     with checks.unchanged(features=features, theta=theta, ref_logp=ref):
         rates = logprob_rates(features, theta, ref, chosen, rejected, beta)
     log_p = (features @ theta).log_softmax(0)
@@ -748,7 +748,7 @@ for answers, d, beta in [(3, 2, 0.1), (6, 3, 1.7), (2, 5, 0.4), (9, 1, 3.0)]:
         rates,
         expected,
         what=f"{answers} answers with {d} features, β = {beta}",
-        rtol=1e-6,
+        rtol=1e-8,
         dtype=torch.float64,
         mistakes={
             "the weight without β": expected / beta,
@@ -1400,12 +1400,15 @@ for batch, tau in [(1, 0.1), (5, 0.6), (8, 2.0)]:
     sums = ((pc - rc - pr + rr) - 0.5 / tau).square().mean()
     means = ((pc - rc) / n - (pr - rr) / m - 0.5 / tau).square().mean()
     with checks.unchanged(*given, *lengths):
-        checks.close(ipo_loss(*given, tau=tau), sums, what=f"{batch} sums", dtype=torch.float32)
+        checks.close(  # near the target a gap of about 20 has lost its last digits
+            ipo_loss(*given, tau=tau), sums, what=f"{batch} sums", atol=1e-5, dtype=torch.float32
+        )
         result = ipo_loss(*given, *lengths, tau=tau)
     checks.close(
         result,
         means,
         what=f"{batch} means, τ = {tau}",
+        atol=1e-5,
         dtype=torch.float32,
         mistakes={
             "lengths exchanged": ((pc - rc) / m - (pr - rr) / n - 0.5 / tau).square().mean(),
@@ -1434,7 +1437,7 @@ for t in leaves[2:]:
 # $$ L = -\log\sigma\Big(\frac{\beta}{\lvert y_w\rvert}\log\pi(y_w) -
 #    \frac{\beta}{\lvert y_l\rvert}\log\pi(y_l) - \gamma\Big). $$
 #
-# Two models fewer in memory become one, and long answers no longer collect reward by their length.
+# One model is in memory in place of two, and long answers no longer collect reward by their length.
 # Nothing holds the policy but a small learning rate. (TRL computes β(Δ − γ/β), which is the same,
 # and adds the chosen answer's NLL unless its weight is set to 0.)
 
@@ -1886,7 +1889,7 @@ for label, t in zip(("ref", "policy_mismatched", "ref_mismatched"), leaves[1:], 
 #
 # **Question.** DPO raises the chosen answers above the rejected ones. Where are the chosen answers'
 # log-probabilities afterwards: above or below where they began? And is the policy better or worse
-# for it on held-out prompts? **Write your prediction down**, with a reason, before you run.
+# for it on held-out prompts? Write your prediction down, with a reason, before you run.
 
 # %% tags=["experiment"]
 your_prediction = "the mean log-probability of the chosen answers rises / falls, because …"
@@ -2240,7 +2243,9 @@ assert answer == "prompt", (
 #   Optimization*, arXiv:2410.08847. Section 3 for the example of one token, section 4 for what
 #   causes it.
 # - **Chowdhury et al. 2024**, *Provably Robust DPO: Aligning Language Models with Noisy Feedback*,
-#   arXiv:2403.00409. Section 3 for the unbiased loss.
+#   arXiv:2403.00409. For the loss that is unbiased under flipped labels.
+# - **Mitchell 2023**, *A note on DPO with noisy preferences & relationship to IPO*. Two pages on
+#   cDPO, by one of DPO's authors.
 # - **Mächler 2012**, *Accurately Computing log(1 − exp(−|a|))*, the vignette of R's package Rmpfr:
 #   where the two formulas change places.
 #
