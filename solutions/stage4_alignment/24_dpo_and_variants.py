@@ -48,7 +48,8 @@
 # | SimPO | β · mean log-probability of a token | −log σ, after a margin γ | nothing | pairs |
 # | ORPO | log-odds of the mean log-probability | −log σ, plus the chosen answer's NLL | the NLL | pairs |
 # | KTO | β · (log-ratio − a reference point z₀) | 1 − σ | reference | single answers, good or bad |
-#
+
+# %% [markdown]
 # ### Notation
 #
 # | symbol | in code | is |
@@ -203,6 +204,7 @@ for batch, seq, vocab, lefts in [
         result,
         expected,
         what=f"the summed log-probabilities of {batch} × {seq} labels",
+        atol=1e-6,  # a probability near 1 has a logarithm of few digits
         dtype=torch.float32,
         mistakes={
             "id 0 taken for padding": by_loops(logits, ends),
@@ -861,7 +863,7 @@ def sample_preferences(
     logp: Tensor, reward: Tensor, count: int, generator: torch.Generator
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Pairs of different answers drawn from a policy, labeled by a reward: (prompt, chosen,
-    rejected), each (count,), int64.
+    rejected), each (count,), int64, on the CPU.
 
     logp: (prompts, answers), answers ≥ 2: the policy's log-probabilities; −inf where it never
         answers so. At least two answers of each prompt are possible.
@@ -1119,10 +1121,7 @@ for with_reference, custom in [(False, False), (True, False), (True, True)]:
     model, reference = bandit(table), bandit(other) if with_reference else None
     model.weight.grad = torch.full_like(model.weight, 3.0)  # stale
     model.eval()
-    given = [
-        tuple(t.to(profile.device) for t in part)
-        for part in zip(x.split(6), won.split(6), lost.split(6), strict=True)
-    ]
+    given = list(zip(x.split(6), won.split(6), lost.split(6), strict=True))
     loss = (lambda pc, pr, rc, rr, *lengths: (pc - 2 * pr + rc * pr).mean()) if custom else None
     expected, seen = by_hand(table, given, 0.05, 0.7, other if with_reference else table, loss)
     watched = [reference] if with_reference else []
@@ -1921,7 +1920,7 @@ def make_pairs(prompts: list[list[int]], g: torch.Generator, size: int = 32) -> 
     """Batches for train_dpo: two samples of the base model for each prompt, and a noisy judge."""
     first, second = sample(base, prompts, g), sample(base, prompts, g)
     gap = torch.tensor([prose(a) - prose(b) for a, b in zip(first, second, strict=True)])
-    wins = torch.rand(len(gap), generator=g) < torch.sigmoid(20 * gap)
+    wins = torch.rand(len(gap), generator=g, device=g.device).cpu() < torch.sigmoid(20 * gap)
     chosen = [a if w else b for a, b, w in zip(first, second, wins, strict=True)]
     rejected = [b if w else a for a, b, w in zip(first, second, wins, strict=True)]
     parts = [slice(k, k + size) for k in range(0, len(prompts), size)]
@@ -1931,7 +1930,7 @@ def make_pairs(prompts: list[list[int]], g: torch.Generator, size: int = 32) -> 
 @torch.no_grad()
 def judge(model: nn.Module, prompts: list[list[int]]) -> tuple[float, float, list[list[int]]]:
     """(true reward, estimated KL to the base model in nats a response, responses)."""
-    responses = sample(model, prompts, torch.Generator().manual_seed(7))
+    responses = sample(model, prompts, torch.Generator(profile.device).manual_seed(7))
     tokens, labels = rectangle(prompts, responses)
     kl = sequence_logprob(model(tokens), labels) - sequence_logprob(base(tokens), labels)
     return sum(map(prose, responses)) / len(responses), float(kl.mean()), responses
@@ -1946,9 +1945,9 @@ def tune(batches: list[tuple], **options) -> tuple[nn.Module, list[dict]]:
     return model, history
 
 
-generator = torch.Generator().manual_seed(0)
+generator = torch.Generator(profile.device).manual_seed(0)
 prompts, held_out = openings(documents[0]), openings(documents[1])
-order = torch.randperm(len(prompts), generator=generator)[:128].tolist()
+order = torch.randperm(len(prompts), generator=generator, device=profile.device)[:128].tolist()
 pairs = make_pairs([prompts[i] for i in order], generator)
 tuned, history = tune(pairs, beta=0.1)
 
