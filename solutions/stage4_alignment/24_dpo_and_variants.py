@@ -2007,9 +2007,8 @@ plot.plt.show()
 #
 # So read the samples. The reward asked for letters and spaces, and got them; a run of spaces is
 # perfect, too. Few of the lines are sentences, and the KL says how far the model has gone from what
-# it knew. The closed form has a price for that, β, and you can raise it:
-#
-# the next table has the same pairs, steps and learning rate for five objectives.
+# it knew. β is the price of going far. The next table raises it, and puts other objectives beside:
+# the same pairs, steps and learning rate for each.
 
 # %% tags=["experiment"]
 objectives = {
@@ -2078,8 +2077,8 @@ plot.plt.show()
 
 # %% [markdown]
 # **What came out**, in the same direction for each of the five seeds that we tried. Every objective
-# raises the true reward. ORPO alone makes the chosen responses likelier, since their NLL is in its
-# loss; it goes least far from the base model, and gains least. SimPO goes furthest, with nothing to
+# raises the true reward. ORPO makes the chosen responses likelier, since their NLL is in its loss;
+# it goes least far from the base model, and gains least. SimPO goes furthest, with nothing to
 # hold it, and its chosen responses fall most. A larger β keeps DPO closer.
 #
 # What did *not* repeat is the order by reward of the rest: a larger KL did not reliably buy more.
@@ -2243,8 +2242,8 @@ assert answer == "prompt", (
 #   causes it.
 # - **Chowdhury et al. 2024**, *Provably Robust DPO: Aligning Language Models with Noisy Feedback*,
 #   arXiv:2403.00409. For the loss that is unbiased under flipped labels.
-# - **Mitchell 2023**, *A note on DPO with noisy preferences & relationship to IPO*. Two pages on
-#   cDPO, by one of DPO's authors.
+# - **Mitchell 2023**, *A note on DPO with noisy preferences & relationship to IPO*. cDPO, by
+#   one of DPO's authors.
 # - **Mächler 2012**, *Accurately Computing log(1 − exp(−|a|))*, the vignette of R's package Rmpfr:
 #   where the two formulas change places.
 #
