@@ -1266,7 +1266,8 @@ for beta in (0.5, 2.0):
 #
 # **On-policy** pairs repair what they can. Here half of the pairs come from the reference, and the
 # other half from the policy that the first half made, where the overrated answers are now frequent
-# and lose. The number of pairs is the same, as are the steps and the reference of the loss.
+# and lose. The number of pairs is the same, as are the steps and the reference of the loss. What
+# came up in no pair at all stays unknown in both.
 
 # %% tags=["experiment", "figure"]
 # Figure: offline pairs against two rounds
