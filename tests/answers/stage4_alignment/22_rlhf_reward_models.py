@@ -167,6 +167,7 @@ class RewardModel(nn.Module):
 
 # %% wrong="expected_calibration_error" because="p = 1 has a bin of its own"
 - bin_of = (p * bins).long().clamp(max=bins - 1)
+- # n_b/N · |mean p − mean y| = |Σ (p − y)| / N: the number of pairs cancels.
 - gaps = torch.zeros(bins, dtype=p.dtype, device=p.device)
 + bin_of = (p * bins).long()
 + gaps = torch.zeros(bins + 1, dtype=p.dtype, device=p.device)
@@ -494,12 +495,14 @@ def reinforce_loss(logp, mask, returns, baseline=None):
 
 # %% wrong="best_of_n" because="the smooth case: n F to the n − 1, normalized"
 - k = torch.arange(n, device=p.device)
+- # (Fⁿ − F⁻ⁿ) / (F − F⁻) as a sum of products: no difference of nearly equal numbers.
 - return (p.double() * (at_most**k * less ** (n - 1 - k)).sum(1)).to(p.dtype)
 + kept = p.double() * at_most[:, 0] ** (n - 1)
 + return (kept / kept.sum()).to(p.dtype)
 
 # %% wrong="best_of_n" because="ties: all of the group's probability to each"
 - k = torch.arange(n, device=p.device)
+- # (Fⁿ − F⁻ⁿ) / (F − F⁻) as a sum of products: no difference of nearly equal numbers.
 - return (p.double() * (at_most**k * less ** (n - 1 - k)).sum(1)).to(p.dtype)
 + return (at_most**n - less**n)[:, 0].to(p.dtype)
 
@@ -507,6 +510,7 @@ def reinforce_loss(logp, mask, returns, baseline=None):
 - at_most = ((rewards[None, :] <= rewards[:, None]) * p.double()).sum(1)[:, None]
 - less = ((rewards[None, :] < rewards[:, None]) * p.double()).sum(1)[:, None]
 - k = torch.arange(n, device=p.device)
+- # (Fⁿ − F⁻ⁿ) / (F − F⁻) as a sum of products: no difference of nearly equal numbers.
 - return (p.double() * (at_most**k * less ** (n - 1 - k)).sum(1)).to(p.dtype)
 + order = rewards.argsort(stable=True)
 + top = p.double()[order].cumsum(0)
@@ -514,14 +518,16 @@ def reinforce_loss(logp, mask, returns, baseline=None):
 + kept[order] = top**n - torch.cat([torch.zeros(1).double(), top[:-1]]) ** n
 + return kept.to(p.dtype)
 
-# %% wrong="best_of_n" because="a difference of powers, divided" base="difference"
+# %% wrong="best_of_n" because="a difference of powers, divided"
 - k = torch.arange(n, device=p.device)
+- # (Fⁿ − F⁻ⁿ) / (F − F⁻) as a sum of products: no difference of nearly equal numbers.
 - return (p.double() * (at_most**k * less ** (n - 1 - k)).sum(1)).to(p.dtype)
 + ratio = (at_most**n - less**n) / (at_most - less).clamp(min=1e-300)
 + return (p.double() * ratio[:, 0]).to(p.dtype)
 
 # %% wrong="best_of_n" because="one draw too few"
 - k = torch.arange(n, device=p.device)
+- # (Fⁿ − F⁻ⁿ) / (F − F⁻) as a sum of products: no difference of nearly equal numbers.
 - return (p.double() * (at_most**k * less ** (n - 1 - k)).sum(1)).to(p.dtype)
 + m = max(n - 1, 1)
 + k = torch.arange(m, device=p.device)
@@ -529,6 +535,7 @@ def reinforce_loss(logp, mask, returns, baseline=None):
 
 # %% wrong="best_of_n" because="tilted by the reward"
 - k = torch.arange(n, device=p.device)
+- # (Fⁿ − F⁻ⁿ) / (F − F⁻) as a sum of products: no difference of nearly equal numbers.
 - return (p.double() * (at_most**k * less ** (n - 1 - k)).sum(1)).to(p.dtype)
 + return (p.double().log() + math.log(n) * rewards.double()).softmax(0).to(p.dtype)
 
