@@ -1356,7 +1356,7 @@ g = torch.Generator().manual_seed(1)
 worth = torch.randn(512, generator=g, dtype=torch.float64)
 p = torch.full((512,), 1 / 512, dtype=torch.float64)
 best = [best_of_n(p, worth, n) for n in ns]
-tilted = [(worth / beta).softmax(0) for beta in torch.logspace(1.6, -0.62, 40)]
+tilted = [(worth / beta).softmax(0) for beta in torch.logspace(1.6, -0.75, 40)]
 for name, family, style in (("π* for every β", tilted, "-"), ("best of n", best, "o")):
     distance = [float((torch.xlogy(q, q) - torch.xlogy(q, p)).sum()) for q in family]
     axes[1].plot(distance, [float(q @ worth) for q in family], style, label=name, markersize=6)
@@ -1702,7 +1702,7 @@ plot.plt.show()
 def reinforce(beta: float, seed: int, steps: int = 24, samples: int = 4) -> dict[str, list]:
     """RLOO from the reference against the reward model; what was measured before each update."""
     policy, g = copied(reference), torch.Generator().manual_seed(seed)
-    optimizer = torch.optim.AdamW(policy.parameters(), lr=3e-4, weight_decay=0)
+    optimizer = torch.optim.AdamW(policy.parameters(), lr=1e-4, weight_decay=0)
     log: dict[str, list] = {"proxy": [], "true": [], "kl": [], "length": [], "names": []}
     for _ in range(steps):
         names = draw(policy.eval(), VERBS, samples, g)
@@ -1723,7 +1723,7 @@ def reinforce(beta: float, seed: int, steps: int = 24, samples: int = 4) -> dict
         optimizer.step()
         log["proxy"].append(float(proxy.mean()))
         log["true"].append(float(names["true"].mean()))
-        log["kl"].append(float(((logp - ref_logp) * answer).sum(1).mean()))
+        log["kl"].append(float(((logp.detach() - ref_logp) * answer).sum(1).mean()))
         log["length"].append(float(names["length"].float().mean()))
         log["names"].append(
             [f"{v}_{n}" for v, n in zip(VERBS, names["names"][::samples], strict=True)]
@@ -1734,8 +1734,8 @@ def reinforce(beta: float, seed: int, steps: int = 24, samples: int = 4) -> dict
 runs = {beta: reinforce(beta, SEED) for beta in (0.0, 0.3)}
 for beta, log in runs.items():
     print(f"beta = {beta}:  step    proxy    true    KL    characters    some names")
-    for step in (0, 4, 8, 16, 23):
-        some = ", ".join(n[:30] for n in log["names"][step][:3])
+    for step in (0, 4, 8, 12, 16, 20, 23):
+        some = ", ".join(repr(name)[1:-1][:28] for name in log["names"][step][:3])
         print(
             f"{step:18} {log['proxy'][step]:9.2f} {log['true'][step]:7.2f} {log['kl'][step]:7.2f} "
             f"{log['length'][step]:9.1f}       {some}"
@@ -1763,27 +1763,25 @@ for (chooser, what), values in selected.items():
 
 # %% tags=["experiment", "figure"]
 # Figure: Goodhart's curve: the proxy goes on rising, the true reward turns
-fig, axes = plot.plt.subplots(1, 2, figsize=(11, 4.1))
+fig, axes = plot.plt.subplots(1, 2, figsize=(11, 4.2), sharey=True, width_ratios=(1.5, 1))
+far = [kl_best_of_n_bound(n) ** 0.5 for n in ns]
 for ax, beta in zip(axes, (0.0, 0.3), strict=True):
     log = runs[beta]
     distance = [max(k, 0.0) ** 0.5 for k in log["kl"]]
-    ax.axhline(0, color="#999999", linewidth=0.8)
+    ax.axhline(log["true"][0], color="#999999", linewidth=0.8)
     for what, color, mark in (("proxy", plot.COLORS[0], "o"), ("true", plot.COLORS[1], "s")):
-        ax.plot(distance, log[what], mark, color=color, markersize=5, label=f"REINFORCE, {what}")
-    far = [kl_best_of_n_bound(n) ** 0.5 for n in ns]
-    chosen_proxy = [
-        float(best_of_n_estimate(by_verb["proxy"], by_verb["proxy"], n).mean()) for n in ns
-    ]
-    ax.plot(far, chosen_proxy, "-", color=plot.COLORS[0], label="best of n, proxy")
-    ax.plot(far, selected["proxy", "true"], "--", color=plot.COLORS[1], label="best of n, true")
-    ax.set(xlabel="√KL from the reference (√nats)", ylabel="mean reward")
-    ax.set_title(f"β = {beta}")
+        ax.plot(distance, log[what], mark, color=color, markersize=5, label=f"REINFORCE: {what}")
+        best = [float(best_of_n_estimate(by_verb["proxy"], by_verb[what], n).mean()) for n in ns]
+        style = "-" if what == "proxy" else "--"
+        ax.plot(far, best, style, color=color, label=f"best of n: {what}")
+    ax.set(xlabel="√KL from the reference (√nats)", title=f"β = {beta}")
+axes[0].set_ylabel("mean reward")
 axes[0].legend(fontsize=8, loc="lower left")
 plot.caption(
     fig,
-    "Each mark is one step's 64 names, placed by how far the policy has gone; the scales of the "
-    "two panels differ. Lines: best of 1 to 64 on held-out verbs, placed by the bound. The proxy "
-    "(circles) never tells that anything is wrong.",
+    "Each mark is one step's 64 names, placed by how far the policy has gone; the grey line is "
+    "where the true reward began. Lines: best of 1 to 64 on held-out verbs, placed by the bound. "
+    "Nothing in the proxy (circles) tells that the true reward (squares) has turned.",
 )
 plot.plt.show()
 
