@@ -97,6 +97,14 @@ from torch import Tensor, nn
 # r_c = -\partial L/\partial r_r$ in each pair. As nothing holds the level, it drifts in training. A
 # **centering term** $\lambda\,(r_c + r_r)^2$ holds it at zero without touching the difference.
 #
+# Before you write it down, look at $\log\sigma(z)$ in float32, computed in two ways:
+
+# %% tags=["experiment"]
+z = torch.tensor([-10.0, -80.0, -100.0, -10_000.0])
+print("log of the sigmoid:", torch.sigmoid(z).log().tolist())
+print("the whole at once: ", F.logsigmoid(z).tolist())
+
+# %% [markdown]
 # **Numbers.** $\log\sigma(z)$ as written fails in float32 below $z \approx -88$, where $\sigma(z)$
 # is 0 and its logarithm $-\infty$. The pairs that are wrong by that much are those that have the
 # most to teach: their loss is about $|z|$, and its slope is 1.
@@ -1151,6 +1159,17 @@ for samples in (2, 4):
 # $$ \pi_n(y) = \pi_{\text{ref}}(y)\;\frac{F^n - (F^-)^n}{F - F^-}
 #    = \pi_{\text{ref}}(y)\,\sum_{k=0}^{n-1} F^{\,k}\,(F^-)^{\,n-1-k} . $$
 #
+# Two equally likely answers, the second better, drawn twice, all cases written out:
+
+# %% tags=["experiment"]
+kept = [0.0, 0.0]
+for draws in product((0, 1), repeat=2):
+    kept[max(draws)] += 0.25
+distance = sum(q * math.log(q / 0.5) for q in kept)
+print(f"the best of two is the worse answer with probability {kept[0]}, the better with {kept[1]}")
+print(f"its KL from a single draw: {distance:.4f} nats, and log 2 − 1/2 = {math.log(2) - 0.5:.4f}")
+
+# %% [markdown]
 # **How far is that from the reference?** If no answer has much probability, the sum becomes
 # $nF^{n-1}$, and $F$ of the winner is the largest of $n$ uniform numbers, whose density is
 # $nF^{n-1}$. Hence
@@ -1159,10 +1178,11 @@ for samples in (2, 4):
 #    = \log n - \frac{n-1}{n}, $$
 #
 # as the integral is $-1/n$ (by parts). Papers quote this as *the* KL of best-of-n. It is an **upper
-# bound**: where single answers have real probability, or rewards tie, the distance is smaller, as
-# $\pi_n \le$ what the smooth case allows. With two equally likely answers and $n = 2$: 0.1308 and
-# not 0.1931. As $n$ grows, the exact one stops at $\log 1/\pi_{\text{ref}}(y_{\text{best}})$ while
-# the bound goes on.
+# bound**. Where rewards tie or single answers have real probability, give every draw a uniform
+# number as well and let it decide among equals: no two draws are equal now, and the distance of
+# *answer and number* is the formula's. Forgetting the number can only bring two distributions
+# closer. As $n$ grows, the exact distance stops at $\log 1/\pi_{\text{ref}}(y_{\text{best}})$
+# while the bound goes on.
 #
 # **How often does it win?** Against one fresh draw, in the smooth case, the best of $n + 1$
 # exchangeable draws is the fresh one with probability $1/(n+1)$: the win rate is $n/(n+1)$, and
@@ -1692,10 +1712,10 @@ plot.plt.show()
 
 # %% [markdown] answer="prediction"
 # A good prediction argues from length. In the pool names are short, and up to about twenty
-# characters an extra word pays for itself: both rewards rise. Beyond, the annotators' taste goes on
-# and the square takes over. Best-of-n can only choose among names that the reference writes, of
-# which few are very long; REINFORCE can make long names likely. So: the free run should rise, turn
-# and fall below its start, the leashed one stay near the top, best-of-n not break at n = 64.
+# characters a further word pays for itself: both rewards rise. Beyond, the annotators' taste goes
+# on and the square takes over. Best-of-n can only choose among names that the reference writes, of
+# which few are very long; REINFORCE can make long names likely. So the free run should rise, turn
+# and fall below its start, the leashed one stay near the top, and best-of-n do far less harm.
 
 
 # %% tags=["experiment"]
@@ -1785,8 +1805,35 @@ plot.caption(
 )
 plot.plt.show()
 
+# %% tags=["experiment"]
+for beta, log in runs.items():
+    began, ended = log["true"][0], sum(log["true"][-3:]) / 3
+    print(
+        f"beta = {beta}: the true reward began at {began:.2f}, was at most {max(log['true']):.2f}, "
+        f"and ended at {ended:.2f} (last three steps); the proxy went from {log['proxy'][0]:.2f} "
+        f"to {sum(log['proxy'][-3:]) / 3:.2f}"
+    )
+
 # %% [markdown]
-# **What came out.** WHAT_CAME_OUT
+# **What came out.** *Without a leash* the proxy rises to the end. The true reward rises with it for
+# a few steps, turns while the KL is still small, and falls far below where it began. The names say
+# why: they have become chains of words that run into the limit, the same word again and again. The
+# reward model learned from names of ordinary length that longer is better, and nobody ever showed
+# it such chains. Its accuracy and calibration on held-out pairs were fine, before and after: those
+# pairs come from the reference, not from where the policy has gone.
+#
+# *With* $\beta = 0.3$ the policy stops about where a further nat costs more than it gains, the
+# names stay names, and the true reward stays above its start, though it never sees the truth
+# either.
+#
+# *Best-of-n* moves along the first piece of the same road. With the length removed it chooses
+# shorter names for the same $n$, and more of the gain is real.
+#
+# We ran all of this with five seeds (reference, pool, reward model and runs all drawn anew). FIVE
+#
+# At this size the price of a wrong reward is visible because the truth is a formula. With a real
+# task there is no orange curve to plot. What can be watched instead: the KL, the length, fresh
+# labels for answers that the policy writes *now*, and samples, read by a person.
 
 # %% [markdown]
 # ## Key questions
@@ -1918,17 +1965,17 @@ assert answer == "fresh labels", (
 # leave it out afterwards, with the same caveat; or cap the correction, and look at the answers.
 
 # %% [markdown]
-# **Open question 2.** Best-of-n against the same reward model did not break in the experiment, and
-# REINFORCE did. Is best-of-n immune?
+# **Open question 2.** Best-of-n against the same reward model did far less harm in the experiment
+# than REINFORCE without a leash. Is it the safer method?
 
 # %% [markdown] answer="bon-immune"
-# No. It has not gone far: the best of 64 is at most 3.2 nats from the reference, and every factor
-# of e in n buys one nat more. At the same distance both methods have done about the same. For it to
-# go where REINFORCE goes, n would have to be astronomic, which is what protects it: it can choose
-# only among answers that the reference writes anyway. Where the reference writes exploits now and
-# then (a rare tail of very long names, a known phrase of flattery), a large n finds them, and Gao
-# et al. see the true reward of best-of-n turn as well. Protection by cost is real but is not a
-# property of the reward.
+# It has gone less far: the best of 64 is at most 3.2 nats from the reference, and every factor of e
+# in n buys one nat more. At the same distance the two methods have done about the same. To go where
+# REINFORCE goes, n would have to be astronomic, and that is what protects: it can choose only among
+# answers that the reference writes anyway. Where the reference writes exploits now and then (a rare
+# tail of very long names, a phrase of flattery), a large n finds exactly those, and the true reward
+# of best-of-n turns as well, in our figure for some seeds and in Gao et al. in general. The
+# protection is the cost, not the method; the reward model is as wrong as before.
 
 # %% [markdown]
 # **Open question 3.** The Bradley–Terry model says that preferences come from one number for each
