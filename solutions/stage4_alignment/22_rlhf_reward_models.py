@@ -1511,7 +1511,7 @@ for n in (0, 4):
 # coin. From their answers you fit a reward model, and optimize against it, by best-of-n and by
 # REINFORCE. They never see what you do with it.
 #
-# First the reference policy: a minute of instruction tuning (lesson 21), here a few seconds.
+# First the reference policy: instruction tuning (lesson 21), a few seconds of it.
 
 # %% tags=["experiment"]
 threads = torch.get_num_threads()
@@ -1818,11 +1818,11 @@ for beta, log in runs.items():
 
 # %% [markdown]
 # **What came out.** *Without a leash* the proxy rises to the end. The true reward rises with it for
-# a few steps, turns while the KL is still small, and falls far below where it began. The names say
-# why: they have become chains of words that run into the limit, the same word again and again. The
-# reward model learned from names of ordinary length that longer is better, and nobody ever showed
-# it such chains. Its accuracy and calibration on held-out pairs were fine, before and after: those
-# pairs come from the reference, not from where the policy has gone.
+# a few steps, turns after a few nats, and falls below where it began. The names say why: they have
+# become chains that run into the limit, the same word again and again. The reward model learned
+# from names of ordinary length that longer is better, and nobody ever showed it such chains. Its
+# accuracy and calibration were measured on names that the reference writes, and say nothing about
+# names from where the policy has gone.
 #
 # *With* $\beta = 0.3$ the policy stops about where a further nat costs more than it gains, the
 # names stay names, and the true reward stays above its start, though it never sees the truth
@@ -1831,7 +1831,11 @@ for beta, log in runs.items():
 # *Best-of-n* moves along the first piece of the same road. With the length removed it chooses
 # shorter names for the same $n$, and more of the gain is real.
 #
-# We ran all of this with five seeds (reference, pool, reward model and runs all drawn anew). FIVE
+# We ran all of this with five seeds (pool, reward model and runs drawn anew, and the reference
+# trained anew). In each the free run's true reward first rose above its start and ended below it,
+# in the mildest by a little, in the worst by more than all that was gained; in each the leashed run
+# ended above its start. Best-of-n is less clear: in some seeds its true reward turned before 64, in
+# others it still rose.
 #
 # At this size the price of a wrong reward is visible because the truth is a formula. With a real
 # task there is no orange curve to plot. What can be watched instead: the KL, the length, fresh
