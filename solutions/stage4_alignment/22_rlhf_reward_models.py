@@ -1665,7 +1665,7 @@ for name, p in {
 
 # %% [markdown]
 # The middle line is the ceiling: nobody predicts the annotators' coins better. The third ranks
-# every pair as the first does, so its accuracy is the same; its calibration tells it apart.
+# every pair as the first does, so its accuracy is the same; only its calibration differs.
 
 # %% tags=["experiment", "figure"]
 # Figure: calibrated on held-out pairs, and in love with length
@@ -1829,13 +1829,15 @@ for beta, log in runs.items():
 # either.
 #
 # *Best-of-n* moves along the first piece of the same road. With the length removed it chooses
-# shorter names for the same $n$, and more of the gain is real.
+# shorter names for the same $n$.
 #
-# We ran all of this with five seeds (pool, reward model and runs drawn anew, and the reference
-# trained anew). In each the free run's true reward first rose above its start and ended below it,
-# in the mildest by a little, in the worst by more than all that was gained; in each the leashed run
-# ended above its start. Best-of-n is less clear: in some seeds its true reward turned before 64, in
-# others it still rose.
+# We ran all of this with five seeds (reference, pool, reward model and runs anew each time). In
+# each the free run's true reward first rose above its start and then fell below it; in one, given
+# a few more steps, it came back to about its start. In each the leashed run ended above its start.
+# Best-of-n is less clear: in some seeds its true reward turned before 64, in others it still rose.
+# With the length removed it was ahead in all five seeds up to $n = 8$, and at 64 in two of them
+# only: the honest part of the liking for length is gone as well, and other faults of the reward
+# model are not.
 #
 # At this size the price of a wrong reward is visible because the truth is a formula. With a real
 # task there is no orange curve to plot. What can be watched instead: the KL, the length, fresh
