@@ -87,7 +87,7 @@ class Agent(Link):
         self.given, self.asked = set(request.given), set(request.names)
         return {name: self.names[name] for name in request.names if name in self.names}
 
-    def asks_for(self, kind: type) -> bool:
+    def is_exercise_class(self, kind: type) -> bool:
         return kind.__name__ in self.asked
 
     def launch(self, request: Launch, reply: Reply, seen: list) -> None:

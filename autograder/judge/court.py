@@ -177,7 +177,7 @@ class Court:
 
     def run_given(self, name: str, source: str) -> dict:
         outcome = run(name, source, self.names)
-        self.given |= sources.bound_names(source)
+        self.given |= sources.find_bound_names(source)
         return outcome
 
     def run_check(
@@ -194,7 +194,7 @@ class Court:
         is told without the numbers that were expected. `written` is the learner's text: the exercise, and the cells
         that they added."""
         self.link.comparisons = comparisons or {}
-        self.written = sources.written_for(written[0], list(written[1:])) if written else ast.Module([], [])
+        self.written = sources.gather_text(written[0], list(written[1:])) if written else ast.Module([], [])
         self.asked = set(asked) - (self.given - set(asked))
         given = os.environ.get("LLM40_SEED")
         os.environ["LLM40_SEED"] = seed
@@ -259,9 +259,9 @@ class Court:
 
     def read_text(self, measured: str, args: tuple) -> None:
         """What is counted in the learner's process could be hidden there; some of it stands in the text."""
-        if measured == "forbidden" and (used := sources.forbidden_name(self.written, args)):
+        if measured == "forbidden" and (used := sources.find_forbidden_name(self.written, args)):
             raise AssertionError(f"{used} of PyTorch is used, but this exercise builds it.")
-        if measured == "allocations" and not self.numpy_given and (used := sources.uncounted_name(self.written)):
+        if measured == "allocations" and not self.numpy_given and (used := sources.find_uncounted_name(self.written)):
             raise AssertionError(f"memory is counted here, and {used} makes some that is not PyTorch's: use tensors.")
 
     @property
@@ -308,7 +308,7 @@ def describe_error(error: BaseException, name: str, source: str, hidden: int = 0
     except Exception as broken:
         said = f"({type(broken).__name__} in the exception's own text)"
     if in_hidden and isinstance(error, AssertionError):
-        said = sources.without_expected(said)
+        said = sources.hide_expected(said)
     return {"status": "error", "ename": type(error).__name__, "evalue": said[:TEXT], "places": places[-20:]}
 
 

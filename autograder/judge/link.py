@@ -27,7 +27,7 @@ from torch.autograd.graph import _engine_run_backward as run_backward  # as auto
 
 from autograder.judge import messages, proxies, tensors, transforms
 from autograder.judge.messages import Attribute, Call, Envelope, Gradients, Reply
-from autograder.judge.values import Codec, Refused, find_attribute, qualified
+from autograder.judge.values import Codec, Refused, find_attribute, name_class
 
 MUTABLE = frozenset(("list", "dict", "ordered", "counter", "set", "deque", "array", "bytearray", "record"))
 LIBRARIES = ("torch.", "llm40.", "math:", "operator:", "numpy:", "builtins:")  # of which functions pass by name
@@ -121,7 +121,7 @@ class Link(Codec):
 
     def send(self, message: object) -> None:
         """Everything that changed here goes along."""
-        envelope = Envelope(messages.as_list(message))
+        envelope = Envelope(messages.list_fields(message))
         outermost = self.depth <= (self.judges and not isinstance(message, Reply))
         self.collect_things(envelope, changed=outermost)
         self.collect_modules(envelope)
@@ -149,7 +149,7 @@ class Link(Codec):
         if envelope.random is not None:
             self.random = envelope.random
             tensors.set_random_state(envelope.random)
-        return messages.from_list(envelope.message), envelope
+        return messages.make_message(envelope.message), envelope
 
     def _read(self, size: int) -> bytearray:
         buffer = bytearray(size)
@@ -688,7 +688,7 @@ class Link(Codec):
         """The path by which the other end finds a class: a library's, or one of a given cell."""
         if self.names.get(kind.__name__) is kind and kind.__name__ in self.given:
             return kind.__name__
-        return qualified(kind) if kind.__module__.startswith(("torch.nn.", "llm40.")) else ""
+        return name_class(kind) if kind.__module__.startswith(("torch.nn.", "llm40.")) else ""
 
     def find_class(self, path: str) -> type:
         return find_attribute(path) if ":" in path else self.names[path]
@@ -734,7 +734,7 @@ class Link(Codec):
     def name_record(self, kind: type) -> str:
         if kind.__name__ in self.given and self.names.get(kind.__name__) is kind:
             return kind.__name__
-        return qualified(kind) if kind.__module__.startswith("llm40.") else ""
+        return name_class(kind) if kind.__module__.startswith("llm40.") else ""
 
     def find_record(self, name: str) -> type | None:
         if name.startswith("llm40.") and ":" in name:

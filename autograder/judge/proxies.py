@@ -16,7 +16,7 @@ from torch import nn
 from autograder.judge import tensors
 from autograder.judge.messages import Hook, Launch
 from autograder.judge.sources import COMPARING
-from autograder.judge.values import Refused, qualified
+from autograder.judge.values import Refused, name_class
 
 BINARY = (
     "add",
@@ -109,7 +109,8 @@ def describe(value: object, number: int, link) -> dict:
     if isinstance(value, nn.Module):
         return describe_module(value, number, link)
     if isinstance(value, type):
-        return {"kind": "class", "name": value.__name__, "module": issubclass(value, nn.Module), "bases": bases(value)}
+        is_module = issubclass(value, nn.Module)
+        return {"kind": "class", "name": value.__name__, "module": is_module, "bases": list_bases(value)}
     if isinstance(value, (FunctionType, BuiltinFunctionType, MethodType)):
         name = getattr(value, "__name__", "function")
         return {
@@ -123,7 +124,7 @@ def describe(value: object, number: int, link) -> dict:
     return {
         "kind": "object",
         "name": kind.__name__,
-        "bases": bases(kind),
+        "bases": list_bases(kind),
         "operators": operators(kind),
         "before_numpy": goes_before_numpy(kind),
         "hashable": kind.__hash__ is not None,
@@ -138,8 +139,9 @@ def goes_before_numpy(kind: type) -> bool:
     return isinstance(priority, (int, float)) and priority > 0
 
 
-def bases(kind: type) -> list[str]:
-    return [qualified(base) for base in kind.__mro__ if qualified(base).startswith(KNOWN_BASES) and base is not object]
+def list_bases(kind: type) -> list[str]:
+    names = [name_class(base) for base in kind.__mro__ if base is not object]
+    return [name for name in names if name.startswith(KNOWN_BASES)]
 
 
 def operators(kind: type) -> list[str]:
@@ -169,7 +171,7 @@ def describe_module(module: nn.Module, number: int, link) -> dict:
     return {
         "kind": "module",
         "name": type(module).__name__,
-        "library": qualified(library),
+        "library": name_class(library),
         "methods": sorted({name for base in own for name in vars(base) if not hasattr(nn.Module, name)}),
         "operators": [name for name in operators(type(module)) if name in ("__len__", "__getitem__", "__iter__")],
         "exact": type(module) is library and library.__module__.startswith(PYTORCH) and "forward" not in vars(module),
