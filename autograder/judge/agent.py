@@ -96,20 +96,20 @@ class Agent(Link):
 
         def value_of(encoded):
             is_placed = isinstance(encoded, list) and encoded[0] == "placed"
-            return tensors.placed(encoded, storages) if is_placed else self.decode(encoded)
+            return tensors.make_placed(encoded, storages) if is_placed else self.decode(encoded)
 
         args = [value_of(encoded) for encoded in request.args]
         kwargs = {name: value_of(encoded) for name, encoded in request.kwargs}
         grid = self.decode(request.grid)
         if request.only is not None:
-            self.only = tensors.placed(request.only, storages)
+            self.only = tensors.make_placed(request.only, storages)
         self.measure(request.around, seen, lambda: kernel[grid](*args, **kwargs))
         self.only = None
         for told in seen:
             if isinstance(told, dict) and told and all(isinstance(counts, Counter) for counts in told.values()):
                 told |= {way: relocate(counts, storages, request.places) for way, counts in told.items()}
         for place, (storage, before) in enumerate(zip(storages, request.storages, strict=True)):
-            after = tensors.storage_bytes(storage)[: len(before)]
+            after = tensors.read_storage(storage)[: len(before)]
             if after != before:
                 reply.storages.append([place, after])
 

@@ -198,7 +198,7 @@ class Court:
         self.asked = set(asked) - (self.given - set(asked))
         given = os.environ.get("LLM40_SEED")
         os.environ["LLM40_SEED"] = seed
-        self.counted, switches = False, tensors.switches()
+        self.counted, switches = False, tensors.read_switches()
         torch.manual_seed(0)
         random.seed(0)
         try:

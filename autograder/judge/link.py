@@ -132,7 +132,7 @@ class Link(Codec):
         if not self.judges:
             self.drop_unheld()
         envelope.released, self.released = self.released, []
-        state = tensors.random_state()
+        state = tensors.read_random_state()
         if state != self.random:
             envelope.random = self.random = state
         raw = messages.pack(envelope)
@@ -260,7 +260,9 @@ class Link(Codec):
         with self.asking():
             sent, self.tracked = self.tracked, []
             try:
-                message = Call(target, self.encode(tuple(args)), self.encode(kwargs), self.around(), tensors.modes())
+                message = Call(
+                    target, self.encode(tuple(args)), self.encode(kwargs), self.around(), tensors.read_modes()
+                )
                 containers = self.tracked
             finally:
                 self.tracked = sent
@@ -271,8 +273,10 @@ class Link(Codec):
 
     def call_function(self, number: int, function: Callable, args: tuple, kwargs: dict) -> object:
         """Calls a function of the other end's, which has a proxy here."""
-        if transforms.wrapped(args, kwargs):
-            return transforms.call(lambda args, kwargs: self.call(["object", number], args, kwargs), args, kwargs)
+        if transforms.has_wrapped(args, kwargs):
+            return transforms.call_wrapped(
+                lambda args, kwargs: self.call(["object", number], args, kwargs), args, kwargs
+            )
         return self.call(["object", number], args, kwargs)
 
     def around(self) -> list:
@@ -339,11 +343,11 @@ class Link(Codec):
                 request.containers = [(value, self.encode(value)) for value, _ in request.containers]
 
             def act() -> object:
-                before = tensors.switches()
+                before = tensors.read_switches()
                 try:
                     return function(*args, **kwargs)
                 finally:
-                    after = tensors.switches()
+                    after = tensors.read_switches()
                     reply.switches = after if after != before else []
 
             return self.measure(request.around, seen, act, request.modes)
@@ -410,8 +414,8 @@ class Link(Codec):
         made = [self.tensors.find(number) for number in outputs]
         for number in outputs:
             self.tensors.by_number[number].linked = True
-        depends = self.tensors.reached(made, set(outputs))
-        reply.outputs, reply.depends = outputs, [self.tensors.number(t) for t in depends]
+        depends = self.tensors.find_reached(made, set(outputs))
+        reply.outputs, reply.depends = outputs, [self.tensors.number_tensor(t) for t in depends]
         reply.call = self.new_number()
         self.calls[reply.call] = Record(made, depends)
 
@@ -430,7 +434,7 @@ class Link(Codec):
         return value
 
     def encode_tensor(self, value: Tensor) -> list:
-        return ["tensor", self.tensors.number(value)]
+        return ["tensor", self.tensors.number_tensor(value)]
 
     def decode_tensor(self, number: int) -> Tensor:
         return self.tensors.find(number)
@@ -450,7 +454,7 @@ class Link(Codec):
 
     def collect_generators(self, envelope: Envelope) -> None:
         for number, pair in self.generators.copy().items():
-            state = tensors.generator_state(pair[0])
+            state = tensors.read_generator_state(pair[0])
             if state != pair[1]:
                 pair[1] = state
                 envelope.generators.append([number, state])

@@ -573,26 +573,25 @@ class Kernel:
         link, number = self.__dict__[PLACE]
         sizes: list = []
 
-        def size_of(meta: dict) -> tuple:
+        storages: dict[int, list] = {}
+
+        def compute_grid(meta: dict) -> tuple:
             sizes.append(tuple(grid(meta)))
             return sizes[-1]
 
+        def encode(value: object) -> object:
+            return tensors.place_in_storage(value, storages) if torch.is_tensor(value) else link.encode(value)
+
         with link.asking():
-            storages: dict[int, list] = {}
-            encoded = [
-                tensors.in_storage(value, storages) if torch.is_tensor(value) else link.encode(value) for value in args
-            ]
-            named = [
-                [name, tensors.in_storage(value, storages) if torch.is_tensor(value) else link.encode(value)]
-                for name, value in kwargs.items()
-            ]
+            encoded = [encode(value) for value in args]
+            named = [[name, encode(value)] for name, value in kwargs.items()]
             only = [m.only for m in link.measurements if m.only is not None]
-            only = tensors.in_storage(only[0], storages) if only else None
+            only = tensors.place_in_storage(only[0], storages) if only else None
             held = [storage for _, storage in storages.values()]
             places = [storage.data_ptr() for storage in held]
-            sent = [tensors.storage_bytes(storage) for storage in held]
-            shape = link.encode(size_of if callable(grid) else tuple(grid))
-            with link.without_launches():  # counted below, where nobody can bend it
+            sent = [tensors.read_storage(storage) for storage in held]
+            shape = link.encode(compute_grid if callable(grid) else tuple(grid))
+            with link.without_launches():  # they are counted below, out of the learner's reach
                 target, around = ["object", number], link.around()
                 answer = link.request(Launch(target, shape, encoded, named, sent, places, only, around))
             for place, raw in answer.storages:
