@@ -59,7 +59,7 @@ class Agent(Link):
         if isinstance(request, Describe):
             return self.describe(request)
         if isinstance(request, Hook):
-            module = self.exported_object(request.module)
+            module = self.find_exported(request.module)
             return getattr(module, request.kind)(self.decode(request.hook), **self.decode(request.options))
         if isinstance(request, Launch):
             return self.launch(request, reply, seen)

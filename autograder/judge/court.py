@@ -54,14 +54,14 @@ class Judge(Link):
         self.comparisons: dict[str, list[str]] = {}  # class → comparisons that the exercise's own class defines
         self.launches: list = []  # checks.launches that are open
 
-    def compared(self, name: str) -> tuple[str, ...]:
+    def list_comparisons(self, name: str) -> tuple[str, ...]:
         return tuple(self.comparisons.get(name, ()))
 
-    def may(self, request: object) -> None:
+    def refuse_forbidden(self, request: object) -> None:
         if isinstance(request, Gradients):
             return
         if isinstance(request, Call) and request.target and request.target[0] == "object":
-            if not callable(self.exported_object(request.target[1])):
+            if not callable(self.find_exported(request.target[1])):
                 raise Refused("a handle that cannot be called")
             return
         if isinstance(request, Call) and request.target and request.target[0] == "method":
@@ -69,7 +69,7 @@ class Judge(Link):
             if name in OPERATORS or not str(name).startswith("_"):
                 return
         if isinstance(request, Attribute) and request.action == "get" and request.target[0] == "object":
-            owner = self.exported_object(request.target[1])
+            owner = self.find_exported(request.target[1])
             if str(request.name).startswith("_"):  # PyTorch's own methods ask with a default: zero_grad for _is_replica
                 raise AttributeError(f"{request.name}: the learner's code may not ask this of a check")
             if isinstance(owner, torch.nn.Module) or not callable(owner):

@@ -262,7 +262,7 @@ class Mirrors:
             )
         if t.layout != torch.strided or t.is_quantized:
             raise Refused(f"a {t.layout} tensor cannot be handed over")
-        number = self.link.new_number()
+        number = self.link.make_number()
         self.register(number, t)
         if self.weak:
             self.passing[number] = t
