@@ -1,4 +1,4 @@
-"""The judge's process: it runs given cells and checks, with proxies for what the exercises define.
+"""The judge's process: it runs given cells and checks, with proxies for the names that exercises define.
 
     python -m autograder.judge.court SOCKET
 
@@ -74,8 +74,8 @@ class JudgeLink(Link):
                 raise AttributeError(f"{request.name}: the learner's code may not ask this of a check")
             if isinstance(owner, torch.nn.Module) or not callable(owner):
                 return
-        what = " ".join([type(request).__name__, str(getattr(request, "name", ""))]).strip()
-        raise Refused(f"{what}: the learner's code may not ask this of a check")
+        asked = " ".join([type(request).__name__, str(getattr(request, "name", ""))]).strip()
+        raise Refused(f"{asked}: the learner's code may not ask this of a check")
 
     def request(self, message: object) -> Reply:
         """Sends a request without the trace function of a measurement, which would count the link's own work."""
@@ -151,7 +151,7 @@ def merge_into(target: object, seen: object) -> None:
 
 
 class Court:
-    """The names of one notebook, the link to its learner, and what is run among them."""
+    """The names of one notebook, the link to its learner, and the cells that run among these names."""
 
     def __init__(self):
         self.names: dict = {"__name__": "__main__", "__builtins__": builtins}

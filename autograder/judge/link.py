@@ -84,7 +84,7 @@ class RemoteCall(torch.autograd.Function):
 class Link(Codec):
     """One end of the socket. `names` are the names of this end's notebook, `given` those that given cells define."""
 
-    judges = False  # which end this is
+    judges = False  # whether this is the judge's end
 
     def __init__(self, connection: socket.socket, names: dict):
         self.connection = connection
@@ -235,7 +235,7 @@ class Link(Codec):
                 self.shared_modules.pop(number, None)
 
     def release_pending(self) -> None:
-        """Forgets the objects that the other end let go of, before anything is encoded: each needs a new number."""
+        """Forgets the objects that the other end let go of, before anything is encoded: they then get new numbers."""
         pending, self.pending = self.pending, []
         self.release(pending)
 
@@ -255,7 +255,7 @@ class Link(Codec):
     # --- asking ---
 
     def call(self, target: list, args: Iterable, kwargs: dict) -> object:
-        """Calls an object of the other end's."""
+        """Calls an object of the other end."""
         with self.asking():
             sent, self.tracked = self.tracked, []
             try:
@@ -270,7 +270,7 @@ class Link(Codec):
             return self.decode(answer.value)
 
     def call_function(self, number: int, function: Callable, args: tuple, kwargs: dict) -> object:
-        """Calls a function of the other end's, which has a proxy here."""
+        """Calls a function of the other end that has a proxy here."""
         if transforms.has_wrapped(args, kwargs):
             return transforms.call_wrapped(
                 lambda args, kwargs: self.call(["object", number], args, kwargs), args, kwargs

@@ -360,8 +360,8 @@ _classes: dict[tuple, type] = {}
 
 
 def make_refusal(name: str) -> Callable:
-    """Makes a comparison that raises, for classes whose exercise defines none. Proxies of two objects are equal only if
-    they are the same."""
+    """Makes a comparison that raises, for classes whose exercise defines none. Two proxies are equal if they are the
+    same one."""
 
     def compare(self, other):
         if name in ("__eq__", "__ne__") and isinstance(other, RemoteObject):
@@ -558,7 +558,7 @@ class Kernel:
         return link.request_attribute(["object", number], name)
 
     def run(self, *args, grid: object, warmup: bool = False, **kwargs) -> None:
-        """Launches the kernel in the way in which an autotuner calls it."""
+        """Launches the kernel for an autotuner, which calls this method."""
         if not warmup:
             self.launch(grid, args, kwargs)
 

@@ -8,7 +8,7 @@ from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 
 import torch
-from torch import Tensor, inference_mode, nn, set_grad_enabled  # by these names: checks may watch torch's
+from torch import Tensor, inference_mode, nn, set_grad_enabled  # imported by name, because checks may watch torch's
 from torch.overrides import _get_current_function_mode_stack
 from torch.utils._device import DeviceContext
 from torch.utils._python_dispatch import _disable_current_modes
