@@ -257,14 +257,9 @@ class Link(Codec):
     def call(self, target: list, args: Iterable, kwargs: dict) -> object:
         """Calls an object of the other end."""
         with self.asking():
-            sent, self.tracked = self.tracked, []
-            try:
+            with self.tracking([]) as containers:
                 encoded = self.encode(tuple(args)), self.encode(kwargs)
-                message = Call(target, *encoded, self.list_measurements(), tensors.read_modes())
-                containers = self.tracked
-            finally:
-                self.tracked = sent
-            answer = self.request(message)
+            answer = self.request(Call(target, *encoded, self.list_measurements(), tensors.read_modes()))
             for place, value in answer.changed:
                 replace_contents(containers[place], self.decode(value))
             return self.decode(answer.value)
@@ -329,12 +324,9 @@ class Link(Codec):
     def perform(self, request: object, reply: Reply, seen: list) -> object:
         if isinstance(request, Call):
             function = self.resolve(request.target)
-            outer, self.tracked, self.repeated = self.tracked, [], False
-            try:
+            self.repeated = False
+            with self.tracking([]) as request.containers:
                 args, kwargs = self.decode(request.args), self.decode(request.kwargs)
-                request.containers = self.tracked
-            finally:
-                self.tracked = outer
             if self.repeated:  # an array that occurs twice is encoded as "same" above, but in full when alone
                 request.containers = [(value, self.encode(value)) for value, _ in request.containers]
 
@@ -414,6 +406,15 @@ class Link(Codec):
         self.calls[reply.call] = CallGraph(made, depends)
 
     # --- tensors, generators, and containers that a call may change ---
+
+    @contextmanager
+    def tracking(self, containers: list | None) -> Iterator[list | None]:
+        """Inside the block, `encode` and `decode` add the containers that a call may change to this list."""
+        outer, self.tracked = self.tracked, containers
+        try:
+            yield containers
+        finally:
+            self.tracked = outer
 
     def encode(self, value: object, depth: int = 0) -> object:
         encoded = super().encode(value, depth)
@@ -586,11 +587,8 @@ class Link(Codec):
 
     def encode_attributes(self, value: object) -> list:
         """Encodes a thing's attributes."""
-        outer, self.tracked = self.tracked, None
-        try:
+        with self.tracking(None):
             return [[name, self.encode(each)] for name, each in vars(value).items()]
-        finally:
-            self.tracked = outer
 
     def receive_things(self, things: list) -> None:
         for number, name, given, _ in things:
@@ -665,11 +663,8 @@ class Link(Codec):
                 number, new = self.export(value)
                 if not new:
                     return ["built", number, None]
-                outer, self.tracked = self.tracked, None
-                try:
+                with self.tracking(None):
                     description = proxies.describe_built(value, path, self)
-                finally:
-                    self.tracked = outer
                 self.share_module(number, value)
                 return ["built", number, description]
         if id(value) in self.thing_numbers or (self.judges and is_thing(value)) or self.is_given_thing(value):
@@ -677,11 +672,8 @@ class Link(Codec):
         number, new = self.export(value)
         if not new:
             return ["object", number, None]
-        outer, self.tracked = self.tracked, None
-        try:
+        with self.tracking(None):
             return ["object", number, proxies.describe(value, number, self)]
-        finally:
-            self.tracked = outer
 
     def find_class_path(self, kind: type) -> str:
         """The path by which the other end finds a class of a library or a given cell; "" if there is none."""
@@ -706,11 +698,8 @@ class Link(Codec):
             return known
         if description is None:
             raise Refused("a handle of nothing")
-        outer, self.tracked = self.tracked, None
-        try:
+        with self.tracking(None):
             made = proxies.make_proxy(self, number, description)
-        finally:
-            self.tracked = outer
         self.keep_import(number, made)
         return made
 
