@@ -8,7 +8,7 @@ import ast
 import re
 from collections.abc import Callable
 
-from autograder.judge.sources import bound_names
+from autograder.judge.sources import find_bound_names
 from autograder.lesson import python_of
 
 LONGEST = 100_000  # characters of a cell that is read
@@ -82,7 +82,7 @@ def _parse_statements(source: str, python: str, wanted: Callable[[ast.stmt], boo
         text = "\n".join(lines[begin - 1 : end])
         plain = "\n".join(asked[begin - 1 : end])
         key = ast.dump(ast.parse(plain)) if plain == text and not _has_await(statement) else text.strip()
-        found.append((text, key, bound_names(plain)))
+        found.append((text, key, find_bound_names(plain)))
     return found
 
 

@@ -8,7 +8,7 @@ import nbformat
 from nbformat import NotebookNode
 
 from autograder.grading.rebuild import read_name, read_role, remove_answers
-from autograder.judge.sources import bound_names, comparisons
+from autograder.judge.sources import find_bound_names, find_comparisons
 from autograder.lesson import python_of
 
 
@@ -57,6 +57,6 @@ def make_sent_master(master: NotebookNode) -> NotebookNode:
     answers = {read_name(cell): python_of(cell.source) for cell in master.cells if read_role(cell) == "exercise"}
     sent = remove_answers(master)
     about = sent.metadata.setdefault("llm40", {})
-    about["asked"] = {exercise: sorted(bound_names(answer)) for exercise, answer in answers.items()}
-    about["comparisons"] = comparisons(list(answers.values()))
+    about["asked"] = {exercise: sorted(find_bound_names(answer)) for exercise, answer in answers.items()}
+    about["comparisons"] = find_comparisons(list(answers.values()))
     return sent

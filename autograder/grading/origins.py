@@ -7,7 +7,7 @@ from nbformat import NotebookNode
 from autograder.execute import Outcome
 from autograder.grading.rebuild import SubmittedCell, read_name, read_role
 from autograder.grading.verdicts import UNKNOWN
-from autograder.judge.sources import bound_names
+from autograder.judge.sources import find_bound_names
 from autograder.lesson import python_of
 
 SHOWN = 50  # characters of a cell's first line
@@ -62,7 +62,7 @@ class Origins:
 
 
 def _is_made_in(source: str, wanted: str) -> bool:
-    return wanted in source and wanted in bound_names(python_of(source))
+    return wanted in source and wanted in find_bound_names(python_of(source))
 
 
 def _describe(cell: NotebookNode) -> str:

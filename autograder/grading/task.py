@@ -16,7 +16,7 @@ from autograder.grading.clerk import read_submission_safely
 from autograder.grading.origins import Origins
 from autograder.grading.rebuild import NEWER, Unreadable, find_exercise, is_run, read_name, read_role, rebuild
 from autograder.grading.verdicts import Check, judge_check, tell_accident, tell_error
-from autograder.judge.sources import bound_names
+from autograder.judge.sources import find_bound_names
 from autograder.kernels.manager import Kernels
 from autograder.lesson import BEGIN_HIDDEN, python_of
 
@@ -170,7 +170,7 @@ def make_steps(
             continue
         python = python_of(cell.source)
         if kind == "plain":
-            known -= bound_names(python)
+            known -= find_bound_names(python)
             steps.append(Step(cell.source, "given", read_name(cell), python))
         else:
             hidden = python[: python.find(BEGIN_HIDDEN)].count("\n") + 1 if BEGIN_HIDDEN in python else 0

@@ -1,9 +1,9 @@
 """The judge: a lesson's checks in a process of their own, outside the learner's.
 
-    worker ─┬─ judge    given cells, every check, expected values; what the exercises define are proxies (proxies.py)
+    worker ─┬─ judge    given cells, every check, expected values; proxies for the exercises' names (proxies.py)
             │      ⇅ one socket: msgpack messages (messages.py), values only (values.py), never code or pickles
             └─ learner  the Jupyter kernel: given cells, the learner's cells, and an agent that answers (agent.py)
 
-`link.py` is the socket and what the two ends know of each other's objects; `court.py` is the judge's process;
-`client.py` is the worker's side of it.
+`link.py` is one end of the socket, with its tables of objects; `court.py` is the judge's process; `client.py` is the
+worker's side of it.
 """

@@ -1,8 +1,8 @@
-"""The learner's end of the link: it calls what the learner wrote, and answers with values.
+"""The learner's end of the link: it calls the learner's code and answers with values.
 
-It runs in the learner's own kernel and main thread, in the way in which a cell would run. Nothing that decides a
-verdict is here; a learner who bends it changes answers, and a changed answer is judged like any other. What can only be
-counted where the learner's code runs (allocations, calls of PyTorch's functions) is counted here on the judge's behalf.
+It runs in the learner's own kernel and main thread, as a cell would. Nothing here decides a verdict: a learner who
+bends it changes answers, and a changed answer is judged like any other. Measurements that are possible only where the
+learner's code runs (allocations, calls of PyTorch's functions) are made here for the judge.
 """
 
 import os
@@ -25,13 +25,11 @@ from autograder.judge.messages import Describe, Done, Fork, Hook, Launch, Malfor
 from autograder.judge.values import find_attribute
 
 PLAIN = (int, float, str, bool, list, tuple, dict, set)
-
-
-APART = 4096  # bytes after each storage of a launch, so that an address tells to which it belongs
+APART = 4096  # bytes after each storage of a launch, so that each address belongs to one storage
 
 
 class Agent(Link):
-    """Serves the judge, for one check or for all."""
+    """Answers the judge's requests, for one check or for all."""
 
     judges = False
 
@@ -41,9 +39,9 @@ class Agent(Link):
         self.built_numbers: dict[int, int] = {}
         self.asked: set[str] = set()  # names that exercises define
         self.children: list[int] = []  # processes: twins, and connectors to servers
-        self.handed: list[socket.socket] = []  # sockets to them that go to the judge after the reply
+        self.handed: list[socket.socket] = []  # sockets to the children, which the judge gets after the reply
         self.meeting = ""  # the folder in which the twins meet
-        self.only: torch.Tensor | None = None  # of a launch: the one tensor whose memory is touched
+        self.only: torch.Tensor | None = None  # during a launch: the one tensor whose memory the kernel may touch
 
     def resolve(self, target: list):
         kind, *rest = target
@@ -59,7 +57,7 @@ class Agent(Link):
         if isinstance(request, Describe):
             return self.describe(request)
         if isinstance(request, Hook):
-            module = self.exported_object(request.module)
+            module = self.find_exported(request.module)
             return getattr(module, request.kind)(self.decode(request.hook), **self.decode(request.options))
         if isinstance(request, Launch):
             return self.launch(request, reply, seen)
@@ -67,9 +65,9 @@ class Agent(Link):
             self.handed.append(self.fork_twin(request.rank, request.ranks))
             return None
         if isinstance(request, Reach):
-            pid, theirs = relay.fork_connector(request.path, self.connection)
+            pid, control = relay.fork_connector(request.path, self.connection)
             self.children.append(pid)
-            self.handed.append(theirs)
+            self.handed.append(control)
             return None
         if isinstance(request, Done):
             return None
@@ -87,36 +85,36 @@ class Agent(Link):
         self.given, self.asked = set(request.given), set(request.names)
         return {name: self.names[name] for name in request.names if name in self.names}
 
-    def asks_for(self, kind: type) -> bool:
+    def is_exercise_class(self, kind: type) -> bool:
         return kind.__name__ in self.asked
 
     def launch(self, request: Launch, reply: Reply, seen: list) -> None:
         kernel = self.resolve(request.target)
         storages = [tensors.make_storage(raw + bytes(APART)) for raw in request.storages]
 
-        def value_of(encoded):
+        def decode(encoded):
             is_placed = isinstance(encoded, list) and encoded[0] == "placed"
-            return tensors.placed(encoded, storages) if is_placed else self.decode(encoded)
+            return tensors.make_placed(encoded, storages) if is_placed else self.decode(encoded)
 
-        args = [value_of(encoded) for encoded in request.args]
-        kwargs = {name: value_of(encoded) for name, encoded in request.kwargs}
+        args = [decode(encoded) for encoded in request.args]
+        kwargs = {name: decode(encoded) for name, encoded in request.kwargs}
         grid = self.decode(request.grid)
         if request.only is not None:
-            self.only = tensors.placed(request.only, storages)
+            self.only = tensors.make_placed(request.only, storages)
         self.measure(request.around, seen, lambda: kernel[grid](*args, **kwargs))
         self.only = None
-        for told in seen:
-            if isinstance(told, dict) and told and all(isinstance(counts, Counter) for counts in told.values()):
-                told |= {way: relocate(counts, storages, request.places) for way, counts in told.items()}
+        for each in seen:
+            if isinstance(each, dict) and each and all(isinstance(counts, Counter) for counts in each.values()):
+                each |= {way: relocate(counts, storages, request.places) for way, counts in each.items()}
         for place, (storage, before) in enumerate(zip(storages, request.storages, strict=True)):
-            after = tensors.storage_bytes(storage)[: len(before)]
+            after = tensors.read_storage(storage)[: len(before)]
             if after != before:
                 reply.storages.append([place, after])
 
     def measure(self, around: list, seen: list, act, modes: list | None = None) -> object:
         if not around:
             return super().measure(around, seen, act, modes)
-        done, value, contexts = False, None, [self.open(spec) for spec in around]
+        done, value, contexts = False, None, [self.open_measurement(spec) for spec in around]
         watched = []
         try:
             with tensors.observed(modes), ExitStack() as stack:
@@ -127,16 +125,16 @@ class Agent(Link):
         except AssertionError as error:
             if not done:
                 raise
-            seen.extend(contents_of(value) for value in watched[:-1])
+            seen.extend(read_measurement(value) for value in watched[:-1])
             seen.append({"raised": str(error)})
             return value
         finally:
             if len(seen) < len(watched):
-                seen.extend(contents_of(one) for one in watched[len(seen) :])
+                seen.extend(read_measurement(one) for one in watched[len(seen) :])
         return value
 
-    def open(self, spec: list):
-        """The measurement that the judge names: of llm40.checks, or of a given cell."""
+    def open_measurement(self, spec: list):
+        """Opens the measurement that the judge names: one of llm40.checks, or of a given cell."""
         place, name, args, kwargs = spec
         made = getattr(sys.modules["llm40.checks"], name) if place == "checks" else self.names[name]
         options = self.decode(kwargs)
@@ -168,8 +166,8 @@ class Agent(Link):
             request, envelope = self.receive()
             self.serve(request, envelope)
             if self.handed:
-                with self.handed.pop() as theirs:
-                    socket.send_fds(self.connection, [b"\0"], [theirs.fileno()])
+                with self.handed.pop() as control:
+                    socket.send_fds(self.connection, [b"\0"], [control.fileno()])
             if isinstance(request, Done):
                 self.end_children()
                 self.forget()
@@ -178,18 +176,19 @@ class Agent(Link):
     # --- twins, for checks that launch ranks (llm40.distributed) ---
 
     def fork_twin(self, rank: int, ranks: int) -> socket.socket:
-        """A copy of this process for a rank of the judge's; the copies have a process group among themselves."""
+        """Forks this process for a rank of the check; the twins have a process group among themselves. Returns the
+        judge's socket."""
         if not rank:
             self.end_children()
             self.meeting = tempfile.mkdtemp(prefix="llm40-twins-")
-        theirs, own = socket.socketpair()
+        control, own = socket.socketpair()
         pid = os.fork()
         if pid:
             own.close()
             self.children.append(pid)
-            return theirs
+            return control
         try:
-            theirs.close()
+            control.close()
             self.connection.close()
             self.connection, self.children, self.handed = own, [], []
             die_with_parent(signal.SIGKILL)
@@ -212,8 +211,9 @@ class Agent(Link):
 
 
 def relocate(counts: dict[int, int], storages: list, places: list[int]) -> Counter:
-    """Counts by address here → by address there. A kernel may reach far beyond its tensors (rows 2³⁰ elements apart):
-    an address belongs to the storage in which it lies, else to the nearest one before it, multiples of 2³¹ apart."""
+    """Counts by the addresses of the judge's process. A kernel may reach far beyond its tensors (rows 2³⁰ elements
+    apart): an address belongs to the storage in which it lies, else to the nearest one before it, multiples of 2³¹
+    apart."""
     bounds = [(storage.data_ptr(), storage.nbytes(), there) for storage, there in zip(storages, places, strict=True)]
     moved: Counter = Counter()
     for address, count in counts.items():
@@ -224,8 +224,8 @@ def relocate(counts: dict[int, int], storages: list, places: list[int]) -> Count
     return moved
 
 
-def contents_of(watched: object) -> object:
-    """What a measurement saw, as plain values."""
+def read_measurement(watched: object) -> object:
+    """The result of a measurement, as plain values."""
     if is_dataclass(watched):
         return {f.name: getattr(watched, f.name) for f in fields(watched)}
     if isinstance(watched, PLAIN):
@@ -238,7 +238,7 @@ def contents_of(watched: object) -> object:
 
 
 def is_instance(value: object, kind: type) -> bool:
-    """As isinstance, but that a metaclass has no say in it."""
+    """Like isinstance, but out of reach of a metaclass."""
     return kind in type(value).__mro__
 
 
@@ -246,7 +246,7 @@ _agents: dict[str, Agent] = {}
 
 
 def listen(path: str, names: dict) -> None:
-    """In the kernel's first cell: waits at `path` for the judge, who comes when the first check does."""
+    """Listens at `path` for the judge, who connects for the first check; called in the kernel's first cell."""
     listener = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
     listener.bind(path)
     os.chmod(path, 0o777)
@@ -256,7 +256,7 @@ def listen(path: str, names: dict) -> None:
 
 
 def serve() -> None:
-    """In a cell of its own for each check: answers until the check is over."""
+    """Answers the judge until a check is over; called in a cell of its own for each check."""
     agent = _agents.get("agent")
     if agent is None:
         connection, _ = _agents["listener"].accept()

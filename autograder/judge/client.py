@@ -1,4 +1,4 @@
-"""The worker's side of a judge: it gives the orders, and introduces the judge to the learner's process."""
+"""The worker's side of a judge: gives it orders and connects it to the learner's process."""
 
 import asyncio
 import json
@@ -13,13 +13,13 @@ SERVE = "__import__('autograder.judge.agent', fromlist=['serve']).serve()"
 
 @dataclass(frozen=True)
 class Verdict:
-    """How a cell ended in the judge's process: `ok`, `error`, or `lost` (the learner's process no longer answers)."""
+    """How a cell ended in the judge's process: `ok`, `error` or `lost` (the learner's process no longer answers)."""
 
     status: str
     ename: str = ""
     evalue: str = ""
-    places: tuple[str, ...] = ()  # the lines that led to it
-    counted: bool = False  # whether something was counted in the learner's process
+    places: tuple[str, ...] = ()  # the lines that led to an error
+    counted: bool = False  # whether the check counted something in the learner's process
 
 
 class JudgeLost(ConnectionError):
@@ -34,7 +34,7 @@ class Judge:
         self.connection: socket.socket | None = None
 
     async def connect(self, patience: float) -> None:
-        """Connects to the judge as soon as it listens."""
+        """Connects to the judge's process as soon as it listens."""
         self.connection = await reach(self.path, patience)
 
     async def attach(self, path: str, patience: float) -> None:
@@ -57,8 +57,8 @@ class Judge:
         written: list[str],
         comparisons: dict[str, list[str]],
     ) -> Verdict:
-        """Runs a check: `asked` are the names that exercises define, `hidden` is the first line of its hidden tests,
-        `written` the learner's text for it, `comparisons` those that the exercises' own classes define."""
+        """Runs a check. `asked` are the names that exercises define, `hidden` is the first line of its hidden tests,
+        `written` the learner's text for it, `comparisons` maps the exercises' classes to those that they define."""
         about = {"name": name, "source": source, "asked": asked, "seed": str(seed), "hidden": hidden}
         return await self.order(order="check", written=written, comparisons=comparisons, **about)
 
@@ -93,7 +93,7 @@ class Judge:
 
 
 async def reach(path: str, patience: float) -> socket.socket:
-    """A connection to a socket that somebody is about to listen at."""
+    """Connects to a socket as soon as another process listens there."""
     connection = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
     try:
         async with asyncio.timeout(patience):

@@ -1,9 +1,9 @@
-"""The judge's process: it runs given cells and checks, with proxies for what the exercises define.
+"""The judge's process: it runs given cells and checks, with proxies for the names that exercises define.
 
     python -m autograder.judge.court SOCKET
 
-Orders come over a UNIX socket from the worker (client.py): JSON, its length before it, and each is answered. With the
-order "attach" comes the descriptor of the connection to the learner's process.
+Orders come from the worker (client.py) over a UNIX socket, as JSON after its length; each is answered. The order
+"attach" brings the descriptor of the connection to the learner's process.
 """
 
 import ast
@@ -30,7 +30,7 @@ from autograder.judge.values import Refused
 from llm40 import checks, distributed
 
 OWN_FILES = f"{os.sep}autograder{os.sep}"
-MEASURED = (  # of llm40.checks
+MEASURED = (  # functions of llm40.checks that measure in the learner's process
     "allocations",
     "calls",
     "communication",
@@ -42,27 +42,27 @@ MEASURED = (  # of llm40.checks
     "saved",
     "traffic",
 )
-TEXT = 20_000  # characters of an exception that are told
+TEXT = 20_000  # characters of an exception that are kept
 
 
-class Judge(Link):
-    """The judge's end: the learner's may only call what it was handed, and read its public attributes."""
+class JudgeLink(Link):
+    """The judge's end: the learner's end may only call objects that it was handed, and read their public attributes."""
 
     judges = True
 
     def __init__(self, connection: socket.socket, names: dict):
         super().__init__(connection, names)
         self.comparisons: dict[str, list[str]] = {}  # class → comparisons that the exercise's own class defines
-        self.launches: list = []  # checks.launches that are open
+        self.launches: list[LaunchCount] = []  # of the open checks.launches
 
-    def compared(self, name: str) -> tuple[str, ...]:
+    def list_comparisons(self, name: str) -> tuple[str, ...]:
         return tuple(self.comparisons.get(name, ()))
 
-    def may(self, request: object) -> None:
+    def refuse_forbidden(self, request: object) -> None:
         if isinstance(request, Gradients):
             return
         if isinstance(request, Call) and request.target and request.target[0] == "object":
-            if not callable(self.exported_object(request.target[1])):
+            if not callable(self.find_exported(request.target[1])):
                 raise Refused("a handle that cannot be called")
             return
         if isinstance(request, Call) and request.target and request.target[0] == "method":
@@ -70,16 +70,16 @@ class Judge(Link):
             if name in OPERATORS or not str(name).startswith("_"):
                 return
         if isinstance(request, Attribute) and request.action == "get" and request.target[0] == "object":
-            owner = self.exported_object(request.target[1])
+            owner = self.find_exported(request.target[1])
             if str(request.name).startswith("_"):  # PyTorch's own methods ask with a default: zero_grad for _is_replica
                 raise AttributeError(f"{request.name}: the learner's code may not ask this of a check")
             if isinstance(owner, torch.nn.Module) or not callable(owner):
                 return
-        what = " ".join([type(request).__name__, str(getattr(request, "name", ""))]).strip()
-        raise Refused(f"{what}: the learner's code may not ask this of a check")
+        asked = " ".join([type(request).__name__, str(getattr(request, "name", ""))]).strip()
+        raise Refused(f"{asked}: the learner's code may not ask this of a check")
 
     def request(self, message: object) -> Reply:
-        """What the link does is no step of the learner's: a measurement that traces does not see it."""
+        """Sends a request without the trace function of a measurement, which would count the link's own work."""
         trace = sys.gettrace()
         sys.settrace(None)
         try:
@@ -88,19 +88,19 @@ class Judge(Link):
             sys.settrace(trace)
 
     def call_function(self, number: int, function: Callable, args: tuple, kwargs: dict) -> object:
-        """Only a function whose name ends in `_` writes to its arguments, and any function to `out`: what a check
-        hands over, it may still compare with."""
+        """Raises if the function changed a tensor that the check may still compare with. A function whose name ends in
+        `_` may change its arguments, and any function may change `out`."""
         self.tensors.rewritten.clear()
         result = super().call_function(number, function, args, kwargs)
         if self.tensors.rewritten and not function.__name__.endswith("_"):
-            for name, value in named_arguments(function, args, kwargs).items():
+            for name, value in name_arguments(function, args, kwargs).items():
                 if name != "out" and self.tensors.numbers.get(id(value)) in self.tensors.rewritten:
                     raise AssertionError(f"{function.__name__} changes its argument {name}: it must stay as it is.")
         return result
 
     @contextmanager
     def without_launches(self) -> Iterator[None]:
-        """Inside the block, measurements other than of launches go along with requests."""
+        """Inside the block, requests carry no measurement of launches."""
         everything = self.measurements
         self.measurements = [m for m in everything if m.spec[:2] != ["checks", "launches"]]
         try:
@@ -109,8 +109,8 @@ class Judge(Link):
             self.measurements = everything
 
 
-def named_arguments(function: Callable, args: tuple, kwargs: dict) -> dict:
-    """The arguments of a call by the names of the function's parameters, or by their places where it has none."""
+def name_arguments(function: Callable, args: tuple, kwargs: dict) -> dict:
+    """The arguments of a call by the names of the function's parameters, or by their places if it does not tell any."""
     try:
         return inspect.signature(function).bind(*args, **kwargs).arguments
     except (TypeError, ValueError):
@@ -118,11 +118,11 @@ def named_arguments(function: Callable, args: tuple, kwargs: dict) -> dict:
 
 
 class Measurement:
-    """Something that is measured in the learner's process too, around every call: its results are merged here."""
+    """A measurement that goes on in the learner's process too, around every call; `merge` adds its results here."""
 
     def __init__(self, spec: list, target: object, only: torch.Tensor | None = None):
         self.spec, self.target, self.raised = spec, target, ""
-        self.only = only  # the tensor outside of which kernels touch nothing
+        self.only = only  # the one tensor whose memory kernels may touch
 
     def merge(self, seen: object) -> None:
         if isinstance(seen, dict) and "raised" in seen:
@@ -132,7 +132,7 @@ class Measurement:
 
 
 def merge_into(target: object, seen: object) -> None:
-    """Adds what was counted elsewhere: sums for counts, the larger one for what is a largest."""
+    """Adds the other end's counts to this end's; of `largest` and `most` the greater one stays."""
     if isinstance(target, list) and isinstance(seen, list):
         target.extend(seen)
     elif isinstance(target, set) and isinstance(seen, set):
@@ -152,17 +152,17 @@ def merge_into(target: object, seen: object) -> None:
 
 
 class Court:
-    """The names of one notebook, the link to its learner, and what is run among them."""
+    """The names of one notebook, the link to its learner, and the cells that run among these names."""
 
     def __init__(self):
         self.names: dict = {"__name__": "__main__", "__builtins__": builtins}
         self.given: set[str] = set()
         self.asked: set[str] = set()  # names that exercises define
-        self.link: Judge | None = None
+        self.link: JudgeLink | None = None
         self.written = ast.Module([], [])  # the learner's text
-        self.counted = False  # whether the check that runs has asked the learner's process to count something
-        self.guards: dict[int, torch.Tensor] = {}  # buffers with canaries, by their storages
-        self.twin_sockets: list[socket.socket] = []  # of this check's twins
+        self.counted = False  # whether the running check has counted something in the learner's process
+        self.guards: dict[int, torch.Tensor] = {}  # buffers with canaries, by the addresses of their storages
+        self.twin_sockets: list[socket.socket] = []  # to this check's twins
         redirect_checks(self)
         distributed.at_fork.append(self.fork_twin)
 
@@ -171,14 +171,14 @@ class Court:
     def attach(self, connection: socket.socket) -> dict:
         if self.link:
             self.link.connection.close()
-        self.link = Judge(connection, self.names)
+        self.link = JudgeLink(connection, self.names)
         self.link.given = self.given
         self.link.tensors.whole = self.is_guarded
         return {"status": "ok"}
 
     def run_given(self, name: str, source: str) -> dict:
         outcome = run(name, source, self.names)
-        self.given |= sources.bound_names(source)
+        self.given |= sources.find_bound_names(source)
         return outcome
 
     def run_check(
@@ -191,15 +191,15 @@ class Court:
         written: tuple[str, ...] = (),
         comparisons: dict[str, list[str]] | None = None,
     ) -> dict:
-        """Runs a check; `asked` are the names that the exercises above it define. What fails at line `hidden` or below
-        is told without the numbers that were expected. `written` is the learner's text: the exercise, and the cells
-        that they added."""
+        """Runs a check; `asked` are the names that the exercises above it define. A failure at line `hidden` or below
+        is reported without the expected numbers. `written` is the learner's text: the exercise, then the cells that the
+        learner added."""
         self.link.comparisons = comparisons or {}
-        self.written = sources.written_for(written[0], list(written[1:])) if written else ast.Module([], [])
+        self.written = sources.gather_text(written[0], list(written[1:])) if written else ast.Module([], [])
         self.asked = set(asked) - (self.given - set(asked))
         given = os.environ.get("LLM40_SEED")
         os.environ["LLM40_SEED"] = seed
-        self.counted, switches = False, tensors.switches()
+        self.counted, switches = False, tensors.read_switches()
         torch.manual_seed(0)
         random.seed(0)
         try:
@@ -234,7 +234,7 @@ class Court:
         return outcome | {"counted": self.counted}
 
     def fork_twin(self, rank: int, ranks: int) -> Callable[[], None]:
-        """For llm40.distributed: a rank of a check's gets a twin of the learner's process, and talks to that."""
+        """For llm40.distributed: gives a rank of the check its own twin of the learner's process to talk to."""
         with self.link.asking():
             self.link.request(Fork(rank, ranks))
             connection = self.receive_socket()
@@ -247,7 +247,7 @@ class Court:
 
     @contextmanager
     def reach(self, path: str) -> Iterator[str]:
-        """For checks.reachable: the learner's server, at a path of this process."""
+        """For checks.reachable: gives a path of this process at which the learner's server answers."""
         with self.link.asking():
             self.link.request(Reach(str(path)))
             control = self.receive_socket()
@@ -255,14 +255,14 @@ class Court:
             yield own
 
     def receive_socket(self) -> socket.socket:
-        """The socket that comes after a reply."""
+        """Receives the socket that follows a reply."""
         return socket.socket(fileno=socket.recv_fds(self.link.connection, 1, 1)[1][0])
 
-    def read_text(self, measured: str, args: tuple) -> None:
-        """What is counted in the learner's process could be hidden there; some of it stands in the text."""
-        if measured == "forbidden" and (used := sources.forbidden_name(self.written, args)):
+    def search_text(self, measured: str, args: tuple) -> None:
+        """Raises if the learner's text holds a use that a measurement in the learner's process could miss."""
+        if measured == "forbidden" and (used := sources.find_forbidden_name(self.written, args)):
             raise AssertionError(f"{used} of PyTorch is used, but this exercise builds it.")
-        if measured == "allocations" and not self.numpy_given and (used := sources.uncounted_name(self.written)):
+        if measured == "allocations" and not self.numpy_given and (used := sources.find_uncounted_name(self.written)):
             raise AssertionError(f"memory is counted here, and {used} makes some that is not PyTorch's: use tensors.")
 
     @property
@@ -275,27 +275,27 @@ class Court:
 
 
 def run(name: str, source: str, names: dict, hidden: int = 0) -> dict:
-    # The text of given kernels is asked for when they are compiled for a GPU.
-    linecache.cache[file_of(name)] = len(source), None, source.splitlines(keepends=True), file_of(name)
+    # Triton reads the text of given kernels when it compiles them for a GPU.
+    linecache.cache[make_file_name(name)] = len(source), None, source.splitlines(keepends=True), make_file_name(name)
     try:
-        exec(compile(source, file_of(name), "exec", dont_inherit=True), names)
+        exec(compile(source, make_file_name(name), "exec", dont_inherit=True), names)
     except BaseException as error:
         return describe_error(error, name, source, hidden)
     return {"status": "ok"}
 
 
-def file_of(name: str) -> str:
+def make_file_name(name: str) -> str:
     return f"<{name}>"
 
 
 def describe_error(error: BaseException, name: str, source: str, hidden: int = 0) -> dict:
-    """An exception, and the lines of the cell that led to it. What lies in the hidden tests is told without its text,
-    and without the numbers that were expected."""
+    """Describes an exception and the lines of the cell that led to it. Hidden tests are reported without their text and
+    without the expected numbers."""
     if isinstance(error, Lost):
         return {"status": "lost", "ename": "", "evalue": str(error)}
     lines, places, in_hidden = source.split("\n"), [], False
     for frame in traceback.extract_tb(error.__traceback__):
-        if frame.filename == file_of(name):
+        if frame.filename == make_file_name(name):
             is_hidden = bool(hidden) and frame.lineno >= hidden
             in_hidden = in_hidden or is_hidden
             where = (
@@ -309,23 +309,23 @@ def describe_error(error: BaseException, name: str, source: str, hidden: int = 0
     except Exception as broken:
         said = f"({type(broken).__name__} in the exception's own text)"
     if in_hidden and isinstance(error, AssertionError):
-        said = sources.without_expected(said)
+        said = sources.hide_expected(said)
     return {"status": "error", "ename": type(error).__name__, "evalue": said[:TEXT], "places": places[-20:]}
 
 
 def redirect_checks(court: Court) -> None:
-    """What checks measure is measured in the learner's process too, and what they guard passes with its canaries."""
+    """Makes checks measure in the learner's process too, and makes guarded buffers pass with their canaries."""
     for name in MEASURED:
-        setattr(checks, name, measured_beside(court, "checks", name, getattr(checks, name)))
-    checks.launches = launches_at_both_ends(court, checks.launches)
-    made = sys.modules["llm40.checks.buffers"]
-    made._placed = remembered(court, made._placed)
-    checks.measured = lambda made: measured_given(court, made)
+        setattr(checks, name, measure_at_both_ends(court, "checks", name, getattr(checks, name)))
+    checks.launches = count_launches_at_both_ends(court, checks.launches)
+    buffers = sys.modules["llm40.checks.buffers"]
+    buffers._placed = remember_guards(court, buffers._placed)
+    checks.measured = lambda made: measure_given(court, made)
     checks.reachable = court.reach
 
 
-def measured_beside(court: Court, place: str, name: str, here: Callable) -> Callable:
-    """A context manager that measures in both processes."""
+def measure_at_both_ends(court: Court, place: str, name: str, here: Callable) -> Callable:
+    """Makes a context manager that measures in both processes."""
 
     @contextmanager
     def measure(*args, **kwargs):
@@ -340,15 +340,16 @@ def measured_beside(court: Court, place: str, name: str, here: Callable) -> Call
                 link.measurements.remove(measurement)
         if measurement.raised:
             raise AssertionError(measurement.raised)
-        court.read_text(name, args)
+        court.search_text(name, args)
 
     return measure
 
 
-def measured_given(court: Court, made: Callable) -> Callable:
-    """A given cell's measurement: a context manager is entered in both processes, a function runs in the learner's."""
+def measure_given(court: Court, made: Callable) -> Callable:
+    """Makes a given cell's measurement: a context manager is entered in both processes, a function runs in the
+    learner's."""
     if isinstance(made, type) or inspect.isgeneratorfunction(inspect.unwrap(made)):
-        return measured_beside(court, "given", made.__name__, made)
+        return measure_at_both_ends(court, "given", made.__name__, made)
 
     def run_there(*args, **kwargs):
         court.counted = True
@@ -357,32 +358,32 @@ def measured_given(court: Court, made: Callable) -> Callable:
     return run_there
 
 
-def launches_at_both_ends(court: Court, here: Callable) -> Callable:
+def count_launches_at_both_ends(court: Court, here: Callable) -> Callable:
     @contextmanager
-    def launches():
-        with measured_beside(court, "checks", "launches", here)() as seen:
+    def count():
+        with measure_at_both_ends(court, "checks", "launches", here)() as seen:
             court.link.launches.append(LaunchCount(seen))
             try:
                 yield seen
             finally:
                 court.link.launches.pop()
 
-    return launches
+    return count
 
 
-def remembered(court: Court, here: Callable) -> Callable:
-    """What makes buffers with canaries, which then pass whole."""
+def remember_guards(court: Court, here: Callable) -> Callable:
+    """Wraps the maker of buffers with canaries, so that the court knows the buffers, which pass whole."""
 
-    def placed(*args, **kwargs):
+    def place(*args, **kwargs):
         made = here(*args, **kwargs)
         court.guards[made.buffer.untyped_storage()._cdata] = made.buffer
         return made
 
-    return placed
+    return place
 
 
 class LaunchCount:
-    """Counts the launches that checks and given launchers make themselves."""
+    """Counts the launches that checks and given launchers make in the judge's process."""
 
     def __init__(self, seen: object):
         self.seen = seen
@@ -397,12 +398,12 @@ class LaunchCount:
 
 
 def main(path: str) -> None:
-    """Serves one worker, which connects at `path`, until it hangs up."""
+    """Serves the worker that connects at `path` until it hangs up."""
     with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as listener:
         listener.bind(path)
         os.chmod(path, 0o777)
         listener.listen(1)
-        court = Court()  # imports llm40 meanwhile
+        court = Court()
         orders, _ = listener.accept()
     silence()
     kinds = {"given": court.run_given, "check": court.run_check}
@@ -418,7 +419,7 @@ def main(path: str) -> None:
 
 
 def silence() -> None:
-    """What checks print is discarded, and they draw nothing."""
+    """Discards everything that checks print."""
     nowhere = os.open(os.devnull, os.O_WRONLY)
     for descriptor in (1, 2):
         os.dup2(nowhere, descriptor)

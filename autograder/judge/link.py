@@ -1,15 +1,16 @@
-"""One end of the socket between the judge and a learner's process, and what this end knows of the other's objects.
+"""One end of the socket between the judge and a learner's process, with its tables of the objects that both ends know.
 
-Both ends run the same code; they differ in what they allow the other (`Link.may`). What passes:
+Both ends run the same code; they differ in the requests that they refuse (`Link.refuse_forbidden`).
 
-- **Values** by copy. What the other end changes in place in an argument is changed here too, when its reply comes.
-- **Tensors, generators and modules** as mirrors: each has a number, lives at both ends, and whatever changed since the
-  last message (values, gradients, modes, parameters) goes along with the next one, in both directions.
-- **Gradients** as vector-Jacobian products: a result that carries gradients is the output of `Remote`, whose backward
-  asks the end where the result was made.
-- **Everything else** as a handle (proxies.py): attributes, items, calls and operators are requests.
+- **Values** pass by copy. Where a call changes an argument in place, its reply brings the change here.
+- **Tensors, generators and modules** pass as mirrors: each has a number and lives at both ends. Each message carries
+  all changes since the last one (values, gradients, modes, parameters), in both directions.
+- **Gradients** pass as vector-Jacobian products: a result that carries gradients is an output of `RemoteCall`, whose
+  backward asks the end where the result was made.
+- **Everything else** passes as a handle, for which the other end makes a proxy (proxies.py): attributes, items, calls
+  and operators are requests.
 
-The other end may send anything: a message that is none raises Malformed, and a number that stands for nothing Refused.
+The other end may send anything: bytes that are no message raise Malformed, and a number of no object raises Refused.
 """
 
 import builtins
@@ -22,15 +23,15 @@ from dataclasses import dataclass
 from types import BuiltinFunctionType, FunctionType, ModuleType
 
 import torch
-from torch import Tensor, enable_grad, nn  # by these names: checks may watch torch's own
-from torch.autograd.graph import _engine_run_backward as run_backward  # as autograd.grad, which modes see
+from torch import Tensor, enable_grad, nn  # imported by name, because checks may watch torch's attributes
+from torch.autograd.graph import _engine_run_backward as run_backward  # modes would see autograd.grad, which calls it
 
 from autograder.judge import messages, proxies, tensors, transforms
 from autograder.judge.messages import Attribute, Call, Envelope, Gradients, Reply
-from autograder.judge.values import Codec, Refused, find_attribute, qualified
+from autograder.judge.values import Codec, Refused, find_attribute, name_class
 
 MUTABLE = frozenset(("list", "dict", "ordered", "counter", "set", "deque", "array", "bytearray", "record"))
-LIBRARIES = ("torch.", "llm40.", "math:", "operator:", "numpy:", "builtins:")  # of which functions pass by name
+LIBRARIES = ("torch.", "llm40.", "math:", "operator:", "numpy:", "builtins:")  # their functions pass by name
 HELPERS = (
     "autograder.judge.agent:is_instance",
     "builtins:issubclass",
@@ -40,9 +41,7 @@ HELPERS = (
     "builtins:repr",
     "builtins:type",
 )
-
-
-THING = ("__init__", "__repr__", "__dict__", "__weakref__")  # what the class of a thing may define
+THING = ("__init__", "__repr__", "__dict__", "__weakref__")  # members that the class of a thing may define
 
 
 class Lost(ConnectionError):
@@ -54,21 +53,21 @@ class RemoteError(RuntimeError):
 
 
 @dataclass
-class Record:
-    """A call whose results carry gradients: what they are, and what they depend on."""
+class CallGraph:
+    """The results of a call that carry gradients, and the tensors that they depend on."""
 
     outputs: list[Tensor]
     depends: list[Tensor]
 
 
-class Token:
-    """Lives as long as a call's graph may be asked for gradients."""
+class GraphToken:
+    """Lives as long as this end may ask for gradients of a call; then the other end drops the call's graph."""
 
     def __init__(self, number: int):
         self.number = number
 
 
-class Remote(torch.autograd.Function):
+class RemoteCall(torch.autograd.Function):
     """The results of a call, as functions of the tensors that they depend on at the other end."""
 
     @staticmethod
@@ -85,7 +84,7 @@ class Remote(torch.autograd.Function):
 class Link(Codec):
     """One end of the socket. `names` are the names of this end's notebook, `given` those that given cells define."""
 
-    judges = False  # which end this is
+    judges = False  # whether this is the judge's end
 
     def __init__(self, connection: socket.socket, names: dict):
         self.connection = connection
@@ -98,30 +97,30 @@ class Link(Codec):
         self.exported: dict[int, object] = {}
         self.export_numbers: dict[int, int] = {}
         self.imported: weakref.WeakValueDictionary[int, object] = weakref.WeakValueDictionary()
-        self.views: dict[int, dict] = {}  # a shared module's parts as last exchanged
+        self.views: dict[int, dict] = {}  # number → a shared module's parts as last exchanged
         self.shared_modules: dict[int, Callable[[], nn.Module | None]] = {}
-        self.calls: dict[int, Record] = {}
-        self.kept: list = []  # proxies, on the learner's end
+        self.calls: dict[int, CallGraph] = {}
+        self.kept: list = []  # the learner's end holds its proxies here
         self.things: dict[int, list] = {}  # number → [object, its attributes as last exchanged, the same encoded]
         self.thing_numbers: dict[int, int] = {}
         self.waiting_things: list[int] = []
         self.released: list[int] = []
         self.pending: list[int] = []
-        self.broken = False  # whether a reply is outstanding that nobody waits for
-        self.depth = 0  # requests that wait for their replies
+        self.broken = False  # whether a request was abandoned before its reply came
+        self.depth = 0  # number of requests that wait for their replies
         self.measurements: list = []
         self.random = None
         self.tracked: list | None = None
 
-    def new_number(self) -> int:
+    def make_number(self) -> int:
         self.next_number += 2
         return self.next_number
 
     # --- sending and receiving ---
 
     def send(self, message: object) -> None:
-        """Everything that changed here goes along."""
-        envelope = Envelope(messages.as_list(message))
+        """Sends a message, and with it every change at this end since the last one."""
+        envelope = Envelope(messages.list_fields(message))
         outermost = self.depth <= (self.judges and not isinstance(message, Reply))
         self.collect_things(envelope, changed=outermost)
         self.collect_modules(envelope)
@@ -132,7 +131,7 @@ class Link(Codec):
         if not self.judges:
             self.drop_unheld()
         envelope.released, self.released = self.released, []
-        state = tensors.random_state()
+        state = tensors.read_random_state()
         if state != self.random:
             envelope.random = self.random = state
         raw = messages.pack(envelope)
@@ -149,7 +148,7 @@ class Link(Codec):
         if envelope.random is not None:
             self.random = envelope.random
             tensors.set_random_state(envelope.random)
-        return messages.from_list(envelope.message), envelope
+        return messages.make_message(envelope.message), envelope
 
     def _read(self, size: int) -> bytearray:
         buffer = bytearray(size)
@@ -165,9 +164,9 @@ class Link(Codec):
         return buffer
 
     def request(self, message: object) -> Reply:
-        """Sends a request and serves the other end's until the reply comes. Raises what the other end raised.
+        """Sends a request and serves the other end's requests until the reply comes. Raises what the other end raised.
 
-        Inside `asking`, which also holds the making of the request.
+        Callers make the request and call this inside one `asking` block.
         """
         if self.broken:
             raise Lost("an earlier request was not answered")
@@ -190,40 +189,40 @@ class Link(Codec):
         return answer
 
     def take(self, envelope: Envelope, answer: Reply | None = None) -> None:
-        """What the other end changed, is changed here; new tensors become mirrors."""
+        """Applies the other end's changes here; new tensors become mirrors."""
         fresh = self.tensors.receive(envelope.tensors, held=answer.outputs if answer else ())
         for number, state in envelope.generators:
             self.receive_generator(number, state)
         if answer is not None and answer.outputs:
             inputs = [self.tensors.find(number) for number in answer.depends]
             self.tensors.leaves |= {n: t for n, t in zip(answer.depends, inputs, strict=True) if t.is_leaf and n % 2}
-            token = Token(answer.call)
+            token = GraphToken(answer.call)
             weakref.finalize(token, self.let_go, answer.call).atexit = False
             with enable_grad():
-                results = Remote.apply(self, token, [fresh[number] for number in answer.outputs], *inputs)
+                results = RemoteCall.apply(self, token, [fresh[number] for number in answer.outputs], *inputs)
             self.tensors.passing |= dict(zip(answer.outputs, results, strict=True))
             for number, result in zip(answer.outputs, results, strict=True):
                 self.tensors.register(number, result, self.tensors.held.pop(number))
                 self.tensors.by_number[number].linked = True
                 self.tensors.by_number[number].note(result, self.tensors.sign(result))
-                if not self.judges:  # a callback's result: the judge's own graph of it ends with the callback
+                if not self.judges:  # a callback's result: the judge drops its own graph of it after the callback
                     self.tensors.by_number[number].graph = None
         self.receive_things(envelope.things)
         for number, kind, name, value in envelope.modules:
             self.receive_part(number, kind, name, value)
         if answer is None:
             self.release(envelope.released)
-        else:  # the value of this very reply may have them; from the next request on they are gone
+        else:  # the value of this reply may still name them; the next request must not
             self.pending += envelope.released
 
     def let_go(self, number: int) -> None:
-        """This end has no use for it any more: the other one is told with the next message."""
+        """Forgets an object that this end no longer uses; the next message tells the other end."""
         self.released.append(number)
         self.views.pop(number, None)
         self.shared_modules.pop(number, None)
 
     def release(self, numbers: list) -> None:
-        """The other end has no use for these any more."""
+        """Forgets the objects that the other end no longer uses."""
         for number in numbers:
             generator = self.generators.pop(number, None)
             if generator:
@@ -236,13 +235,13 @@ class Link(Codec):
                 self.shared_modules.pop(number, None)
 
     def release_pending(self) -> None:
-        """Before anything is encoded: what the other end has let go of needs a new number."""
+        """Forgets the objects that the other end let go of, before anything is encoded: they then get new numbers."""
         pending, self.pending = self.pending, []
         self.release(pending)
 
     @contextmanager
     def asking(self) -> Iterator[None]:
-        """Around the making of a request and the reading of its reply."""
+        """Surrounds the making of a request and the reading of its reply."""
         with tensors.unobserved():
             self.depth += 1
             self.release_pending()
@@ -256,57 +255,56 @@ class Link(Codec):
     # --- asking ---
 
     def call(self, target: list, args: Iterable, kwargs: dict) -> object:
-        """Calls something of the other end's."""
+        """Calls an object of the other end."""
         with self.asking():
-            sent, self.tracked = self.tracked, []
-            try:
-                message = Call(target, self.encode(tuple(args)), self.encode(kwargs), self.around(), tensors.modes())
-                containers = self.tracked
-            finally:
-                self.tracked = sent
-            answer = self.request(message)
+            with self.tracking([]) as containers:
+                encoded = self.encode(tuple(args)), self.encode(kwargs)
+            answer = self.request(Call(target, *encoded, self.list_measurements(), tensors.read_modes()))
             for place, value in answer.changed:
                 replace_contents(containers[place], self.decode(value))
             return self.decode(answer.value)
 
     def call_function(self, number: int, function: Callable, args: tuple, kwargs: dict) -> object:
-        """Calls a function of the other end's, which has a proxy here."""
-        if transforms.wrapped(args, kwargs):
-            return transforms.call(lambda args, kwargs: self.call(["object", number], args, kwargs), args, kwargs)
+        """Calls a function of the other end that has a proxy here."""
+        if transforms.has_wrapped(args, kwargs):
+            return transforms.call_wrapped(
+                lambda args, kwargs: self.call(["object", number], args, kwargs), args, kwargs
+            )
         return self.call(["object", number], args, kwargs)
 
-    def around(self) -> list:
+    def list_measurements(self) -> list:
         return [measurement.spec for measurement in self.measurements]
 
     def pull_back(self, call: int, cotangents: Iterable[Tensor | None]) -> list:
         with self.asking():
             encoded = [self.encode(cotangent) for cotangent in cotangents]
-            answer = self.request(Gradients(call, encoded, torch.is_grad_enabled(), self.around()))
+            answer = self.request(Gradients(call, encoded, torch.is_grad_enabled(), self.list_measurements()))
             return self.decode(answer.value)
 
-    def attribute(self, target: list, name: str, action: str = "get", value: object = None) -> object:
+    def request_attribute(self, target: list, name: str, action: str = "get", value: object = None) -> object:
         with self.asking():
-            return self.decode(self.request(Attribute(target, name, action, self.encode(value), self.around())).value)
+            message = Attribute(target, name, action, self.encode(value), self.list_measurements())
+            return self.decode(self.request(message).value)
 
     # --- serving ---
 
-    def may(self, request: object) -> None:
-        """Raises Refused where the other end may not ask this."""
+    def refuse_forbidden(self, request: object) -> None:
+        """Raises an exception if the other end may not send this request."""
 
     def serve(self, request: object, envelope: Envelope) -> None:
-        """Does what was asked, and replies."""
+        """Performs a request and sends the reply."""
         reply = Reply()
         measured: list = []
         self.broken = False
         held = set(self.tensors.passing)
         try:
             self.take(envelope)
-            self.may(request)
+            self.refuse_forbidden(request)
             value = self.perform(request, reply, measured)
             self.release_pending()
             reply.value = self.encode(value)
             self.find_outputs(reply)
-            for place, (container, before) in enumerate(self.containers_of(request)):
+            for place, (container, before) in enumerate(getattr(request, "containers", [])):
                 after = self.encode(container)
                 if after != before:
                     reply.changed.append([place, after])
@@ -317,33 +315,27 @@ class Link(Codec):
             reply.error = self.encode_exception(error)
         reply.seen = [self.encode(seen) for seen in measured]
         request = value = None
-        if self.judges:  # tensors that came with this request are let go with its reply, unless something holds them
+        if self.judges:  # tensors that came with this request go with its reply, unless something holds them
             for number in self.tensors.passing.keys() - held:
                 if number % 2 and number in self.tensors.by_number:
                     del self.tensors.passing[number]
         self.send(reply)
 
-    def containers_of(self, request: object) -> list:
-        return getattr(request, "containers", [])
-
     def perform(self, request: object, reply: Reply, seen: list) -> object:
         if isinstance(request, Call):
             function = self.resolve(request.target)
-            outer, self.tracked, self.repeated = self.tracked, [], False
-            try:
+            self.repeated = False
+            with self.tracking([]) as request.containers:
                 args, kwargs = self.decode(request.args), self.decode(request.kwargs)
-                request.containers = self.tracked
-            finally:
-                self.tracked = outer
-            if self.repeated:  # alone, each container is told otherwise
+            if self.repeated:  # an array that occurs twice is encoded as "same" above, but in full when alone
                 request.containers = [(value, self.encode(value)) for value, _ in request.containers]
 
             def act() -> object:
-                before = tensors.switches()
+                before = tensors.read_switches()
                 try:
                     return function(*args, **kwargs)
                 finally:
-                    after = tensors.switches()
+                    after = tensors.read_switches()
                     reply.switches = after if after != before else []
 
             return self.measure(request.around, seen, act, request.modes)
@@ -356,25 +348,23 @@ class Link(Codec):
     def resolve(self, target: list) -> Callable:
         kind, *rest = target
         if kind == "object":
-            return self.exported_object(rest[0])
+            return self.find_exported(rest[0])
         if kind == "method":
-            return getattr(self.exported_object(rest[0]), rest[1])
+            return getattr(self.find_exported(rest[0]), rest[1])
         raise Refused("a target of no known kind")
 
-    def exported_object(self, number: object) -> object:
+    def find_exported(self, number: object) -> object:
         if number not in self.exported:
             raise Refused("a handle of nothing")
         return self.exported[number]
 
     def measure(self, around: list, seen: list, act: Callable[[], object], modes: list | None = None) -> object:
-        """Does something in the caller's modes, and inside the measurements that it asks for."""
+        """Calls `act` in the modes of the end that asked, and inside the measurements that it asks for."""
         with tensors.observed(modes):
             return act()
 
     def serve_attribute(self, request: Attribute, seen: list) -> object:
-        owner = (
-            self.resolve(request.target) if request.target[0] != "object" else self.exported_object(request.target[1])
-        )
+        owner = self.resolve(request.target) if request.target[0] != "object" else self.find_exported(request.target[1])
         if request.action == "get":
             return self.measure(request.around, seen, lambda: getattr(owner, request.name))
         if request.action == "set":
@@ -402,7 +392,7 @@ class Link(Codec):
         )
 
     def find_outputs(self, reply: Reply) -> None:
-        """Of the tensors that go out now for the first time, those with a graph; and what that graph leads to."""
+        """Notes in the reply which of the new tensors have a graph, and which tensors that graph reaches."""
         new = [number for number, _ in self.tensors.outgoing]
         outputs = [number for number in new if (t := self.tensors.find(number)).requires_grad and not t.is_leaf]
         if not outputs:
@@ -410,12 +400,21 @@ class Link(Codec):
         made = [self.tensors.find(number) for number in outputs]
         for number in outputs:
             self.tensors.by_number[number].linked = True
-        depends = self.tensors.reached(made, set(outputs))
-        reply.outputs, reply.depends = outputs, [self.tensors.number(t) for t in depends]
-        reply.call = self.new_number()
-        self.calls[reply.call] = Record(made, depends)
+        depends = self.tensors.find_reached(made, set(outputs))
+        reply.outputs, reply.depends = outputs, [self.tensors.number_tensor(t) for t in depends]
+        reply.call = self.make_number()
+        self.calls[reply.call] = CallGraph(made, depends)
 
-    # --- values that are more than values ---
+    # --- tensors, generators, and containers that a call may change ---
+
+    @contextmanager
+    def tracking(self, containers: list | None) -> Iterator[list | None]:
+        """Inside the block, `encode` and `decode` add the containers that a call may change to this list."""
+        outer, self.tracked = self.tracked, containers
+        try:
+            yield containers
+        finally:
+            self.tracked = outer
 
     def encode(self, value: object, depth: int = 0) -> object:
         encoded = super().encode(value, depth)
@@ -430,7 +429,7 @@ class Link(Codec):
         return value
 
     def encode_tensor(self, value: Tensor) -> list:
-        return ["tensor", self.tensors.number(value)]
+        return ["tensor", self.tensors.number_tensor(value)]
 
     def decode_tensor(self, number: int) -> Tensor:
         return self.tensors.find(number)
@@ -438,7 +437,7 @@ class Link(Codec):
     def encode_generator(self, value: torch.Generator) -> list:
         number = self.generator_numbers.get(id(value))
         if number is None:
-            number = self.new_number()
+            number = self.make_number()
             self.generators[number] = [value, None]
             self.generator_numbers[id(value)] = number
         return ["generator", number]
@@ -450,7 +449,7 @@ class Link(Codec):
 
     def collect_generators(self, envelope: Envelope) -> None:
         for number, pair in self.generators.copy().items():
-            state = tensors.generator_state(pair[0])
+            state = tensors.read_generator_state(pair[0])
             if state != pair[1]:
                 pair[1] = state
                 envelope.generators.append([number, state])
@@ -464,7 +463,7 @@ class Link(Codec):
         self.generators[number][1] = state
 
     def drop_unheld(self) -> None:
-        """What nobody here holds but the tables of this link cannot change here any more: both ends forget it."""
+        """Makes both ends forget generators and tensors that only this link's tables hold: nothing can change them."""
         for number, pair in self.generators.copy().items():
             if sys.getrefcount(pair[0]) <= 2:
                 del self.generators[number], self.generator_numbers[id(pair[0])]
@@ -474,12 +473,12 @@ class Link(Codec):
     # --- modules ---
 
     def collect_modules(self, envelope: Envelope) -> None:
-        """Parameters, buffers, submodules and modes that changed in modules that both ends have."""
+        """Collects the changed parameters, buffers, submodules and modes of modules that both ends have."""
         for number, find in self.shared_modules.copy().items():
             module = find()
             if module is None:
                 continue
-            view, now = self.views[number], self.parts_of(module, number % 2 == 0)
+            view, now = self.views[number], self.list_parts(module, number % 2 == 0)
             for key in view.keys() - now.keys():
                 envelope.modules.append([number, "delete", key[0] + " " + key[1], None])
             for key, value in now.items():
@@ -493,16 +492,16 @@ class Link(Codec):
             return
         if kind == "delete":
             kind, _, name = name.partition(" ")
-            places_of(module).get(kind, {}).pop(self.place_of(kind, name), None)
+            find_part_tables(module).get(kind, {}).pop(self.find_part_key(kind, name), None)
         else:
             value = self.decode(encoded)
-            value = self.only_when_asked(value) if kind in HOOKS and self.judges else value
+            value = self.wrap_hook(value) if kind in HOOKS and self.judges else value
             self.set_part(module, kind, name, value)
-        self.views[number] = self.parts_of(module, number % 2 == 0)
+        self.views[number] = self.list_parts(module, number % 2 == 0)
 
-    def only_when_asked(self, hook: Callable) -> Callable:
-        """A hook that the learner's code put on a module runs while that code runs (it may have asked for
-        the module to be called), and never in what the judge computes for itself."""
+    def wrap_hook(self, hook: Callable) -> Callable:
+        """Limits a hook that the learner's code put on a module: it runs while that code runs (which may have called
+        the module), and never while the judge computes for itself."""
 
         def run(*args, **kwargs):
             return hook(*args, **kwargs) if self.depth else None
@@ -512,17 +511,17 @@ class Link(Codec):
     def share_module(self, number: int, module: nn.Module) -> None:
         weak = self.judges and number % 2 == 1
         self.shared_modules[number] = weakref.ref(module) if weak else lambda: module
-        self.views[number] = self.parts_of(module, number % 2 == 0)
+        self.views[number] = self.list_parts(module, number % 2 == 0)
 
-    def parts_of(self, module: nn.Module, everything: bool) -> dict:
-        """A module's own parts, by kind and name; of one that the judge handed over also its attributes and hooks."""
+    def list_parts(self, module: nn.Module, everything: bool) -> dict:
+        """A module's parts by kind and name; with `everything` (a module of the judge's) also attributes and hooks."""
         parts = {("parameter", name): value for name, value in module._parameters.items()}
         parts |= {("buffer", name): value for name, value in module._buffers.items()}
         parts |= {("module", name): value for name, value in module._modules.items()}
         parts["training", ""] = module.training
         if everything:
             parts |= {("attribute", name): value for name, value in vars(module).items() if name not in INTERNAL}
-            parts |= self.hooks_of(module)
+            parts |= self.list_hooks(module)
         return parts
 
     def set_part(self, module: nn.Module, kind: str, name: str, value: object) -> None:
@@ -532,71 +531,69 @@ class Link(Codec):
         if kind == "full hooks":
             module._is_full_backward_hook = None if value is None else bool(value)
             return
-        place = places_of(module).get(kind)
+        place = find_part_tables(module).get(kind)
         if place is None or not isinstance(name, str):
             raise Refused("a part of no known kind")
         if kind == "attribute" and (name in INTERNAL or hasattr(type(module), name)):
-            return  # a method that was replaced: each end keeps its own
+            return  # an attribute that replaces a method: each end keeps its own
         wanted = {"module": nn.Module, "parameter": Tensor, "buffer": Tensor}.get(kind, object)
         if value is not None and not isinstance(value, wanted):
             raise Refused("a part that is none")
-        place[self.place_of(kind, name)] = value
+        place[self.find_part_key(kind, name)] = value
 
-    def hooks_of(self, module: nn.Module) -> dict:
-        """A module's hooks by kind and name. PyTorch numbers those of each process: a number alone is no name."""
+    def list_hooks(self, module: nn.Module) -> dict:
+        """A module's hooks by kind and name. Both processes number hooks from 0: a name also says which end's it is."""
         hooks = {(kind, self.name_hook(key)): hook for kind in HOOKS for key, hook in getattr(module, kind).items()}
         return {("full hooks", ""): module._is_full_backward_hook} | hooks
 
     def name_hook(self, key: int | str) -> str:
         return key if isinstance(key, str) else f"{self.judges:d}{key}"
 
-    def place_of(self, kind: str, name: str) -> int | str:
-        """Where a part is kept: hooks of this end's under their numbers, the other end's under their names."""
+    def find_part_key(self, kind: str, name: str) -> int | str:
+        """The key of a part in its table: a number for a hook of this end, else the name."""
         own = kind in HOOKS and name.startswith(f"{self.judges:d}") and name[1:].isdecimal()
         return int(name[1:]) if own else name
 
     # --- things: plain objects of a class that a check or a given cell defines ---
 
     def number_thing(self, value: object) -> int:
-        """A thing's number; a new one goes out with the next message, and what its attributes lead to."""
+        """A thing's number; a new thing goes out with the next message, with all that its attributes reach."""
         number = self.thing_numbers.get(id(value))
         if number is None:
-            number = self.new_number()
+            number = self.make_number()
             self.thing_numbers[id(value)] = number
             self.things[number] = [value, {}, None]
             self.waiting_things.append(number)
         return number
 
     def collect_things(self, envelope: Envelope, changed: bool) -> None:
-        """New things, and where a call begins or ends also those that changed: between its callbacks, of which there
-        may be thousands, nobody looks through them all."""
+        """Collects new things and, if `changed`, those whose attributes changed: only where a call begins or ends,
+        because a search at each of its callbacks, which may be thousands, would be slow."""
         for number, (value, attributes, before) in self.things.copy().items() if changed else ():
-            if not same_attributes(vars(value), attributes) or (before is not None and before != self.hold(value)):
+            same = have_same_attributes(vars(value), attributes)
+            if not same or (before is not None and before != self.encode_attributes(value)):
                 self.waiting_things.append(number)
         done = set()
-        while self.waiting_things:  # not by recursion: a chain of things may be long
+        while self.waiting_things:  # a loop, because a chain of things may be too long for recursion
             number = self.waiting_things.pop()
             if number in done:
                 continue
             done.add(number)
-            value, held = self.things[number][0], self.hold(self.things[number][0])
+            value, held = self.things[number][0], self.encode_attributes(self.things[number][0])
             given = self.is_given(type(value))
-            # The learner's code may change what an attribute holds, too.
+            # The learner's code may also change the contents of an attribute: its end compares encodings, too.
             self.things[number][1:] = dict(vars(value)), held if given and not self.judges else None
             envelope.things.append([number, type(value).__name__, given, held])
 
-    def hold(self, value: object) -> list:
-        """A thing's attributes, encoded."""
-        outer, self.tracked = self.tracked, None
-        try:
+    def encode_attributes(self, value: object) -> list:
+        """Encodes a thing's attributes."""
+        with self.tracking(None):
             return [[name, self.encode(each)] for name, each in vars(value).items()]
-        finally:
-            self.tracked = outer
 
     def receive_things(self, things: list) -> None:
         for number, name, given, _ in things:
             if number not in self.things:
-                kind = self.names.get(name) if given else proxies.plain_class(str(name))
+                kind = self.names.get(name) if given else proxies.make_plain_class(str(name))
                 if given and not (isinstance(kind, type) and self.is_given(kind)):
                     raise Refused("a thing of a class that no given cell defines")
                 made = object.__new__(kind)
@@ -610,7 +607,7 @@ class Link(Codec):
             self.things[number][1:] = dict(attributes), held if given and not self.judges else None
 
     def is_given(self, kind: type) -> bool:
-        """Whether a given cell defines a class, and all that its objects have are attributes."""
+        """Whether given cells define a class and all its bases."""
         if (
             self.names.get(kind.__name__) is not kind
             or kind.__name__ not in self.given
@@ -628,7 +625,7 @@ class Link(Codec):
         return self.things[number][0]
 
     def forget(self) -> None:
-        """At the end of a check: what the judge handed over is no longer known."""
+        """Forgets, at the end of a check, the objects that the judge handed over."""
         for number in [number for number in self.exported if self.judges]:
             self.release([number])
         self.kept.clear()
@@ -639,38 +636,35 @@ class Link(Codec):
     # --- handles ---
 
     def export(self, value: object) -> tuple[int, bool]:
-        """The number of an object of this end's, and whether the other end is told of it for the first time."""
+        """The number of an object of this end, and whether the object is new to the other end."""
         known = self.export_numbers.get(id(value))
         if known is not None:
             return known, False
-        number = self.new_number()
+        number = self.make_number()
         self.exported[number] = value
         self.export_numbers[id(value)] = number
         return number, True
 
     def encode_object(self, value: object) -> list:
-        number = proxies.number_of(value, self)
+        number = proxies.find_number(value, self)
         if number is not None:
             return ["mine", number]
         name = getattr(value, "__name__", None)
         if isinstance(name, str) and name in self.given and self.names.get(name) is value:
             return ["given", name]
         if self.judges:
-            path = library_path(value)
+            path = find_library_path(value)
             if path:
                 return ["library", path]
             bound = next((n for n in self.given if self.names.get(n) is value), None)
             if bound:
                 return ["given", bound]
-            if isinstance(value, nn.Module) and (path := self.known_class(type(value))):
+            if isinstance(value, nn.Module) and (path := self.find_class_path(type(value))):
                 number, new = self.export(value)
                 if not new:
                     return ["built", number, None]
-                outer, self.tracked = self.tracked, None
-                try:
+                with self.tracking(None):
                     description = proxies.describe_built(value, path, self)
-                finally:
-                    self.tracked = outer
                 self.share_module(number, value)
                 return ["built", number, description]
         if id(value) in self.thing_numbers or (self.judges and is_thing(value)) or self.is_given_thing(value):
@@ -678,23 +672,20 @@ class Link(Codec):
         number, new = self.export(value)
         if not new:
             return ["object", number, None]
-        outer, self.tracked = self.tracked, None
-        try:
+        with self.tracking(None):
             return ["object", number, proxies.describe(value, number, self)]
-        finally:
-            self.tracked = outer
 
-    def known_class(self, kind: type) -> str:
-        """The path by which the other end finds a class: a library's, or one of a given cell."""
+    def find_class_path(self, kind: type) -> str:
+        """The path by which the other end finds a class of a library or a given cell; "" if there is none."""
         if self.names.get(kind.__name__) is kind and kind.__name__ in self.given:
             return kind.__name__
-        return qualified(kind) if kind.__module__.startswith(("torch.nn.", "llm40.")) else ""
+        return name_class(kind) if kind.__module__.startswith(("torch.nn.", "llm40.")) else ""
 
     def find_class(self, path: str) -> type:
         return find_attribute(path) if ":" in path else self.names[path]
 
     def decode_mine(self, number: int) -> object:
-        return self.exported_object(number)
+        return self.find_exported(number)
 
     def decode_given(self, name: str) -> object:
         if name not in self.given or name not in self.names:
@@ -707,21 +698,18 @@ class Link(Codec):
             return known
         if description is None:
             raise Refused("a handle of nothing")
-        outer, self.tracked = self.tracked, None
-        try:
-            made = proxies.make(self, number, description)
-        finally:
-            self.tracked = outer
+        with self.tracking(None):
+            made = proxies.make_proxy(self, number, description)
         self.keep_import(number, made)
         return made
 
-    def compared(self, name: str) -> tuple[str, ...]:
-        """The comparisons that objects of a class of this name may decide: those that the exercise's own class has."""
+    def list_comparisons(self, name: str) -> tuple[str, ...]:
+        """The comparisons that objects of a class of this name may answer themselves."""
         return proxies.COMPARING
 
     def keep_import(self, number: int, proxy: object) -> None:
-        """The judge's end lets go of proxies as soon as nobody needs them, but not before the request is over; the
-        learner's end keeps them for the check."""
+        """Keeps a proxy: at the judge's end until the request is over and nothing holds it, at the learner's end until
+        the check is over."""
         self.imported[number] = proxy
         if not self.judges:
             self.kept.append(proxy)
@@ -734,7 +722,7 @@ class Link(Codec):
     def name_record(self, kind: type) -> str:
         if kind.__name__ in self.given and self.names.get(kind.__name__) is kind:
             return kind.__name__
-        return qualified(kind) if kind.__module__.startswith("llm40.") else ""
+        return name_class(kind) if kind.__module__.startswith("llm40.") else ""
 
     def find_record(self, name: str) -> type | None:
         if name.startswith("llm40.") and ":" in name:
@@ -744,15 +732,15 @@ class Link(Codec):
         return found if isinstance(found, type) else None
 
     def make_exception(self, encoded: list) -> BaseException:
-        """The exception that the other end raised, of the first of its classes that this end has."""
+        """Makes the exception that the other end raised, of the first of its classes that this end has."""
         names, args, text = encoded
         for place, name in enumerate(names):
             kind = self.names.get(name) if name in self.given else getattr(builtins, str(name), None)
             if not (isinstance(kind, type) and issubclass(kind, BaseException)):
                 continue
             if not issubclass(kind, Exception):
-                return type(str(names[0]), (RemoteError,), {})(text)  # it ends a call, not this process
-            if place:  # a class of the learner's own: named so, and caught as what it derives from
+                return type(str(names[0]), (RemoteError,), {})(text)  # SystemExit ends a call, not this process
+            if place:  # a class that only the other end has: it keeps its name, and derives from the nearest base here
                 kind = type(str(names[0]), (kind,), {})
             try:
                 made = kind(*([text] if args is None else [self.decode(arg) for arg in args]))
@@ -762,20 +750,20 @@ class Link(Codec):
         return RemoteError(str(text))
 
 
-def same_attributes(one: dict, other: dict) -> bool:
+def have_same_attributes(one: dict, other: dict) -> bool:
     return one.keys() == other.keys() and all(value is other[name] for name, value in one.items())
 
 
 def is_thing(value: object) -> bool:
-    """Whether an object is nothing but its attributes: its class, a check's own, defines no more than __init__."""
+    """Whether an object consists of its attributes: a check defines its class, with no methods but those of THING."""
     kind = type(value)
     if kind.__module__ != "__main__" or kind.__bases__ != (object,) or not hasattr(value, "__dict__"):
         return False
     return all(name in THING for name, member in vars(kind).items() if callable(member) or hasattr(member, "__get__"))
 
 
-def library_path(value: object) -> str:
-    """How the other end finds a function or class of a library's: "module:name"; "" if it is none."""
+def find_library_path(value: object) -> str:
+    """The path "module:name" by which the other end finds a library's function or class; "" if there is none."""
     if isinstance(value, ModuleType):
         return ""
     if not isinstance(value, (type, FunctionType, BuiltinFunctionType)) and not hasattr(value, "__objclass__"):
@@ -797,11 +785,11 @@ def library_path(value: object) -> str:
 
 
 HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
-INTERNAL = frozenset(vars(nn.Module()))  # what every module has
+INTERNAL = frozenset(vars(nn.Module()))  # attributes that every module has
 
 
-def places_of(module: nn.Module) -> dict[str, dict]:
-    """Where a module keeps its parts of each kind."""
+def find_part_tables(module: nn.Module) -> dict[str, dict]:
+    """The dictionaries in which a module keeps its parts, by kind."""
     hooks = {kind: getattr(module, kind) for kind in HOOKS}
     return {
         "parameter": module._parameters,

@@ -1,7 +1,7 @@
-"""What the two ends of a link say to each other: each message a dataclass, sent as its name and its fields.
+"""The messages between the two ends of a link: each is a dataclass, sent as its name and its fields.
 
-Values inside are encoded (values.py). A request is answered by one Reply; between the two, the other end may send
-requests of its own (a callback), which are answered first.
+Values inside are encoded (values.py). One Reply answers each request; before it, the other end may send requests of its
+own (a callback), which are answered first.
 """
 
 from dataclasses import dataclass, field, fields
@@ -12,23 +12,23 @@ LIMIT = 2**31  # bytes of a message
 
 
 class Malformed(ValueError):
-    """The other end sent what is no message."""
+    """The other end sent bytes that are no message."""
 
 
 @dataclass
 class Call:
-    """Call what `target` names: ["name", n], ["object", number], ["method", number, n]."""
+    """Call `target`: ["name", n], ["object", number] or ["method", number, n]."""
 
     target: list
     args: list
     kwargs: list
     around: list = field(default_factory=list)  # measurements to take meanwhile: [where, name, args, kwargs]
-    modes: list = field(default_factory=list)  # as tensors.modes gives them
+    modes: list = field(default_factory=list)  # as tensors.read_modes returns them
 
 
 @dataclass
 class Gradients:
-    """Pull cotangents back through a call: one for each of its outputs, None where there is none."""
+    """Pull cotangents back through a call: one for each of its outputs, None where an output has none."""
 
     call: int
     cotangents: list
@@ -38,8 +38,9 @@ class Gradients:
 
 @dataclass
 class Launch:
-    """Launch a Triton kernel: tensors travel with their whole storages and come back. `places` are the storages'
-    addresses here, in which addresses that are counted are told; `only` is the one tensor whose memory is touched."""
+    """Launch a Triton kernel. Its tensors travel with their whole storages, and changed storages come back. `places`
+    are the storages' addresses in the judge's process, by which traffic is reported; a kernel may touch no memory but
+    that of the tensor `only`, where there is one."""
 
     target: list
     grid: list
@@ -53,7 +54,7 @@ class Launch:
 
 @dataclass
 class Describe:
-    """What is bound to these names: values, functions, classes, kernels. `given` are the names of given cells."""
+    """Describe the values, functions, classes and kernels of these names. `given` are the names of given cells."""
 
     names: list
     given: list = field(default_factory=list)
@@ -72,7 +73,7 @@ class Attribute:
 
 @dataclass
 class Hook:
-    """Register a hook of the asking end on a module: `kind` is register_forward_hook or one of its like."""
+    """Register a hook of the asking end on a module: `kind` is the method to call, such as register_forward_hook."""
 
     module: int
     kind: str
@@ -82,7 +83,7 @@ class Hook:
 
 @dataclass
 class Fork:
-    """Make a twin of this process for one rank of a launch. The socket of its own link comes after the reply."""
+    """Make a twin of this process for one rank of a launch. The socket of the twin's link follows the reply."""
 
     rank: int
     ranks: int
@@ -90,7 +91,7 @@ class Fork:
 
 @dataclass
 class Reach:
-    """Connect to a server of the learner's, at a UNIX socket, whenever asked. The socket to ask on comes after the
+    """Connect to the learner's server at a UNIX socket each time the judge asks. The socket to ask on follows the
     reply."""
 
     path: str
@@ -105,9 +106,9 @@ class Done:
 class Reply:
     """The answer to a request: a value, or an exception as [class names, arguments, text].
 
-    `outputs` are the tensors of the value that carry gradients, `depends` those that the gradients go to; `changed`
-    are the containers among the arguments that were changed in place, by their place; `seen` is what each
-    measurement saw; `switches` are PyTorch's, where a call left them otherwise than it found them.
+    `outputs` are the tensors of the value that carry gradients, `depends` the tensors that receive them; `changed`
+    holds [place, contents] of each container among the arguments that the call changed in place; `seen` holds the
+    result of each measurement; `switches` are PyTorch's global switches, if the call changed them.
     """
 
     value: object = None
@@ -123,15 +124,15 @@ class Reply:
 
 @dataclass
 class Envelope:
-    """A message, and what changed at the sender since its last one."""
+    """A message, and the changes at the sender since its last one."""
 
     message: list
     tensors: list = field(default_factory=list)  # [number, state], new or changed
     generators: list = field(default_factory=list)  # [number, state]
     modules: list = field(default_factory=list)  # [number, kind, name, value]
-    things: list = field(default_factory=list)  # [number, class name, [[attribute, value]…]]
-    released: list = field(default_factory=list)  # numbers the sender needs no longer
-    random: bytes | None = None  # PyTorch's own random state, where it moved
+    things: list = field(default_factory=list)  # [number, class name, whether a given cell defines it, attributes]
+    released: list = field(default_factory=list)  # numbers that the sender no longer needs
+    random: bytes | None = None  # PyTorch's global random state, if it changed
 
 
 REQUESTS = (Call, Gradients, Launch, Describe, Attribute, Hook, Fork, Reach, Done)
@@ -139,16 +140,16 @@ KINDS = {kind.__name__: kind for kind in (*REQUESTS, Reply, Envelope)}
 
 
 def pack(message: object) -> bytes:
-    return msgpack.packb(as_list(message), unicode_errors="surrogatepass")
+    return msgpack.packb(list_fields(message), unicode_errors="surrogatepass")
 
 
-def as_list(message: object) -> list:
+def list_fields(message: object) -> list:
     return [type(message).__name__, *(getattr(message, f.name) for f in fields(message))]
 
 
 def unpack(raw: bytes) -> Envelope:
     try:
-        envelope = from_list(msgpack.unpackb(raw, strict_map_key=False, unicode_errors="surrogatepass"))
+        envelope = make_message(msgpack.unpackb(raw, strict_map_key=False, unicode_errors="surrogatepass"))
     except (ValueError, TypeError, RecursionError) as error:
         raise Malformed(f"no message: {error}") from error
     if not isinstance(envelope, Envelope):
@@ -156,7 +157,7 @@ def unpack(raw: bytes) -> Envelope:
     return envelope
 
 
-def from_list(parts: object) -> object:
+def make_message(parts: object) -> object:
     if not isinstance(parts, list) or not parts or parts[0] not in KINDS:
         raise Malformed("a message of no known kind")
     kind = KINDS[parts[0]]

@@ -1,7 +1,7 @@
-"""What stands at one end of a link for an object of the other end's: its looks are described once, all else is asked.
+"""Proxies: each stands at one end of a link for an object of the other end, which describes it once and then answers.
 
 A function becomes a function, a class a class, a module a module (its parameters are mirrors, its forward is a call), a
-Triton kernel a kernel; anything else an object that has the special methods which the original has.
+Triton kernel a kernel; anything else an object with the same special methods as the original.
 """
 
 import inspect
@@ -16,7 +16,7 @@ from torch import nn
 from autograder.judge import tensors
 from autograder.judge.messages import Hook, Launch
 from autograder.judge.sources import COMPARING
-from autograder.judge.values import Refused, qualified
+from autograder.judge.values import Refused, name_class
 
 BINARY = (
     "add",
@@ -81,13 +81,13 @@ HOOKS = (
 )
 KNOWN_BASES = ("torch.", "collections", "builtins:", "typing:", "abc:", "enum:", "functools:")
 COMMON = frozenset(vars(nn.Module()))  # attributes that every module has
-PYTORCH = "torch.nn.modules."  # whose modules are the same at both ends
+PYTORCH = "torch.nn.modules."  # modules of these classes are the same at both ends
 IS_INSTANCE = "autograder.judge.agent:is_instance"
 PLACE = "_judge_place"  # where a proxy keeps its link and its number
 
 
-def number_of(value: object, link) -> int | None:
-    """The number at the other end, if a value is a proxy of this link's."""
+def find_number(value: object, link) -> int | None:
+    """The number at the other end, if a value is a proxy of this link."""
     place = None
     if isinstance(value, RemoteType):
         place = type.__getattribute__(value, "__dict__").get(PLACE)
@@ -109,7 +109,8 @@ def describe(value: object, number: int, link) -> dict:
     if isinstance(value, nn.Module):
         return describe_module(value, number, link)
     if isinstance(value, type):
-        return {"kind": "class", "name": value.__name__, "module": issubclass(value, nn.Module), "bases": bases(value)}
+        is_module = issubclass(value, nn.Module)
+        return {"kind": "class", "name": value.__name__, "module": is_module, "bases": list_bases(value)}
     if isinstance(value, (FunctionType, BuiltinFunctionType, MethodType)):
         name = getattr(value, "__name__", "function")
         return {
@@ -123,26 +124,27 @@ def describe(value: object, number: int, link) -> dict:
     return {
         "kind": "object",
         "name": kind.__name__,
-        "bases": bases(kind),
-        "operators": operators(kind),
-        "before_numpy": goes_before_numpy(kind),
+        "bases": list_bases(kind),
+        "operators": list_operators(kind),
+        "before_numpy": is_before_numpy(kind),
         "hashable": kind.__hash__ is not None,
     }
 
 
-def goes_before_numpy(kind: type) -> bool:
-    """Whether `array + x` is x's to answer: NumPy's binary operators then step back."""
+def is_before_numpy(kind: type) -> bool:
+    """Whether x answers `array + x`, because NumPy's binary operators step back for its class."""
     if hasattr(kind, "__array_ufunc__"):
         return kind.__array_ufunc__ is None
     priority = getattr(kind, "__array_priority__", None)
     return isinstance(priority, (int, float)) and priority > 0
 
 
-def bases(kind: type) -> list[str]:
-    return [qualified(base) for base in kind.__mro__ if qualified(base).startswith(KNOWN_BASES) and base is not object]
+def list_bases(kind: type) -> list[str]:
+    names = [name_class(base) for base in kind.__mro__ if base is not object]
+    return [name for name in names if name.startswith(KNOWN_BASES)]
 
 
-def operators(kind: type) -> list[str]:
+def list_operators(kind: type) -> list[str]:
     return [
         name
         for name in OPERATORS
@@ -169,9 +171,9 @@ def describe_module(module: nn.Module, number: int, link) -> dict:
     return {
         "kind": "module",
         "name": type(module).__name__,
-        "library": qualified(library),
+        "library": name_class(library),
         "methods": sorted({name for base in own for name in vars(base) if not hasattr(nn.Module, name)}),
-        "operators": [name for name in operators(type(module)) if name in ("__len__", "__getitem__", "__iter__")],
+        "operators": [name for name in list_operators(type(module)) if name in ("__len__", "__getitem__", "__iter__")],
         "exact": type(module) is library and library.__module__.startswith(PYTORCH) and "forward" not in vars(module),
         "attributes": describe_attributes(module, link) if type(module) is library else [],
         "parameters": [[name, link.encode(p)] for name, p in module._parameters.items()],
@@ -190,7 +192,7 @@ def describe_attributes(module: nn.Module, link) -> list:
 
 
 def describe_built(module: nn.Module, path: str, link) -> dict:
-    """A module of a class that the other end has: what its instance consists of."""
+    """Describes the contents of a module whose class the other end has."""
     return {
         "class": path,
         "attributes": describe_attributes(module, link),
@@ -201,14 +203,14 @@ def describe_built(module: nn.Module, path: str, link) -> dict:
         ],
         "modules": [[name, link.encode(child)] for name, child in module._modules.items()],
         "training": module.training,
-        "hooks": [[kind, name, link.encode(hook)] for (kind, name), hook in link.hooks_of(module).items()],
+        "hooks": [[kind, name, link.encode(hook)] for (kind, name), hook in link.list_hooks(module).items()],
     }
 
 
 # --- proxies -----------------------------------------------------------------------------------------------------
 
 
-def make(link, number: int, description: dict) -> object:
+def make_proxy(link, number: int, description: dict) -> object:
     kind = description.get("kind")
     if kind == "function":
         return make_function(link, number, description)
@@ -245,7 +247,7 @@ def make_function(link, number: int, description: dict) -> Callable:
 
 
 class RemoteType(type):
-    """A class of the other end's. What it makes are objects of that end's, and what it has is asked there."""
+    """A class of the other end: calls make objects there, and its attributes are asked there."""
 
     def __call__(cls, *args, **kwargs):
         link, number = type.__getattribute__(cls, "__dict__").get(PLACE) or (None, None)
@@ -257,19 +259,19 @@ class RemoteType(type):
         place = type.__getattribute__(cls, "__dict__").get(PLACE)
         if place is None or (name.startswith("__") and name.endswith("__") and name not in OPERATORS):
             raise AttributeError(name)
-        return place[0].attribute(["object", place[1]], name)
+        return place[0].request_attribute(["object", place[1]], name)
 
     def __instancecheck__(cls, value: object) -> bool:
         place = type.__getattribute__(cls, "__dict__").get(PLACE)
         if place is None:
             return type.__instancecheck__(cls, value)
-        if number_of(value, place[0]) is None:
+        if find_number(value, place[0]) is None:
             return False
         return bool(place[0].call(["library", IS_INSTANCE], (value, cls), {}))
 
     def __subclasscheck__(cls, other: type) -> bool:
         place = type.__getattribute__(cls, "__dict__").get(PLACE)
-        if place is None or number_of(other, place[0]) is None:
+        if place is None or find_number(other, place[0]) is None:
             return type.__subclasscheck__(cls, other)
         return bool(place[0].call(["library", "builtins:issubclass"], (other, cls), {}))
 
@@ -278,26 +280,26 @@ class RemoteType(type):
         if place is None:
             type.__setattr__(cls, name, value)
         else:
-            place[0].attribute(["object", place[1]], name, "set", value)
+            place[0].request_attribute(["object", place[1]], name, "set", value)
 
     def __delattr__(cls, name: str) -> None:
         place = type.__getattribute__(cls, "__dict__").get(PLACE)
         if place is None:
             type.__delattr__(cls, name)
         else:
-            place[0].attribute(["object", place[1]], name, "delete")
+            place[0].request_attribute(["object", place[1]], name, "delete")
 
 
 def make_class(link, number: int, description: dict) -> type:
-    base = nn.Module if description["module"] else next(iter(local_bases(description["bases"])), object)
+    base = nn.Module if description["module"] else next(iter(find_local_bases(description["bases"])), object)
     try:
         return RemoteType(str(description["name"]), (base,), {PLACE: (link, number)})
     except TypeError:  # a base with a metaclass of its own
         return RemoteType(str(description["name"]), (object,), {PLACE: (link, number)})
 
 
-def local_bases(paths: list[str]) -> list[type]:
-    """Of the classes that the other end names, those of libraries that this end has loaded too."""
+def find_local_bases(paths: list[str]) -> list[type]:
+    """The library classes among these paths that this end has loaded too."""
     found = []
     for path in map(str, paths):
         module, _, name = path.partition(":")
@@ -307,92 +309,91 @@ def local_bases(paths: list[str]) -> list[type]:
     return found
 
 
-class Handle:
-    """An object of the other end's."""
+class RemoteObject:
+    """An object of the other end."""
 
     def __getattr__(self, name: str) -> object:
         if name.startswith("__") and name.endswith("__"):
             raise AttributeError(f"{type(self).__name__!r} object has no attribute {name!r}")
-        link, number = place_of(self)
-        return link.attribute(["object", number], name)
+        link, number = find_place(self)
+        return link.request_attribute(["object", number], name)
 
     def __setattr__(self, name: str, value: object) -> None:
-        link, number = place_of(self)
-        link.attribute(["object", number], name, "set", value)
+        link, number = find_place(self)
+        link.request_attribute(["object", number], name, "set", value)
 
     def __delattr__(self, name: str) -> None:
-        link, number = place_of(self)
-        link.attribute(["object", number], name, "delete")
+        link, number = find_place(self)
+        link.request_attribute(["object", number], name, "delete")
 
     def __deepcopy__(self, memo: dict) -> object:
-        link, _ = place_of(self)
+        link, _ = find_place(self)
         return link.call(["library", "copy:deepcopy"], (self,), {})
 
     def __copy__(self) -> object:
-        link, _ = place_of(self)
+        link, _ = find_place(self)
         return link.call(["library", "copy:copy"], (self,), {})
 
     def __dir__(self) -> list:
-        link, _ = place_of(self)
+        link, _ = find_place(self)
         return link.call(["library", "builtins:dir"], (self,), {})
 
     def __hash__(self) -> int:
-        return hash(place_of(self)[1])
+        return hash(find_place(self)[1])
 
 
-def place_of(proxy: object) -> tuple:
+def find_place(proxy: object) -> tuple:
     return object.__getattribute__(proxy, "__dict__")[PLACE]
 
 
-def remote_operator(name: str) -> Callable:
-    def operator(self, *args, **kwargs):
-        link, number = place_of(self)
+def make_operator(name: str) -> Callable:
+    def operate(self, *args, **kwargs):
+        link, number = find_place(self)
         result = link.call(["method", number, name], args, kwargs)
-        if name == "__bool__":
-            return bool(result)
-        return result
+        return bool(result) if name == "__bool__" else result
 
-    operator.__name__ = name
-    return operator
+    operate.__name__ = name
+    return operate
 
 
 _classes: dict[tuple, type] = {}
 
 
-def no_comparison(name: str) -> Callable:
-    """No exercise asks for an object that decides itself what it equals. Of two of them it is asked who they are."""
+def make_refusal(name: str) -> Callable:
+    """Makes a comparison that raises, for classes whose exercise defines none. Two proxies are equal if they are the
+    same one."""
 
     def compare(self, other):
-        if name in ("__eq__", "__ne__") and isinstance(other, Handle):
+        if name in ("__eq__", "__ne__") and isinstance(other, RemoteObject):
             return (self is other) == (name == "__eq__")
         raise AssertionError(f"an object of class {type(self).__name__} is no value that can be compared with others.")
 
     return compare
 
 
-def make_object(link, number: int, description: dict) -> Handle:
+def make_object(link, number: int, description: dict) -> RemoteObject:
     names = tuple(name for name in description["operators"] if name in OPERATORS)
-    known = tuple(local_bases(description["bases"]))
-    compared = link.compared(str(description["name"]))
+    known = tuple(find_local_bases(description["bases"]))
+    compared = link.list_comparisons(str(description["name"]))
     before_numpy, hashable = bool(description.get("before_numpy")), bool(description.get("hashable"))
     key = (description["name"], names, known, compared, before_numpy, hashable)
     if key not in _classes:
-        members = {name: remote_operator(name) for name in names}
-        members |= {name: no_comparison(name) for name in COMPARING if name not in compared}
-        members["__hash__"] = Handle.__hash__ if hashable else None
+        members = {name: make_operator(name) for name in names}
+        members |= {name: make_refusal(name) for name in COMPARING if name not in compared}
+        members["__hash__"] = RemoteObject.__hash__ if hashable else None
         if before_numpy:
             members["__array_ufunc__"] = None
         if known:
             members["__class__"] = property(lambda self: known[0])
-        _classes[key] = type(str(description["name"]), (Handle,), members)
+        _classes[key] = type(str(description["name"]), (RemoteObject,), members)
     made = object.__new__(_classes[key])
     object.__getattribute__(made, "__dict__")[PLACE] = (link, number)
     return made
 
 
 @cache
-def plain_class(name: str) -> type:
-    """A class for copies of things (link.py): it has a name and nothing else."""
+def make_plain_class(name: str) -> type:
+    """A class with nothing but a name, for copies of things (link.py)."""
     return type(name, (), {})
 
 
@@ -400,9 +401,10 @@ def plain_class(name: str) -> type:
 
 
 class RemoteModule(nn.Module):
-    """A module of the other end's: its parameters, buffers and modes are at both ends, its forward is a call.
+    """A module of the other end: its parameters, buffers and modes are at both ends, its forward is a call.
 
-    What nn.Module itself can do (parameters, state_dict, train, to …) is this end's, whatever the other end overrides.
+    The methods of nn.Module itself (parameters, state_dict, train, to …) run at this end, even if the other end
+    overrides them.
     """
 
     def forward(self, *args, **kwargs):
@@ -416,7 +418,7 @@ class RemoteModule(nn.Module):
         if PLACE not in self.__dict__ or (name.startswith("__") and name.endswith("__")):
             raise AttributeError(name)
         link, number = self.__dict__[PLACE]
-        return link.attribute(["object", number], name)
+        return link.request_attribute(["object", number], name)
 
     def __setattr__(self, name: str, value: object) -> None:
         known = any(name in self.__dict__[place] for place in ("_parameters", "_buffers", "_modules"))
@@ -424,21 +426,21 @@ class RemoteModule(nn.Module):
             super().__setattr__(name, value)
         else:
             link, number = self.__dict__[PLACE]
-            link.attribute(["object", number], name, "set", value)
+            link.request_attribute(["object", number], name, "set", value)
 
     def __deepcopy__(self, memo: dict) -> object:
         return self.__dict__[PLACE][0].call(["library", "copy:deepcopy"], (self,), {})
 
 
-def _forwarded(name: str) -> property:
+def make_property(name: str) -> property:
     def get(self):
         link, number = self.__dict__[PLACE]
-        return link.attribute(["object", number], name)
+        return link.request_attribute(["object", number], name)
 
     return property(get)
 
 
-def _registering(kind: str) -> Callable:
+def make_registration(kind: str) -> Callable:
     def register(self, hook, **options):
         link, number = self.__dict__[PLACE]
         with link.asking():
@@ -448,11 +450,11 @@ def _registering(kind: str) -> Callable:
 
 
 for _kind in HOOKS:
-    setattr(RemoteModule, _kind, _registering(_kind))
+    setattr(RemoteModule, _kind, make_registration(_kind))
 
 
 def make_module(link, number: int, description: dict) -> nn.Module:
-    library = next(iter(local_bases([description["library"]])), nn.Module)
+    library = next(iter(find_local_bases([description["library"]])), nn.Module)
     if not issubclass(library, nn.Module):
         raise Refused("a module that is none")
     if description["exact"] and library.__module__.startswith(PYTORCH):
@@ -460,8 +462,8 @@ def make_module(link, number: int, description: dict) -> nn.Module:
     names = tuple(name for name in description["methods"] if not hasattr(nn.Module, str(name)))
     key = ("module", description["name"], library, names, tuple(description["operators"]))
     if key not in _classes:
-        members = {str(name): _forwarded(str(name)) for name in names}
-        members |= {name: module_operator(name) for name in description["operators"] if name in OPERATORS}
+        members = {str(name): make_property(str(name)) for name in names}
+        members |= {name: make_operator(name) for name in description["operators"] if name in OPERATORS}
         base = (RemoteModule, library) if library is not nn.Module else (RemoteModule,)
         _classes[key] = type(str(description["name"]), base, members)
     made = object.__new__(_classes[key])
@@ -470,15 +472,15 @@ def make_module(link, number: int, description: dict) -> nn.Module:
 
 
 def make_library_module(link, number: int, library: type, description: dict) -> nn.Module:
-    """A module of PyTorch's own class inside of a learner's: the same class here, and the same parameters. Hooks are
-    registered at both ends, as it can be called from both."""
+    """Makes a module of the same PyTorch class, with the same parameters. Its hooks are registered at both ends: either
+    can call it."""
     made = object.__new__(library)
     nn.Module.__init__(made)
     for name, value in description["attributes"]:
         if isinstance(name, str) and name not in COMMON and not hasattr(library, name):
             made.__dict__[name] = link.decode(value)
     for kind in HOOKS:
-        made.__dict__[kind] = _registering_twice(made, kind)
+        made.__dict__[kind] = make_double_registration(made, kind)
     return made
 
 
@@ -490,8 +492,8 @@ def finish_module(made: nn.Module, link, number: int, description: dict) -> nn.M
     return made
 
 
-class Handles:
-    """What removes a hook from both ends."""
+class HookHandles:
+    """Removes a hook from both ends."""
 
     def __init__(self, *handles: object):
         self.handles = handles
@@ -501,20 +503,12 @@ class Handles:
             handle.remove()
 
 
-def _registering_twice(module: nn.Module, kind: str) -> Callable:
+def make_double_registration(module: nn.Module, kind: str) -> Callable:
     def register(hook, **options):
         here = getattr(type(module), kind)(module, hook, **options)
-        return Handles(here, _registering(kind)(module, hook, **options))
+        return HookHandles(here, make_registration(kind)(module, hook, **options))
 
     return register
-
-
-def module_operator(name: str) -> Callable:
-    def operator(self, *args):
-        link, number = self.__dict__[PLACE]
-        return link.call(["method", number, name], args, {})
-
-    return operator
 
 
 def fill_module(module: nn.Module, description: dict, link) -> None:
@@ -530,7 +524,7 @@ def fill_module(module: nn.Module, description: dict, link) -> None:
 
 
 def build_module(link, number: int, description: dict) -> nn.Module:
-    """A module that the judge handed over, of a class that this end has."""
+    """Builds a module that the judge handed over, of a class that this end has."""
     kind = link.find_class(description["class"])
     made = kind.__new__(kind)
     nn.Module.__init__(made)
@@ -547,7 +541,8 @@ def build_module(link, number: int, description: dict) -> nn.Module:
 
 
 class Kernel:
-    """A learner's Triton kernel: `kernel[grid](…)` launches it there, on copies of the storages, which come back."""
+    """A learner's Triton kernel: `kernel[grid](…)` launches it in the learner's process, on copies of the storages that
+    come back."""
 
     def __init__(self, link, number: int, name: str):
         self.__dict__[PLACE] = (link, number)
@@ -560,10 +555,10 @@ class Kernel:
         if name.startswith("__"):
             raise AttributeError(name)
         link, number = self.__dict__[PLACE]
-        return link.attribute(["object", number], name)
+        return link.request_attribute(["object", number], name)
 
     def run(self, *args, grid: object, warmup: bool = False, **kwargs) -> None:
-        """As an autotuner calls it."""
+        """Launches the kernel for an autotuner, which calls this method."""
         if not warmup:
             self.launch(grid, args, kwargs)
 
@@ -571,27 +566,26 @@ class Kernel:
         link, number = self.__dict__[PLACE]
         sizes: list = []
 
-        def size_of(meta: dict) -> tuple:
+        storages: dict[int, list] = {}
+
+        def compute_grid(meta: dict) -> tuple:
             sizes.append(tuple(grid(meta)))
             return sizes[-1]
 
+        def encode(value: object) -> object:
+            return tensors.place_in_storage(value, storages) if torch.is_tensor(value) else link.encode(value)
+
         with link.asking():
-            storages: dict[int, list] = {}
-            encoded = [
-                tensors.in_storage(value, storages) if torch.is_tensor(value) else link.encode(value) for value in args
-            ]
-            named = [
-                [name, tensors.in_storage(value, storages) if torch.is_tensor(value) else link.encode(value)]
-                for name, value in kwargs.items()
-            ]
+            encoded = [encode(value) for value in args]
+            named = [[name, encode(value)] for name, value in kwargs.items()]
             only = [m.only for m in link.measurements if m.only is not None]
-            only = tensors.in_storage(only[0], storages) if only else None
+            only = tensors.place_in_storage(only[0], storages) if only else None
             held = [storage for _, storage in storages.values()]
             places = [storage.data_ptr() for storage in held]
-            sent = [tensors.storage_bytes(storage) for storage in held]
-            shape = link.encode(size_of if callable(grid) else tuple(grid))
-            with link.without_launches():  # counted below, where nobody can bend it
-                target, around = ["object", number], link.around()
+            sent = [tensors.read_storage(storage) for storage in held]
+            shape = link.encode(compute_grid if callable(grid) else tuple(grid))
+            with link.without_launches():  # they are counted below, out of the learner's reach
+                target, around = ["object", number], link.list_measurements()
                 answer = link.request(Launch(target, shape, encoded, named, sent, places, only, around))
             for place, raw in answer.storages:
                 tensors.fill_storage(held[place], raw)

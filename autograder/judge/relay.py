@@ -1,8 +1,8 @@
-"""A learner's server, reached from the judge's process: two ends that share no folder, and pass connections on.
+"""Connects a check to a learner's server: the two processes share no folder, so connections are handed over.
 
-The learner's end (`connect_for`) is a process beside the learner's that connects to the server's UNIX socket each time
-it is asked, and hands the connection over. The judge's end (`relayed`) listens at a path of its own, for whatever
-client a check uses, and copies bytes.
+The learner's end (`connect_for`) is a process beside the learner's. Each time the judge asks, it connects to the
+server's UNIX socket and hands the connection over. The judge's end (`relayed`) listens at a path of its own, for any
+client that a check uses, and copies bytes.
 """
 
 import os
@@ -16,11 +16,11 @@ from pathlib import Path
 
 ASKED, CONNECTED, REFUSED = b"c", b"y", b"n"
 CHUNK = 1 << 16  # bytes
-PATIENCE = 10.0  # seconds that a connection is given to write on
+PATIENCE = 10.0  # seconds within which each read and write of a connection must end
 
 
 def connect_for(control: socket.socket, path: str) -> None:
-    """Until the judge hangs up: a connection to the server at `path` for each byte that comes."""
+    """Connects to the server at `path` for each byte that the judge sends, until it hangs up."""
     while control.recv(1):
         with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as made:
             try:
@@ -33,7 +33,7 @@ def connect_for(control: socket.socket, path: str) -> None:
 
 @contextmanager
 def relayed(control: socket.socket) -> Iterator[str]:
-    """The path of a UNIX socket at which the other end's server answers while the block runs."""
+    """Gives the path of a UNIX socket at which the learner's server answers while the block runs."""
     with tempfile.TemporaryDirectory(prefix="llm40-server-") as folder:
         path = str(Path(folder, "server"))
         ending, end = socket.socketpair()
@@ -86,7 +86,7 @@ def _connect(listener: socket.socket, control: socket.socket) -> list[tuple[sock
 
 
 def _copy(source: socket.socket, target: socket.socket) -> bool:
-    """Copies what has come; False once nothing more will."""
+    """Copies the bytes that have come; returns False once no more will come."""
     try:
         part = source.recv(CHUNK)
         if part:
@@ -100,15 +100,15 @@ def _copy(source: socket.socket, target: socket.socket) -> bool:
 
 
 def fork_connector(path: str, own: socket.socket) -> tuple[int, socket.socket]:
-    """The learner's end, in a process of its own: (its id, the judge's socket). `own` is closed there."""
-    theirs, control = socket.socketpair()
+    """Starts the learner's end in a process of its own, which closes `own`; returns its id and the judge's socket."""
+    control, end = socket.socketpair()
     pid = os.fork()
     if pid:
-        control.close()
-        return pid, theirs
+        end.close()
+        return pid, control
     try:
-        theirs.close()
+        control.close()
         own.close()
-        connect_for(control, path)
+        connect_for(end, path)
     finally:
         os._exit(0)

@@ -1,10 +1,10 @@
-"""What the text of a cell says, without running it."""
+"""Reads the text of cells without running it."""
 
 import ast
 import re
 
 
-def bound_names(source: str) -> set[str]:
+def find_bound_names(source: str) -> set[str]:
     """The names that a cell's top level binds."""
     try:
         waiting: list = list(ast.parse(source).body)
@@ -29,8 +29,8 @@ NUMBER = re.compile(r"(?<![\w.\-])[-+\u2212]?\d+(?:,\d{3})*(?:\.\d+)?(?:e[-+]?\d
 CLAUSE = re.compile(r"[;:()]|\. |, yours")
 
 
-def without_expected(text: str) -> str:
-    """What a check says, without its numbers: they would tell what was expected. Those that the learner's own code gave
+def hide_expected(text: str) -> str:
+    """Removes a message's numbers, which would tell what the check expects. Numbers that the learner's own code gave
     ("yours is 0.83") stay."""
 
     def keep_own(match: re.Match) -> str:
@@ -41,21 +41,21 @@ def without_expected(text: str) -> str:
     return NUMBER.sub(keep_own, text)
 
 
-# --- what is counted in the learner's process, read in the learner's text too ----------------------------------------
+# --- uses that a measurement in the learner's process could miss, found in the learner's text ------------------------
 
-LIBRARIES = {"torch", "F", "nn", "aten", "ops"}  # where a chain of attributes begins or passes, if it is PyTorch's
-OTHER_NAMES = {  # other names under which PyTorch has the same
+LIBRARIES = {"torch", "F", "nn", "aten", "ops"}  # a chain of attributes that holds one of these is PyTorch's
+OTHER_NAMES = {  # PyTorch's other names for the same function
     "scaled_dot_product_attention": ("scaled_dot_product", "flash_attention", "efficient_attention", "cudnn_attention"),
     "cross_entropy": ("cross_entropy", "nll_loss"),
 }
 UNCOUNTED = {"numpy", "np", "ctypes", "multiprocessing", "subprocess", "fork", "asarray", "__array_interface__"}
 
 
-def written_for(exercise: str, others: list[str]) -> ast.Module:
-    """An exercise's cell, and of the learner's other cells what it uses, directly or not."""
+def gather_text(exercise: str, others: list[str]) -> ast.Module:
+    """An exercise's cell, and the statements of the learner's other cells that it uses, directly or not."""
     found, known = list(_parse(exercise)), {}
     for node in (node for other in others for node in _parse(other)):
-        for name in bound_names(ast.unparse(node)):
+        for name in find_bound_names(ast.unparse(node)):
             known[name] = node
     waiting = list(found)
     while waiting:
@@ -74,14 +74,14 @@ def _parse(source: str) -> list[ast.stmt]:
         return []
 
 
-def forbidden_name(written: ast.Module, names: tuple[str, ...]) -> str:
-    """A name of PyTorch's in this text under which it has one of these functions; "" if there is none."""
+def find_forbidden_name(written: ast.Module, names: tuple[str, ...]) -> str:
+    """A name in this text by which PyTorch offers one of these functions; "" if there is none."""
     starts = tuple(start for name in names for start in OTHER_NAMES.get(name, (name,)) if "." not in name)
     for node in ast.walk(written):
         if (
             isinstance(node, ast.Attribute)
             and node.attr.strip("_").startswith(starts)
-            and LIBRARIES & set(_chain(node))
+            and LIBRARIES & set(_list_chain(node))
         ):
             return node.attr
         if isinstance(node, ast.Call) and isinstance(node.func, ast.Name) and node.func.id == "getattr":
@@ -95,8 +95,8 @@ def forbidden_name(written: ast.Module, names: tuple[str, ...]) -> str:
     return ""
 
 
-def uncounted_name(written: ast.Module) -> str:
-    """A name in this text by which memory can be had that checks.allocations does not count; "" if there is none."""
+def find_uncounted_name(written: ast.Module) -> str:
+    """A name in this text whose memory checks.allocations does not count; "" if there is none."""
     for node in ast.walk(written):
         name = node.id if isinstance(node, ast.Name) else node.attr if isinstance(node, ast.Attribute) else ""
         if name in UNCOUNTED:
@@ -110,7 +110,7 @@ def uncounted_name(written: ast.Module) -> str:
     return ""
 
 
-def _chain(node: ast.expr) -> list[str]:
+def _list_chain(node: ast.expr) -> list[str]:
     """The names of a chain of attributes: torch.ops.aten.x is x, aten, ops, torch."""
     names = []
     while isinstance(node, ast.Attribute):
@@ -119,8 +119,8 @@ def _chain(node: ast.expr) -> list[str]:
     return [*names, node.id] if isinstance(node, ast.Name) else names
 
 
-def comparisons(sources: list[str]) -> dict[str, list[str]]:
-    """Class → the comparisons that it defines, in these cells."""
+def find_comparisons(sources: list[str]) -> dict[str, list[str]]:
+    """The comparisons that each class in these cells defines."""
     found: dict[str, list[str]] = {}
     for node in (node for source in sources for node in ast.walk(ast.Module(_parse(source), []))):
         if isinstance(node, ast.ClassDef):

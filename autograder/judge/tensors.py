@@ -1,4 +1,4 @@
-"""Tensors at both ends of a link: their states on the wire, what changed, and where their gradients lead."""
+"""Tensors at both ends of a link: their states in messages, their changes, and the tensors that their graphs reach."""
 
 import math
 import sys
@@ -8,22 +8,22 @@ from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 
 import torch
-from torch import Tensor, inference_mode, nn, set_grad_enabled  # by these names: checks may watch torch's
+from torch import Tensor, inference_mode, nn, set_grad_enabled  # imported by name, because checks may watch torch's
 from torch.overrides import _get_current_function_mode_stack
 from torch.utils._device import DeviceContext
 from torch.utils._python_dispatch import _disable_current_modes
 
 from autograder.judge.values import Refused
 
-COMPARED = 4 * 2**20  # bytes: a larger tensor counts as unchanged while PyTorch's version of it is
+COMPARED = 4 * 2**20  # bytes: a larger tensor counts as unchanged as long as PyTorch's version number of it is the same
 LARGEST = 2**31  # bytes of a tensor
-# References to a tensor that nobody holds but Mirrors, while it looks: its closure, a local name, the question itself.
+# References to a tensor that only Mirrors holds, while it counts them: a closure, a local name, getrefcount's argument.
 HELD_HERE, STORAGE_HELD_HERE = 3, 2
 
 
 @contextmanager
 def unobserved() -> Iterator[None]:
-    """Inside the block, PyTorch's modes of the caller see nothing: the link's own work is no part of a check."""
+    """Inside the block, the caller's PyTorch modes see nothing: the link's own work is no part of a check."""
     with ExitStack() as stack:
         stack.enter_context(torch._C.DisableTorchFunction())
         if torch._C._len_torch_dispatch_stack():
@@ -31,33 +31,33 @@ def unobserved() -> Iterator[None]:
         yield
 
 
-def modes() -> list:
-    """The caller's modes, which hold at the other end too."""
+def read_modes() -> list:
+    """The caller's modes, which the other end takes over."""
     return [
         torch.is_grad_enabled(),
         torch.is_inference_mode_enabled(),
         torch.is_autocast_enabled("cpu"),
         str(torch.get_autocast_dtype("cpu")).removeprefix("torch."),
         str(torch.get_default_dtype()).removeprefix("torch."),
-        default_device(),
+        find_default_device(),
     ]
 
 
-def switches() -> list:
-    """Those of the modes that a call can leave otherwise than it found them: they are the process's, not a block's."""
+def read_switches() -> list:
+    """The modes that a call can change for good: they belong to the process, not to a block."""
     return [torch.is_grad_enabled(), str(torch.get_default_dtype()).removeprefix("torch.")]
 
 
 def set_switches(wanted: list) -> None:
     gradients, default = wanted
     set_grad_enabled(bool(gradients))
-    torch.set_default_dtype(dtype_of(default))
+    torch.set_default_dtype(find_dtype(default))
 
 
-def default_device() -> str:
+def find_default_device() -> str:
     """The device of a `with torch.device(…)` or torch.set_default_device; "" where there is none.
 
-    torch.get_default_device makes a tensor to find out, which `unobserved` makes elsewhere.
+    torch.get_default_device makes a tensor to find out, and inside `unobserved` that tensor ignores the mode.
     """
     inside = [mode for mode in _get_current_function_mode_stack() if isinstance(mode, DeviceContext)]
     return str(inside[-1].device) if inside else ""
@@ -65,12 +65,12 @@ def default_device() -> str:
 
 @contextmanager
 def observed(wanted: list | None = None) -> Iterator[None]:
-    """The opposite of `unobserved`, around what was asked for; in the modes of who asked."""
+    """The opposite of `unobserved`, around a requested call; sets the modes of the end that asked."""
     with ExitStack() as stack:
         stack.enter_context(torch._C._EnableTorchFunction())
         if wanted:
             gradients, inference, autocast, autocast_dtype, default, device = wanted
-            if device != default_device():
+            if device != find_default_device():
                 stack.enter_context(torch.device(device or "cpu"))
             if default != str(torch.get_default_dtype()).removeprefix("torch."):
                 stack.callback(torch.set_default_dtype, torch.get_default_dtype())
@@ -84,7 +84,7 @@ def observed(wanted: list | None = None) -> Iterator[None]:
         yield
 
 
-def random_state() -> bytes:
+def read_random_state() -> bytes:
     return torch.get_rng_state().numpy().tobytes()
 
 
@@ -92,7 +92,7 @@ def set_random_state(state: bytes) -> None:
     torch.set_rng_state(torch.frombuffer(bytearray(state), dtype=torch.uint8))
 
 
-def generator_state(generator: torch.Generator) -> list:
+def read_generator_state(generator: torch.Generator) -> list:
     return [str(generator.device), generator.get_state().numpy().tobytes()]
 
 
@@ -103,7 +103,7 @@ def set_generator_state(generator: torch.Generator, state: list) -> None:
 # --- a tensor's state -----------------------------------------------------------------------------------------
 
 
-def raw_bytes(t: Tensor) -> bytes:
+def read_elements(t: Tensor) -> bytes:
     """A tensor's elements in their order, without gaps."""
     if not t.numel() or t.device.type == "meta":
         return b""
@@ -114,7 +114,7 @@ def raw_bytes(t: Tensor) -> bytes:
     return flat.view(torch.uint8).numpy().tobytes()
 
 
-def without_overlap(t: Tensor) -> bool:
+def is_free_of_overlap(t: Tensor) -> bool:
     reach = 1
     for stride, size in sorted((stride, size) for stride, size in zip(t.stride(), t.shape, strict=True) if size > 1):
         if stride < reach:
@@ -133,7 +133,7 @@ def describe(t: Tensor, whole: bool, grad: object, moves: int) -> list:
         list(t.shape),
         list(t.stride()),
         str(t.device),
-        b"" if whole else raw_bytes(t),
+        b"" if whole else read_elements(t),
         t.requires_grad,
         isinstance(t, nn.Parameter),
         grad,
@@ -143,7 +143,7 @@ def describe(t: Tensor, whole: bool, grad: object, moves: int) -> list:
     ]
 
 
-def dtype_of(name: object) -> torch.dtype:
+def find_dtype(name: object) -> torch.dtype:
     dtype = getattr(torch, str(name), None)
     if not isinstance(dtype, torch.dtype):
         raise Refused("a tensor of no dtype")
@@ -153,9 +153,9 @@ def dtype_of(name: object) -> torch.dtype:
 def build(state: list) -> Tensor:
     """A tensor of this state, without a graph. Its strides are kept; gaps between its elements are NaN."""
     name, shape, strides, device, raw, _, _, _, offset, storage, _ = state
-    dtype = dtype_of(name)
+    dtype = find_dtype(name)
     if offset >= 0:
-        return over(torch.frombuffer(bytearray(storage), dtype=torch.uint8), dtype, shape, strides, offset)
+        return share_storage(torch.frombuffer(bytearray(storage), dtype=torch.uint8), dtype, shape, strides, offset)
     size = math.prod(shape)
     if device == "meta":
         return torch.empty_strided(shape, strides, dtype=dtype, device="meta")
@@ -164,9 +164,9 @@ def build(state: list) -> Tensor:
     if not size:
         return torch.empty_strided(shape, strides, dtype=dtype)
     packed = torch.frombuffer(bytearray(raw), dtype=torch.uint8)
-    flat = over(packed, dtype, shape, torch.empty(shape, device="meta").stride())
+    flat = share_storage(packed, dtype, shape, torch.empty(shape, device="meta").stride())
     if list(flat.stride()) == strides or size <= 1:
-        return over(packed, dtype, shape, strides).to(device)
+        return share_storage(packed, dtype, shape, strides).to(device)
     spread = [0 if stride == 0 else slice(None) for stride in strides]
     narrow = flat[tuple(slice(0, 1) if s == 0 else slice(None) for s in spread)] if 0 in strides else flat
     span = 1 + sum(stride * (n - 1) for stride, n in zip(strides, narrow.shape, strict=True))
@@ -176,23 +176,23 @@ def build(state: list) -> Tensor:
     if dtype.is_floating_point or dtype.is_complex:
         base.view(torch.uint8).fill_(0xFF)  # NaN in every format
     place = base.as_strided(narrow.shape, strides)
-    if not without_overlap(place):
+    if not is_free_of_overlap(place):
         return flat.to(device)
     place.copy_(narrow)
-    return over(base, dtype, shape, strides).to(device)
+    return share_storage(base, dtype, shape, strides).to(device)
 
 
-def over(t: Tensor, dtype: torch.dtype, shape: list, strides: list, offset: int = 0) -> Tensor:
-    """A tensor over the storage of another one. It is no view of it: a view keeps its base alive."""
+def share_storage(t: Tensor, dtype: torch.dtype, shape: list, strides: list, offset: int = 0) -> Tensor:
+    """A tensor over the storage of another one; no view, because a view keeps its base alive."""
     return torch.empty(0, dtype=dtype).set_(t.untyped_storage(), offset, shape, strides)
 
 
 def overwrite(t: Tensor, state: list, moved: bool) -> None:
-    """Gives a tensor another state: in place as far as that is possible, in a new storage where it has `moved`."""
+    """Gives a tensor another state: in place where that is possible, in a new storage if it has `moved`."""
     made = build(state)
     if state[8] >= 0 and t.untyped_storage().nbytes() == len(state[9]):
         t.untyped_storage().copy_(made.untyped_storage())
-    elif not moved and t.shape == made.shape and t.dtype == made.dtype and without_overlap(t):
+    elif not moved and t.shape == made.shape and t.dtype == made.dtype and is_free_of_overlap(t):
         t.data.copy_(made)
     else:
         t.data = made
@@ -208,9 +208,9 @@ class Mirror:
     find: Callable[[], Tensor | None]
     state: list | None  # as last exchanged
     signature: tuple = ()
-    graph: object = None  # the grad_fn that it had; with another one it is another result
-    linked: bool = False  # whether at both ends it is the result of the same call: its graph goes on at either
-    moves: int = 0  # how often it was given another storage: who shares the old one no longer sees what changes
+    graph: object = None  # the grad_fn at registration; a tensor with another one is another result
+    linked: bool = False  # whether it is the result of a call over the link: its graph continues at the other end
+    moves: int = 0  # how often it got another storage: tensors that share the old one no longer see its changes
     copy: Tensor | None = None  # its elements as last exchanged: faster to compare than a state
 
     def note(self, t: Tensor, signature: tuple) -> None:
@@ -218,23 +218,19 @@ class Mirror:
         compared = t.numel() * t.element_size() <= COMPARED and t.device.type != "meta"
         self.copy = t.detach().clone() if compared else None
 
-    def unchanged(self, t: Tensor) -> bool:
-        """Whether a tensor of the same signature has the same elements: t.data can be written to unseen."""
+    def is_unchanged(self, t: Tensor) -> bool:
+        """Whether a tensor of the same signature has the same elements: writes to t.data leave the signature alone."""
         if self.copy is None:  # too large
             return True
         whole = self.state is not None and self.state[8] >= 0
         return not whole and t.dtype == self.copy.dtype and torch.equal(t.detach(), self.copy)
 
 
-def held(t: Tensor) -> Callable[[], Tensor]:
-    return lambda: t
-
-
 class Mirrors:
-    """The tensors that both ends have. The judge's end holds them weakly, and tells the other when one has gone.
+    """The tensors that both ends have. The judge's end holds them weakly, and tells the other end when one is gone.
 
-    One may go at any time, also while `by_number` is iterated over: so that is done on a copy. (A list of its items is
-    none: to make their pairs, Python may collect garbage.)
+    A tensor may go at any time, even while a loop reads `by_number`: loops therefore read a copy. (`list(items())` is
+    not safe: Python may collect garbage while it makes the pairs.)
     """
 
     def __init__(self, link, weak: bool):
@@ -242,11 +238,11 @@ class Mirrors:
         self.by_number: dict[int, Mirror] = {}
         self.numbers: dict[int, int] = {}
         self.outgoing: list = []  # [number, state] for the next message
-        self.whole = None  # whether a tensor's whole storage passes
+        self.whole = None  # a predicate: whether a tensor's whole storage passes
         self.held: dict[int, list] = {}  # states of results that are about to get their graph
-        self.passing: dict[int, object] = {}  # what came or went since the outermost request, which keeps it alive
-        self.rewritten: set[int] = set()  # whose elements the other end has changed
-        self.leaves: dict[int, Tensor] = {}  # that gather gradients, for as long as the check runs
+        self.passing: dict[int, object] = {}  # keeps alive everything exchanged since the outermost request began
+        self.rewritten: set[int] = set()  # numbers of tensors whose elements the other end has changed
+        self.leaves: dict[int, Tensor] = {}  # tensors that gather gradients, held until the check ends
 
     def find(self, number: int) -> Tensor:
         mirror = self.by_number.get(number)
@@ -255,7 +251,7 @@ class Mirrors:
             raise Refused(f"a tensor of nothing {number}")
         return found
 
-    def number(self, t: Tensor) -> int:
+    def number_tensor(self, t: Tensor) -> int:
         """A tensor's number; a new one goes out with the next message."""
         known = self.numbers.get(id(t))
         if known is not None and (mirror := self.by_number[known]).find() is t and t.grad_fn is mirror.graph:
@@ -266,17 +262,17 @@ class Mirrors:
             )
         if t.layout != torch.strided or t.is_quantized:
             raise Refused(f"a {t.layout} tensor cannot be handed over")
-        number = self.link.new_number()
+        number = self.link.make_number()
         self.register(number, t)
         if self.weak:
             self.passing[number] = t
         mirror = self.by_number[number]
-        mirror.state = self.state(t)
+        mirror.state = self.read_state(t)
         mirror.note(t, self.sign(t))
         self.outgoing.append([number, mirror.state])
         return number
 
-    def state(self, t: Tensor, moves: int = 0) -> list:
+    def read_state(self, t: Tensor, moves: int = 0) -> list:
         grad = None
         if t.is_leaf and t.grad is not None:
             grad = self.link.encode(t.grad)
@@ -285,11 +281,11 @@ class Mirrors:
     def sign(self, t: Tensor) -> tuple:
         grad = t.grad if t.is_leaf else None
         version = -1 if t.is_inference() else t._version
-        # By its number, not its address, at which the next one may lie.
+        # The gradient's number, not its address: a later gradient may have the same address.
         return version, t.data_ptr(), t.requires_grad, self.numbers.get(id(grad), -1) if grad is not None else 0
 
     def register(self, number: int, t: Tensor, state: list | None = None) -> None:
-        find = weakref.ref(t) if self.weak else held(t)
+        find = weakref.ref(t) if self.weak else lambda: t
         self.by_number[number] = Mirror(find, state, graph=t.grad_fn)
         self.numbers[id(t)] = number
         if self.weak:
@@ -312,26 +308,26 @@ class Mirrors:
         return True
 
     def collect(self) -> None:
-        """States of mirrors that changed since the last message."""
+        """Collects the states of mirrors that changed since the last message."""
         going = {number for number, _ in self.outgoing}
         for number, mirror in self.by_number.copy().items():
             t = mirror.find()
             if t is None or number in going:
                 continue
             signature = self.sign(t)
-            if signature == mirror.signature and mirror.unchanged(t):
+            if signature == mirror.signature and mirror.is_unchanged(t):
                 continue
             mirror.moves += signature[1] != mirror.signature[1]
-            state = self.state(t, mirror.moves)
+            state = self.read_state(t, mirror.moves)
             mirror.note(t, self.sign(t))
             if state != mirror.state:
                 mirror.state = state
                 self.outgoing.append([number, state])
 
     def receive(self, states: list, held: Iterable[int]) -> dict[int, Tensor]:
-        """Applies what the other end says of its tensors; returns those that are new, by number.
+        """Applies the states that the other end sent; returns the new tensors by number.
 
-        `held` are results that get a graph before they are registered.
+        `held` are the numbers of results, which get a graph before they are registered.
         """
         fresh, held = {}, set(held)
         for number, state in states:
@@ -369,7 +365,7 @@ class Mirrors:
         return fresh
 
     def drop_unheld(self) -> list[int]:
-        """Forgets the tensors that only this table holds, and whose storage is nobody else's; their numbers."""
+        """Forgets the tensors that only this table holds and whose storage nothing else uses; returns their numbers."""
         dropped = []
         for number, mirror in self.by_number.copy().items():
             t = mirror.find()
@@ -379,16 +375,17 @@ class Mirrors:
             ):
                 continue
             del self.by_number[number]
-            if self.numbers.get(id(t)) == number:  # with another graph it has another number, too
+            if self.numbers.get(id(t)) == number:  # a tensor whose graph changed has a second, newer number
                 del self.numbers[id(t)]
             dropped.append(number)
         return dropped
 
-    def reached(self, outputs: list[Tensor], without: set[int]) -> list[Tensor]:
-        """The tensors of both ends that a graph leads to, and leaves of this end's that it leads to.
+    def find_reached(self, outputs: list[Tensor], without: set[int]) -> list[Tensor]:
+        """The shared tensors that the graph of these outputs reaches, and the leaves of this end that it reaches.
 
-        Behind a tensor that is no result of a call at the other end (an argument of a callback: it has no graph there)
-        the search goes on; it counts only where the other end may ask for its gradient, as hooks of a learner's do.
+        A shared tensor that is no result of a call over the link (an argument of a callback) has no graph at the other
+        end: the search continues behind it. It is returned only by the judge's end, because a learner's hook may ask
+        for its gradient.
         """
         known = {}
         for number, mirror in self.by_number.copy().items():
@@ -408,7 +405,7 @@ class Mirrors:
             node = place[0]
             if linked:
                 if self.weak:
-                    waiting += behind_call(node, known)
+                    waiting += find_places_behind(node, known)
                 continue
             if hasattr(node, "variable"):
                 found[id(node.variable)] = node.variable
@@ -417,9 +414,9 @@ class Mirrors:
         return list(found.values())
 
 
-def behind_call(node: object, known: dict) -> list[tuple]:
-    """Where a graph goes on at the judge's end behind the result of a call: the other end knows of an argument that has
-    a graph here only its value (a hook's output), but of leaves and of its own results everything."""
+def find_places_behind(node: object, known: dict) -> list[tuple]:
+    """The places where a graph continues at the judge's end behind the result of a call. Of an argument with a graph
+    here (a hook's output) the other end has only the value; leaves and results of its own it knows completely."""
     places = []
     for place in node.next_functions:
         if place[0] is None or hasattr(place[0], "variable"):
@@ -435,14 +432,14 @@ def behind_call(node: object, known: dict) -> list[tuple]:
 # --- storages, for kernels ------------------------------------------------------------------------------------
 
 
-def in_storage(t: Tensor, storages: dict[int, list]) -> list:
-    """A tensor as a place in one of the storages, which are numbered in their order."""
+def place_in_storage(t: Tensor, storages: dict[int, list]) -> list:
+    """Encodes a tensor as a place in one of the storages, which are numbered in their order."""
     storage = t.untyped_storage()
     place, _ = storages.setdefault(storage._cdata, [len(storages), storage])
     return ["placed", place, str(t.dtype).removeprefix("torch."), list(t.shape), list(t.stride()), t.storage_offset()]
 
 
-def storage_bytes(storage: torch.UntypedStorage) -> bytes:
+def read_storage(storage: torch.UntypedStorage) -> bytes:
     return torch.tensor([], dtype=torch.uint8, device=storage.device).set_(storage).cpu().numpy().tobytes()
 
 
@@ -458,6 +455,6 @@ def fill_storage(storage: torch.UntypedStorage, raw: bytes) -> None:
     storage.copy_(make_storage(raw))
 
 
-def placed(encoded: list, storages: list[torch.UntypedStorage]) -> Tensor:
+def make_placed(encoded: list, storages: list[torch.UntypedStorage]) -> Tensor:
     _, place, dtype, shape, strides, offset = encoded
-    return torch.tensor([], dtype=dtype_of(dtype)).set_(storages[place], offset, shape, strides)
+    return torch.tensor([], dtype=find_dtype(dtype)).set_(storages[place], offset, shape, strides)

@@ -1,7 +1,7 @@
 """A call over the link inside the transforms of torch.func: `jacrev`, `grad`, `vmap`.
 
-Their tensors are wrapped and have no value that could pass. An autograd function takes the wrapping off, calls with
-plain tensors, and says what to do in each transform: a gradient is a call that pulls back, a batch is a loop.
+Tensors inside a transform are wrapped and have no value that could pass. An autograd function unwraps them, calls with
+plain tensors, and defines each transform: a gradient is a call that pulls back, a batch is a loop.
 """
 
 from collections.abc import Callable
@@ -10,10 +10,10 @@ import torch
 from torch import Tensor, enable_grad
 from torch.utils._pytree import tree_flatten, tree_unflatten
 
-Function = Callable[..., tuple[Tensor, ...]]
+OfTensors = Callable[..., tuple[Tensor, ...]]
 
 
-def wrapped(args: tuple, kwargs: dict) -> bool:
+def has_wrapped(args: tuple, kwargs: dict) -> bool:
     return any(torch.is_tensor(each) and is_wrapped(each) for each in tree_flatten((args, kwargs))[0])
 
 
@@ -21,38 +21,38 @@ def is_wrapped(t: Tensor) -> bool:
     return torch._C._functorch.is_functorch_wrapped_tensor(t)
 
 
-def call(function: Callable[[tuple, dict], object], args: tuple, kwargs: dict) -> object:
-    """What `function(args, kwargs)` gives, of arguments that are wrapped."""
+def call_wrapped(function: Callable[[tuple, dict], object], args: tuple, kwargs: dict) -> object:
+    """Calls `function(args, kwargs)` with arguments that are wrapped."""
     leaves, shape = tree_flatten((args, kwargs))
     places = [place for place, leaf in enumerate(leaves) if torch.is_tensor(leaf)]
-    told: dict = {}  # of the result: its parts, those that are tensors by None, and how they are put together
+    result: dict = {}  # its parts, with None for each tensor, and its shape
 
     def act(*inputs: Tensor) -> tuple[Tensor, ...]:
         given = list(leaves)
         for place, value in zip(places, inputs, strict=True):
             given[place] = value
-        parts, told["shape"] = tree_flatten(function(*tree_unflatten(given, shape)))
-        told["parts"] = [None if torch.is_tensor(part) else part for part in parts]
+        parts, result["shape"] = tree_flatten(function(*tree_unflatten(given, shape)))
+        result["parts"] = [None if torch.is_tensor(part) else part for part in parts]
         return tuple(part for part in parts if torch.is_tensor(part))
 
-    results = iter(Applied.apply(Run(act, keeps=True), *(leaves[place] for place in places)))
-    parts = [next(results) if part is None else part for part in told["parts"]]
-    return tree_unflatten(parts, told["shape"])
+    made = iter(Applied.apply(TensorFunction(act, keeps=True), *(leaves[place] for place in places)))
+    parts = [next(made) if part is None else part for part in result["parts"]]
+    return tree_unflatten(parts, result["shape"])
 
 
-class Run:
-    """A function of tensors. One that `keeps` the graphs of its calls is not called again for a gradient there."""
+class TensorFunction:
+    """A function of tensors. One that `keeps` the graphs of its calls is not called again for their gradients."""
 
-    def __init__(self, function: Function, keeps: bool = False):
+    def __init__(self, function: OfTensors, keeps: bool = False):
         self.function, self.keeps = function, keeps
         self.kept: list[tuple] = []  # (inputs, their copies that gather gradients, results)
 
     def __call__(self, *inputs: Tensor) -> tuple[Tensor, ...]:
-        results = self.graph(inputs)[1] if self.keeps else self.function(*inputs)
+        results = self.build_graph(inputs)[1] if self.keeps else self.function(*inputs)
         return tuple(result.detach() for result in results)
 
-    def graph(self, inputs: tuple[Tensor, ...]) -> tuple[tuple[Tensor, ...], tuple[Tensor, ...]]:
-        """The inputs, as tensors that require gradients where they can, and the results as functions of them."""
+    def build_graph(self, inputs: tuple[Tensor, ...]) -> tuple[tuple[Tensor, ...], tuple[Tensor, ...]]:
+        """The inputs, as tensors that require gradients if they can, and the results as functions of them."""
         if any(t.requires_grad for t in inputs):
             return inputs, self.function(*inputs)
         for known, leaves, results in self.kept:
@@ -65,13 +65,13 @@ class Run:
         return leaves, results
 
 
-def pulled_back(run: Run, count: int) -> Function:
-    """(inputs, gradients at the results) → the gradients at those inputs that have one."""
+def make_pull_back(function: TensorFunction, count: int) -> OfTensors:
+    """Makes the function (`count` inputs, gradients at the results) → gradients at the inputs that can have one."""
 
     def act(*tensors: Tensor) -> tuple[Tensor, ...]:
         again = torch.is_grad_enabled()
         with enable_grad():
-            inputs, results = run.graph(tensors[:count])
+            inputs, results = function.build_graph(tensors[:count])
             wanted = [t for t in inputs if t.is_floating_point() or t.is_complex()]
             pairs = [(r, g) for r, g in zip(results, tensors[count:], strict=True) if r.requires_grad]
             if not pairs:
@@ -85,29 +85,30 @@ def pulled_back(run: Run, count: int) -> Function:
 
 
 class Applied(torch.autograd.Function):
-    """A Run, in any transform."""
+    """Applies a TensorFunction, in any transform."""
 
     @staticmethod
-    def forward(run, *inputs):
-        return run(*inputs)
+    def forward(function, *inputs):
+        return function(*inputs)
 
     @staticmethod
     def setup_context(ctx, inputs, output):
-        ctx.run = inputs[0]
+        ctx.function = inputs[0]
         ctx.save_for_backward(*inputs[1:])
         ctx.mark_non_differentiable(*(t for t in output if not (t.is_floating_point() or t.is_complex())))
 
     @staticmethod
     def backward(ctx, *cotangents):
         inputs = ctx.saved_tensors
-        gradients = iter(Applied.apply(Run(pulled_back(ctx.run, len(inputs))), *inputs, *cotangents))
+        pull_back = TensorFunction(make_pull_back(ctx.function, len(inputs)))
+        gradients = iter(Applied.apply(pull_back, *inputs, *cotangents))
         return None, *(next(gradients) if t.is_floating_point() or t.is_complex() else None for t in inputs)
 
     @staticmethod
-    def vmap(info, in_dims, run, *inputs):
-        def row(i):
+    def vmap(info, in_dims, function, *inputs):
+        def take_row(i):
             return (t if d is None else t.select(d, i) for t, d in zip(inputs, in_dims[1:], strict=True))
 
-        rows = [Applied.apply(run, *row(i)) for i in range(info.batch_size)]
+        rows = [Applied.apply(function, *take_row(i)) for i in range(info.batch_size)]
         results = tuple(torch.stack(parts) for parts in zip(*rows, strict=True))
         return results, (0,) * len(results)

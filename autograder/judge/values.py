@@ -1,9 +1,9 @@
-"""Values on the wire: what they become in a message, and back.
+"""Turns values into messages and back.
 
-A number, a text, None and bytes pass as they are; everything else is a list that begins with a tag. What has no form
-of its own (a function, an object of a class that only one end knows) stays where it is and passes as a handle. The
-judge builds nothing from a message but values: no class, function or module is ever named by the learner's end, but for
-dataclasses and named tuples that the judge has itself.
+Numbers, texts, None and bytes pass as they are; every other value becomes a list that begins with a tag. A value
+without a form of its own (a function, an object of a class that only one end knows) stays where it is and passes as a
+handle. From the learner's messages the judge builds only values: they can name no class, function or module, except a
+dataclass or named tuple that the judge has itself.
 """
 
 import dataclasses
@@ -27,14 +27,14 @@ CONTAINERS = {
 }
 MAPPINGS = {"dict": dict, "ordered": OrderedDict, "counter": Counter}
 CONSTANTS = {"ellipsis": ..., "notimplemented": NotImplemented}
-CONSTRUCTED = {  # values that are made by their class from plain parts
+CONSTRUCTED = {  # values that their class makes from plain parts
     "slice": (slice, lambda v: [v.start, v.stop, v.step]),
     "range": (range, lambda v: [v.start, v.stop, v.step]),
     "complex": (complex, lambda v: [v.real, v.imag]),
     "bytearray": (bytearray, lambda v: [bytes(v)]),
 }
 TORCH_NAMES = (torch.dtype, torch.layout, torch.memory_format)
-BASES = {  # an object of a class derived from these is its value, whatever its own methods say
+BASES = {  # an object of a class derived from one of these passes as its plain value, whatever its own methods return
     int: int.__int__,
     float: float.__float__,
     str: str.__str__,
@@ -48,11 +48,11 @@ DEPTH = 200
 
 
 class Refused(TypeError):
-    """A value that cannot pass."""
+    """A value or a request that this end does not accept."""
 
 
 @lru_cache
-def qualified(kind: type) -> str:
+def name_class(kind: type) -> str:
     return f"{kind.__module__}:{kind.__qualname__}"
 
 
@@ -67,12 +67,12 @@ def is_named_tuple(value: object) -> bool:
 class Codec:
     """Encodes and decodes the values of one end. A link (link.py) adds tensors, generators and handles to it."""
 
-    sent: dict | None = None  # of the value that is being encoded: each array's id → [its place among them, the array]
-    received: list | None = None  # the arrays of the value that is being decoded
-    repeated = False  # whether one of them stood in it twice
+    sent: dict | None = None  # while a value is encoded: each array's id → [its place among the arrays, the array]
+    received: list | None = None  # while a value is decoded: its arrays so far
+    repeated = False  # whether an array occurred in it twice
 
     def encode(self, value: object, depth: int = 0) -> object:
-        """A value on the wire. An array that stands in it twice is one array at the other end too."""
+        """Encodes a value. An array that occurs in it twice is one array at the other end too."""
         if depth:
             return self.encode_part(value, depth)
         outer, self.sent = self.sent, {}
@@ -128,10 +128,10 @@ class Codec:
         if isinstance(value, torch.Generator):
             return self.encode_generator(value)
         if kind is np.random.Generator:
-            return ["numpy generator", repr_state(value.bit_generator.state)]
+            return ["numpy generator", pack_state(value.bit_generator.state)]
         if kind is random.Random:
             return ["random", self.encode(value.getstate())]
-        if kind is torch.nn.Module or self.stays(value):
+        if kind is torch.nn.Module:
             return self.encode_object(value)
         if is_named_tuple(value):
             items = [self.encode(item, depth + 1) for item in value]
@@ -151,7 +151,7 @@ class Codec:
         if isinstance(value, BaseException):
             return ["exception", self.encode_exception(value)]
         for base, plain in BASES.items():
-            if isinstance(value, base) and not self.asks_for(kind):
+            if isinstance(value, base) and not self.is_exercise_class(kind):
                 return self.encode(plain(value), depth + 1)
         return self.encode_object(value)
 
@@ -184,7 +184,7 @@ class Codec:
             self.received.append(value)
         return value
 
-    # --- kinds of their own ---
+    # --- one method for each tag ---
 
     def decode_int(self, text: str) -> int:
         return int(text, 16)
@@ -199,20 +199,20 @@ class Codec:
         return torch.device(name)
 
     def decode_scalar(self, dtype: str, raw: bytes) -> np.generic:
-        return np.frombuffer(raw, _plain(dtype))[0]
+        return np.frombuffer(raw, _make_plain_dtype(dtype))[0]
 
     def decode_numpy(self, dtype: str) -> np.dtype:
-        return _plain(dtype)
+        return _make_plain_dtype(dtype)
 
     def encode_array(self, value: np.ndarray) -> list:
         order = "F" if value.flags.f_contiguous and not value.flags.c_contiguous else "C"
         return ["array", value.dtype.str, list(value.shape), order, value.tobytes(order)]
 
     def decode_array(self, dtype: str, shape: list, order: str, raw: bytes) -> np.ndarray:
-        return np.frombuffer(raw, _plain(dtype)).reshape(shape, order=order).copy(order=order)
+        return np.frombuffer(raw, _make_plain_dtype(dtype)).reshape(shape, order=order).copy(order=order)
 
     def decode_numpy_generator(self, state: list) -> np.random.Generator:
-        state = from_repr(state)
+        state = unpack_state(state)
         kind = getattr(np.random, str(state.get("bit_generator")), None)
         if not (isinstance(kind, type) and issubclass(kind, np.random.BitGenerator)):
             raise Refused("no generator of NumPy's")
@@ -260,50 +260,46 @@ class Codec:
         names = [kind.__name__ for kind in type(error).__mro__ if kind is not object]
         return [names, None if ["lost"] in args else args, text[:20_000]]
 
-    # --- what a link adds ---
+    # --- methods that a link overrides ---
 
-    def asks_for(self, kind: type) -> bool:
-        """Whether a class is one that an exercise asks for: then its objects are more than their values."""
+    def is_exercise_class(self, kind: type) -> bool:
+        """Whether an exercise asks for this class: its objects then pass as handles, not as plain values."""
         return True
 
-    def stays(self, value: object) -> bool:
-        """Whether a value keeps its place, whatever its class: it passes as a handle."""
-        return False
-
     def name_record(self, kind: type) -> str:
-        """The name under which both ends know a dataclass or a named tuple; "" if only this one does."""
+        """The name by which both ends know a dataclass or a named tuple; "" if only this end knows it."""
         return ""
 
     def find_record(self, name: str) -> type | None:
         return None
 
 
-def _plain(dtype: str) -> np.dtype:
+def _make_plain_dtype(dtype: str) -> np.dtype:
     made = np.dtype(dtype)
     if made.hasobject:
         raise Refused("an array of objects")
     return made
 
 
-def repr_state(state: object) -> object:
-    """A bit generator's state with its large numbers as text."""
+def pack_state(state: object) -> object:
+    """A bit generator's state, with its large numbers as text."""
     if isinstance(state, dict):
-        return {key: repr_state(value) for key, value in state.items()}
+        return {key: pack_state(value) for key, value in state.items()}
     if isinstance(state, np.ndarray):
         return ["array", state.dtype.str, state.tobytes()]
     return hex(state) if isinstance(state, int) and abs(state) >= 2**63 else state
 
 
-def from_repr(state: object) -> object:
+def unpack_state(state: object) -> object:
     if isinstance(state, dict):
-        return {key: from_repr(value) for key, value in state.items()}
+        return {key: unpack_state(value) for key, value in state.items()}
     if isinstance(state, list):
-        return np.frombuffer(state[2], _plain(state[1])).copy()
+        return np.frombuffer(state[2], _make_plain_dtype(state[1])).copy()
     return int(state, 16) if isinstance(state, str) and state.startswith("0x") else state
 
 
 def find_attribute(path: str) -> object:
-    """The thing that "module:name.name" names."""
+    """The object at a path "module:name.name"."""
     module, _, name = path.partition(":")
     value = importlib.import_module(module)
     for part in name.split("."):
