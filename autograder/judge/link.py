@@ -314,7 +314,8 @@ class Link(Codec):
             reply.outputs, reply.depends, reply.call, reply.changed = [], [], 0, []
             reply.error = self.encode_exception(error)
         reply.seen = [self.encode(seen) for seen in measured]
-        request = value = None
+        request.containers = []  # the caller still holds the request: these would keep its tensors
+        request = value = container = before = after = None
         if self.judges:  # tensors that came with this request go with its reply, unless something holds them
             for number in self.tensors.passing.keys() - held:
                 if number % 2 and number in self.tensors.by_number:

@@ -479,6 +479,22 @@ def test_callbacks_and_their_gradients():
         assert len(calls) >= 2
 
 
+def test_a_result_that_a_callback_saw_in_a_dictionary():
+    """The best of several states, as a soup of models is chosen: the learner keeps what it has just had scored."""
+    choose = TORCH + (
+        "def choose(states, score):\n"
+        "    best, best_score = None, float('-inf')\n"
+        "    for state in states:\n"
+        "        mixed = {name: t * 2 for name, t in state.items()}\n"
+        "        if (found := score(mixed)) > best_score:\n"
+        "            best, best_score = mixed, found\n"
+        "    return best\n"
+    )
+    with judged(choose) as names:
+        best = names["choose"]([{"w": torch.tensor([1.0])}, {"w": torch.tensor([3.0])}], lambda s: s["w"].sum().item())
+        assert best["w"].tolist() == [6.0]
+
+
 def test_a_callback_that_raises():
     learner = TORCH + (
         "def call(f):\n    try:\n        f()\n    except LookupError as error:\n        return str(error)\n"
