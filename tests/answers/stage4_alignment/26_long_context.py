@@ -440,8 +440,8 @@ class StreamingCache:
 + for length in lengths:
 
 - key = "".join(map(str, torch.randint(10, (5,), generator=generator).tolist()))
-- told, asked
-+ told, asked
+- told, asked = encode(TELL.format(key)), encode(ASK)
++ told, asked = encode(TELL.format(key)), encode(ASK)
 
 # %% wrong="passkey_examples" because="no leading zeros"
 - key = "".join(map(str, torch.randint(10, (5,), generator=generator).tolist()))
