@@ -256,12 +256,12 @@ for bad in ((100.0, 2, 2.0), (100.0, 5, 2.0), (100.0, 8, 0.9)):
 #
 # so that it begins at 1 without a jump and rises $a$ times as fast as the length.
 #
-# While a model writes, the length grows with each token, and the base with it. **Keys that were
-# cached rotated are then wrong**: they were turned with an older base, and scores against them
-# depend on more than the distance. One must cache keys unrotated and turn all of them at each step,
-# or fix the base once, for the longest length expected. Values carry no rotation and stay.
-# transformers keeps rotated keys and changes the base while it goes on: its cached and uncached
-# results differ beyond $L$.
+# While a model writes, the length grows with each token, and the base with it. Keys that were
+# cached rotated are then wrong: they were turned with an older base, and scores against them depend
+# on more than the distance. One must cache keys unrotated and turn all of them at each step, or fix
+# the base once, for the longest length expected. Values carry no rotation and stay. transformers
+# keeps rotated keys and changes the base while it goes on: its cached and uncached results differ
+# beyond $L$.
 
 
 # %% exercise="dynamic_ntk" minutes=10 difficulty=1
@@ -360,7 +360,7 @@ checks.close(
 # $k$ times as many keys of the same distribution its entropy grows by $\ln k$. YaRN sharpens it:
 # logits are divided by a temperature $t$ with $\sqrt{1/t} = 0.1 \ln s + 1$, a fit to LLaMA models.
 # The trick is where: multiply cos and sin by $\sqrt{1/t}$. Queries *and* keys get it, so each logit
-# is multiplied by its **square**, and attention kernels need no change. For $s = 4$: 1.139 on each,
+# is multiplied by its *square*, and attention kernels need no change. For $s = 4$: 1.139 on each,
 # 1.296 on the logits.
 
 
@@ -1570,7 +1570,7 @@ assert before[1] > 1.2, (
 # **Prediction.** Before you run on, write down:
 #
 # 1. PI keeps every angle within the trained range. Is its loss below that of the plain model,
-#    beyond    512? And within 512, where the plain model needs no help?
+#    beyond 512? And within 512, where the plain model needs no help?
 # 2. Where along the text does NTK-aware scaling with $s = 4$ give out first, and why there?
 # 3. Half of the pairs never finish a turn in training. Can they be stopped (partial RoPE, share
 #    one half) at no cost?
@@ -1635,7 +1635,7 @@ def token_losses(model: Llama, rows: Tensor, angles: Tensor, factor: float = 1.0
 
 
 losses = {
-    name: token_losses(small, rows[:3], angles_of(f, LONG), factor)
+    name: token_losses(small, rows[:2], angles_of(f, LONG), factor)
     for name, (f, factor) in methods.items()
 }
 for name, nats in losses.items():
@@ -1658,29 +1658,29 @@ ax.text(TRAINED + 12, ax.get_ylim()[0] + 0.06, "trained to here", fontsize=9, co
 ax.legend(ncols=3, loc="upper center", bbox_to_anchor=(0.5, -0.16))
 plot.caption(
     fig,
-    f"`small`, {len(losses['plain'])} held-out files of Python. Plain positions fail at once "
+    f"`small`, {len(losses['plain'])} held-out files of Python. Plain positions fail "
     "beyond 512. PI fails everywhere, most of all where nothing was wrong. NTK-aware scaling holds "
-    "until its under-slowed pairs leave what they know; YaRN holds to the end.",
+    "until its under-slowed pairs leave what they know; YaRN stays near its level.",
 )
 plot.plt.show()
 
 # %% [markdown]
-# **What came out.** *PI* within 512 tokens is the worst of all but the half-turning model: it
-# changed the step from one token to the next, which every layer had learned. This is no verdict on
-# PI as published, which is finetuned; the last experiment comes back to it. *NTK-aware* scaling
-# fails in the last blocks: pairs 8 to 14 are slowed by less than 4 and reach new angles one after
-# the other. *YaRN* pays a little within 512 and is nearly flat beyond. *Partial RoPE* is worse than
-# plain *inside* the trained range: slow pairs did carry something. A model must be trained with
-# pairs that stand still.
+# **What came out.** *PI* is the worst of all within 512 tokens: it changed the step from one token
+# to the next, on which every layer had learned to rely. This is no verdict on PI as published,
+# which is finetuned; the last experiment comes back to it. *NTK-aware* scaling fails in the last
+# blocks: pairs 8 to 14 are slowed by less than 4 and reach new angles one after the other. *YaRN*
+# pays a little within 512 and stays near its level to the end. *Partial RoPE* is worse than plain
+# already *inside* the trained range: the slow pairs did carry something. A model must be trained
+# with pairs that stand still.
 #
-# Three files are few, and blocks differ by what the files say there. Compare lines within a block,
+# Two files are few, and blocks differ by what the files say there. Compare lines within a block,
 # not blocks within a line.
 
 # %% [markdown]
 # ### The passkey, by length and depth
 #
 # `small` was trained to copy from its context (its card says how) and finds nearly every passkey
-# within 512 tokens. Your `passkey_examples` and `passkey_accuracy` ask it at 400, 900 and 1,700
+# within 512 tokens. Your `passkey_examples` and `passkey_accuracy` ask it at 400, 800 and 1,600
 # tokens.
 
 # %% tags=["experiment"]
@@ -1706,7 +1706,7 @@ def writer(
     return write
 
 
-lengths, depths = [400, 900, 1700], [0.1, 0.5, 0.9]
+lengths, depths = [400, 800, 1600], [0.1, 0.5, 0.9]
 examples = passkey_examples(
     tokenizer.encode, filler, lengths, depths, torch.Generator().manual_seed(3), tokenizer.eos
 )
@@ -1726,7 +1726,8 @@ for ax, (name, grid) in zip(axes, grids.items(), strict=True):
     ax.imshow(1 - grid, cmap="Greys", vmin=-0.25, vmax=1.6)
     for y in range(3):
         for x in range(3):
-            ax.text(x, y, "found" if grid[y, x] else "lost", ha="center", va="center", fontsize=9)
+            word, color = ("found", "black") if grid[y, x] else ("lost", "white")
+            ax.text(x, y, word, ha="center", va="center", fontsize=9, color=color)
     ax.set(xticks=range(3), xticklabels=lengths, yticks=range(3), xlabel="length (tokens)")
     ax.set_yticklabels([f"{depth:.0%}" for depth in depths])
     ax.set_title(name)
@@ -1736,44 +1737,49 @@ plot.caption(
     fig,
     "One example in each cell, so read columns, not cells. Beyond 512 tokens the plain model finds "
     "nothing at any depth, although the key that stands at 90 % is near the question: new angles "
-    "spoil near pairs with far ones. Scaled, `small` looks back farther than it was trained to.",
+    "on far keys drown near ones. Scaled, `small` looks back farther than it was trained to.",
 )
 plot.plt.show()
 
 # %% [markdown]
-# At 90 % of 1,700 tokens the key is about 170 tokens away, a distance that `small` handles within
-# 512; the scores of the same head against 1,500 other keys, at angles it never saw, drown it. A low
-# loss and a found key are two things: where NTK-aware scaling still has a fair loss its recall may
-# be gone.
+# With plain positions and 1,600 tokens, even the key at 90 % is lost. It stands about 170 tokens
+# away, a distance that `small` masters within 512; but the same head scores more than a thousand
+# other keys at angles that it never saw, and they drown it.
+#
+# In five draws of keys and places, plain positions found every key at 400 tokens and none beyond;
+# at 1,600 NTK-aware scaling never found more than one of three, YaRN never fewer than two. YaRN had
+# a price: at 400 tokens, where nothing was wrong, two of the five draws lost two of three keys. A
+# low loss and a found key are two things, and both belong in a report.
 
 # %% [markdown]
 # ### A search on `tiny`
 #
-# Twenty-one evaluations of two files are what a lesson can spend; the paper spends days. `tiny`
+# Twenty-seven evaluations on one file are what a lesson can spend; the paper spends days. `tiny`
 # starts from PI, NTK-aware scaling and YaRN (frequencies only). What the search finds is judged on
-# four files that it has not seen.
+# two files that it has not seen.
 
 # %% tags=["experiment"]
 tiny, _ = models.load("tiny")
 seeds = [w / methods[name][0] for name in ("PI", "NTK-aware", "YaRN")]
 
 
-def long_loss(factors: Tensor, files: Tensor = rows[:2]) -> float:
+def long_loss(factors: Tensor, files: Tensor = rows[:1]) -> float:
     angles = longrope_angles(w, torch.arange(LONG), factors)
     return float(token_losses(tiny, files, angles).mean())
 
 
-best, best_loss = longrope_search(long_loss, seeds, SCALE, 3, 6, torch.Generator().manual_seed(0))
-print(f"found: {best_loss:.3f} nats on the search's files, with factors")
-print(" ".join(f"{f:.2f}" for f in best.tolist()))
-for name, factors in {"YaRN": seeds[2], "the search's": best}.items():
-    print(f"{name:12} on four other files: {long_loss(factors, rows[2:6]):.3f}")
+best, best_loss = longrope_search(long_loss, seeds, SCALE, 3, 8, torch.Generator().manual_seed(0))
+print("factors found:", " ".join(f"{f:.2f}" for f in best.tolist()))
+print(f"on the search's file: YaRN {long_loss(seeds[2]):.3f}, found {best_loss:.3f}")
+for name, factors in {"PI": seeds[0], "YaRN": seeds[2], "found": best}.items():
+    print(f"on two other files: {name:6} {long_loss(factors, rows[2:4]):.3f}")
 
 # %% [markdown]
-# The search cannot end above its best seed on its own files: that is no finding. The other files
-# are. Over five seeds of the generator, with a longer search (four generations of eight), each
-# stayed ahead of YaRN on the other files too, by one to three hundredths of a nat. It is a small
-# gain at this size; at 512-fold scales, where the formulas fail, the paper reports large ones.
+# The search cannot end above its best seed on its own file: that is no finding. The other files
+# are, and there its gain on YaRN is within a few hundredths of a nat, and not certain: of five
+# seeds of the generator, with one generation more, four ended ahead of YaRN on other files and one
+# behind it. All were far ahead of uniform PI. At this scale a good formula leaves little to find.
+# The paper reports its large gains at scales from 8 to 512, where the formulas fail.
 
 # %% [markdown]
 # ### A stream, with sinks and without
@@ -1832,8 +1838,8 @@ plot.caption(
 plot.plt.show()
 
 # %% [markdown]
-# StreamingLLM's collapse does not show here: **a model without a sink loses nothing with its first
-# tokens.** Sinks grow in longer training, in larger models. Nor does the stream remember: a passkey
+# StreamingLLM's collapse does not show here: a model without a sink loses nothing with its first
+# tokens. Sinks grow in longer training, in larger models. Nor does the stream remember: a passkey
 # that has left the window is gone, however long the text that the cache survives. Its length is
 # endless; its context is the window.
 #
@@ -1843,34 +1849,33 @@ plot.plt.show()
 # %% [markdown]
 # ### A bonus: a few steps of finetuning
 #
-# PI was the worst without training. Here `tiny` gets PI at scale 4 and a dozen steps, long files
-# and short ones in turn, from the text it was trained on; it is judged on held-out files.
+# Do a few steps mend what the figures show broken? `tiny` gets eight steps, long texts and short
+# ones in turn, from the files it was trained on: once with PI, once with NTK-aware scaling. It is
+# judged on two held-out files. Write down first which of the two you would take to production.
 
 # %% tags=["experiment"]
-stream_of = [
-    t
-    for name in sorted(training)[40:120]
-    for t in [tokenizer.eos, *tokenizer.encode(training[name])]
-]
-pool = torch.tensor(stream_of[: 12 * (LONG + 1)], device=profile.device).view(12, LONG + 1)
-batches = [row[None] if i % 2 == 0 else row[:2048].view(4, 512) for i, row in enumerate(pool)]
-pi = methods["PI"][0]
-
-
-def short_and_long(model: Llama, frequencies: Tensor) -> tuple[float, float]:
-    nats = token_losses(model, rows[:3], angles_of(frequencies, LONG))
-    return float(nats[:, :512].mean()), float(nats[:, 512:].mean())
-
-
-before = short_and_long(tiny, pi)
-steps = finetune_longer(tiny, pi, 1.0, batches, lr=2e-3)
-after = short_and_long(tiny, pi)
-print(f"PI before: {before[0]:.2f} nats within 512, {before[1]:.2f} beyond")
-print(f"PI after {len(steps)} steps: {after[0]:.2f} and {after[1]:.2f}")
+text = [tokenizer.encode(training[name]) for name in sorted(training)[40:140]]
+pool = torch.tensor([token for ids in text for token in [tokenizer.eos, *ids]])
+pool = pool[: 8 * (LONG + 1)].view(8, LONG + 1).to(profile.device)
+batches = [row[None] if i % 2 == 0 else row[:LONG].view(4, -1) for i, row in enumerate(pool)]
+for name in ("PI", "NTK-aware"):
+    model, _ = models.load("tiny")  # as shipped, each time
+    for steps in (0, len(batches)):
+        finetune_longer(model, methods[name][0], 1.0, batches[:steps], lr=1e-3)
+        nats = token_losses(model, rows[:2], angles_of(methods[name][0], LONG))
+        print(
+            f"{name:9} after {steps} steps: within 512 {nats[:, :512].mean():.2f}, "
+            f"beyond {nats[:, 512:].mean():.2f}"
+        )
 torch.set_num_threads(threads)
 
 # %% [markdown]
-# FINETUNE
+# With other training files, five draws of them, the direction was the same each time: beyond 512
+# both gain about three tenths of a nat in eight steps. NTK-aware scaling's failing last blocks are
+# mended; within 512 it pays about a tenth at most. PI gains at both ends and stays far behind, for
+# eight steps are not the thousand of the paper: it has to learn neighbors anew. **A method that
+# starts near the old model needs less training**, and that, not the loss without training, is why
+# YaRN and its kind replaced PI.
 
 # %% [markdown]
 # ## On a GPU: 32,768 tokens in one pass
