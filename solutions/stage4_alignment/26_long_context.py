@@ -24,7 +24,7 @@
 #
 # Training at four times the length from the start costs more than four times as much, for the
 # attention grows with the square, and long documents are rare. So the trade trains short and
-# **extends** late: change how positions are told to the model, then finetune a little, or not at
+# extends late: change how positions are told to the model, then finetune a little, or not at
 # all. LLaMA 3, Qwen, DeepSeek and gpt-oss reach their advertised lengths in this way.
 #
 # ## Core ideas
@@ -910,7 +910,7 @@ assert sorted(ratios)[1] < 0.25, (
 #
 # **StreamingLLM** keeps the first few tokens for good (4 do) beside the window. The second half of
 # the idea is about positions: count them *inside the cache*. With 4 sinks and a window of 1,020 no
-# position ever reaches 1,024, whatever the length of the text. So keys are cached **unrotated** and
+# position ever reaches 1,024, whatever the length of the text. So keys are cached *unrotated* and
 # turned at every step by the place where they now stand.
 
 
@@ -1124,7 +1124,7 @@ assert bool(torch.isfinite(out).all()), "a token that was dropped still counts."
 # A loss that stays low in a long text proves little: the last 200 tokens predict the next one well
 # enough. The **passkey** test (Mohtashami and Jaggi 2023) asks for what cannot be guessed: a
 # number, said once somewhere in a long text, asked for at its end. Its result is a grid of
-# **length** by **depth**, the share of the text before the number.
+# *length* by *depth*, the share of the text before the number.
 
 
 # %%
@@ -1854,7 +1854,7 @@ plot.plt.show()
 # judged on two held-out files. Write down first which of the two you would take to production.
 
 # %% tags=["experiment"]
-text = [tokenizer.encode(training[name]) for name in sorted(training)[40:140]]
+text = [tokenizer.encode(training[name]) for name in sorted(training)[40:60]]
 pool = torch.tensor([token for ids in text for token in [tokenizer.eos, *ids]])
 pool = pool[: 8 * (LONG + 1)].view(8, LONG + 1).to(profile.device)
 batches = [row[None] if i % 2 == 0 else row[:LONG].view(4, -1) for i, row in enumerate(pool)]
