@@ -364,8 +364,8 @@ checks.close(
 # 1.296 on the logits.
 
 
-# %% exercise="yarn" minutes=30 difficulty=2
-def yarn(
+# %% exercise="yarn_frequencies" minutes=30 difficulty=2
+def yarn_frequencies(
     dim: int,
     base: float,
     scale: float,
@@ -385,8 +385,8 @@ def yarn(
         beta_fast (kept); `truncate` means nothing.
     The factor is 0.1·ln(scale) + 1, for both. ValueError for another ramp or a scale below 1.
 
-    yarn(8, 10_000.0, 4.0, 512): low = 0, high = 2, frequencies [1, 0.0625, 0.0025, 0.00025], and
-    the factor 1.1386.
+    yarn_frequencies(8, 10_000.0, 4.0, 512): low = 0, high = 2, frequencies [1, 0.0625, 0.0025,
+    0.00025], and the factor 1.1386.
     """
     ### BEGIN SOLUTION
     if ramp not in ("index", "rotations") or scale < 1:
@@ -424,12 +424,12 @@ def yarn(
 # one). Clamp the two ends first, the ramp afterwards.
 # </details>
 
-# %% check="yarn" points=3
-w, _ = checks.parts(yarn(8, 10_000.0, 4.0, 512), "frequencies", "factor")
+# %% check="yarn_frequencies" points=3
+w, _ = checks.parts(yarn_frequencies(8, 10_000.0, 4.0, 512), "frequencies", "factor")
 checks.close(
     w,
     torch.tensor([1, 0.0625, 0.0025, 0.00025], dtype=torch.float64),
-    what="the frequencies of yarn(8, 10_000, 4, 512)",
+    what="the frequencies of yarn_frequencies(8, 10_000, 4, 512)",
     mistakes={
         "interpolating all": rope_frequencies(8) / 4,
         "the ramp turned around": rope_frequencies(8)
@@ -473,7 +473,7 @@ for dim, base, scale, trained, fast, slow in [
     (8, 10_000.0, 1.0, 512, 32.0, 1.0),
 ]:
     for truncate in (True, False):
-        w, _ = yarn(dim, base, scale, trained, fast, slow, truncate=truncate)
+        w, _ = yarn_frequencies(dim, base, scale, trained, fast, slow, truncate=truncate)
         checks.close(
             w,
             expected_yarn(dim, base, scale, trained, fast, slow, truncate),
@@ -489,27 +489,31 @@ for dim, base, scale, trained, fast, slow in [
             },
         )
 checks.close(
-    yarn(32, 10_000.0, 4.0, 512)[0],
-    yarn(32, 10_000.0, 4.0, 512, 32.0, 1.0, "index", True)[0],
+    yarn_frequencies(32, 10_000.0, 4.0, 512)[0],
+    yarn_frequencies(32, 10_000.0, 4.0, 512, 32.0, 1.0, "index", True)[0],
     what="the defaults",
 )
-w, _ = yarn(8, 10.0, 4.0, 20, 3.2, 3.1)  # floor and ceil of nearly the same index
+w, _ = yarn_frequencies(8, 10.0, 4.0, 20, 3.2, 3.1)  # floor and ceil of nearly the same index
 checks.close(
     w, expected_yarn(8, 10.0, 4.0, 20, 3.2, 3.1, True), atol=0, rtol=1e-7, what="a steep ramp"
 )
-w, _ = yarn(8, 10_000.0, 4.0, 5)  # both ends are clamped to 0
+w, _ = yarn_frequencies(8, 10_000.0, 4.0, 5)  # both ends are clamped to 0
 checks.close(
     w,
     torch.tensor([1.0, 0.025, 0.0025, 0.00025], dtype=torch.float64),
     what="dim 8, L 5, where high equals low",
 )
 for bad in ({"ramp": "linear"}, {"scale": 0.5}):
-    checks.raises(ValueError, yarn, **({"dim": 8, "base": 10.0, "scale": 2.0, "trained": 9} | bad))
+    checks.raises(
+        ValueError, yarn_frequencies, **({"dim": 8, "base": 10.0, "scale": 2.0, "trained": 9} | bad)
+    )
 ### END HIDDEN TESTS
 
-# %% check="yarn" points=2
+# %% check="yarn_frequencies" points=2
 # The paper's ramp: turns 81, 8.1, 0.81, 0.081; the second is (8.1 − 1)/31 of the way.
-w, factor = checks.parts(yarn(8, 10_000.0, 4.0, 512, ramp="rotations"), "frequencies", "factor")
+w, factor = checks.parts(
+    yarn_frequencies(8, 10_000.0, 4.0, 512, ramp="rotations"), "frequencies", "factor"
+)
 keep = (51.2 / (2 * math.pi) - 1) / 31
 checks.close(
     w,
@@ -534,7 +538,7 @@ for dim, base, scale, trained, fast, slow in [
     (16, 3.0, 3.0, 400, 8.0, 1.5),
     (16, 100.0, 5.0, 20, 32.0, 1.0),
 ]:
-    w, factor = yarn(dim, base, scale, trained, fast, slow, ramp="rotations")
+    w, factor = yarn_frequencies(dim, base, scale, trained, fast, slow, ramp="rotations")
     expected = []
     for i in range(dim // 2):
         speed = math.exp(-2 * i / dim * math.log(base))
@@ -554,8 +558,8 @@ for dim, base, scale, trained, fast, slow in [
         dtype=torch.float64,
     )
     checks.number(factor, math.log(scale) / 10 + 1, to=1e-9, what=f"the factor for {scale:g}")
-    checks.number(yarn(dim, base, scale, trained)[1], math.log(scale) / 10 + 1, to=1e-9)
-checks.number(yarn(8, 100.0, 1.0, 64)[1], 1.0, to=1e-12, what="the factor for scale 1")
+    checks.number(yarn_frequencies(dim, base, scale, trained)[1], math.log(scale) / 10 + 1, to=1e-9)
+checks.number(yarn_frequencies(8, 100.0, 1.0, 64)[1], 1.0, to=1e-12, what="the factor for scale 1")
 ### END HIDDEN TESTS
 
 # %% [markdown]
@@ -641,8 +645,8 @@ for bad in (-0.1, 1.5):
 # alone. The paper states it so; transformers has the factors and no $\hat n$.
 
 
-# %% exercise="longrope_angles" minutes=15 difficulty=2 path="more"
-def longrope_angles(
+# %% exercise="longrope_rescale" minutes=15 difficulty=2 path="more"
+def longrope_rescale(
     frequencies: Tensor, positions: Tensor, factors: Tensor, keep: int = 0
 ) -> Tensor:
     """The angle of each pair at each position: (seq, pairs), float64.
@@ -672,9 +676,11 @@ def longrope_angles(
 # place in the tensor is 0.
 # </details>
 
-# %% check="longrope_angles" points=2
+# %% check="longrope_rescale" points=2
 checks.close(
-    longrope_angles(torch.tensor([1.0, 0.1]), torch.tensor([1, 2, 3]), torch.tensor([1.0, 4.0]), 2),
+    longrope_rescale(
+        torch.tensor([1.0, 0.1]), torch.tensor([1, 2, 3]), torch.tensor([1.0, 4.0]), 2
+    ),
     torch.tensor([[1, 0.1], [2, 0.05], [3, 0.075]], dtype=torch.float64),
     rtol=1e-6,
     what="the angles of three positions",
@@ -696,7 +702,7 @@ for pairs, keep in [(4, 0), (16, 5), (1, 3), (7, 400)]:
     positions = torch.randint(0, 900, (11,), generator=g)  # in no order
     positions[3], positions[7] = keep, max(0, keep - 1)
     with checks.unchanged(frequencies=w, positions=positions, factors=factors):
-        found = longrope_angles(w, positions, factors, keep)
+        found = longrope_rescale(w, positions, factors, keep)
     expected = [
         [
             n * x / (1.0 if n < keep else f)
@@ -711,15 +717,17 @@ for pairs, keep in [(4, 0), (16, 5), (1, 3), (7, 400)]:
         dtype=torch.float64,
     )
 checks.close(
-    longrope_angles(w, positions, factors),
+    longrope_rescale(w, positions, factors),
     positions.double()[:, None] * w / factors,
     what="the default, which keeps nothing",
 )
 one = torch.ones(7)
 for factors in (one[:6], one * 0.99, torch.tensor([1.0, 2, 3, 2.9, 4, 5, 6])):
-    checks.raises(ValueError, longrope_angles, w, positions, factors, because=f"{factors.tolist()}")
+    checks.raises(
+        ValueError, longrope_rescale, w, positions, factors, because=f"{factors.tolist()}"
+    )
 checks.close(
-    longrope_angles(w, positions, one), positions.double()[:, None] * w, what="factors of 1"
+    longrope_rescale(w, positions, one), positions.double()[:, None] * w, what="factors of 1"
 )
 ### END HIDDEN TESTS
 
@@ -1580,7 +1588,7 @@ assert before[1] > 1.2, (
 # %% tags=["experiment"]
 SCALE, TRAINED, LONG = 4.0, 512, 2048
 w = rope_frequencies(32)
-yarn_w, yarn_factor = yarn(32, 10_000.0, SCALE, TRAINED)
+yarn_w, yarn_factor = yarn_frequencies(32, 10_000.0, SCALE, TRAINED)
 methods = {  # frequencies, and the factor on cos and sin
     "plain": (w, 1.0),
     "PI": (position_interpolation(w, SCALE), 1.0),
@@ -1593,7 +1601,9 @@ methods = {  # frequencies, and the factor on cos and sin
 # Figure: how much each method slows each pair
 fig, ax = plot.plt.subplots(figsize=(8, 3.8))
 shown = {name: methods[name][0] for name in ("PI", "NTK-aware", "YaRN")}
-shown["YaRN, the paper's ramp"] = yarn(32, 10_000.0, SCALE, TRAINED, ramp="rotations")[0]
+shown["YaRN, the paper's ramp"] = yarn_frequencies(32, 10_000.0, SCALE, TRAINED, ramp="rotations")[
+    0
+]
 plot.curves(
     range(16),
     {name: w / f for name, f in shown.items()},
@@ -1764,7 +1774,7 @@ seeds = [w / methods[name][0] for name in ("PI", "NTK-aware", "YaRN")]
 
 
 def long_loss(factors: Tensor, files: Tensor = rows[:1]) -> float:
-    angles = longrope_angles(w, torch.arange(LONG), factors)
+    angles = longrope_rescale(w, torch.arange(LONG), factors)
     return float(token_losses(tiny, files, angles).mean())
 
 
@@ -1906,7 +1916,10 @@ if profile.name == "gpu":
     half, _ = models.load("small")
     half = half.to(torch.bfloat16)
     text = torch.tensor([([tokenizer.eos, *filler] * 9)[: REACH + 1]], device=profile.device)
-    choices = {"plain": (w, 1.0), "YaRN, scale 64": yarn(32, 10_000.0, REACH / TRAINED, TRAINED)}
+    choices = {
+        "plain": (w, 1.0),
+        "YaRN, scale 64": yarn_frequencies(32, 10_000.0, REACH / TRAINED, TRAINED),
+    }
     for name, (frequencies, factor) in choices.items():
         angles = angles_of(frequencies, REACH).to(profile.device)
         torch.cuda.reset_peak_memory_stats()

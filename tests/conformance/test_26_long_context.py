@@ -88,7 +88,7 @@ def test_yarn(lesson, agrees, dim, base, scale, trained, fast, slow, truncate):
         beta_slow=slow,
         truncate=truncate,
     )
-    mine, own = lesson.yarn(dim, base, scale, trained, fast, slow, truncate=truncate)
+    mine, own = lesson.yarn_frequencies(dim, base, scale, trained, fast, slow, truncate=truncate)
     plain = lesson.rope_frequencies(dim, base)
     agrees("yarn, frequencies", "transformers, yarn", mine / plain, theirs / plain, FLOAT32)
     agrees("yarn, factor", "transformers, yarn", torch.tensor(own), torch.tensor(float(factor)), 1e-12)
@@ -119,9 +119,9 @@ def test_longrope(lesson, agrees, dim):
         short_factor=[1.0] * (dim // 2),
     )
     positions = torch.arange(0, 2048, 7)
-    mine = lesson.longrope_angles(lesson.rope_frequencies(dim), positions, factors)
+    mine = lesson.longrope_rescale(lesson.rope_frequencies(dim), positions, factors)
     plain = lesson.rope_frequencies(dim)
-    agrees("longrope_angles", "transformers, longrope", mine / plain, positions[:, None] * theirs / plain, FLOAT32)
+    agrees("longrope_rescale", "transformers, longrope", mine / plain, positions[:, None] * theirs / plain, FLOAT32)
 
 
 def twin(length: int, parameters: dict) -> tuple[Llama, "torch.nn.Module"]:
@@ -161,7 +161,7 @@ def test_whole_model_with_yarn(lesson, agrees):
         {"rope_type": "yarn", "rope_theta": 10_000.0, "factor": 4.0, "original_max_position_embeddings": 32},
     )
     tokens = torch.randint(0, 60, (2, 128), generator=torch.Generator().manual_seed(6))
-    frequencies, factor = lesson.yarn(16, 10_000.0, 4.0, 32)
+    frequencies, factor = lesson.yarn_frequencies(16, 10_000.0, 4.0, 32)
     logits = lesson.logits_with(mine, tokens, lesson.angles_of(frequencies, 128), factor)
     agrees("yarn in a whole model", "transformers LlamaForCausalLM, yarn", logits, theirs(tokens).logits, 2e-5)
 

@@ -97,67 +97,67 @@ def dynamic_ntk(dim, base, length, trained, factor=1.0):
     scale = 1 + factor * (length / trained - 1)
     return plain * scale ** -torch.linspace(0, 1, dim // 2, dtype=torch.float64)
 
-# %% wrong="yarn" because="the ramp turned around"
+# %% wrong="yarn_frequencies" because="the ramp turned around"
 - keep = 1 - ((pairs - low) / (high - low)).clamp(0, 1)
 + keep = ((pairs - low) / (high - low)).clamp(0, 1)
 
-# %% wrong="yarn" because="the betas exchanged"
+# %% wrong="yarn_frequencies" because="the betas exchanged"
 - for beta in (beta_fast, beta_slow)
 + for beta in (beta_slow, beta_fast)
 
-# %% wrong="yarn" because="a turn is one radian"
+# %% wrong="yarn_frequencies" because="a turn is one radian"
 - dim * math.log(trained / (beta * 2 * math.pi)) / (2 * math.log(base))
 + dim * math.log(trained / beta) / (2 * math.log(base))
 
-# %% wrong="yarn" because="always rounded"
+# %% wrong="yarn_frequencies" because="always rounded"
 - if truncate:
 + if True:
 
-# %% wrong="yarn" because="never rounded"
+# %% wrong="yarn_frequencies" because="never rounded"
 - if truncate:
 + if False:
 
-# %% wrong="yarn" because="rounded to the nearest"
+# %% wrong="yarn_frequencies" because="rounded to the nearest"
 - low, high = math.floor(low), math.ceil(high)
 + low, high = round(low), round(high)
 
-# %% wrong="yarn" because="high is at most the last pair"
+# %% wrong="yarn_frequencies" because="high is at most the last pair"
 - low, high = max(low, 0), min(high, dim - 1)
 + low, high = max(low, 0), min(high, dim // 2 - 1)
 
-# %% wrong="yarn" because="ends are not clamped"
+# %% wrong="yarn_frequencies" because="ends are not clamped"
 - low, high = max(low, 0), min(high, dim - 1)
 
-# %% wrong="yarn" because="0 / 0 on a ramp without length"
+# %% wrong="yarn_frequencies" because="0 / 0 on a ramp without length"
 - if low == high:
 -     high += 0.001
 
-# %% wrong="yarn" because="the paper's ramp for both"
+# %% wrong="yarn_frequencies" because="the paper's ramp for both"
 - if ramp == "rotations":
 + if ramp in ("rotations", "index"):
 
-# %% wrong="yarn" because="the ramp's name is ignored"
+# %% wrong="yarn_frequencies" because="the ramp's name is ignored"
 - if ramp == "rotations":
 + if ramp == "turns":
 
-# %% wrong="yarn" because="the temperature of the logits"
+# %% wrong="yarn_frequencies" because="the temperature of the logits"
 - return keep * plain + (1 - keep) * plain / scale, 0.1 * math.log(scale) + 1
 + return keep * plain + (1 - keep) * plain / scale, (0.1 * math.log(scale) + 1) ** 2
 
-# %% wrong="yarn" because="interpolates the wavelength instead"
+# %% wrong="yarn_frequencies" because="interpolates the wavelength instead"
 - return keep * plain + (1 - keep) * plain / scale, 0.1 * math.log(scale) + 1
 + return 1 / (keep / plain + (1 - keep) * scale / plain), 0.1 * math.log(scale) + 1
 
-# %% wrong="yarn" because="default betas always"
+# %% wrong="yarn_frequencies" because="default betas always"
 - plain = rope_frequencies(dim, base)
 + plain, beta_fast, beta_slow = rope_frequencies(dim, base), 32.0, 1.0
 
-# %% wrong="yarn" because="any scale is taken"
+# %% wrong="yarn_frequencies" because="any scale is taken"
 - if ramp not in ("index", "rotations") or scale < 1:
 + if ramp not in ("index", "rotations"):
 
-# %% right="yarn" because="pair by pair"
-def yarn(dim, base, scale, trained, beta_fast=32.0, beta_slow=1.0, ramp="index", truncate=True):
+# %% right="yarn_frequencies" because="pair by pair"
+def yarn_frequencies(dim, base, scale, trained, beta_fast=32.0, beta_slow=1.0, ramp="index", truncate=True):
     if scale < 1:
         raise ValueError("scale")
     plain = [base ** (-2 * i / dim) for i in range(dim // 2)]
@@ -219,46 +219,46 @@ def partial_rope(frequencies, share):
     mask[: math.floor(share * len(frequencies))] = 1
     return frequencies * mask
 
-# %% wrong="longrope_angles" because="multiplies by the factors"
+# %% wrong="longrope_rescale" because="multiplies by the factors"
 - return torch.where(positions[:, None] < keep, plain, plain / factors.double())
 + return torch.where(positions[:, None] < keep, plain, plain * factors.double())
 
-# %% wrong="longrope_angles" because="position `keep` is kept too"
+# %% wrong="longrope_rescale" because="position `keep` is kept too"
 - return torch.where(positions[:, None] < keep, plain, plain / factors.double())
 + return torch.where(positions[:, None] <= keep, plain, plain / factors.double())
 
-# %% wrong="longrope_angles" because="places for positions"
+# %% wrong="longrope_rescale" because="places for positions"
 - return torch.where(positions[:, None] < keep, plain, plain / factors.double())
 + return torch.where(torch.arange(len(positions))[:, None] < keep, plain, plain / factors.double())
 
-# %% wrong="longrope_angles" because="ignores keep"
+# %% wrong="longrope_rescale" because="ignores keep"
 - return torch.where(positions[:, None] < keep, plain, plain / factors.double())
 + return plain / factors.double()
 
-# %% wrong="longrope_angles" because="goes on from the kept positions without a jump"
+# %% wrong="longrope_rescale" because="goes on from the kept positions without a jump"
 - return torch.where(positions[:, None] < keep, plain, plain / factors.double())
 + late = (positions - keep).clamp(min=0).double()[:, None] * frequencies / factors
 + return positions.clamp(max=keep).double()[:, None] * frequencies + late
 
-# %% wrong="longrope_angles" because="positions counted from 0 whatever they are"
+# %% wrong="longrope_rescale" because="positions counted from 0 whatever they are"
 - plain = positions.double()[:, None] * frequencies.double()
 + positions = torch.arange(len(positions))
 + plain = positions.double()[:, None] * frequencies.double()
 
-# %% wrong="longrope_angles" because="no errors"
+# %% wrong="longrope_rescale" because="no errors"
 - if bool((factors < 1).any()) or bool((factors[1:] < factors[:-1]).any()):
 + if False:
 
-# %% wrong="longrope_angles" because="factors may decrease"
+# %% wrong="longrope_rescale" because="factors may decrease"
 - if bool((factors < 1).any()) or bool((factors[1:] < factors[:-1]).any()):
 + if bool((factors < 1).any()):
 
-# %% wrong="longrope_angles" because="equal factors are refused"
+# %% wrong="longrope_rescale" because="equal factors are refused"
 - if bool((factors < 1).any()) or bool((factors[1:] < factors[:-1]).any()):
 + if bool((factors < 1).any()) or bool((factors[1:] <= factors[:-1]).any()):
 
-# %% right="longrope_angles" because="position by position"
-def longrope_angles(frequencies, positions, factors, keep=0):
+# %% right="longrope_rescale" because="position by position"
+def longrope_rescale(frequencies, positions, factors, keep=0):
     f = factors.double()
     if len(f) != len(frequencies) or float(f.min()) < 1 or bool((f.diff() < 0).any()):
         raise ValueError("factors")
