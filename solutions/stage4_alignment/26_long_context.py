@@ -20,12 +20,12 @@
 # ## The problem
 #
 # A model was trained on texts of 512 tokens. You hand it 2,048. No shape is wrong, no error is
-# raised, and from token 513 on it writes nonsense.
+# raised, and soon after token 512 it writes nonsense.
 #
 # Training at four times the length from the start costs more than four times as much, for the
 # attention grows with the square, and long documents are rare. So the trade trains short and
-# extends late: change how positions are told to the model, then finetune a little, or not at
-# all. LLaMA 3, Qwen, DeepSeek and gpt-oss reach their advertised lengths in this way.
+# extends late: change how positions are told to the model, then finetune a little, or not at all.
+# LLaMA 3, Qwen, DeepSeek and gpt-oss reach their advertised lengths in this way.
 #
 # ## Core ideas
 #
@@ -60,8 +60,8 @@
 # | $L$ | `trained` | longest sequence of the training |
 # | $s$ | `scale` | wanted length over $L$, at least 1 |
 #
-# Frequencies are float64 here. At position 100,000 float32 is off by up to 0.004 radians in the
-# fastest pair; libraries accept that, a check at nine digits does not.
+# Frequencies are float64 here. At position 100,000 a float32 angle of some ten thousand radians is
+# off by thousandths of one; libraries accept that, a check at nine digits does not.
 
 # %%
 import math
@@ -1131,8 +1131,8 @@ assert bool(torch.isfinite(out).all()), "a token that was dropped still counts."
 #
 # A loss that stays low in a long text proves little: the last 200 tokens predict the next one well
 # enough. The **passkey** test (Mohtashami and Jaggi 2023) asks for what cannot be guessed: a
-# number, said once somewhere in a long text, asked for at its end. Its result is a grid of
-# *length* by *depth*, the share of the text before the number.
+# number, said once somewhere in a long text, asked for at its end. Its result is a grid of *length*
+# by *depth*, the share of the text before the number.
 
 
 # %%
@@ -1881,11 +1881,11 @@ torch.set_num_threads(threads)
 
 # %% [markdown]
 # With other training files, five draws of them, the direction was the same each time: beyond 512
-# both gain about three tenths of a nat in eight steps. NTK-aware scaling's failing last blocks are
+# both gain a fifth to a third of a nat in eight steps. NTK-aware scaling's failing last blocks are
 # mended; within 512 it pays about a tenth at most. PI gains at both ends and stays far behind, for
-# eight steps are not the thousand of the paper: it has to learn neighbors anew. **A method that
-# starts near the old model needs less training**, and that, not the loss without training, is why
-# YaRN and its kind replaced PI.
+# eight steps are not the thousand of its paper: it has to learn neighbors anew. A method that
+# starts near the old model needs less training. YaRN's authors claim just that for it: a tenth of
+# the tokens, less than half the steps of earlier methods.
 
 # %% [markdown]
 # ## On a GPU: 32,768 tokens in one pass
