@@ -11,6 +11,7 @@ from torch import Tensor, enable_grad
 from torch.utils._pytree import tree_flatten, tree_unflatten
 
 OfTensors = Callable[..., tuple[Tensor, ...]]
+TENSOR = object()  # stands for a tensor among the parts of a result
 
 
 def has_wrapped(args: tuple, kwargs: dict) -> bool:
@@ -25,18 +26,18 @@ def call_wrapped(function: Callable[[tuple, dict], object], args: tuple, kwargs:
     """Calls `function(args, kwargs)` with arguments that are wrapped."""
     leaves, shape = tree_flatten((args, kwargs))
     places = [place for place, leaf in enumerate(leaves) if torch.is_tensor(leaf)]
-    result: dict = {}  # its parts, with None for each tensor, and its shape
+    result: dict = {}  # its parts, with TENSOR for each tensor, and its shape
 
     def act(*inputs: Tensor) -> tuple[Tensor, ...]:
         given = list(leaves)
         for place, value in zip(places, inputs, strict=True):
             given[place] = value
         parts, result["shape"] = tree_flatten(function(*tree_unflatten(given, shape)))
-        result["parts"] = [None if torch.is_tensor(part) else part for part in parts]
+        result["parts"] = [TENSOR if torch.is_tensor(part) else part for part in parts]
         return tuple(part for part in parts if torch.is_tensor(part))
 
     made = iter(Applied.apply(TensorFunction(act, keeps=True), *(leaves[place] for place in places)))
-    parts = [next(made) if part is None else part for part in result["parts"]]
+    parts = [next(made) if part is TENSOR else part for part in result["parts"]]
     return tree_unflatten(parts, result["shape"])
 
 

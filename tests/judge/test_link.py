@@ -177,6 +177,7 @@ def test_a_checks_function_inside_the_transforms_of_torch_func():
         "def curvature(f, x):\n    return torch.func.jacrev(torch.func.jacrev(lambda t: f(t).sum()))(x)\n"
         "def rows(f, x, i):\n    return torch.func.vmap(f, in_dims=(1, 0))(x, i)\n"
         "def table(f, x):\n    return torch.func.vjp(f, x)[1]({'a': torch.ones_like(x), 'n': torch.ones_like(x[0])})\n"
+        "def first(f, x):\n    return torch.func.jacrev(lambda t: f(t)[1])(x)\n"
     )
     x, w = torch.randn(3, dtype=torch.float64), torch.randn(4, 3, dtype=torch.float64)
     with judged(learner) as names:
@@ -195,6 +196,7 @@ def test_a_checks_function_inside_the_transforms_of_torch_func():
         assert names["jacobian"](lambda t: torch.ones(2), x).tolist() == [[0.0] * 3] * 2
         (grad,) = names["table"](lambda t: {"a": t * 3, "n": t.sum()}, x)
         checks.close(grad, torch.full((3,), 4.0, dtype=torch.float64))
+        checks.close(names["first"](lambda t: (None, t * 2, None), x), 2 * torch.eye(3, dtype=torch.float64))
 
 
 def test_results_of_one_call_in_another():
