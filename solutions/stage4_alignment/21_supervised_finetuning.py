@@ -398,6 +398,7 @@ thinking = [
     {"role": "assistant", "content": "no", "reasoning": "so"},
 ]
 examples = turn_examples(thinking)
+checks.kind(examples, list, what="the examples")
 assert len(examples) == 2, f"two turns are two examples; yours: {len(examples)}"
 trained = [[spelled(ids[a:b]) for a, b in spans] for ids, spans in examples]
 assert trained == [["<|think|>hm<|/think|>yes<|end|>"], ["<|think|>so<|/think|>no<|end|>"]], (
@@ -475,6 +476,7 @@ def build_labels(ids: list[int], spans: list[tuple[int, int]]) -> list[int]:
 
 # %% check="build_labels" points=2
 labels = build_labels([3, 70, 6, 4, 71, 72, 6, 3, 73, 6], [(4, 7)])
+checks.kind(labels, list, what="the labels")
 expected = [IGNORE] * 4 + [71, 72, 6] + [IGNORE] * 3
 assert list(labels) == expected, (
     f"only tokens 4, 5 and 6 count, the stop token 6 among them: {expected}; yours: {labels}"
@@ -819,6 +821,7 @@ for sizes, extra, world in [
     first.grad = torch.full_like(first, 0.5)  # what an earlier call left: it is added to
     with (
         checks.kept(model=model, values=False),
+        checks.unchanged(*(tensor for batch in batches for tensor in batch)),
         checks.calls("scaled_dot_product_attention") as seen,
     ):
         loss = accumulate(model, batches, items, world)
@@ -1099,6 +1102,15 @@ for count, length, pad in [(1, 9, 0), (6, 9, 1), (12, 16, 19), (25, 30, 3), (9, 
             what=f"{key} of {count} examples in rows of {length}",
             dtype=torch.int64,
         )
+# Of two rows with room the first one is taken, not the fullest.
+sizes = (5, 7, 2, 2, 1)
+rows = pack([([9] * n, [9] * n) for n in sizes], 9, 0)
+checks.close(
+    rows["documents"],
+    torch.tensor([[1] * 5 + [2] * 2 + [3] * 2, [1] * 7 + [2] + [0]]),
+    what=f"documents of examples of {sizes} in rows of 9",
+    hint="First fit: the first row that still has room",
+)
 checks.raises(ValueError, pack, [([1] * 6, [1] * 6)], 5, 0, because="6 tokens, rows of 5")
 ### END HIDDEN TESTS
 
@@ -1825,6 +1837,10 @@ while len(PASSAGES) < len(TASK_DATA) // 7:
     start = draw.randrange(len(ids) - 48)
     PASSAGES.append((ids[start : start + 48], ids[start : start + 48]))
 
+weight = models.load("tiny")[0].embed_tokens.weight.detach().norm(dim=1)
+print(
+    f"length of embeddings: text {weight[16:].mean():.2f}, special tokens {weight[1:16].mean():.2f}"
+)
 MIXTURES = {"tasks only": TASK_DATA, "tasks and replay": TASK_DATA + PASSAGES}
 STEPS = (0, 8, 24, 72)
 curves, finetuned = {}, {}
@@ -1867,20 +1883,23 @@ plot.caption(
 plot.plt.show()
 
 # %% [markdown]
-# **What came out.** (From five seeds; what is said here holds for the worst of them.) Forgetting is
-# fast and large: on tasks alone the text is far worse after a few steps, before any task has been
-# learned, and more than 1.5 times as many bits at the end. Nobody had asked the model to keep
-# predicting text, and short cuts through the shared weights are cheap.
+# **What came out.** (What is said here held for each of five seeds.) Forgetting is fast and large.
+# After 8 steps the text is clearly worse, and not one question is answered yet; after 72 it takes
+# more than twice as many bits. Nothing in the loss asks the model to keep predicting text.
 #
-# Part of it has a plain cause. The special tokens were never trained, and their random embeddings
-# are about twice as long as those of ordinary tokens. The embedding is also the head, so the first
-# steps pull hard on weights that every token shares.
+# Part of it has a plain cause, the first line of the output. Special tokens were never trained, and
+# their random embeddings are twice as long as those of text. The embedding is also the head, so the
+# first steps pull hard on weights that every token shares.
 #
-# With replay most of the loss is gone, at a moderate price on the hardest two tasks. How the books
-# are kept matters here: one example in eight is replay, but a passage has 47 targets and a reply
-# three or four. Under the token mean most of the gradient comes from replay. Large models forget
-# less, and finetuning uses rates a hundred times lower; the mixture of old data is common practice
-# there too (Ouyang et al. call it PPO-ptx).
+# With replay the text loses a tenth or so, most of it in the first steps. What that costs in
+# exact match is less than seeds differ among themselves. How the books are kept matters here: one
+# example in eight is replay, but a passage has 47 targets and a reply three or four, so under the
+# token mean most of the gradient comes from replay. Large models forget less, and are finetuned
+# with rates a hundred times lower; mixing in old data is common practice there too (in Ouyang et
+# al., pretraining gradients are mixed into the reinforcement learning that follows SFT).
+#
+# Sorting and reversing are far from learned in 72 steps. With twice as many on larger batches
+# both rise well above half; there is no trick in it, only time.
 #
 # ## Experiment II: the model that never stops {#stop}
 #
@@ -1939,10 +1958,10 @@ plot.caption(
 plot.plt.show()
 
 # %% [markdown]
-# **What came out.** The loss of the answers' words is about the same in both runs; no curve would
-# have warned you. Without the stop token no reply was exact, and nearly all ran to the limit. The
-# right answer may well stand at their beginning. So every evaluation of a finetuned model should
-# report the share of replies that ended by themselves, beside the score.
+# **What came out.** (Again in each of five seeds.) The loss of the answers' words is no higher
+# without the stop token, even a little lower: there is one thing less to learn. More replies begin
+# with the right answer. Not one of them ends, so not one is exact, and no loss curve would have
+# told you. Report the share of replies that ended by themselves beside every score.
 #
 # ## Key questions
 #
