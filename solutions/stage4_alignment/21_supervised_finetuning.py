@@ -1611,15 +1611,16 @@ def toy_pairs() -> tuple[list, list]:
 
 # %% check="finetune" points=1
 examples, held = toy_pairs()
-assert len(examples) == 192, "192 pairs are for training"
-### BEGIN HIDDEN TESTS
 model = toy(36)
-losses = finetune(model, examples, 150, 48, 0.01, checks.generator(37))
+losses = finetune(model, examples, 150, 48, 0.01, torch.Generator().manual_seed(37))
+checks.kind(losses, list, what="the losses")
+assert losses[0] > 2.0, f"the first loss is that of a model that knows nothing; yours {losses[0]}"
+late = sum(losses[-10:]) / 10
+assert late < 0.3, f"the last ten losses are near 0; the mean of yours is {late:.2f}"
+### BEGIN HIDDEN TESTS
 written = models.generate(model, [prompt for prompt, _ in held], 6, stop=6)
 share = sum(w == answer for w, (_, answer) in zip(written, held, strict=True)) / len(held)
-assert losses[0] > 2.0, f"the first loss is that of a model that knows nothing; yours {losses[0]}"
-assert sum(losses[-10:]) / 10 < 0.3, f"the last losses are near 0; yours {losses[-1]:.2f}"
-assert share >= 0.75, f"of 64 held-out pairs {share:.0%} are reversed, and the reply ends"
+assert share >= 0.75, f"of 64 held-out pairs only {share:.0%} are reversed with a reply that ends"
 ### END HIDDEN TESTS
 
 # %% [markdown]
@@ -1898,8 +1899,8 @@ plot.plt.show()
 # with rates a hundred times lower; mixing in old data is common practice there too (in Ouyang et
 # al., pretraining gradients are mixed into the reinforcement learning that follows SFT).
 #
-# Sorting and reversing are far from learned in 72 steps. With twice as many on larger batches
-# both rise well above half; there is no trick in it, only time.
+# Sorting and reversing are far from learned in 72 steps. Both go on rising with more steps on
+# larger batches, which this notebook has no time for.
 #
 # ## Experiment II: the model that never stops {#stop}
 #
