@@ -1327,10 +1327,11 @@ print(f"packed, without the mask and with positions that run on: {leaking:.5f}")
 # Figure: a packed row, and what each of its tokens may see
 row = 0
 documents = packed["documents"][row].tolist()
-seen = mask[row, 0].int().cpu() * packed["documents"][row][:, None]
+seen = plot.array(mask[row, 0] * packed["documents"][row].to(mask.device)[:, None])
+seen[seen == 0] = math.nan  # what is hidden, and padding, stays white
 fig, (left, right) = plot.plt.subplots(1, 2, figsize=(11, 4.6), width_ratios=(1, 1.25))
-shades = plot.plt.get_cmap("cividis_r", 8)
-left.imshow(plot.array(seen), cmap=shades, interpolation="nearest", vmin=0, vmax=7)
+shades = plot.plt.get_cmap("Blues", 8)
+left.imshow(seen, cmap=shades, interpolation="nearest", vmin=0, vmax=8)
 left.set(xlabel="key: place in the row", ylabel="query: place in the row")
 left.set_title("Who may see whom")
 left.grid(False)
@@ -1347,14 +1348,14 @@ right.plot(
 )
 for i in places:
     if documents[i]:
-        right.axvspan(i - 0.5, i + 0.5, color=shades(documents[i]), alpha=0.22, linewidth=0)
+        right.axvspan(i - 0.5, i + 0.5, color=shades(documents[i]), alpha=0.5, linewidth=0)
 right.set(xlabel="place in the row", ylabel="position given to the model", xlim=(-0.5, 63.5))
 right.set_title("Positions and targets restart")
 right.legend(loc="upper left")
 plot.caption(
     fig,
     "One row of 64 tokens. Left: each example sees itself and its own past, a triangle on the "
-    "diagonal; padding, at the end if there is any, sees itself. Right: positions count from 0 in "
+    "diagonal; white is hidden or padding. Right: positions count from 0 in "
     "each example; targets (dots) are its last tokens, never its first.",
 )
 plot.plt.show()
