@@ -1479,10 +1479,10 @@ class Noting(nn.Module):
 
     def __init__(self, vocab: int):
         super().__init__()
-        self.logits, self.seen = nn.Parameter(torch.zeros(vocab)), []
+        self.logits, self.seen = nn.Parameter(torch.zeros(vocab)), ()
 
     def forward(self, tokens):
-        self.seen.append(tokens.clone().cpu())
+        self.seen = (*self.seen, tokens.clone().cpu())
         return self.logits.expand(*tokens.shape, -1)
 
 
