@@ -1585,7 +1585,7 @@ checks.close(losses[0], math.log(20) if counted else 0.0, what="the first loss",
 
 # %% [markdown]
 # The last check of `finetune` trains a toy of 13,000 parameters on a language of 16 letters: after
-# a pair of letters it shall say them in reverse, and stop. A quarter of the pairs is held out.
+# a pair of letters it shall say them in reverse, and stop. Of 256 pairs 48 are held out.
 
 
 # %% tags=["support"]
@@ -1608,20 +1608,22 @@ def toy_pairs() -> tuple[list, list]:
     draw = random.Random(checks.seed())
     pairs = [(a, b) for a in range(8, 24) for b in range(8, 24)]
     draw.shuffle(pairs)
-    examples = []
-    for a, b in pairs[64:]:
-        prompt = [3, draw.randrange(8, 24), draw.randrange(8, 24), 2, a, b, 6, 4]
-        examples.append(([*prompt, b, a, 6, 3], [IGNORE] * 8 + [b, a, 6, IGNORE]))
-    return examples, [
-        ([3, draw.randrange(8, 24), draw.randrange(8, 24), 2, a, b, 6, 4], [b, a, 6])
-        for a, b in pairs[:64]
+
+    def prompt(a: int, b: int) -> list[int]:
+        return [3, draw.randrange(8, 24), draw.randrange(8, 24), 2, a, b, 6, 4]
+
+    examples = [
+        ([*prompt(a, b), b, a, 6, 3], [IGNORE] * 8 + [b, a, 6, IGNORE])
+        for a, b in pairs[48:]
+        for _ in range(4)
     ]
+    return examples, [(prompt(a, b), [b, a, 6]) for a, b in pairs[:48]]
 
 
 # %% check="finetune" points=1
 examples, held = toy_pairs()
 model = toy(36)
-losses = finetune(model, examples, 150, 48, 0.01, torch.Generator().manual_seed(37))
+losses = finetune(model, examples, 200, 32, 0.01, torch.Generator().manual_seed(37))
 checks.kind(losses, list, what="the losses")
 assert losses[0] > 2.0, f"the first loss is that of a model that knows nothing; yours {losses[0]}"
 late = sum(losses[-10:]) / 10
@@ -1629,7 +1631,7 @@ assert late < 0.3, f"the last ten losses are near 0; the mean of yours is {late:
 ### BEGIN HIDDEN TESTS
 written = models.generate(model, [prompt for prompt, _ in held], 6, stop=6)
 share = sum(w == answer for w, (_, answer) in zip(written, held, strict=True)) / len(held)
-assert share >= 0.75, f"of 64 held-out pairs only {share:.0%} are reversed with a reply that ends"
+assert share >= 0.5, f"of 48 held-out pairs only {share:.0%} are reversed with a reply that ends"
 ### END HIDDEN TESTS
 
 # %% [markdown]

@@ -170,9 +170,7 @@ def test_packed_mask(lesson, agrees, attention):
     theirs.set_attn_implementation(attention)
     rows = examples(5, 4)
     packed = lesson.pack(rows, sum(len(ids) for ids, _ in rows), 1)
-    logits = lesson.packed_logits(
-        mine, packed["tokens"], packed["positions"], lesson.packed_mask(packed["documents"])
-    )
+    logits = lesson.packed_logits(mine, packed["tokens"], packed["positions"], lesson.packed_mask(packed["documents"]))
     out = theirs(input_ids=packed["tokens"], position_ids=packed["positions"], use_cache=False).logits
     agrees("packed_mask, logits", f"transformers Llama, packed, {attention}", logits, out, 1e-5)
 
