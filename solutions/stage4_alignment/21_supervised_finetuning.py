@@ -1361,8 +1361,8 @@ right.legend(loc="upper left")
 plot.caption(
     fig,
     "One row of 64 tokens. Left: each example sees itself and its own past, a triangle on the "
-    "diagonal; white is hidden or padding. Right: positions count from 0 in "
-    "each example; targets (dots) are its last tokens, never its first.",
+    "diagonal; white is hidden or padding. Right: positions count from 0 in each example; targets "
+    "(dots) are its last tokens, never its first.",
 )
 plot.plt.show()
 
@@ -1905,10 +1905,10 @@ plot.plt.show()
 #
 # With replay the text loses a tenth or so, most of it in the first steps. What that costs in
 # exact match is less than seeds differ among themselves. How the books are kept matters here: one
-# example in eight is replay, but a passage has 47 targets and a reply three or four, so under the
-# token mean most of the gradient comes from replay. Large models forget less, and are finetuned
-# with rates a hundred times lower; mixing in old data is common practice there too (in Ouyang et
-# al., pretraining gradients are mixed into the reinforcement learning that follows SFT).
+# example in eight is replay, but a passage has 47 targets and a reply two to four, so under the
+# token mean most of the gradient comes from replay. Large models are finetuned with rates a hundred
+# times lower, and mixing in old data is common practice there too (in Ouyang et al., pretraining
+# gradients are mixed into the reinforcement learning that follows SFT).
 #
 # Sorting and reversing are far from learned in 72 steps. Both go on rising with more steps on
 # larger batches, which this notebook has no time for.
