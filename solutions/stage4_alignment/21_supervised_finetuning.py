@@ -343,9 +343,11 @@ greeting = [
     {"role": "assistant", "content": "hello", "reasoning": "wave"},
     {"role": "system", "content": "s"},
 ]
-assert render_chat(greeting, keep_reasoning="last") == render_chat(greeting), (
-    "without a user message nothing is left out"
-)
+for keep in ("all", "last"):
+    ids, spans = render_chat(greeting, keep_reasoning=keep)
+    text, said = as_text(greeting)
+    assert spelled(ids) == text, "without a user message nothing is left out"
+    assert [spelled(ids[a:b]) for a, b in spans] == said, "a first message has its span, too"
 asked = [*thinking, {"role": "user", "content": "third"}]
 ids, spans = render_chat(asked, True, "last")
 assert SPECIAL["<|think|>"] not in ids, "a conversation that ends with the user keeps no reasoning"
@@ -845,6 +847,11 @@ for sizes, extra, world in [
     for p, expected in zip(live, due, strict=True):
         old = 0.5 if p is first else 0.0
         checks.close(p.grad, expected + old, what="a parameter's gradient", rtol=1e-7)
+# A single target is divided by 1.
+row = ([4, 11, 5], [IGNORE, 11, IGNORE])
+expected = one_by_one(small_llama(18), [row])[0].item()
+loss = accumulate(small_llama(18), [as_batch([row])])
+checks.close(loss, expected, what="the loss of a single target", rtol=1e-9)
 # No target anywhere: a loss and gradients of 0.
 model = small_llama(19)
 assert accumulate(model, [as_batch([([3, 4], [3, IGNORE])])]) == 0.0, "nothing counts: 0"
