@@ -1559,6 +1559,7 @@ noting = Noting(8)
 rows = [([2, 3], [IGNORE, 3]), ([4, 5, 6], [IGNORE, 5, 6])]
 losses = finetune(noting, rows, 3, 4, 0.1, torch.Generator().manual_seed(5))
 order = torch.Generator().manual_seed(5)
+assert len(noting.seen) == 3, f"three steps call the model three times; yours {len(noting.seen)}"
 for step, seen in enumerate(noting.seen):
     drawn = torch.randint(2, (4,), generator=order).tolist()
     wanted, _ = as_batch([rows[i] for i in drawn], PAD)
