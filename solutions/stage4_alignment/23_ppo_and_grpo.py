@@ -145,7 +145,8 @@ def gae(
         advantages = torch.empty_like(delta)
         running = torch.zeros_like(delta[:, 0])
         for t in reversed(range(delta.shape[1])):
-            running = delta[:, t] + gamma * lam * goes_on[:, t] * running
+            carried = torch.where(goes_on[:, t], running, torch.zeros_like(running))
+            running = delta[:, t] + gamma * lam * carried
             advantages[:, t] = running
         return advantages, advantages + values
     ### END SOLUTION
@@ -274,7 +275,8 @@ ends = [(torch.rand(7, 5, generator=g) < 0.3).T for _ in range(2)]
 x[0].requires_grad_()
 x[1].requires_grad_()
 advantages, targets = gae(*x, *ends, 0.8, 0.6)
-checks.close(advantages, by_sums(*x, *ends, 0.8, 0.6), what="advantages of a transposed array")
+want = by_sums(*(t.detach() for t in x), *ends, 0.8, 0.6)
+checks.close(advantages, want, what="advantages of a transposed array")
 for part in (advantages, targets):
     assert not part.requires_grad, "advantages and targets are constants: they carry no gradient"
 row = gae(*(t[1:2] for t in x), *(t[1:2] for t in ends), 0.8, 0.6)[0]
@@ -588,7 +590,7 @@ def group_advantages(rewards: Tensor, scale: str | None = "sample", eps: float =
     """Rewards compared with those of the same group: (r − mean) / (std + eps).
 
     rewards: (prompts, group), a row for each prompt; floating (float32 or float64), integer or
-        bool. group ≥ 2, else ValueError; prompts may be 0.
+        bool. group ≥ 2, else ValueError; prompts ≥ 1.
     scale: "sample" (the squares' sum is divided by group − 1), "population" (by group), or None: no
         division at all, and no eps. Anything else: ValueError.
 
@@ -638,10 +640,10 @@ checks.close(group_advantages(r, "population", 0.0), population, rtol=1e-4, what
 checks.close(group_advantages(r, None), r - 0.75, rtol=1e-4, what="without division")
 ### BEGIN HIDDEN TESTS
 g = checks.generator(5)
-for prompts, group, eps in [(3, 5, 0.3), (1, 2, 0.05), (4, 8, 1e-4), (2, 3, 1.0), (0, 4, 0.1)]:
+for prompts, group, eps in [(3, 5, 0.3), (1, 2, 0.05), (4, 8, 1e-4), (2, 3, 1.0)]:
     for dtype in (torch.float64, torch.float32):
         r = checks.randn(prompts, group, generator=g, dtype=dtype) + 3
-        r = r * torch.logspace(-2, 1, max(prompts, 1), dtype=dtype)[:prompts, None]
+        r = r * torch.logspace(-2, 1, prompts, dtype=dtype)[:, None]
         for scale in ("sample", "population", None):
             want = torch.zeros(prompts, group, dtype=torch.float64)
             wrong = want.clone()
