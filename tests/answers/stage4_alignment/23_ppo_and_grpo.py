@@ -123,7 +123,7 @@ def ppo_losses(
     old, a, ov, r = (t[mask].detach() for t in (old_logp, advantages, old_values, targets))
     rho = torch.exp(lp - old)
     fenced = torch.where(a > 0, rho > 1 + clip, rho < 1 - clip) & (a != 0)
-    bound = torch.where(a > 0, 1 + clip, 1 - clip).to(rho.dtype)
+    bound = 1 + clip * a.sign()
     policy = -torch.where(fenced, bound * a, rho * a).mean()
     held = torch.minimum(torch.maximum(v, ov - value_clip), ov + value_clip)
     value = torch.maximum((v - r) ** 2, (held - r) ** 2).mean() / 2
@@ -641,7 +641,7 @@ def rl_memory(policy, critic=0, reference=0, reward=0, devices=1):
 + ref_logp = None
 + if reference is not None:
 +     ref_logp = response_logps(reference(tokens), tokens, temperature)
-+     (0.0 * ref_logp.sum()).backward(retain_graph=True)
++     ref_logp.mean().backward(retain_graph=True)
 
 # %% wrong="grpo_train" because="the ratio is taken to the last update"
 - loss = grpo_loss(logp, old_logp, advantages, mask, ref_logp=ref_logp, beta=beta)
