@@ -1684,9 +1684,7 @@ for wanted, rounds, group, share in [
     for dtype in (torch.float32, torch.float64):
         table = checks.randn(400, group, generator=g, dtype=dtype)
         dull = torch.rand(400, generator=g) >= share
-        table[dull] = torch.where(torch.rand(int(dull.sum()), 1, generator=g) < 0.5, 0.1, 0.7).to(
-            dtype
-        )
+        table[dull] = torch.rand(int(dull.sum()), 1, generator=g).to(dtype)
         alone = ~dull & (torch.rand(400, generator=g) < 0.5)  # one answer of the group differs
         place = torch.randint(0, group, (400,), generator=g)
         table[alone] = F.one_hot(place[alone], group).to(dtype)
@@ -1832,6 +1830,7 @@ def rollout(
 # %% exercise="grpo_train" minutes=30 difficulty=3
 def grpo_train(
     model: nn.Module,
+    reference: nn.Module | None,
     prompts: list[list[int]],
     reward: Callable[[int, list[int]], float],
     *,
@@ -1841,7 +1840,6 @@ def grpo_train(
     max_new_tokens: int,
     lr: float,
     generator: torch.Generator,
-    reference: nn.Module | None = None,
     beta: float = 0.0,
     temperature: float = 1.0,
     updates: int = 1,
@@ -1868,7 +1866,7 @@ def grpo_train(
     the mean number of written tokens; "kl", the mean of kl_penalty(old_logp, ref_logp) over written
     tokens, 0.0 without a reference.
 
-    beta ≠ 0 without a reference: ValueError. Whether model and reference are in training mode stays
+    reference None: there is none. beta ≠ 0 without a reference: ValueError. Whether model and reference are in training mode stays
     as it is; the reference does not change and gets no gradient; gradients that lie in the model
     from before do not count. Returns [] for steps = 0, and then the model is unchanged.
     """
@@ -1961,7 +1959,13 @@ def weights_of(model: nn.Module) -> Tensor:
 # %% check="grpo_train" points=3
 model, before = toy(20), weights_of(toy(20))
 record = grpo_train(
-    model, TOY_PROMPTS, next_in_circle, steps=40, generator=checks.generator(21), **TOY_SETTINGS
+    model,
+    None,
+    TOY_PROMPTS,
+    next_in_circle,
+    steps=40,
+    generator=checks.generator(21),
+    **TOY_SETTINGS,
 )
 assert isinstance(record, list), "a list of records is asked for"
 assert len(record) == 40, f"40 steps have 40 records; yours are {len(record)}"
@@ -1992,7 +1996,9 @@ def graded(number: int, answer: list[int]) -> float:
 checks_out = solved(model, next_in_circle)
 assert checks_out > 0.75, f"the trained policy is right in {checks_out:.0%} of its answers"
 other = toy(23)
-grpo_train(other, TOY_PROMPTS, graded, steps=40, generator=checks.generator(24), **TOY_SETTINGS)
+grpo_train(
+    other, None, TOY_PROMPTS, graded, steps=40, generator=checks.generator(24), **TOY_SETTINGS
+)
 share = solved(other, lambda i, a: float(a[0] == 7 - i))
 assert share > 0.6, (
     f"with rewards that differ from prompt to prompt the policy is right in {share:.0%}: is each "
@@ -2042,9 +2048,9 @@ def first_step(salt, batch, group, longest, temperature, beta):
     before = weights_of(model)
     with checks.kept(reference=reference), checks.kept(model=model, values=False):
         got = grpo_train(
-            model, TOY_PROMPTS, with_length, steps=1, batch=batch, group=group,
+            model, reference, TOY_PROMPTS, with_length, steps=1, batch=batch, group=group,
             max_new_tokens=longest, lr=1e-3, generator=checks.generator(salt),
-            reference=reference, beta=beta, temperature=temperature,
+            beta=beta, temperature=temperature,
         )  # fmt: skip
     return gradient, want, got[0], weights_of(model) - before
 
@@ -2089,12 +2095,18 @@ for salt, batch, group, longest, temperature, beta in [
 model = toy(40)
 assert (
     grpo_train(
-        model, TOY_PROMPTS, next_in_circle, steps=0, generator=checks.generator(41), **TOY_SETTINGS
+        model,
+        None,
+        TOY_PROMPTS,
+        next_in_circle,
+        steps=0,
+        generator=checks.generator(41),
+        **TOY_SETTINGS,
     )
     == []
 ), "no steps have no records"
 checks.raises(
-    ValueError, grpo_train, model, TOY_PROMPTS, next_in_circle,
+    ValueError, grpo_train, model, None, TOY_PROMPTS, next_in_circle,
     steps=1, generator=checks.generator(41), beta=0.1, **TOY_SETTINGS,
 )  # fmt: skip
 checks.close(weights_of(model), weights_of(toy(40)), atol=0.0, what="the untouched model")
@@ -2113,7 +2125,7 @@ def run(updates: int, salt: int = 42, seed: int = 0, lr: float = 0.02):
     torch.manual_seed(seed)
     model = toy(43).train()
     record = grpo_train(
-        model, TOY_PROMPTS, noting, steps=3, batch=2, group=4, max_new_tokens=2, lr=lr,
+        model, None, TOY_PROMPTS, noting, steps=3, batch=2, group=4, max_new_tokens=2, lr=lr,
         generator=checks.generator(salt), updates=updates,
     )  # fmt: skip
     assert model.training, "the model was in training mode before, and is not after"
@@ -2182,8 +2194,9 @@ for salt, steps, updates, lr, beta, temperature in [
 ]:
     model = toy(salt).double()
     grpo_train(
-        model, TOY_PROMPTS, with_length, steps=steps, batch=3, group=4, max_new_tokens=3, lr=lr,
-        generator=checks.generator(salt), reference=toy(salt + 1).double(), beta=beta,
+        model, toy(salt + 1).double(), TOY_PROMPTS, with_length, steps=steps, batch=3, group=4,
+        max_new_tokens=3, lr=lr,
+        generator=checks.generator(salt), beta=beta,
         temperature=temperature, updates=updates,
     )  # fmt: skip
     run_again = (salt, steps, updates, lr, beta, temperature)
@@ -2270,6 +2283,7 @@ print(f"held-out words right: {untrained:.0%} as shipped, {finetuned:.0%} after 
 # %% tags=["experiment"]
 record = grpo_train(
     model,
+    start,
     [question(w) for w in train_words],
     lambda number, answer: right(train_words[number], answer),
     steps=RL_STEPS,
@@ -2278,7 +2292,6 @@ record = grpo_train(
     max_new_tokens=5,
     lr=RL_RATE,
     generator=torch.Generator().manual_seed(0),
-    reference=start,
     stop=STOP,
 )
 torch.set_num_threads(threads)
@@ -2300,14 +2313,14 @@ axes[0].plot(
     steps, [row["reward"] for row in record], color="#bbbbbb", linestyle="-", label="reward"
 )
 axes[0].plot(
-    steps,
+    steps[4:-4],
     plot.smooth([row["reward"] for row in record]),
     color=plot.COLORS[0],
     linestyle="-",
     label="smoothed",
 )
 axes[0].plot(
-    steps,
+    steps[4:-4],
     plot.smooth([row["informative"] for row in record]),
     color=plot.COLORS[1],
     linestyle="--",

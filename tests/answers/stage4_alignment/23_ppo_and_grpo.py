@@ -654,6 +654,7 @@ def rl_memory(policy, critic=0, reference=0, reward=0, devices=1):
 # %% right="grpo_train" because="gradients by autograd.grad, the loss written out"
 def grpo_train(
     model,
+    reference,
     prompts,
     reward,
     *,
@@ -663,7 +664,6 @@ def grpo_train(
     max_new_tokens,
     lr,
     generator,
-    reference=None,
     beta=0.0,
     temperature=1.0,
     updates=1,
