@@ -1866,9 +1866,10 @@ def grpo_train(
     the mean number of written tokens; "kl", the mean of kl_penalty(old_logp, ref_logp) over written
     tokens, 0.0 without a reference.
 
-    reference None: there is none. beta ≠ 0 without a reference: ValueError. Whether model and reference are in training mode stays
-    as it is; the reference does not change and gets no gradient; gradients that lie in the model
-    from before do not count. Returns [] for steps = 0, and then the model is unchanged.
+    reference None: there is none. beta ≠ 0 without a reference: ValueError. Whether model and
+    reference are in training mode stays as it is; the reference does not change and gets no
+    gradient; gradients that lie in the model from before do not count. Returns [] for steps =
+    0, and then the model is unchanged.
     """
     ### BEGIN SOLUTION
     if beta != 0 and reference is None:
