@@ -383,7 +383,7 @@ def one_token(rho: float, a: float) -> tuple[float, float, float]:
         logp, zero, zero + a, zero, zero, zero, torch.ones(1, 1, dtype=torch.bool)
     )
     (slope,) = torch.autograd.grad(loss, logp)
-    return float(loss), float(slope), float(share)
+    return loss.item(), slope.item(), float(share)
 
 
 for rho, a, loss, slope, share in [
@@ -1147,7 +1147,7 @@ def looped(logp, old, a, mask, ratio="token", clip=(0.2, 0.2), average="sequence
         row = 0.0 * logp[b, 0] if not places else 0.0
         for t, gap in zip(places, gaps, strict=True):
             rho = torch.exp(sum(gaps) / len(gaps) if ratio == "sequence" else gap)
-            x, lower, upper = float(rho), 1 - clip[0], 1 + clip[1]
+            x, lower, upper = rho.item(), 1 - clip[0], 1 + clip[1]
             if a[b] > 0:
                 term = rho * a[b] if x <= upper else upper * a[b] + 0.0 * rho
             else:
