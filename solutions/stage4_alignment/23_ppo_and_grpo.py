@@ -1031,7 +1031,7 @@ plot.plt.show()
 # 1+\varepsilon_{\text{high}})A_b\big)\,w_{b,t} + \beta\,k_{b,t} . $$
 #
 # **Two fences.** DAPO raises only the upper one. A token of probability 0.01 may grow to 0.012
-# under $\varepsilon = 0.2$; one of 0.9 can double its odds. The upper fence is what keeps rare
+# under $\varepsilon = 0.2$; one of 0.9 may go to 1. The upper fence is what keeps rare
 # tokens rare, and entropy falls.
 #
 # **One ratio or many.** The reward belongs to the whole answer. GSPO takes one ratio for it, the
@@ -1602,7 +1602,7 @@ checks.close(
 #
 # $$ q = 1 - p^G - (1-p)^G . $$
 #
-# For $G = 8$ that is 0.996 at $p=½$, and 0.077 at $p=0.99$: a policy that gets good starves, and
+# For $G = 8$ that is 0.992 at $p=½$, and 0.077 at $p=0.99$: a policy that gets good starves, and
 # the batch that is left shrinks without anyone being told. DAPO's **dynamic sampling** draws again
 # until the batch is full of groups with differences. On average it needs $1/q$ draws for each.
 #
