@@ -149,7 +149,8 @@ class Agent(Link):
         known = self.imported.get(number)
         if known is not None:
             return known
-        made = proxies.build_module(self, number, description)
+        with self.tracking(None):  # as the judge's end encodes it: the two count the same containers
+            made = proxies.build_module(self, number, description)
         self.imported[number] = made
         self.built[number] = made
         self.built_numbers[id(made)] = number

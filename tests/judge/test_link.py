@@ -481,6 +481,22 @@ def test_callbacks_and_their_gradients():
         assert len(calls) >= 2
 
 
+def test_a_module_with_a_list_beside_a_list_that_is_changed():
+    learner = TORCH + (
+        "def extend(values, *, model=None, notes=()):\n"
+        "    values.append(model.in_features)\n    notes.append(len(model.seen))\n"
+    )
+    with judged(learner) as names:
+        for order in ("values first", "model first"):
+            model, values, notes = nn.Linear(3, 2), [1], [7]
+            model.seen = [[4], [5]]
+            if order == "values first":
+                names["extend"](values, model=model, notes=notes)
+            else:
+                names["extend"](model=model, notes=notes, values=values)
+            assert (values, notes, model.seen) == ([1, 3], [7, 2], [[4], [5]])
+
+
 def test_a_result_that_a_callback_saw_in_a_dictionary():
     """The best of several states, as a soup of models is chosen: the learner keeps what it has just had scored."""
     choose = TORCH + (
