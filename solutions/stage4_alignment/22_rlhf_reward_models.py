@@ -1186,8 +1186,8 @@ print(f"its KL from a single draw: {distance:.4f} nats, and log 2 − 1/2 = {mat
 # bound**. Where rewards tie or single answers have real probability, give every draw a uniform
 # number as well and let it decide among equals: no two draws are equal now, and the distance of
 # *answer and number* is the formula's. Forgetting the number can only bring two distributions
-# closer. As $n$ grows, the exact distance stops at $\log 1/\pi_{\text{ref}}(y_{\text{best}})$ (for
-# several best answers, at that of all of them together) while the bound goes on.
+# closer. As $n$ grows, the exact distance stops at $\log 1/\pi_{\text{ref}}(y_{\text{best}})$,
+# with several best answers at that of all of them together, while the bound goes on.
 #
 # **How often does it win?** Against one fresh draw, in the smooth case, the best of $n + 1$
 # exchangeable draws is the fresh one with probability $1/(n+1)$: the win rate is $n/(n+1)$, and
