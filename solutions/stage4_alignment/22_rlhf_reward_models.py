@@ -1191,7 +1191,8 @@ print(f"its KL from a single draw: {distance:.4f} nats, and log 2 − 1/2 = {mat
 #
 # **How often does it win?** Against one fresh draw, in the smooth case, the best of $n + 1$
 # exchangeable draws is the fresh one with probability $1/(n+1)$: the win rate is $n/(n+1)$, and
-# with ties (each counted half) at most that. The best of 4 wins four times in five, whatever the rewards.
+# with ties (each counted half) at most that. The best of 4 wins four times in five, whatever the
+# rewards.
 
 
 # %% exercise="best_of_n" minutes=20 difficulty=3
