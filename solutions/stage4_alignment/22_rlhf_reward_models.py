@@ -22,7 +22,7 @@
 # Instruction tuning (lesson 21) needs somebody who writes the right answer down. For most of what
 # people want there is no right answer to write, but there are better and worse ones, and a person
 # who can write neither can often say which of two is better. So ask for that: show two answers,
-# note which is preferred, a few ten thousand times. What can be done with such notes?
+# note which is preferred, some ten thousand times. What can be done with such notes?
 #
 # Two things, one after the other. First a **reward model** is fitted: it reads an answer and gives
 # one number, such that of two answers the preferred one gets more. Then the language model, the
@@ -269,8 +269,8 @@ checks.gradients(
 #
 # The reward model is the language model itself, with its head exchanged: instead of 4,096 logits a
 # single number. In a causal model only the *last* token has seen the whole answer, so the reward is
-# read there, $r = w \cdot h_{\text{last}}$. (No bias: by the section above, the loss could not
-# train it.)
+# read there, $r = w \cdot h_{\text{last}}$. (No bias: by the section above, the preferences say
+# nothing about it.)
 #
 # Where the last token is, is the detail that is most often wrong. Answers have unequal lengths.
 # Training libraries pad on the right, generation pads on the left, and some pipelines do both. The
@@ -292,7 +292,7 @@ class RewardModel(nn.Module):
     self.head: nn.Linear(hidden_size, 1, bias=False), initialized as you like.
 
     forward(tokens, mask) gives (batch,): the head of the hidden state of each row's last real
-    token, in the model's dtype.
+    token, in the model's dtype (the trunk's; `reward_model.double()` makes both float64).
         tokens: (batch, seq), int64.
         mask: (batch, seq), bool, True = a real token. Real tokens of a row stand together, at least
             one in each; padding is on the left, on the right or on both sides, in each row
@@ -360,7 +360,7 @@ model = RewardModel(trunk)
 assert tuple(model.head.weight.shape) == (1, 16), (
     f"the head is nn.Linear(hidden_size, 1); its weight has shape {tuple(model.head.weight.shape)}"
 )
-assert model.head.bias is None, "the head has no bias: the loss could not train it"
+assert model.head.bias is None, "the head has no bias: preferences say nothing about it"
 with torch.no_grad():
     model.double().head.weight.copy_(torch.arange(16.0)[None] / 8 - 1)
 rows = [[5, 1, 7], [2, 9, 4, 8, 8]]
@@ -478,8 +478,8 @@ def expected_calibration_error(
         N ≥ 1.
     preferred: (N,), bool: whether it was.
     bins: how many bins of equal width; bin k holds k/bins ≤ p < (k + 1)/bins, the last one also
-        p = 1. Empty bins count nothing. (No p is tested that lies within rounding of an edge
-        without lying on it.)
+        p = 1. Empty bins count nothing. (Of the p near an edge only those are tested that are
+        exactly on it, such as 0.5.)
 
     accuracy: the share of pairs where p > 0.5 says what happened; p = 0.5 exactly counts half.
     error: Σ n_b/N · |mean p in b − share preferred in b|.
@@ -669,7 +669,8 @@ for count, dtype, base in (
     (200, torch.float32, 3),
     (40, torch.float64, 1_000_000),
     (60, torch.float32, 1_000_000),
-    (16, torch.bfloat16, 7),
+    (16, torch.bfloat16, 1_000),  # half precision does not hold such lengths
+    (24, torch.float16, 5_000),
 ):
     lengths = base + torch.randint(0, 11, (2 * count,), generator=g)[::2]
     lengths[0], lengths[-1] = base, base + 11
@@ -877,7 +878,8 @@ def leave_one_out_baseline(returns: Tensor) -> Tensor:
     """For each sample the mean of the other samples of its prompt.
 
     returns: (prompts, samples), any floating format. Fewer than 2 samples: ValueError.
-    Returns the same shape, in float32 for half-precision returns, else in their dtype.
+    Returns the same shape, computed and returned in float32 for half-precision returns, else in
+    their dtype.
 
     [[0.8, 0.9, 0.5, 0.8]] has the baseline [[0.7333, 0.7, 0.8333, 0.7333]]: the advantages,
     return − baseline, are [[0.0667, 0.2, −0.3333, 0.0667]].
@@ -954,8 +956,9 @@ def reinforce_loss(
     returns: (…), floating: what each answer got.
     baseline: (…), or None for 0.
 
-    Returns a 0-dimensional tensor, in float32 for half-precision logp, else in logp's dtype. The
-    gradient goes to logp alone: returns and baseline are constants here, even if they require one.
+    Returns a 0-dimensional tensor, computed and returned in float32 for half-precision logp, else
+    in logp's dtype. The gradient goes to logp alone: returns and baseline are constants here, even
+    if they require one.
 
     logp [[−1, −2], [−3, −9]], mask [[True, True], [True, False]], returns [2, −1], no baseline:
     (6 − 3)/2 = 1.5.
@@ -1183,12 +1186,13 @@ print(f"its KL from a single draw: {distance:.4f} nats, and log 2 − 1/2 = {mat
 # bound**. Where rewards tie or single answers have real probability, give every draw a uniform
 # number as well and let it decide among equals: no two draws are equal now, and the distance of
 # *answer and number* is the formula's. Forgetting the number can only bring two distributions
-# closer. As $n$ grows, the exact distance stops at $\log 1/\pi_{\text{ref}}(y_{\text{best}})$
-# while the bound goes on.
+# closer. As $n$ grows, the exact distance stops at $\log 1/\pi_{\text{ref}}(y_{\text{best}})$,
+# with several best answers at that of all of them together, while the bound goes on.
 #
 # **How often does it win?** Against one fresh draw, in the smooth case, the best of $n + 1$
 # exchangeable draws is the fresh one with probability $1/(n+1)$: the win rate is $n/(n+1)$, and
-# less with ties (a tie counted half). The best of 4 wins four times in five, whatever the rewards.
+# with ties (each counted half) at most that. The best of 4 wins four times in five, whatever the
+# rewards.
 
 
 # %% exercise="best_of_n" minutes=20 difficulty=3
@@ -1305,6 +1309,12 @@ for n in (2, 20):
         rtol=1e-6,
         hint="The difference of two nearly equal powers loses its digits",
     )
+close = torch.tensor([1.0, 1.0 + 1e-12], dtype=torch.float64)  # equal in float32
+checks.close(
+    best_of_n(torch.tensor([0.5, 0.5]), close, 2),
+    torch.tensor([0.25, 0.75]),
+    what="float32 probabilities of rewards that differ in float64 only",
+)
 small = best_of_n(torch.tensor([1e-9, 1.0]), torch.tensor([1.0, 0.0]), 50)
 checks.close(
     small[:1] / 50e-9, torch.ones(1), what="a rare best outcome in float32 (÷ 50e-9)", rtol=1e-4
@@ -1438,7 +1448,7 @@ def best_of_n_estimate(proxy: Tensor, value: Tensor, n: int) -> Tensor:
 #
 # <details><summary>Hint: binomials of 1,000</summary>
 #
-# They exceed what a float can hold; Python's whole numbers do not. `math.comb(a, b) / math.comb(c,
+# They exceed float32 and int64; Python's whole numbers hold them. `math.comb(a, b) / math.comb(c,
 # d)` divides exactly and rounds once.
 # </details>
 
@@ -1486,6 +1496,13 @@ for n in (1, 30, 500, 1000):
         rtol=1e-8,
         hint="Do the binomials overflow?",
     )
+    checks.close(
+        best_of_n_estimate(proxy.float(), place.float(), n),
+        torch.full((2,), n * 1001 / (n + 1)),
+        what=f"the mean rank of the best of {n} out of 1,000 in float32",
+        rtol=1e-4,
+        hint="Logarithms of binomials lose digits in float32",
+    )
 tied = torch.tensor([[1.0, 0.0, 1.0, 1.0]])
 checks.close(
     best_of_n_estimate(tied, torch.tensor([[5.0, 2.0, 5.0, 5.0]]), 1),
@@ -1506,8 +1523,8 @@ for n in (0, 4):
 # $$ r^*(\text{name}) = \#\{\text{different words that Python's documentation knows}\}
 #    - (\text{characters}/20)^2 . $$
 #
-# Our annotators feel the first part. The second they do not mind enough: to them a longer name
-# looks more thorough, by 0.15 a character. They compare two names and answer with Bradley–Terry's
+# Our annotators feel both parts, and a taste of their own besides: to them a longer name looks more
+# thorough, by 0.15 a character. They compare two names and answer with Bradley–Terry's
 # coin. From their answers you fit a reward model, and optimize against it, by best-of-n and by
 # REINFORCE. They never see what you do with it.
 #
@@ -1664,8 +1681,8 @@ for name, p in {
     print(f"{name:38} accuracy {accuracy:.3f}, calibration error {error:.3f}")
 
 # %% [markdown]
-# The middle line is the ceiling: nobody predicts the annotators' coins better. The third ranks
-# every pair as the first does, so its accuracy is the same; only its calibration differs.
+# The second line is the ceiling: on average nobody predicts the annotators' coins better. The third
+# ranks every pair as the first does, so its accuracy is the same; only its calibration differs.
 
 # %% tags=["experiment", "figure"]
 # Figure: calibrated on held-out pairs, and in love with length
@@ -2005,7 +2022,7 @@ assert answer == "fresh labels", (
 # - **Christiano et al. 2017**, *Deep Reinforcement Learning from Human Preferences*,
 #   arXiv:1706.03741. Section 2.2.3 fits the reward to comparisons, with Bradley–Terry.
 # - **Ziegler et al. 2019**, *Fine-Tuning Language Models from Human Preferences*,
-#   arXiv:1909.08593. Section 2: the penalized reward, for the first time on language.
+#   arXiv:1909.08593. Section 2: the penalized reward.
 # - **Stiennon et al. 2020**, *Learning to Summarize from Human Feedback*, arXiv:2009.01325. Section
 #   4.3 and figure 5: what happens when a reward model is over-optimized.
 # - **Ouyang et al. 2022**, *Training Language Models to Follow Instructions with Human Feedback*,

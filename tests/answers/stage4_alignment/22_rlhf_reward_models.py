@@ -666,3 +666,42 @@ def questions():
         "scale": 3 / 4,
         "hacking": "fresh labels",
     }
+
+# %% wrong="best_of_n" because="rewards are rounded to the format of p, and tie"
+def best_of_n(p: Tensor, rewards: Tensor, n: int) -> Tensor:
+    rewards = rewards.to(p.dtype)
+    at_most = (rewards[None, :] <= rewards[:, None]).to(p.dtype) @ p
+    less = (rewards[None, :] < rewards[:, None]).to(p.dtype) @ p
+    total = sum(at_most**k * less ** (n - 1 - k) for k in range(n))
+    return p * total
+
+
+def kl_best_of_n_bound(n: int) -> float:
+    return math.log(n) - (n - 1) / n
+
+# %% wrong="best_of_n_estimate" because="logarithms of binomials in float32"
+def best_of_n_estimate(proxy: Tensor, value: Tensor, n: int) -> Tensor:
+    size = proxy.shape[1]
+    if not 1 <= n <= size:
+        raise ValueError(f"n must be between 1 and {size}")
+
+    def log_comb(a: Tensor, b: int) -> Tensor:
+        return torch.lgamma(a + 1) - math.lgamma(b + 1) - torch.lgamma(a - b + 1)
+
+    ordered = value.gather(1, proxy.argsort(dim=1))[:, n - 1 :]
+    rank = torch.arange(n, size + 1, dtype=value.dtype, device=value.device)
+    whole = torch.tensor(float(size), dtype=value.dtype, device=value.device)
+    weight = (log_comb(rank - 1, n - 1) - log_comb(whole, n)).exp()
+    return ordered @ weight
+
+# %% wrong="remove_length" because="lengths in half precision"
+def remove_length(rewards: Tensor, lengths: Tensor) -> Tensor:
+    lengths = lengths.to(rewards.dtype)
+    if rewards.dtype in (torch.float16, torch.bfloat16):
+        rewards, lengths = rewards.float(), lengths.float()
+    lengths = lengths - lengths[0]
+    offset = lengths - lengths.mean()
+    if not offset.any():
+        return rewards
+    slope = (offset * (rewards - rewards.mean())).sum() / offset.square().sum()
+    return rewards - slope * offset
