@@ -46,7 +46,7 @@
 # | DPO | β · summed log-ratio to the reference | −log σ | reference | pairs |
 # | IPO | log-ratio, summed or a mean over tokens | squared distance to 1/(2τ) | reference | pairs |
 # | SimPO | β · mean log-probability of a token | −log σ, after a margin γ | nothing | pairs |
-# | ORPO | log-odds of the mean log-probability | −log σ, plus the chosen answer's NLL | the NLL | pairs |
+# | ORPO | log-odds of the probability per token (geometric mean) | −log σ, plus the chosen answer's NLL | the NLL | pairs |
 # | KTO | β · (log-ratio − a reference point z₀) | 1 − σ | reference | single answers, good or bad |
 
 # %% [markdown]
@@ -430,10 +430,10 @@ for beta in (0.0, -0.1):
 #
 # $$ r(x, y) = \beta\log\frac{\pi^*(y\mid x)}{\pi_{ref}(y\mid x)} + \beta\log Z(x). $$
 #
-# Every policy is thus optimal for *some* reward, which it names itself. The step that people skip:
-# $Z(x)$ cannot be computed, but it is a constant of the prompt. In the Bradley–Terry model
-# $p(y_w \succ y_l) = \sigma(r(x,y_w) - r(x,y_l))$ only the difference counts, and the constant
-# leaves.
+# Every policy that can give what the reference can is thus optimal for *some* reward, which it
+# names itself. The step that people skip: $Z(x)$ cannot be computed, but no answer $y$ occurs in
+# it. In the Bradley–Terry model $p(y_w \succ y_l) = \sigma(r(x,y_w) - r(x,y_l))$ only the
+# difference of two answers to one prompt counts, and $Z(x)$ leaves.
 #
 # **Step 3: fit it.** Put $\pi$ for $\pi^*$ and take the negative log-likelihood:
 #
@@ -932,6 +932,14 @@ with checks.unchanged(logp=logp, reward=reward):
 for label, t in (("prompt", prompt), ("chosen", chosen), ("rejected", rejected)):
     assert t.dtype == torch.int64, f"{label} has dtype {t.dtype}, not int64"
 p, r = logp.double().exp(), reward.double()
+checks.drawn(
+    (prompt[1:] == prompt[:-1]).double(),
+    mean=1 / 3,
+    std=math.sqrt(2) / 3,
+    kurtosis=1.5,
+    what="how often the next pair has the same prompt, of three",
+    mistakes={"the prompts in turn": 0.0},
+)
 for x in range(3):
     checks.drawn(
         (prompt == x).double(), mean=1 / 3, std=math.sqrt(2) / 3, kurtosis=1.5, what=f"prompt {x}"
@@ -1694,10 +1702,11 @@ assert torch.isfinite(torch.cat([pc.grad, pr.grad])).all(), (
 #
 # $$ v = \begin{cases}\lambda_D\,\sigma(\beta(\rho - z_0)) & y \text{ desirable}\\
 #    \lambda_U\,\sigma(\beta(z_0 - \rho)) & y \text{ undesirable}\end{cases},\qquad
-#    L = \mathbb{E}[\lambda_y - v],\qquad z_0 = \max(0, \mathrm{KL}(\pi\,\Vert\,\pi_{ref})). $$
+#    L = \mathbb{E}[\lambda_y - v],\qquad z_0 \approx \mathrm{KL}(\pi\,\Vert\,\pi_{ref}). $$
 #
 # The KL is estimated without sampling. Each prompt of the batch is paired with *another* prompt's
-# answer, and $z_0$ is the mean of $\log\pi/\pi_{ref}$ over these mismatched pairs, not below 0.
+# answer, and $z_0$ is the mean of $\log\pi/\pi_{ref}$ over these mismatched pairs. A KL is never
+# negative, and this estimate may be: below 0 it is taken as 0.
 # Three details are where implementations went wrong. $z_0$ carries no gradient. Answers move by one
 # place, in a cycle: a reversed batch of odd size leaves the middle prompt with its own answer. And
 # the batch has at least two prompts.
@@ -1763,7 +1772,8 @@ def kto_loss(
 #
 # <details><summary>Hint: where max goes</summary>
 #
-# One mean over the batch first, then the maximum with 0. A maximum per pair is always too large.
+# One mean over the batch first, then the maximum with 0. A maximum per pair is larger wherever the
+# pairs' signs differ.
 # </details>
 
 # %% check="kto_loss" points=1
@@ -2091,7 +2101,7 @@ def questions() -> dict[str, float | int | str]:
 
     "weight":  a pair has implicit rewards r̂_w = −0.5 and r̂_l = 1.5 at β = 0.2. By which factor
                does DPO's gradient descent multiply ∇log π(y_w) − ∇log π(y_l) for this pair?
-    "robust":  policy −12 (chosen) and −15 (rejected), reference −13 and −14, β = 0.1, ε = 0.1: the
+    "robust":  policy −10 (chosen) and −16 (rejected), reference −13 and −15, β = 0.1, ε = 0.2: the
                loss of robust DPO.
     "stop":    cDPO with ε = 0.2 and β = 0.5: at which gap of log-ratios, (log π − log π_ref) of the
                chosen minus that of the rejected, does a pair stop to push?
@@ -2101,11 +2111,11 @@ def questions() -> dict[str, float | int | str]:
                alone) or "constant" (it is the same for all prompts).
     """
     ### BEGIN SOLUTION
-    margin = 0.2  # the implicit rewards are 0.1 and −0.1
+    margin = 0.4  # the implicit rewards are 0.3 and −0.1
     up, down = math.log1p(math.exp(-margin)), math.log1p(math.exp(margin))
     return {
         "weight": 0.2 / (1 + math.exp(-2.0)),
-        "robust": (0.9 * up - 0.1 * down) / 0.8,
+        "robust": (0.8 * up - 0.2 * down) / 0.6,
         "stop": math.log(0.8 / 0.2) / 0.5,
         "memory": 7e9 * 2 / 2**30,
         "cancels": "prompt",
@@ -2136,10 +2146,10 @@ checks.kind(answer, float, what="robust")
 ### BEGIN HIDDEN TESTS
 checks.number(
     answer,
-    0.5731388,
+    0.3796819,
     what="robust",
-    hint="[(1 − ε)·(−log σ(h)) − ε·(−log σ(−h))] / (1 − 2ε) with h = 0.2",
-    mistakes={"cDPO": 0.6181388, "DPO": 0.5981388, "no division": 0.4585111},
+    hint="[(1 − ε)·(−log σ(h)) − ε·(−log σ(−h))] / (1 − 2ε) with h = 0.4",
+    mistakes={"cDPO": 0.5930153, "DPO": 0.5130153, "no division": 0.2278092},
 )
 ### END HIDDEN TESTS
 

@@ -201,9 +201,13 @@ def logprob_rates(features, theta, ref_logp, chosen, rejected, beta=0.1):
 - first_wins = torch.rand(count, generator=generator) < wins
 + first_wins = torch.rand(count, generator=torch.Generator().manual_seed(0)) < wins
 
-# %% wrong="sample_preferences" because="prompts in turn, not at random"
+# %% wrong="sample_preferences" because="always the first prompt"
 - prompt = torch.randint(len(logp), (count,), generator=generator)
 + prompt = torch.zeros(count, dtype=torch.int64)
+
+# %% wrong="sample_preferences" because="one prompt after the other"
+- prompt = torch.randint(len(logp), (count,), generator=generator)
++ prompt = torch.arange(count) % len(logp)
 
 # %% wrong="sample_preferences" because="log-probabilities taken for probabilities"
 - p = logp.detach().cpu().exp()[prompt]
@@ -542,8 +546,8 @@ def kto_loss(
 + "weight": 1 / (1 + math.exp(-2.0)),
 
 # %% wrong="questions" because="cDPO's number"
-- "robust": (0.9 * up - 0.1 * down) / 0.8,
-+ "robust": 0.9 * up + 0.1 * down,
+- "robust": (0.8 * up - 0.2 * down) / 0.6,
++ "robust": 0.8 * up + 0.2 * down,
 
 # %% wrong="questions" because="the gap of rewards, not of log-ratios"
 - "stop": math.log(0.8 / 0.2) / 0.5,
@@ -559,4 +563,4 @@ def kto_loss(
 
 # %% right="questions" because="numbers by hand"
 def questions():
-    return {"weight": 0.17616, "robust": 0.57314, "stop": 2.7726, "memory": 13.04, "cancels": "prompt"}
+    return {"weight": 0.17616, "robust": 0.37968, "stop": 2.7726, "memory": 13.04, "cancels": "prompt"}
