@@ -11,12 +11,12 @@ import llm40  # noqa: F401  before liger_kernel, which imports Triton
 
 pytest.importorskip("liger_kernel", reason="Triton exists for Linux only")
 
-from liger_kernel.chunked_loss.cpo_loss import LigerFusedLinearCPOFunction  # noqa: E402
-from liger_kernel.chunked_loss.dpo_loss import LigerFusedLinearDPOFunction  # noqa: E402
-from liger_kernel.chunked_loss.fused_linear_preference import LigerFusedLinearPreferenceBase  # noqa: E402
-from liger_kernel.chunked_loss.kto_loss import LigerFusedLinearKTOFunction  # noqa: E402
-from liger_kernel.chunked_loss.orpo_loss import LigerFusedLinearORPOFunction  # noqa: E402
-from liger_kernel.chunked_loss.simpo_loss import LigerFusedLinearSimPOFunction  # noqa: E402
+from liger_kernel.chunked_loss.cpo_loss import LigerFusedLinearCPOFunction
+from liger_kernel.chunked_loss.dpo_loss import LigerFusedLinearDPOFunction
+from liger_kernel.chunked_loss.fused_linear_preference import LigerFusedLinearPreferenceBase
+from liger_kernel.chunked_loss.kto_loss import LigerFusedLinearKTOFunction
+from liger_kernel.chunked_loss.orpo_loss import LigerFusedLinearORPOFunction
+from liger_kernel.chunked_loss.simpo_loss import LigerFusedLinearSimPOFunction
 
 BATCH = 7
 PAIRS = torch.zeros(2 * BATCH, 3)  # liger-kernel reads the number of pairs off the targets' shape
