@@ -1623,8 +1623,8 @@ for columns, rows, rank, alpha in [(6, 4, 3, 5.0), (4, 7, 2, 1.0)]:
 # behind them begins at position $p$. With keys taken from a real prompt a prefix is that prompt,
 # exactly; training starts from there.
 #
-# `llm40`'s models take a cache: `cache = Cache()`, then `model(tokens, cache)`. Its `layers`, a list
-# that is empty at first and that you may fill yourself, has one pair (keys, values) for each layer,
+# `llm40`'s models take a cache: `cache = Cache()`, then `model(tokens, cache)`. `cache.layers`, a
+# list, is empty at first, and you may fill it yourself: one pair (keys, values) for each layer,
 # each (batch, kv_heads, length, head_dim). A call extends it by its tokens (batch, seq), whose
 # positions begin at the cache's length.
 
