@@ -113,7 +113,12 @@ checks.number(
     mistakes={"the size of the matrices": 60, "A alone": 24, "B alone": 20},
 )
 ### BEGIN HIDDEN TESTS
-for shapes, rank in [([], 8), ([(5, 1)], 1), ([(3, 7), (7, 3), (128, 64), (1, 1)], 5)]:
+for shapes, rank in [
+    ([], 8),
+    ([(5, 1)], 1),
+    ([(3, 7), (7, 3), (128, 64), (1, 1)], 5),
+    ([(4, 6), (6, 4), (4, 6), (4, 6)], 3),  # a shape that occurs again counts again
+]:
     # Counted on tensors that have the shapes, none of whose entries exists.
     counted = sum(
         torch.empty(rank, i, device="meta").numel() + torch.empty(o, rank, device="meta").numel()
@@ -229,13 +234,19 @@ class LoRALinear(nn.Module):
         ### END SOLUTION
 
     def merge(self) -> None:
-        """Adds scaling · B A to base.weight, in place, and sets `merged`. If merged: nothing."""
+        """Adds scaling · B A to base.weight, the same parameter as before, and sets `merged`.
+
+        If merged: nothing.
+        """
         ### BEGIN SOLUTION
         self._add(1.0, merged=True)
         ### END SOLUTION
 
     def unmerge(self) -> None:
-        """Takes it away again, up to rounding. If not merged: nothing."""
+        """Takes away, up to rounding, what merge() added. If not merged: nothing.
+
+        A and B have not changed in between.
+        """
         ### BEGIN SOLUTION
         self._add(-1.0, merged=False)
         ### END SOLUTION
@@ -303,9 +314,10 @@ checks.close(layer(x), base(x), what="the output at first", hint="B is zero, so 
 g = checks.generator(2)
 for columns, rows, rank, bias in [(7, 4, 3, True), (1, 6, 2, False), (5, 1, 9, True)]:
     base = linear(columns, rows, g, bias)
-    before = base.weight.detach().clone()
+    before, held = base.weight.detach().clone(), base.weight
     layer = LoRALinear(base, rank, alpha=3.0)
     assert layer.base is base, "`base` is the layer that was given, not a copy"
+    assert base.weight is held, "the layer has another parameter as its weight than before"
     found = {name: tuple(p.shape) for name, p in layer.named_parameters() if p.requires_grad}
     assert found == {"A": (rank, columns), "B": (rows, rank)}, f"trained parameters: {found}"
     for p in (layer.A, layer.B):
@@ -356,7 +368,7 @@ for columns, rows, rank, alpha, rslora, bias in [
     (6, 1, 8, 3.0, True, True),
 ]:
     base = linear(columns, rows, g, bias)
-    layer = fill(LoRALinear(base, rank, alpha, 0.0, rslora), g)
+    layer = fill(LoRALinear(base, rank, alpha, 0.0, rslora), g).train(rank != 3)
     a, b, w = (t.detach().clone() for t in (layer.A, layer.B, base.weight))
     scale, other = alpha / rank, alpha / rank**0.5
     if rslora:
@@ -430,6 +442,17 @@ checks.close(
     layer(x), base(x), what="the output where the adapter adds nothing",
     hint="Dropout acts on the adapter's path alone",
 )  # fmt: skip
+# Two rows of A read each entry: dropped before A, it is dropped for both.
+twice = LoRALinear(nn.Linear(64, 128, bias=False), rank=128, alpha=128.0, dropout=0.25)
+with torch.no_grad():
+    twice.A.copy_(torch.eye(64).repeat(2, 1))
+    twice.B.copy_(torch.eye(128))
+read = (twice(x) - twice.base(x)).detach()
+assert bool((read.abs() < 1e-3).any()), "nothing is dropped"
+checks.close(
+    read[:, :64], read[:, 64:], what="what one row of A reads, and what another reads of the same",
+    rtol=1e-4, hint="Entries of the adapter's input are dropped, before A",
+)  # fmt: skip
 plain = LoRALinear(nn.Linear(8, 8), 8)
 with torch.no_grad():
     plain.B.copy_(torch.eye(8))
@@ -461,7 +484,7 @@ g = checks.generator(4)
 for columns, rows, rank, rslora, bias in [(7, 4, 3, False, True), (4, 6, 9, True, False)]:
     base = linear(columns, rows, g, bias)
     layer = fill(LoRALinear(base, rank, 5.0, 0.5, rslora), g).eval()
-    w = base.weight.detach().clone()
+    w, held = base.weight.detach().clone(), base.weight
     x = normal(6, columns, generator=g, dtype=torch.float64)
     before = layer(x).detach()
     layer.unmerge()
@@ -472,6 +495,9 @@ for columns, rows, rank, rslora, bias in [(7, 4, 3, False, True), (4, 6, 9, True
         layer.merge()
         assert layer.merged is True, "`merged` is True after merge()"
         checks.close(base.weight, merged, what=f"the weight after {time_}")
+        assert base.weight is held, (
+            f"{time_} puts another parameter into the layer: who holds the weight does not see it"
+        )
         checks.close(layer(x), before, what=f"the output after {time_}")
     layer.train()
     checks.close(layer(x), before, what="the merged output in training mode")
@@ -480,6 +506,7 @@ for columns, rows, rank, rslora, bias in [(7, 4, 3, False, True), (4, 6, 9, True
         layer.unmerge()
         assert layer.merged is False, "`merged` is False after unmerge()"
         checks.close(base.weight, w, what=f"the weight after {time_}", rtol=1e-6)
+        assert base.weight is held, f"{time_} puts another parameter into the layer"
         checks.close(layer.eval()(x), before, what=f"the output after {time_}")
     frozen = [name for name in "AB" if not layer.get_parameter(name).requires_grad]
     assert not frozen, f"after unmerge() these are no longer trained: {frozen}"
@@ -510,9 +537,9 @@ def inject_lora(
     """Freezes the model and puts a LoRALinear around each nn.Linear that a target names, in place.
 
     A target names a layer if it is the layer's whole name, or its last parts: "up_proj" and
-    "mlp.up_proj" name "layers.0.mlp.up_proj"; "proj" and "p.up_proj" do not. Only layers of class
-    nn.Linear are meant; a norm of the same name stays as it is. The model itself, an nn.Linear that
-    stands in it under two names, or a second injection do not occur.
+    "mlp.up_proj" name "layers.0.mlp.up_proj"; "proj" and "p.up_proj" do not. A norm of the same
+    name stays as it is. rank ≥ 1. The model itself, an nn.Linear that stands in it under two names,
+    subclasses of nn.Linear, or a second injection do not occur.
 
     Every other parameter of the model is frozen. A new layer is in training mode if the layer that
     it stands for was. Returns the names of the layers, in the order of model.named_modules().
@@ -699,8 +726,9 @@ for targets in (["proj"], ["eq_proj"], ["ers.0.q_proj"], ["embed"]):
 # $$ \delta = 1 - \tfrac12\big(\tfrac1{30}+\tfrac1{32}\big) = 0.9677083. $$
 #
 # The paper prints another formula, $q_i=\tfrac12\big(\Phi^{-1}(\tfrac{i}{17})
-# +\Phi^{-1}(\tfrac{i+1}{17})\big)$, which has infinite ends and is not what its code computes. The
-# table in the code is the format; everybody's files depend on it.
+# +\Phi^{-1}(\tfrac{i+1}{17})\big)$ for $i = 0 \dots 15$. Its $q_0$ is infinite, since
+# $\Phi^{-1}(0)=-\infty$, and it is not what the code computes. The table in the code is the format;
+# everybody's files depend on it.
 
 
 # %% exercise="nf4_codebook" minutes=12 difficulty=2
@@ -794,10 +822,10 @@ assert float(nf4_codebook()[15]) == 1.0, "whoever changes the result changes the
 
 # %% exercise="nf4_blocks" minutes=25 difficulty=2
 def quantize_nf4(x: Tensor, block: int = 64) -> tuple[Tensor, Tensor]:
-    """(packed, absmax) of a tensor of any shape and strides, n finite numbers of any float format.
+    """(packed, absmax) of a tensor of any shape and strides, n floats of 16, 32 or 64 bits.
 
     Taken row after row (x.flatten()) in blocks of `block` numbers, of which the last one may be
-    shorter; `block` is any number ≥ 1, odd too. Computed in float32.
+    shorter; `block` is any number ≥ 1, odd too. Computed in float32, where all numbers are finite.
     absmax: float32 (⌈n / block⌉,), the largest absolute value in each block.
     packed: uint8 (⌈n / 2⌉,), two codes in a byte, the first of the pair in the upper four bits. A
         code is the number (0 … 15) of the NF4 value nearest to x / absmax; either one at a tie. In
@@ -827,7 +855,7 @@ def dequantize_nf4(
 ) -> Tensor:
     """The tensor of this shape that quantize_nf4 wrote down: value · absmax, computed in float32.
 
-    Returned in `dtype`, contiguous. Arguments are not changed.
+    Returned contiguous, rounded to `dtype` at the end. Arguments are not changed.
     """
     ### BEGIN SOLUTION
     n = math.prod(shape)
@@ -874,6 +902,7 @@ for shape, block, scale, dtype in [
     ((11, 7), 13, 1e-20, torch.float64),
     ((6, 64), 48, 0.3, torch.bfloat16),
     ((64,), 64, 2.0, torch.float16),
+    ((192,), 64, 0.5, torch.float32),  # contiguous, full blocks: they are a view of x
 ]:
     x = normal(*shape, generator=g, scale=scale, dtype=torch.float64).to(dtype)
     if x.dim() > 1:
@@ -930,22 +959,28 @@ for shape, block, dtype in [
     ((5, 7, 3), 32, torch.float64),
     ((2, 65), 13, torch.bfloat16),
     ((1,), 64, torch.float16),
+    ((9, 40), 20, torch.float16),
     ((0, 4), 64, torch.float32),
 ]:
     n = math.prod(shape)
     codes = torch.randint(0, 16, (n + n % 2,), generator=g)
     packed = (codes[::2] * 16 + codes[1::2]).to(torch.uint8)
-    absmax = torch.rand(-(-n // block), generator=g) * 3
+    absmax = torch.rand(-(-n // block), generator=g) * 3 + 0.1
     with checks.unchanged(packed=packed, absmax=absmax):
         x = dequantize_nf4(packed, absmax, shape, block, dtype)
     expected = [PUBLISHED[c] * float(absmax[i // block]) for i, c in enumerate(codes[:n].tolist())]
     assert x.is_contiguous(), "a contiguous tensor is asked for"
+    expected = torch.tensor(expected, dtype=torch.float64).view(shape)
+    if half := dtype in (torch.float16, torch.bfloat16):
+        # One rounding is off by half a step at most; 0.02 more for a table right to 1e-6.
+        step = 0.52 * torch.finfo(dtype).eps
     checks.close(
         x,
-        torch.tensor(expected, dtype=torch.float64).view(shape).to(dtype),
+        expected if half else expected.to(dtype),
         what=f"dequantized {shape} in blocks of {block}",
         dtype=dtype,
-        rtol={torch.float16: 1e-3, torch.bfloat16: 8e-3}.get(dtype, 1e-6),
+        hint="The product is made in float32 and rounded once" if half else "",
+        **({"rtol": step, "atol": 0.0} if half else {"rtol": 1e-6}),
     )
 # Laws: there and back; what is representable stays; the scale of a block is free.
 x = normal(9, 50, generator=g, scale=0.02)
@@ -1039,7 +1074,7 @@ plot.plt.show()
 
 # %% exercise="double_quantization" minutes=15 difficulty=2
 def double_quantize(absmax: Tensor, block: int = 256) -> tuple[Tensor, Tensor, Tensor]:
-    """(codes, scales, mean) of n ≥ 0 finite scales, float32 (n,).
+    """(codes, scales, mean) of n ≥ 0 scales, float32 (n,), none near the limits of float32.
 
     mean: float32 (), the mean of all scales; 0 if there are none.
     scales: float32 (⌈n / block⌉,), in each block the largest |absmax − mean|, divided by 127. The
@@ -1200,13 +1235,14 @@ plot.plt.show()
 class QLoRALinear(nn.Module):
     """y = x W′ᵀ + bias + scaling · B A x, where W′ is the frozen weight in NF4.
 
-    base: an nn.Linear, with bias or without; it is read, neither changed nor kept.
-    rank ≥ 1; the float attribute `scaling` is alpha / rank. block: weights in a block of NF4.
+    base: an nn.Linear in float32, with bias or without; it is read, neither changed nor kept.
+    rank ≥ 1, not checked; the float attribute `scaling` is alpha / rank. block: weights in a block
+    of NF4.
 
     Buffers: packed (of quantize_nf4 for base.weight), and codes, scales, mean (of double_quantize
-    for its absmax, in blocks of 256). A bias is kept as it is: as a buffer `bias`, None without
-    one. Parameters: A (rank, in_features), drawn as LoRALinear draws it, and B (out_features,
-    rank), zero; both float32, on the weight's device. Nothing else as large as these is kept.
+    for its absmax, in blocks of 256); `bias`, a copy of base's, None without one.
+    Parameters: A (rank, in_features), drawn as LoRALinear draws it, and B (out_features, rank),
+    zero; both float32, on the weight's device. No other tensor of more than 256 numbers is kept.
     """
 
     def __init__(self, base: nn.Linear, rank: int, alpha: float = 16.0, block: int = 64) -> None:
@@ -1234,7 +1270,7 @@ class QLoRALinear(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """x (…, in_features), float32 → (…, out_features). Gradients reach x, A and B.
 
-        Nothing as large as the weight is kept for the backward pass, unless x itself is.
+        What is kept for the backward pass, besides x and x Aᵀ, is smaller than the weight.
         """
         ### BEGIN SOLUTION
         y = _FrozenProduct.apply(x, self)
@@ -1357,7 +1393,7 @@ for columns, rows, rank, alpha, block, bias in [
     assert float(off) <= 0.51 * step + 1e-5 * float(absmax.max()), (
         "W′ is more than half a step of the scales away from the nearest NF4 values"
     )
-    fill(layer, g)
+    fill(layer, g).train(rank != 3)
     x = normal(3, 2, columns, generator=g).transpose(0, 1)
     leaf, dy = x.clone().requires_grad_(), normal(2, 3, rows, generator=g)
     a, b, scale = layer.A.detach(), layer.B.detach(), alpha / rank
@@ -1372,6 +1408,13 @@ for columns, rows, rank, alpha, block, bias in [
     checks.close(leaf.grad, dy @ (w + scale * b @ a), what="the gradient of x", rtol=3e-5)
     checks.close(layer.A.grad, scale * b.T @ full, what="the gradient of A", rtol=3e-5)
     checks.close(layer.B.grad, scale * full @ a.T, what="the gradient of B", rtol=3e-5)
+    with torch.no_grad():
+        for p in base.parameters():
+            p.add_(1.0)
+    checks.close(
+        layer(x), y.detach(), what="the output after base has changed", rtol=1e-6,
+        hint="Of base nothing is kept: copy the bias",
+    )  # fmt: skip
     twin = QLoRALinear(linear(columns, rows, g, bias).float(), rank, alpha, block)
     twin.load_state_dict(layer.state_dict())
     checks.close(twin(x), layer(x), what="the output of the saved layer, loaded", rtol=1e-6)
@@ -1412,13 +1455,13 @@ assert held_bytes(layer) < 40_000, "after a forward pass the layer keeps the deq
 # \text{ at first}. $$
 #
 # The norm is that of the *adapted* row. With the norm of $W_i$ in its place the length is not under
-# the control of $m$; that mistake stood in ComfyUI (its pull request 15458). The paper's
+# the control of $m$; ComfyUI's pull request 15458 is about that mistake. The paper's
 # "column-wise norm" means the same rows: it writes $W$ as (in, out). PEFT takes rows, too; LyCORIS
 # took one length for each input, and files of the two do not fit each other.
 #
 # Backward, the paper treats $\lVert V_i\rVert$ as a constant. With it inside the graph, the
 # gradient of $V_i$ would lose its part along $V_i$; without, it is $m_i/\lVert V_i\rVert$ times the
-# output's gradient, and much memory is saved for little difference.
+# gradient of $W'_i$, and much memory is saved for little difference.
 
 
 # %% exercise="dora_linear" minutes=20 difficulty=2 path="more"
@@ -1426,7 +1469,7 @@ class DoRALinear(nn.Module):
     """y = x W′ᵀ + bias, where row i of W′ is m_i · V_i / ‖V_i‖ and V = W + scaling · B A.
 
     base: an nn.Linear, with bias or without, kept as the attribute `base` and frozen; no row of its
-    weight is zero. rank ≥ 1; `scaling` is alpha / rank.
+    weight is zero. rank ≥ 1, not checked; `scaling` is alpha / rank.
     Parameters, in the format and on the device of base.weight: A (rank, in_features) and B
     (out_features, rank) as in LoRALinear; m (out_features,), at first the norms of W's rows.
     """
@@ -1490,8 +1533,10 @@ for columns, rows, rank, alpha, bias in [
     (5, 5, 2, 3.0, True),
 ]:
     base = linear(columns, rows, g, bias)
+    held = base.weight
     layer = DoRALinear(base, rank, alpha)
     assert layer.base is base, "`base` is the layer that was given"
+    assert base.weight is held, "the layer has another parameter as its weight than before"
     found = {n: tuple(p.shape) for n, p in layer.named_parameters() if p.requires_grad}
     assert found == {"A": (rank, columns), "B": (rows, rank), "m": (rows,)}, (
         f"trained parameters: {found}"
@@ -1540,7 +1585,7 @@ checks.close(layer.m.grad, v.sum(1) / v.norm(dim=1), what="the gradient of m")
 g = checks.generator(15)
 for columns, rows, rank, alpha in [(6, 4, 3, 5.0), (4, 7, 2, 1.0)]:
     base = linear(columns, rows, g)
-    layer = fill(DoRALinear(base, rank, alpha), g)
+    layer = fill(DoRALinear(base, rank, alpha), g).train(rank != 3)
     with torch.no_grad():
         layer.m.copy_(torch.rand(rows, generator=g) + 0.5)
     scale = alpha / rank
@@ -1576,16 +1621,20 @@ for columns, rows, rank, alpha in [(6, 4, 3, 5.0), (4, 7, 2, 1.0)]:
 # In a model with rotary positions there is a choice to make: a cache holds keys *after* their
 # rotation. Prefix keys go in where a cache has its keys, so they are never rotated, and the text
 # behind them begins at position $p$. With keys taken from a real prompt a prefix is that prompt,
-# exactly; training starts from there. `llm40`'s models take a `Cache`, whose `layers` is a list of
-# one pair (keys, values) for each layer, each (batch, kv_heads, length, head_dim); a call extends
-# it by the tokens that it is given, and their positions begin at the cache's length.
+# exactly; training starts from there.
+#
+# `llm40`'s models take a cache: `cache = Cache()`, then `model(tokens, cache)`. `cache.layers`, a
+# list, is empty at first, and you may fill it yourself: one pair (keys, values) for each layer,
+# each (batch, kv_heads, length, head_dim). A call extends it by its tokens (batch, seq), whose
+# positions begin at the cache's length.
 
 
 # %% exercise="prefix_tuning" minutes=15 difficulty=2 path="more"
 def prefix_of(model: Llama, tokens: Sequence[int]) -> tuple[Tensor, Tensor]:
     """Keys and values that the model has in its cache after these tokens (one or more).
 
-    Both (layers, kv_heads, length, head_dim), without a graph: a start for training.
+    Both (layers, kv_heads, length, head_dim), without a graph, whether or not the model's weights
+    are trained: a start for training, so that requires_grad_() may follow.
     """
     ### BEGIN SOLUTION
     cache = Cache()
@@ -1600,7 +1649,8 @@ def prefix_of(model: Llama, tokens: Sequence[int]) -> tuple[Tensor, Tensor]:
 def prefix_logits(model: Llama, keys: Tensor, values: Tensor, tokens: Tensor) -> Tensor:
     """Logits (batch, seq, vocab) for tokens (batch, seq) behind a prefix, the same in all rows.
 
-    keys, values: (layers, kv_heads, length, head_dim), length ≥ 1; gradients reach both.
+    keys, values: (layers, kv_heads, length, head_dim), in the model's format. Gradients reach both,
+    in training mode or not. No size is 0.
     """
     ### BEGIN SOLUTION
     cache, batch = Cache(), len(tokens)
@@ -1620,7 +1670,13 @@ def prefix_logits(model: Llama, keys: Tensor, values: Tensor, tokens: Tensor) ->
 # </details>
 
 # %% tags=["support"]
-# Support: a small model with random weights
+# Support: a small model with random weights, and whether a prefix can be trained
+
+
+@checks.measured
+def of_inference_mode(start, *args) -> bool:
+    """Whether start(*args) returns tensors of inference mode, which requires_grad_() refuses."""
+    return any(t.is_inference() for t in start(*args))
 
 
 def random_llama(generator: torch.Generator, layers: int = 2) -> Llama:
@@ -1651,7 +1707,7 @@ checks.close(
 ### BEGIN HIDDEN TESTS
 g = checks.generator(17)
 for length, batch, seq, layers in [(4, 3, 5, 2), (1, 1, 1, 3), (7, 2, 1, 1), (2, 4, 6, 2)]:
-    model = random_llama(g, layers)
+    model = random_llama(g, layers).requires_grad_(layers == 2)
     prompt = torch.randint(0, 50, (length,), generator=g)
     tokens = torch.randint(0, 50, (batch, seq), generator=g)
     with checks.kept(model=model):
@@ -1676,7 +1732,16 @@ unreached = [n for n, t in (("keys", keys), ("values", values)) if t.grad is Non
 assert not unreached, f"no gradient reaches {unreached}"
 ### BEGIN HIDDEN TESTS
 g = checks.generator(19)
-model = random_llama(g)
+model = random_llama(g).eval()
+assert not of_inference_mode(prefix_of, model, [7, 8, 9]), (
+    "tensors of inference mode cannot be trained: use torch.no_grad()"
+)
+start = prefix_of(model, [7, 8, 9])
+for t in start:
+    t.requires_grad_()
+prefix_logits(model, *start, torch.tensor([[1, 2]])).sum().backward()
+unreached = [n for n, t in zip(("keys", "values"), start, strict=True) if t.grad is None]
+assert not unreached, f"no gradient reaches {unreached} when prefix_of's own tensors are trained"
 shape = (2, 2, 3, 6)
 keys, values = (
     torch.randn(shape, generator=g, dtype=torch.float64).requires_grad_() for _ in range(2)
@@ -1727,8 +1792,8 @@ def multi_lora_linear(
     """y[i] = x[i] Wᵀ + scaling[k] · x[i] A[k]ᵀ B[k]ᵀ with k = index[i], for each row of a batch.
 
     x (batch, seq, in); weight (out, in); A (adapters, rank, in); B (adapters, out, rank); scaling
-    (adapters,); index int64 (batch,), where −1 means no adapter: x[i] Wᵀ alone. batch ≥ 0; there is
-    at least one adapter.
+    (adapters,), all of one format; index int64 (batch,), where −1 means no adapter: x[i] Wᵀ alone.
+    batch ≥ 0; there is at least one adapter.
     Returns (batch, seq, out). Gradients reach x, weight, A and B; arguments are not changed. No
     tensor of batch × out × in elements is made.
     """
@@ -2097,8 +2162,8 @@ def questions() -> dict[str, float | int | str]:
     "merge":     an adapter trained beside a four-bit base is added to the dequantized base, and the
                  sum is quantized again. Compared with base and adapter apart, the outputs are
                  "a" the same   "b" changed, by a new rounding   "c" undefined: shapes differ
-    "rank":      α stays, the rank goes from 8 to 128, and so does s = α/r. By which factor does
-                 rsLoRA's scale change?
+    "rank":      α stays and the rank goes from 8 to 128. By which factor is rsLoRA's scale
+                 multiplied?
     "server":    32 rows in a batch, each with another adapter of rank 16, a layer of 4096 × 4096.
                  How many times as many multiplications does the base's product take as the
                  adapters'?
@@ -2264,7 +2329,7 @@ checks.number(
 # - **Dettmers et al. 2023**, *QLoRA: Efficient Finetuning of Quantized LLMs*, arXiv:2305.14314.
 #   Section 3: NF4, double quantization, paged optimizers; the formula there is not the table.
 # - **Liu et al. 2024**, *DoRA: Weight-Decomposed Low-Rank Adaptation*, arXiv:2402.09353. Section 3:
-#   how full finetuning moves lengths and directions; section 4: the method, and the constant norm.
+#   how full finetuning moves lengths and directions; section 4.3: the constant norm.
 # - **Li and Liang 2021**, *Prefix-Tuning: Optimizing Continuous Prompts for Generation*,
 #   arXiv:2101.00190. Section 4, and section 7.4: starting from real words.
 # - **Chen et al. 2023**, *Punica: Multi-Tenant LoRA Serving*, arXiv:2310.18547. Section 4: the
@@ -2272,7 +2337,7 @@ checks.number(
 # - **Schulman and Thinking Machines Lab 2025**, *LoRA Without Regret*, an article on their site:
 #   learning rates, which layers, and when capacity runs out.
 # - **Biderman et al. 2024**, *LoRA Learns Less and Forgets Less*, arXiv:2405.09673. Section 4, on
-#   tasks far from pretraining; and the spectra of full finetuning's updates.
+#   tasks far from pretraining; in 4.6 the spectra of full finetuning's updates.
 #
 # In production: Hugging Face PEFT's `tuners/lora/layer.py`, `tuners/lora/dora.py` and
 # `tuners/prefix_tuning/`; bitsandbytes' `functional.py` (`quantize_4bit`, where the table stands)

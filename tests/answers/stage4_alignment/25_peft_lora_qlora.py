@@ -10,6 +10,10 @@
 - return frozen * frozen_bits / 8 + 16 * trained
 + return frozen * 2 + 16 * trained
 
+# %% wrong="budget" because="shapes that occur twice count once"
+- return sum(rank * (rows + columns) for rows, columns in shapes)
++ return sum(rank * (rows + columns) for rows, columns in set(shapes))
+
 # %% right="budget" because="a loop"
 def lora_parameters(shapes, rank):
     count = 0
@@ -92,6 +96,25 @@ def training_bytes(frozen, trained, frozen_bits=16.0):
 # %% wrong="lora_linear" because="factors in float32 whatever the weight's format"
 - new = base.weight.new_empty
 + new = torch.empty
+
+# %% wrong="lora_linear" because="drops entries of A x, not of x"
+- return y + self.scaling * F.linear(F.linear(self.dropout(x), self.A), self.B)
++ return y + self.scaling * F.linear(self.dropout(F.linear(x, self.A)), self.B)
+
+# %% wrong="lora_linear" because="merging puts a new parameter into the layer"
+- self.base.weight += sign * self.scaling * (self.B @ self.A)
++ new = self.base.weight + sign * self.scaling * (self.B @ self.A)
++ self.base.weight = nn.Parameter(new, requires_grad=False)
+
+# %% wrong="lora_linear" because="freezes by putting new parameters into the layer"
+- self.base = base.requires_grad_(False)
++ base.weight = nn.Parameter(base.weight.detach(), requires_grad=False)
++ self.base = base.requires_grad_(False)
+
+# %% wrong="lora_linear" because="no gradient in evaluation mode"
+- return y + self.scaling * F.linear(F.linear(self.dropout(x), self.A), self.B)
++ with torch.set_grad_enabled(self.training):
++     return y + self.scaling * F.linear(F.linear(self.dropout(x), self.A), self.B)
 
 # %% right="lora_linear" because="sums and products written out, base kept for unmerging"
 class LoRALinear(nn.Module):
@@ -296,6 +319,19 @@ def nf4_codebook():
 - return (nf4_codebook().to(packed.device)[codes.long()] * scales).view(*shape).to(dtype)
 + return (nf4_codebook()[codes.long()].bfloat16() * scales.bfloat16()).view(*shape).to(dtype)
 
+# %% wrong="nf4_blocks" because="value and absmax are rounded to the asked format before the product"
+- scales = absmax.repeat_interleave(block)[:n]
+- return (nf4_codebook().to(packed.device)[codes.long()] * scales).view(*shape).to(dtype)
++ scales = absmax.to(dtype).repeat_interleave(block)[:n]
++ return (nf4_codebook().to(packed.device, dtype)[codes.long()] * scales).view(*shape)
+
+# %% wrong="nf4_blocks" because="full blocks of a contiguous x are a view of it, divided in place"
+- blocks = F.pad(flat, (0, -flat.numel() % block)).view(-1, block)
++ blocks = F.pad(flat, (0, -flat.numel() % block)) if flat.numel() % block else flat
++ blocks = blocks.view(-1, block)
+- ratios = blocks / absmax.masked_fill(absmax == 0, 1.0)[:, None]
++ ratios = blocks.div_(absmax.masked_fill(absmax == 0, 1.0)[:, None])
+
 # %% right="nf4_blocks" because="distances to all 16 values, a loop over blocks"
 def quantize_nf4(x, block=64):
     levels = nf4_codebook()
@@ -408,6 +444,10 @@ def double_dequantize(codes, scales, mean, block=256):
 - return y + self.scaling * F.linear(F.linear(x, self.A), self.B)
 + return y + F.linear(F.linear(x, self.A), self.B)
 
+# %% wrong="qlora_linear" because="shares the bias with the layer that it was given"
+- bias = None if base.bias is None else base.bias.detach().clone()
++ bias = None if base.bias is None else base.bias.detach()
+
 # %% right="qlora_linear" because="checkpointing in place of an autograd function"
 class QLoRALinear(nn.Module):
     def __init__(self, base, rank, alpha=16.0, block=64):
@@ -497,6 +537,30 @@ class DoRALinear(nn.Module):
 # %% wrong="prefix_tuning" because="in the first layer only, zeros elsewhere"
 - for k, v in zip(keys, values, strict=True)
 + for k, v in zip(keys * (torch.arange(len(keys)) == 0)[:, None, None, None], values, strict=True)
+
+# %% wrong="prefix_tuning" because="the graph of a model whose weights are trained"
+- with torch.no_grad():
+-     device = model.embed_tokens.weight.device
+-     model(torch.tensor([list(tokens)], device=device), cache=cache)
++ device = model.embed_tokens.weight.device
++ model(torch.tensor([list(tokens)], device=device), cache=cache)
+
+# %% wrong="prefix_tuning" because="tensors of inference mode cannot be trained"
+- with torch.no_grad():
+-     device = model.embed_tokens.weight.device
+-     model(torch.tensor([list(tokens)], device=device), cache=cache)
+- keys, values = zip(*cache.layers, strict=True)
+- return torch.cat(keys), torch.cat(values)
++ with torch.inference_mode():
++     device = model.embed_tokens.weight.device
++     model(torch.tensor([list(tokens)], device=device), cache=cache)
++     keys, values = zip(*cache.layers, strict=True)
++     return torch.cat(keys), torch.cat(values)
+
+# %% wrong="prefix_tuning" because="no gradient while the model is in evaluation mode"
+- return model(tokens, cache=cache)
++ with torch.set_grad_enabled(model.training):
++     return model(tokens, cache=cache)
 
 # %% right="prefix_tuning" because="one repeated tensor, layer after layer"
 def prefix_of(model, tokens):
