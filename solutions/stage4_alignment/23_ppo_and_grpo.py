@@ -106,7 +106,7 @@ from torch import Tensor, nn
 # An answer that closes with its end token is **terminated**: nothing comes after it, $V(s_{t+1})$
 # is 0. An answer that hits the length limit is **truncated**: the text would have gone on, and what
 # it would have earned is best guessed by the critic. So bootstrap at a truncation, not at a
-# termination, and let no *sum* cross either of them, since the next row of the array belongs to
+# termination, and let no *sum* cross either of them, since the next step of the array belongs to
 # another episode. A single flag `done` cannot say which of the two it was.
 
 
@@ -166,7 +166,14 @@ def gae(
 
 
 # %% tags=["support"]
-# Support: advantages by the definition
+# Support: advantages by the definition, and what stands where nothing should be read
+def spoiled(x: Tensor, place: Tensor, g: torch.Generator) -> Tensor:
+    """x with NaN at every other of these places, and at the rest with numbers that mean nothing."""
+    junk = 3 * checks.randn(*x.shape, generator=g, dtype=x.dtype)
+    odd = torch.arange(x.numel()).reshape(x.shape) % 2 == 1
+    return torch.where(place, junk.masked_fill(odd, math.nan), x)
+
+
 def by_sums(r, v, after, terminated, truncated, gamma, lam):
     """Advantages by the definition: for each step the sum over its own episode, in float64."""
     rows = []
@@ -212,7 +219,7 @@ for batch, time, gamma, lam in [(1, 1, 0.9, 0.8), (3, 9, 0.95, 0.7), (2, 17, 0.5
         over = torch.rand(batch, time, generator=g)
         terminated, truncated = over < 0.25, (over > 0.15) & (over < 0.4)  # some are both
         truncated[0, 0], terminated[-1, -1] = True, True
-        after = after.masked_fill(terminated, math.nan)
+        after = spoiled(after, terminated, g)
         want = by_sums(r, v, after, terminated, truncated, gamma, lam)
         both = (terminated | truncated) & True
         clean = after.nan_to_num()
@@ -437,7 +444,7 @@ for batch, seq, clip, scale in [
             want -= (bound if fenced else x) * y / n
             slope[b, t] = 0.0 if fenced else -x * y / n
             share += fenced / n
-        logp, old, a = (t.to(dtype).masked_fill(~mask, math.nan) for t in (logp, old, a))
+        logp, old, a = (spoiled(t.to(dtype), ~mask, g) for t in (logp, old, a))
         nothing = torch.zeros_like(logp)
         leaf = logp.clone().requires_grad_()
         frozen = old.clone().requires_grad_()
@@ -470,6 +477,22 @@ for batch, seq, clip, scale in [
         assert grads[1] is None or not bool(grads[1].any()), (
             "a gradient reaches old_logp: it is a constant, like the advantages"
         )
+# Tokens so unlikely that their probabilities are 0 in their format: only their logarithms differ.
+for dtype, low in ((torch.float32, -200.0), (torch.float64, -1000.0)):
+    leaf = torch.tensor([[low + 0.125, low - 0.125, low + 0.5]], dtype=dtype, requires_grad=True)
+    a, old = torch.tensor([[1.0, -2.0, 4.0]], dtype=dtype), torch.full((1, 3), low, dtype=dtype)
+    loss, _, clipped = ppo_losses(leaf, old, a, a, a, a, torch.ones(1, 3, dtype=torch.bool))
+    gains = [math.exp(0.125), -2 * math.exp(-0.125), 4 * 1.2]
+    checks.close(
+        loss, torch.tensor(-sum(gains) / 3, dtype=dtype), what="the policy loss, unlikely tokens"
+    )
+    checks.close(clipped, torch.tensor(1 / 3, dtype=dtype), what="the share, unlikely tokens")
+    (slope,) = torch.autograd.grad(loss, leaf)
+    checks.close(
+        slope,
+        torch.tensor([[-gains[0] / 3, -gains[1] / 3, 0.0]], dtype=dtype),
+        what="the gradient of logp, unlikely tokens",
+    )
 leaf = checks.randn(2, 3, generator=g).requires_grad_()
 empty = torch.zeros(2, 3, dtype=torch.bool)
 z = torch.full((2, 3), math.nan)
@@ -505,7 +528,7 @@ for batch, seq, bound in [(3, 8, 0.4), (1, 1, 0.1), (2, 5, 1.5)]:
             free = abs(x - y) >= abs(held - y)
             want += 0.5 * max((x - y) ** 2, (held - y) ** 2) / n
             slope[b, t] = (x - y) / n if free else 0.0
-        v, old, target = (t.masked_fill(~mask, math.nan) for t in (v, old, target))
+        v, old, target = (spoiled(t, ~mask, g) for t in (v, old, target))
         leaf = v.clone().requires_grad_()
         frozen = target.clone().requires_grad_()
         zero = torch.zeros_like(v)
@@ -581,9 +604,10 @@ plot.plt.show()
 # | sample: $\sqrt{0.09/3} = 0.1732$ | ÷ $(G-1)$ | 0.2887, 0.8660, −1.4434, 0.2887 |
 #
 # The paper writes only "std". `torch.std`, TRL and this lesson take the sample deviation; NumPy's
-# default is the other. The two differ by a factor $\sqrt{G/(G-1)}$, the same for all prompts: a
-# change of learning rate. The division itself is not harmless. It differs from prompt to prompt:
-# one success in eight is stretched more than four in eight. Dr. GRPO leaves it out.
+# default is the other. The two differ by a factor $\sqrt{G/(G-1)}$, the same for all prompts: Adam
+# hardly notices it, unless a KL stands beside the advantages. The division itself is not harmless.
+# It differs from prompt to prompt: one success in eight is stretched more than four in eight. Dr.
+# GRPO leaves it out.
 
 
 # %% exercise="group_advantages" minutes=10 difficulty=1
@@ -713,6 +737,11 @@ for value, group in product((0.1, 0.7, -1 / 3, 1e6 / 7, 1e-7), (3, 5, 8, 11)):
                 f"{got[0, 0]:.3g}, not 0"
             )
             assert bool((got[1] != 0).all()), "a group with differences became 0 beside equal ones"
+            alone = group_advantages(r[:1], scale, eps)  # torch.std takes another path for one row
+            assert bool((alone == 0).all()), (
+                f"one group of {group} equal rewards of {value:.4g} (scale {scale!r}, eps {eps}) "
+                f"gives {alone[0, 0]:.3g}, not 0"
+            )
 close_pair = torch.tensor([[1.0, 1.0 + 1e-6]], dtype=torch.float64)
 checks.close(
     group_advantages(close_pair, eps=0.0),
@@ -737,8 +766,8 @@ checks.raises(ValueError, group_advantages, torch.ones(2, 3), "std")
 # $k_1$ is the definition: $\mathbb{E}_{\pi_\theta}[d]$ is the KL. It is often negative, hence
 # noisy. $k_3$ adds $e^{-d}-1 = \pi_{\text{ref}}/\pi_\theta - 1$, whose mean is $\sum_a \pi_\theta
 # \frac{\pi_{\text{ref}}}{\pi_\theta} - 1 = 0$: the mean stays, and the sum is never negative,
-# because $e^x \ge 1 + x$. So the *value* of $k_3$ is unbiased, and quieter. GRPO puts it in the
-# loss.
+# because $e^x \ge 1 + x$. So the *value* of $k_3$ is unbiased, and quieter near the reference. GRPO
+# puts it in the loss.
 #
 # In a loss the value does not matter. The gradient does, and there lies a trap. The sampled token
 # is held fixed when we differentiate, so what we get on average is $\mathbb{E}[\nabla k]$, and not
@@ -798,8 +827,8 @@ def kl_penalty(
 # %% [markdown]
 # <details><summary>Hint: which way the exponent goes</summary>
 #
-# $e^{-d} = \pi_{\text{ref}}/\pi_\theta$: the reference is above. At $d = 0.1$ the wrong sign gives
-# 0.105 or a negative number, the right one 0.0048.
+# $e^{-d} = \pi_{\text{ref}}/\pi_\theta$: the reference is above. At $d = 1$ k3 is 0.37; one wrong
+# sign gives 2.72 or −1.63, two give 0.72.
 # </details>
 
 # %% check="kl_penalty" points=2
@@ -823,9 +852,10 @@ for kind, want in {
     )
 ### BEGIN HIDDEN TESTS
 g = checks.generator(7)
-for shape in [(3, 5), (1,), (2, 1, 4), (0, 3)]:
+for shape, low in [((3, 5), 0), ((1,), 0), ((2, 1, 4), 0), ((4, 2), 1000), ((0, 3), 0)]:
     for dtype in (torch.float64, torch.float32):
         x, y, z = (-checks.randn(*shape, generator=g, dtype=dtype).abs() * 2 for _ in range(3))
+        x, y, z = x - low, y - low, z - low  # 1000: tokens whose probabilities underflow
         for kind in ("k1", "k2", "k3", "k3_corrected"):
             want, slope = [], []
             rows = zip(*(t.double().flatten().tolist() for t in (x, y, z)), strict=True)
@@ -931,10 +961,10 @@ checks.close(
 )
 ### BEGIN HIDDEN TESTS
 g = checks.generator(8)
-for actions, off in [(6, False), (6, True), (2, True), (11, True), (3, False)]:
-    x, y, z = (checks.randn(actions, generator=g, dtype=torch.float64) for _ in range(3))
-    p, q = x.exp() / x.exp().sum(), y.exp() / y.exp().sum()
-    w = z.exp() / z.exp().sum() if off else p
+for actions, off, shift in [(6, 0, 0), (6, 1, 0), (2, 1, 0), (11, 1, 900), (3, 0, -900)]:
+    x, y, z = (checks.randn(actions, generator=g, dtype=torch.float64) + shift for _ in range(3))
+    p, q, w = ((t - t.max()).exp() / (t - t.max()).exp().sum() for t in (x, y, z))
+    w = w if off else p
     d = p.log() - q.log()
     kl = (p * d).sum()
     centered = torch.eye(actions, dtype=torch.float64) - p  # ∂ log π(a) / ∂ logits, a row an action
@@ -1068,8 +1098,8 @@ def grpo_loss(
 ) -> Tensor:
     """The policy loss of the GRPO family, minimized; every keyword is a choice of its own.
 
-    logp, old_logp, ref_logp: (batch, seq), one floating dtype (float32 or float64).
-    advantages: (batch,), one for each answer, of any sign.
+    logp, old_logp, ref_logp, weights: (batch, seq), one floating dtype (float32 or float64).
+    advantages: (batch,), in the same dtype, one for each answer, of any sign.
     mask: (batch, seq), bool: True on tokens that the policy wrote. What stands at other places of
         any tensor has no influence, not even NaN, on the loss and on its gradient. The True tokens
         may stand anywhere in a row.
@@ -1082,7 +1112,7 @@ def grpo_loss(
     beta, kl, ref_logp: beta · kl_penalty(…, kl) is added to each token's loss. kl is any kind of
         kl_penalty; the correction in "k3_corrected" is always the token's own ρ, not clipped. With
         beta = 0 nothing is added, and ref_logp is not needed and not looked at.
-    weights: (batch, seq), multiplies the tokens' clipped surrogate, not their KL. None: 1.
+    weights: multiply the tokens' clipped surrogate, not their KL. None: 1.
 
     ValueError: another `ratio` or `average`; "constant" without max_length; beta ≠ 0 without
     ref_logp.
@@ -1184,7 +1214,7 @@ def answers(batch: int, seq: int, g: torch.Generator, spread: float = 0.3) -> di
 
 
 def judge(x: dict, dtype: torch.dtype, what: str, mistakes: dict | None = None, **settings) -> None:
-    """grpo_loss and its gradient against the loops; padding full of NaN, inputs left alone."""
+    """grpo_loss and its gradient against the loops; padding full of junk, inputs left alone."""
     used = ("ref", "weights")
     given = {k: x[k] for k in used if k in settings}
     others = {k: v for k, v in settings.items() if k not in used}
@@ -1195,10 +1225,9 @@ def judge(x: dict, dtype: torch.dtype, what: str, mistakes: dict | None = None, 
         m: looped(*(x[k] for k in ("logp", "old", "a", "mask")), **{**given, **others, **change})
         for m, change in (mistakes or {}).items()
     }
-    spoiled = {
-        k: v.masked_fill(~x["mask"], math.nan) for k, v in x.items() if k not in ("a", "mask")
-    }
-    mine = {k: v.to(dtype).requires_grad_() for k, v in spoiled.items()}
+    junk, padding = checks.generator(19), ~x["mask"]
+    dirty = {k: spoiled(v, padding, junk) for k, v in x.items() if k not in ("a", "mask")}
+    mine = {k: v.to(dtype).requires_grad_() for k, v in dirty.items()}
     a = x["a"].to(dtype).requires_grad_()
     named = {"ref_logp" if k == "ref" else k: mine[k] for k in given}
     with checks.unchanged(logp=mine["logp"], old_logp=mine["old"], advantages=a, mask=x["mask"]):
@@ -1270,7 +1299,12 @@ nothing = torch.zeros(3, 6, dtype=torch.bool)
 for average in AVERAGES:
     loss = grpo_loss(leaf, x["old"], x["a"], nothing, average=average, max_length=6)
     checks.close(loss, torch.tensor(0.0, dtype=torch.float64), what="the loss without tokens")
-x = {k: v.T.contiguous().T if v.dim() == 2 else v for k, v in answers(3, 4, g).items()}
+x = answers(3, 4, g)
+unlikely = {k: x[k] - 1000 for k in ("logp", "old", "ref")}  # their probabilities underflow
+for level in ("token", "sequence"):
+    settings = {"ratio": level, "ref": True, "beta": 0.2, "kl": "k3_corrected"}
+    judge(x | unlikely, torch.float64, f"unlikely tokens, ratio {level!r}", **settings)
+x = {k: v.T.contiguous().T if v.dim() == 2 else v for k, v in x.items()}
 judge(x, torch.float64, "columns one after another in memory", average="token")
 for wrong in ({"average": "mean"}, {"ratio": "tokens"}, {"average": "constant"}, {"beta": 0.1}):
     checks.raises(ValueError, grpo_loss, x["logp"], x["old"], x["a"], x["mask"], **wrong)
@@ -1483,8 +1517,9 @@ for temperature in (0.0, -1.0):
 # step from $\mu$ to old wants its own weight, $\pi_{\text{old}}/\mu$.
 #
 # Weights that may be huge ruin an average, so they are **truncated**: $\min(\pi_{\text{old}}/\mu,
-# C)$. Truncation only ever makes a weight smaller, a bias, in exchange for a bounded variance. And
-# the mean weight is a thermometer: without a cap it is 1 if nothing is wrong.
+# C)$. Truncation only ever makes a weight smaller, a bias, in exchange for a bounded variance. The
+# mean weight without a cap is no thermometer: under $\mu$ it is 1 for near policies and far ones.
+# The spread of the weights is one, and so is the mean of the truncated ones, which falls below 1.
 
 
 # %% exercise="sampler_weights" minutes=12 difficulty=2 path="more"
@@ -1494,7 +1529,8 @@ def sampler_weights(
     """Truncated importance weights from the sampler's policy to the trainer's.
 
     old_logp, sampler_logp: (batch, seq), one floating dtype (float32 or float64): the same tokens'
-        log-probabilities by the trainer and by the sampler. mask: (batch, seq), bool.
+        log-probabilities by the trainer and by the sampler, finite at True tokens, however
+        unlikely these are. mask: (batch, seq), bool. cap > 0.
     level: "token": min(π_old/μ, cap) of each token. "sequence": the ratio of the whole answer, that
         is the product over its True tokens, truncated by cap, at each of its tokens. Otherwise
         ValueError.
@@ -1557,7 +1593,7 @@ for batch, seq, cap in [(3, 6, 1.3), (1, 1, 2.0), (4, 3, 0.8), (2, 9, 50.0)]:
             for t in places:
                 by_token[b, t] = min(math.exp(float(x[b, t]) - float(y[b, t])), cap)
                 by_answer[b, t] = min(whole, cap)
-        x, y = (t.masked_fill(~mask, math.nan).requires_grad_() for t in (x, y))
+        x, y = (spoiled(t, ~mask, g).requires_grad_() for t in (x, y))
         for level, want in (("token", by_token), ("sequence", by_answer)):
             with checks.unchanged(old_logp=x, sampler_logp=y, mask=mask):
                 got = sampler_weights(x, y, mask, cap, level)
@@ -1582,6 +1618,15 @@ for level in ("token", "sequence"):
         torch.zeros(2, 4),
         what="weights of a log-ratio of −300",
     )
+# Tokens that are unlikely by both: their probabilities underflow, their ratios do not.
+for dtype, low in ((torch.float32, -200.0), (torch.float64, -1000.0)):
+    y = torch.full((1, 3), low, dtype=dtype)
+    x = y + torch.tensor([0.5, -0.25, 2.0], dtype=dtype)
+    for level, want in (("token", [math.exp(0.5), math.exp(-0.25), 3.0]), ("sequence", [3.0] * 3)):
+        got = sampler_weights(x, y, torch.ones(1, 3, dtype=torch.bool), 3.0, level)
+        checks.close(
+            got, torch.tensor([want], dtype=dtype), what=f"weights of unlikely tokens, {level!r}"
+        )
 checks.raises(ValueError, sampler_weights, far, far, mask, 2.0, "batch")
 # Law: without a cap the sampler's mean weight is 1, over all its actions.
 p, q = (checks.randn(7, generator=g, dtype=torch.float64).log_softmax(0)[:, None] for _ in range(2))
@@ -1596,9 +1641,9 @@ checks.close(
 # %% [markdown]
 # ## Groups that teach nothing {#dynamic}
 #
-# If all answers of a group are right, or all wrong, every advantage is 0. The group was sampled for
-# nothing. With a success rate $p$ and independent answers, a group of $G$ has differences with
-# probability
+# If all answers of a group are right, or all wrong, every advantage is 0. Unless there is a KL, the
+# group was sampled for nothing. With a success rate $p$ and independent answers, a group of $G$ has
+# differences with probability
 #
 # $$ q = 1 - p^G - (1-p)^G . $$
 #
@@ -1607,7 +1652,7 @@ checks.close(
 # until the batch is full of groups with differences. On average it needs $1/q$ draws for each.
 #
 # The most frequent way to get groups without differences is a bug: one seed for all samples of a
-# group. All answers are then identical, the loss is 0, and nothing raises an error.
+# group. All answers are then identical, all advantages 0, and nothing raises an error.
 
 
 # %% exercise="dynamic_sampling" minutes=12 difficulty=2 path="more"
@@ -1680,6 +1725,7 @@ for wanted, rounds, group, share in [
     (3, 1, 5, 0.0),
     (6, 40, 8, 0.9),
     (2, 3, 3, 0.0),
+    (1, 60, 11, 0.1),  # groups that come alone: torch.std takes another path for one row
 ]:
     for dtype in (torch.float32, torch.float64):
         table = checks.randn(400, group, generator=g, dtype=dtype)
@@ -1748,7 +1794,8 @@ def rl_memory(
     """Bytes on each device for the models of an RL run, sharded evenly over all devices.
 
     policy, critic: parameters of the models in training, 16 bytes each. reference, reward: of the
-    frozen ones, 2 bytes each. 0: there is no such model. No activations, no cache.
+    frozen ones, 2 bytes each. 0: there is no such model. No activations, no cache. The result is
+    all bytes divided by devices, not rounded.
 
     Example: 10 parameters of each, on 2 devices: (160 + 160 + 20 + 20)/2 = 180 bytes.
     """
@@ -1774,6 +1821,8 @@ for got, want, what in [
     (rl_memory(671e9), 10.736e12, "the same without a reference"),
     (rl_memory(7e9, 1e9, 7e9, 3e9, 64), 2.3125e9, "a small critic and reward model on 64 devices"),
     (rl_memory(3e9, 5e9, 7e9, 11e9, 3), (128e9 + 36e9) / 3, "four sizes on 3 devices"),
+    (rl_memory(7, 5, 3, 2, 4), 50.5, "sizes that do not divide by the devices"),
+    (rl_memory(1, devices=64), 0.25, "one parameter on 64 devices"),
 ]:
     checks.number(got, want, to=1e-9, what=what)
 ### END HIDDEN TESTS
@@ -1847,6 +1896,9 @@ def grpo_train(
 ) -> list[dict[str, float]]:
     """Trains `model` in place with GRPO, and returns a record of each step.
 
+    The models have no dropout. batch ≤ len(prompts), group ≥ 2, updates ≥ 1. Rewards that differ do
+    so in float32, too.
+
     The optimizer is torch.optim.AdamW(model.parameters(), lr=lr, weight_decay=0.0), made once.
     Each of the `steps`:
 
@@ -1854,7 +1906,7 @@ def grpo_train(
     2. calls rollout(model, these prompts, group, max_new_tokens, temperature, generator, stop);
        nothing else draws from the generator;
     3. scores every answer: reward(number of the prompt in `prompts`, answer);
-    4. takes group_advantages with its defaults;
+    4. takes group_advantages with its defaults; grpo_loss wants them in the dtype of old_logp;
     5. takes old_logp by response_logps at `temperature`, before any update, and ref_logp likewise
        from `reference` (if there is one), both without a graph;
     6. does `updates` updates on this batch: grpo_loss with its defaults (clip 0.2, average
@@ -1889,6 +1941,7 @@ def grpo_train(
             ref_logp = None
             if reference is not None:
                 ref_logp = response_logps(reference(tokens), tokens, temperature)
+        advantages = advantages.to(old_logp.dtype)
         for _ in range(updates):
             logp = response_logps(model(tokens), tokens, temperature)
             loss = grpo_loss(logp, old_logp, advantages, mask, ref_logp=ref_logp, beta=beta)
@@ -2049,9 +2102,9 @@ def first_step(salt, batch, group, longest, temperature, beta):
     before = weights_of(model)
     with checks.kept(reference=reference), checks.kept(model=model, values=False):
         got = grpo_train(
-            model, reference, TOY_PROMPTS, with_length, steps=1, batch=batch, group=group,
-            max_new_tokens=longest, lr=1e-3, generator=checks.generator(salt),
-            beta=beta, temperature=temperature,
+            model, reference=reference, prompts=TOY_PROMPTS, reward=with_length, steps=1,
+            batch=batch, group=group, max_new_tokens=longest, lr=1e-3,
+            generator=checks.generator(salt), beta=beta, temperature=temperature,
         )  # fmt: skip
     return gradient, want, got[0], weights_of(model) - before
 
@@ -2489,8 +2542,8 @@ checks.number(
 ### END HIDDEN TESTS
 
 # %% [markdown]
-# **Open question 1.** With `updates=1` the value of GRPO's loss is 0 at every step, up to rounding.
-# Yet the policy learns. Why, and what would you plot instead of the loss?
+# **Open question 1.** With `updates=1` and `beta=0` the value of GRPO's loss is 0 at every step, up
+# to rounding. Yet the policy learns. Why, and what would you plot instead of the loss?
 
 # %% [markdown] answer="zero-loss"
 # Before the first update all ratios are 1, so the loss of an answer is minus its advantage, and the

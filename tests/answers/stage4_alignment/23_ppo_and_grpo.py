@@ -44,6 +44,10 @@ def gae(rewards, values, next_values, terminated, truncated, gamma, lam):
     advantages = torch.stack(rows[::-1], dim=1)
     return advantages, advantages + values
 
+# %% wrong="gae" because="only NaN is taken for no future"
+- future = torch.where(terminated, torch.zeros_like(next_values), next_values)
++ future = next_values.nan_to_num(0.0)
+
 # %% right="gae" because="a triangular matrix of decays, without a loop"
 def gae(rewards, values, next_values, terminated, truncated, gamma, lam):
     rewards, values, next_values = rewards.detach(), values.detach(), next_values.detach()
@@ -112,6 +116,16 @@ def gae(rewards, values, next_values, terminated, truncated, gamma, lam):
 - count = mask.sum().clamp(min=1)
 + count = mask.sum()
 
+# %% wrong="ppo_losses" because="a ratio of probabilities: 0/0 where both underflow"
+- ratio = (logp - old_logp).masked_fill(out, 0).exp()
++ ratio = logp.masked_fill(out, 0).exp() / old_logp.masked_fill(out, 0).exp()
+
+# %% wrong="ppo_losses" because="NaN is taken for the mask: other padding counts"
+- advantages = advantages.masked_fill(out, 0)
+- ratio = (logp - old_logp).masked_fill(out, 0).exp()
++ advantages = advantages.nan_to_num(0.0)
++ ratio = (logp - old_logp).nan_to_num(0.0).exp()
+
 # %% right="ppo_losses" because="only the tokens that count are looked at, cases by torch.where"
 def ppo_losses(
     logp, old_logp, advantages, values, old_values, targets, mask, clip=0.2, value_clip=0.2
@@ -166,6 +180,10 @@ def ppo_losses(
 # %% wrong="group_advantages" because="the leave-one-out baseline"
 - advantages = r - r.mean(dim=1, keepdim=True)
 + advantages = (r - r.mean(dim=1, keepdim=True)) * r.shape[1] / (r.shape[1] - 1)
+
+# %% wrong="group_advantages" because="equal rewards by a standard deviation of 0"
+- equal = (r == r[:, :1]).all(dim=1, keepdim=True)
++ equal = r.std(dim=1, keepdim=True) == 0
 
 # %% right="group_advantages" because="row by row, from sums of squares"
 def group_advantages(rewards, scale="sample", eps=1e-4):
@@ -222,6 +240,10 @@ def group_advantages(rewards, scale="sample", eps=1e-4):
 - k3 = torch.expm1(-d) + d
 + k3 = torch.exp(-d) + d
 
+# %% wrong="kl_penalty" because="a ratio of probabilities: 0/0 where both underflow"
+- k3 = torch.expm1(-d) + d
++ k3 = ref_logp.detach().exp() / logp.exp() + d - 1
+
 # %% right="kl_penalty" because="a table of formulas, from probabilities' ratios"
 def kl_penalty(logp, ref_logp, kind="k3", old_logp=None):
     log_u = ref_logp.detach() - logp
@@ -260,6 +282,10 @@ def kl_penalty(logp, ref_logp, kind="k3", old_logp=None):
 - logp = leaf.log_softmax(-1)
 + leaf = logits.detach().log_softmax(-1).requires_grad_()
 + logp = leaf
+
+# %% wrong="kl_by_enumeration" because="a softmax without a shift: large logits overflow"
+- logp = leaf.log_softmax(-1)
++ logp = (leaf.exp() / leaf.exp().sum()).log()
 
 # %% right="kl_by_enumeration" because="the softmax's derivative written out"
 def kl_by_enumeration(logits, ref_logits, kind, old_logits=None):
@@ -365,6 +391,22 @@ def kl_by_enumeration(logits, ref_logits, kind, old_logits=None):
 -     raise ValueError("a KL needs ref_logp")
 + beta = 0.0 if ref_logp is None else beta
 
+# %% wrong="grpo_loss" because="a ratio of probabilities: 0/0 where both underflow"
+- rho, a = log_ratio.exp(), advantages.detach()[:, None]
++ a = advantages.detach()[:, None]
++ rho = log_ratio.exp() if ratio == "sequence" else logp.exp() / old_logp.exp()
+
+# %% wrong="grpo_loss" because="an answer's ratio from its probabilities, which underflow"
+- log_ratio = (log_ratio.sum(dim=1) / lengths.clamp(min=1))[:, None].expand_as(logp)
++ whole = logp.sum(dim=1).exp() / old_logp.sum(dim=1).exp()
++ log_ratio = (whole.log() / lengths.clamp(min=1))[:, None].expand_as(logp)
+
+# %% wrong="grpo_loss" because="NaN is taken for the mask: other padding is in the answer's ratio"
+- logp = logp.masked_fill(out, 0)
+- old_logp = old_logp.detach().masked_fill(out, 0)
++ logp = torch.where(logp.isnan(), 0.0, logp)
++ old_logp = torch.where(old_logp.isnan(), 0.0, old_logp.detach())
+
 # %% right="grpo_loss" because="row by row, only over the tokens that were written"
 def grpo_loss(
     logp,
@@ -468,6 +510,17 @@ def response_logps(logits, tokens, temperature=1.0):
 - log_ratio = (old_logp.detach() - sampler_logp.detach()).masked_fill(~mask, 0)
 + log_ratio = (old_logp.detach() - sampler_logp.detach()) * mask
 
+# %% wrong="sampler_weights" because="a ratio of probabilities: 0/0 where both underflow"
+- return log_ratio.exp().clamp(max=cap).masked_fill(~mask, 0)
++ pair = [x.detach().masked_fill(~mask, 0) for x in (old_logp, sampler_logp)]
++ if level == "sequence":
++     pair = [x.sum(dim=1, keepdim=True).expand_as(x) for x in pair]
++ return (pair[0].exp() / pair[1].exp()).clamp(max=cap).masked_fill(~mask, 0)
+
+# %% wrong="sampler_weights" because="the product takes padding along where it is not NaN"
+- log_ratio = (old_logp.detach() - sampler_logp.detach()).masked_fill(~mask, 0)
++ log_ratio = (old_logp.detach() - sampler_logp.detach()).nan_to_num(0.0)
+
 # %% right="sampler_weights" because="truncated in the logarithm"
 def sampler_weights(old_logp, sampler_logp, mask, cap=2.0, level="token"):
     with torch.no_grad():
@@ -488,6 +541,10 @@ def sampler_weights(old_logp, sampler_logp, mask, cap=2.0, level="token"):
 # %% wrong="dynamic_sampling" because="a standard deviation above 0"
 - kept.append(rewards[(rewards != rewards[:, :1]).any(dim=1)])
 + kept.append(rewards[(rewards - rewards.mean(dim=1, keepdim=True)).abs().sum(dim=1) > 0])
+
+# %% wrong="dynamic_sampling" because="torch.std above 0"
+- kept.append(rewards[(rewards != rewards[:, :1]).any(dim=1)])
++ kept.append(rewards[rewards.std(dim=1) > 0])
 
 # %% wrong="dynamic_sampling" because="only the neighbor is compared"
 - kept.append(rewards[(rewards != rewards[:, :1]).any(dim=1)])
@@ -540,6 +597,15 @@ def dynamic_sampling(draw, wanted, max_rounds):
 # %% wrong="rl_memory" because="all four of the policy's size"
 - return (16 * (policy + critic) + 2 * (reference + reward)) / devices
 + return 36 * policy / devices
+
+# %% wrong="rl_memory" because="whole-number division"
+- return (16 * (policy + critic) + 2 * (reference + reward)) / devices
++ return float((16 * (policy + critic) + 2 * (reference + reward)) // devices)
+
+# %% wrong="rl_memory" because="shares rounded up to whole parameters"
+- return (16 * (policy + critic) + 2 * (reference + reward)) / devices
++ trained = math.ceil(policy / devices) + math.ceil(critic / devices)
++ return float(16 * trained + 2 * (math.ceil(reference / devices) + math.ceil(reward / devices)))
 
 # %% right="rl_memory" because="each part by name"
 def rl_memory(policy, critic=0, reference=0, reward=0, devices=1):
@@ -725,6 +791,65 @@ def grpo_train(
             for p, g in zip(parameters, kept, strict=True):
                 p.grad = p.grad if g is None else g
     return history
+
+# %% right="grpo_train" because="rewards in float64; the first pass, detached, is old_logp" base="pass"
+def grpo_train(
+    model,
+    reference,
+    prompts,
+    reward,
+    *,
+    steps,
+    batch,
+    group,
+    max_new_tokens,
+    lr,
+    generator,
+    beta=0.0,
+    temperature=1.0,
+    updates=1,
+    stop=0,
+):
+    if beta != 0 and reference is None:
+        raise ValueError("beta without a reference")
+    optimizer = torch.optim.AdamW(model.parameters(), lr=lr, weight_decay=0.0)
+    records = []
+    for _ in range(steps):
+        picks = torch.randperm(len(prompts), generator=generator)[:batch].tolist()
+        chosen = [prompts[i] for i in picks]
+        rolled = rollout(model, chosen, group, max_new_tokens, temperature, generator, stop)
+        m = rolled.mask
+        scores = [float(reward(picks[n // group], a)) for n, a in enumerate(rolled.answers)]
+        rewards = torch.tensor(scores, dtype=torch.float64).view(len(picks), group)
+        old_logp, ref_logp = None, None
+        if reference is not None:
+            with torch.no_grad():
+                ref_logp = response_logps(reference(rolled.tokens), rolled.tokens, temperature)
+        for _ in range(updates):
+            logp = response_logps(model(rolled.tokens), rolled.tokens, temperature)
+            if old_logp is None:
+                old_logp = logp.detach()
+            advantages = group_advantages(rewards).flatten().to(logp.dtype)
+            optimizer.zero_grad()
+            grpo_loss(logp, old_logp, advantages, m, ref_logp=ref_logp, beta=beta).backward()
+            torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+            optimizer.step()
+        kl = 0.0 if ref_logp is None else kl_penalty(old_logp, ref_logp)[m].mean().item()
+        records.append(
+            {
+                "reward": rewards.mean().item(),
+                "informative": (rewards != rewards[:, :1]).any(1).double().mean().item(),
+                "entropy": -old_logp[m].mean().item(),
+                "length": m.sum(1).float().mean().item(),
+                "kl": kl,
+            }
+        )
+    return records
+
+# %% wrong="grpo_train" of="pass" because="old_logp is taken anew in each update"
+- if old_logp is None:
+-     old_logp = logp.detach()
++ old_logp = logp.detach()
 
 # %% wrong="questions" because="the population deviation, and a clipped gradient"
 - "stretch": (7 / 8) / math.sqrt(1 / 8),
