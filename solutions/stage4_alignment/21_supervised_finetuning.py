@@ -26,9 +26,10 @@
 # **Supervised finetuning** (SFT) trains the model further on conversations, with the loss of
 # pretraining and one change: only what the assistant says counts. The mathematics fits in one line.
 # The difficulty lies in the plumbing around it, where a mistake raises no exception and the loss
-# falls as it should. In 2024 a widely used library averaged its loss wrongly in every run that
-# accumulated gradients. In 2026 another shipped a template with which models never learned to stop.
-# You will build each of these parts, and then cause the second failure yourself.
+# falls as it should. Until October 2024 a widely used library averaged its loss wrongly where
+# accumulated micro-batches had unequal numbers of targets. In 2026 another found that one of its
+# training templates never trained the stop token. You will build each of these parts, and then
+# cause the second failure yourself.
 #
 # ## Core ideas
 #
@@ -115,9 +116,9 @@ def render_chat(
 
     messages: dictionaries with "role" ("system", "user", "assistant" or "tool") and "content", a
         text that may be empty. A system message may have "tools", a text; an assistant message may
-        have "reasoning", a text, and "calls", a list of texts. An empty or missing one of these
-        three leaves no trace, its special tokens included. Other keys, and these three in messages
-        of other roles, are ignored. Any other role raises ValueError.
+        have "reasoning", a text, and "calls", a list of texts that are not empty. An empty or
+        missing one of these three leaves no trace, its special tokens included. Other keys, and
+        these three in messages of other roles, are ignored. Any other role raises ValueError.
     generation_prompt: True appends <|assistant|>, for a model to go on from.
     keep_reasoning: "all", or "last": reasoning is left out of the assistant messages that stand
         before the last user message; where there is no user message, none is left out. Anything
@@ -130,8 +131,8 @@ def render_chat(
     that a text which looks like a special token stays text.
 
     spans: (start, end) for each assistant message, in order: ids[start:end] is what the assistant
-        writes, without <|assistant|> and with <|end|>. With "last", only the assistant messages
-        after the last user message have a span. An appended generation prompt has none.
+        writes, without <|assistant|> and with <|end|>. With "last", those before the last user
+        message (if there is one) have none. Nor has an appended generation prompt.
     """
     ### BEGIN SOLUTION
     if keep_reasoning not in ("all", "last"):
@@ -363,8 +364,8 @@ checks.raises(ValueError, render_chat, thinking, keep_reasoning="none", because=
 # context where nothing has been lost. So a conversation becomes one example per user turn, each
 # trained on the replies of its own turn only.
 #
-# The price: $n$ turns of $a$ tokens each are $na$ tokens as one sequence, and $a + 2a + \dots + na
-# = a\,n(n+1)/2$ as $n$ examples.
+# The price: $n$ turns of $a$ tokens each are $na$ tokens as one sequence, and as $n$ examples up to
+# $a + 2a + \dots + na = a\,n(n+1)/2$, less the reasoning that is dropped.
 
 
 # %% exercise="turn_examples" minutes=12 difficulty=2 path="more"
@@ -372,9 +373,9 @@ def turn_examples(messages: list[dict]) -> list[tuple[list[int], list[tuple[int,
     """The training examples of a conversation with reasoning, in order: (ids, spans) for each.
 
     The conversation is cut before every user message and at its end. For each cut, everything
-    before it is rendered with keep_reasoning="last" and no generation prompt. A piece that adds no
-    assistant message (it would have no span) is left out. So every assistant message is trained
-    exactly once, with its own reasoning, after the very ids that a model is shown at inference.
+    before it is rendered with keep_reasoning="last" and no generation prompt. A rendering without a
+    span is left out. So every assistant message is trained exactly once, with its own reasoning,
+    after the very ids that a model is shown at inference.
     """
     ### BEGIN SOLUTION
     cuts = [i for i, message in enumerate(messages) if message["role"] == "user"]
@@ -437,10 +438,10 @@ assert turn_examples([]) == [], "no messages, no examples"
 # %% [markdown]
 # ## Labels {#labels}
 #
-# The likelihood that SFT maximizes is that of the replies given what came before:
+# The likelihood that SFT maximizes is that of the replies, each given all that came before it:
 #
-# $$ -\log p(\text{replies} \mid \text{context}) = \sum_{i \in \text{spans}} \ell_i, \qquad
-# \ell_i = -\log p(t_i \mid t_{<i}). $$
+# $$ -\sum_k \log p(\text{reply}_k \mid \text{all before it}) = \sum_{i \in \text{spans}} \ell_i,
+# \qquad \ell_i = -\log p(t_i \mid t_{<i}). $$
 #
 # By the chain rule this is exactly the causal loss with some terms left out, so one forward pass
 # over the whole conversation gives all of them: later replies see earlier ones as context.
@@ -584,8 +585,8 @@ def sft_loss(logits: Tensor, labels: Tensor, items: int | None = None) -> Tensor
 
     logits: (batch, seq, vocab), any floating format; logits[:, i] predict labels[:, i + 1].
     labels: (batch, seq), int64; IGNORE where a token does not count. labels[:, 0] never counts.
-    items: the number of targets to divide by, a whole number ≥ 1, which may exceed those here;
-        None = those that count here.
+    items: what to divide by, a whole number ≥ 1, more or less than the targets that count here;
+        None = their number.
 
     Returns a 0-dimensional tensor, in float32 for half-precision logits (computed in float32), else
     in the dtype of the logits. 0 where nothing counts, with a gradient of zero, not NaN.
@@ -647,7 +648,13 @@ def by_definition(logits, labels):
     return sum(picked, torch.zeros((), dtype=torch.float64).to(logits.device)), len(picked)
 
 
-for batch, seq, vocab, items in [(1, 2, 3, None), (3, 7, 5, 11), (4, 6, 2, 100), (2, 9, 11, None)]:
+for batch, seq, vocab, items in [
+    (1, 2, 3, None),
+    (3, 7, 5, 11),
+    (4, 6, 2, 100),
+    (2, 9, 11, None),
+    (3, 8, 4, 1),
+]:
     logits = checks.randn(batch, seq, vocab, generator=g)
     labels = torch.randint(0, vocab, (batch, seq), generator=g).to(profile.device)
     labels[torch.rand(batch, seq, generator=g) < 0.4] = IGNORE
@@ -707,18 +714,18 @@ def accumulate(
     items: int | None = None,
     world: int = 1,
 ) -> float:
-    """Adds to every p.grad this rank's share of the gradient of the global token mean.
+    """Adds this rank's share of the gradient of the global token mean to the parameters' .grad.
 
     micro_batches: this rank's (tokens, labels), both (batch, seq) int64 and of any sizes; labels as
         in sft_loss. model(tokens) gives logits (batch, seq, vocab).
     items: the number of targets in all micro-batches of all ranks, ≥ 1; None = those of this rank
-        (labels[:, 0] is never a target). If no target counts, it is 1.
+        (labels[:, 0] is never a target), or 1 if it has none.
     world: the number of ranks, over which the gradients will be averaged afterwards: every loss is
         multiplied by it.
 
     For each micro-batch there is one forward pass and one backward pass, so that only one graph is
-    in memory at a time. p.grad is added to, never set to zero: None counts as zero. Values,
-    requires_grad and the training mode stay as they are.
+    in memory at a time. p.grad is added to, never set to zero: None counts as zero. That of a
+    frozen or unused parameter, all values, requires_grad and the training mode stay as they are.
 
     Returns the sum of this rank's losses, as a plain number: averaged over the ranks it is the
     global token mean.
@@ -847,6 +854,18 @@ for sizes, extra, world in [
     for p, expected in zip(live, due, strict=True):
         old = 0.5 if p is first else 0.0
         checks.close(p.grad, expected + old, what="a parameter's gradient", rtol=1e-7)
+# One graph at a time: six micro-batches keep no more for backward than one does.
+most = {}
+for count in (1, 6):
+    model = small_llama(17)
+    batches = [as_batch([([3, 7, 8, 9], [IGNORE, 7, 8, 9])] * 2) for _ in range(count)]
+    with checks.saved() as kept:
+        accumulate(model, batches)
+    most[count] = kept.most
+assert most[6] <= 1.5 * most[1], (
+    f"with six micro-batches {most[6] / most[1]:.1f} times as much is kept for the backward pass "
+    "as with one: go backward after each forward pass, and let its graph go"
+)
 # A single target is divided by 1.
 row = ([4, 11, 5], [IGNORE, 11, IGNORE])
 expected = one_by_one(small_llama(18), [row])[0].item()
@@ -900,7 +919,7 @@ for world in (2, 3):
 #
 # Which tokens are padding is known from the lengths, and from nothing else. Many base models have
 # no padding token and use `<|endoftext|>`; a mask made by `tokens != pad` then hides the real ones,
-# and a label mask made so never trains the stop token.
+# and a label mask made so ignores them.
 
 
 # %% exercise="collate" minutes=15 difficulty=2
@@ -977,7 +996,7 @@ for count, pad, multiple, side in [
     (4, 19, 3, "left"),
     (6, 2, 5, "right"),
 ]:
-    examples = random_examples(g, count)
+    examples = random_examples(g, count, vocab=200_000)
     examples[-1] = ([pad, 3, pad], [IGNORE, 3, pad])  # whose tokens equal the padding
     before = copy.deepcopy(examples)
     batch = collate(examples, pad, multiple, side)
@@ -1010,7 +1029,7 @@ checks.raises(ValueError, collate, [([1], [1])], 1, 1, "both", because="'right' 
 # - **Positions** count from 0 again. With rotary positions only differences matter, so inside one
 #   example nothing changes; with learned positions, or in a row longer than the model was trained
 #   for, it matters a great deal. Libraries also recognize by positions that restart where examples
-#   begin (transformers' `DataCollatorWithFlattening` gives nothing else).
+#   begin (by default transformers' `DataCollatorWithFlattening` gives nothing else).
 # - **Attention.** A token sees its own example only. The mask is block-diagonal and causal.
 
 
@@ -1086,9 +1105,18 @@ checks.close(rows["positions"], torch.tensor([[0, 1, 2, 0, 1], [0, 1, 2, 0, 0]])
 checks.close(rows["documents"], torch.tensor([[1, 1, 1, 2, 2], [1, 1, 1, 0, 0]]), what="documents")
 ### BEGIN HIDDEN TESTS
 g = checks.generator(17)
-for count, length, pad in [(1, 9, 0), (6, 9, 1), (12, 16, 19), (25, 30, 3), (9, 11, 7)]:
-    examples = random_examples(g, count)
+for count, length, pad in [
+    (1, 9, 0),
+    (6, 9, 1),
+    (12, 16, 19),
+    (25, 30, 3),
+    (9, 11, 7),
+    (400, 1700, 2),
+]:
+    examples = random_examples(g, count, vocab=200_000)
     examples[0] = ([pad, 4, pad], [pad, 4, pad])
+    if length > 1000:  # positions and documents beyond 255
+        examples[1] = (list(range(300)), list(range(300)))
     before = copy.deepcopy(examples)
     rows = pack(examples, length, pad)
     assert examples == before, "the examples were changed"
@@ -1195,6 +1223,13 @@ for rows, length in [(1, 1), (2, 6), (4, 13), (3, 8)]:
     with checks.unchanged(documents=documents):
         checks.close(packed_mask(documents), expected, what="the mask", dtype=torch.bool)
     checks.close(packed_mask(wide), expected, what="the mask of a view", dtype=torch.bool)
+# Document 256 is no padding, 257 is not document 1: each token is a document of its own.
+checks.close(
+    packed_mask(torch.arange(1, 301)[None]),
+    torch.eye(300, dtype=torch.bool)[None, None],
+    what="the mask of 300 documents of one token",
+    dtype=torch.bool,
+)
 ### END HIDDEN TESTS
 
 # %% [markdown]
@@ -1262,8 +1297,8 @@ for count, length in ((5, 9), (9, 14)):
 # answers are right or wrong to the last token: reversing letters, sorting them, naming the earlier
 # of two, and telling prose from code by a snippet of real text. Arithmetic is not among them: at
 # this size it is learned by heart and does not carry over. The snippets of held-out prompts come
-# from documents that the model was never trained on; held-out letters were not asked in training,
-# except for pairs, of which there are too few.
+# from documents that the model was never trained on. No held-out question about three letters is
+# asked in training; of pairs there are too few for that.
 
 
 # %% tags=["experiment"]
@@ -1396,7 +1431,7 @@ def finetune(
 
     Step t = 0 … steps − 1:
     1. draws torch.randint(len(examples), (batch_size,), generator=generator), on the CPU, once, and
-       takes these examples in this order, padded on the right with PAD, no wider than the longest;
+       takes these examples in this order, padded on the right with PAD to the longest of them;
     2. loss = token mean over the targets of the batch, of model(tokens), logits (batch, seq,
        vocab), on the device of the model's parameters;
     3. gradients of this loss alone, whatever p.grad held before; clipped to a total norm of 1.0;
@@ -1404,8 +1439,8 @@ def finetune(
        lr · min(1, (t + 1) / warmup) · (steps − t) / steps, for warmup ≥ 1.
 
     Only parameters with requires_grad are trained. requires_grad and the training mode stay as they
-    are. Afterwards every trained parameter's .grad is None. Examples are not changed. With steps =
-    0 nothing is trained, and the result is [].
+    are. After the last step every trained parameter's .grad is None. Examples are not changed. With
+    steps = 0 nothing is trained, and the result is [].
     """
     ### BEGIN SOLUTION
     trained = [p for p in model.parameters() if p.requires_grad]
@@ -1677,10 +1712,10 @@ def evaluate_exact_match(
         model(tokens, cache=cache, attention_mask=mask)
     which give logits (batch, seq, vocab); tokens (batch, seq) int64; mask (batch, cached + seq)
     bool, False on padding; cache a models.Cache(), which is extended in place, so that later calls
-    hand over the new tokens only. (A solution without a cache is slower, and accepted.) With
-    batches b of the prompts there are at most max_new_tokens calls for each, and none after all of
-    a batch's replies have ended. Replies depend neither on batch_size nor on what else is in the
-    batch. No graph is recorded; the model, prompts and answers are left as they are.
+    hand over the new tokens only. (Without one, model(tokens, attention_mask=mask) is slower, and
+    accepted.) Each batch takes at most max_new_tokens calls, and none after all of its replies have
+    ended. Replies depend neither on batch_size nor on what else is in the batch. No graph is
+    recorded; the model, prompts and answers are left as they are.
     """
     ### BEGIN SOLUTION
     if not prompts or len(prompts) != len(answers):
@@ -1754,9 +1789,11 @@ for salt, count, size, most in [(42, 1, 4, 6), (43, 9, 4, 12), (44, 12, 64, 9), 
         with (
             checks.kept(model=model),
             checks.calls("scaled_dot_product_attention") as seen,
+            checks.saved() as graph,
         ):
             share, replies = evaluate_exact_match(model, prompts, answers, most, stop, size)
         assert (prompts, answers) == kept, "prompts or answers were changed"
+        assert graph.elements == 0, "a graph is recorded: nothing here goes backward"
         assert all(type(i) is int for reply in replies for i in reply), "replies are whole numbers"
         assert [list(reply) for reply in replies] == alone, (
             f"{count} prompts in batches of {size}: the replies differ from those of one at a time"
@@ -1833,7 +1870,7 @@ HELD_TEXT = [text[:600] for name in HELD_OUT for text in HELD_OUT[name][:8]]
 
 @torch.no_grad()
 def bits_per_byte(model: models.Llama, texts: list[str]) -> float:
-    """Of whole short texts, each after <|endoftext|>."""
+    """Of short texts, each after <|endoftext|>."""
     nats = 0.0
     for text in texts:
         tokens = torch.tensor([[tokenizer.eos, *tokenizer.encode(text)]], device=profile.device)
@@ -1914,9 +1951,9 @@ plot.plt.show()
 # With replay the text loses a tenth or so, most of it in the first steps. What that costs in
 # exact match is less than seeds differ among themselves. How the books are kept matters here: one
 # example in eight is replay, but a passage has 47 targets and a reply two to four, so under the
-# token mean most of the gradient comes from replay. Large models are finetuned with rates a hundred
-# times lower, and mixing in old data is common practice there too (in Ouyang et al., pretraining
-# gradients are mixed into the reinforcement learning that follows SFT).
+# token mean most of the loss's weight lies on replay. Large models are finetuned with rates a
+# hundred times lower, and mixing in old data is common practice there too (in Ouyang et al.,
+# pretraining gradients are mixed into the reinforcement learning that follows SFT).
 #
 # Sorting and reversing are far from learned in 72 steps. Both go on rising with more steps on
 # larger batches, which this notebook has no time for.
@@ -2003,8 +2040,8 @@ def questions() -> dict[str, float | int | str]:
                 key), causal and each token with itself, does a packed mask allow, as a share of
                 those that a causal mask over the whole row allows?
     "ranks":    4 ranks, gradients averaged by all-reduce. Each rank divides the sum of its losses
-                by the number of targets of all ranks, and multiplies by nothing. By which factor is
-                the gradient off?
+                by the number of targets of all ranks, and multiplies by nothing. How many times the
+                right gradient is the result?
     "padding":  no padding token exists, so padding is <|endoftext|>, which also ends each reply.
                 Labels are made with labels[tokens == pad] = -100. What will the model not do:
                 "begin", "stop" or "read"?

@@ -104,6 +104,10 @@ def render_chat(messages, generation_prompt=False, keep_reasoning="all"):
 +         if mine and message.get("reasoning") and i >= first_kept:
 +             thought = tokenizer.encode(message.pop("reasoning"))
 
+# %% wrong="render_chat" because="without a user message everything counts as over"
+-         first_kept = users[-1] if users else 0
++         first_kept = users[-1] if users else len(messages)
+
 # %% right="render_chat" because="message by message, with a helper for each part"
 def render_chat(messages, generation_prompt=False, keep_reasoning="all"):
     if keep_reasoning not in ("all", "last"):
@@ -269,6 +273,11 @@ def sft_loss(logits, labels, items=None):
         return nll.sum() / items
     return (nll.sum(1) / real.sum(1).clamp(min=1)).mean()
 
+# %% wrong="sft_loss" because="items below the count are not believed"
+-     if items is None:
+-         items = max(int((targets != IGNORE).sum()), 1)
++     items = max(int((targets != IGNORE).sum()), items or 1)
+
 # %% right="sft_loss" because="only the targets are looked at, by logsumexp"
 def sft_loss(logits, labels, items=None):
     x = logits if logits.dtype == torch.float64 else logits.float()
@@ -328,6 +337,35 @@ def sft_loss(logits, labels, items=None):
 # %% wrong="accumulate" because="returns a tensor with its graph"
 -         total += loss.item()
 +         total = total + loss
+
+# %% wrong="accumulate" because="all graphs live until one backward pass at the end"
+-         loss.backward()
+-         total += loss.item()
+-     return total
++         total = total + loss
++     total.backward()
++     return total.item()
+
+# %% wrong="accumulate" because="all forward passes first, then one backward pass after another"
+-     for tokens, labels in micro_batches:
+-         loss = world * sft_loss(model(tokens), labels, items)
++     losses = [world * sft_loss(model(tokens), labels, items) for tokens, labels in micro_batches]
++     for loss in losses:
+
+# %% wrong="accumulate" because="each graph is kept after its backward pass"
+-         loss.backward()
++         loss.backward(retain_graph=True)
+
+# %% right="accumulate" because="sums undivided, the weight is the incoming gradient"
+def accumulate(model, micro_batches, items=None, world=1):
+    if items is None:
+        items = sum(int(labels[:, 1:].ne(IGNORE).sum()) for _, labels in micro_batches) or 1
+    nats = 0.0
+    for tokens, labels in micro_batches:
+        total = sft_loss(model(tokens), labels, items=1)
+        total.backward(gradient=torch.full_like(total, world / items))
+        nats += float(total.detach())
+    return nats * world / items
 
 # %% right="accumulate" because="sums by hand"
 def accumulate(model, micro_batches, items=None, world=1):
@@ -390,6 +428,10 @@ def accumulate(model, micro_batches, items=None, world=1):
 # %% wrong="collate" because="any other side is left"
 -     if side not in ("right", "left"):
 +     if not side:
+
+# %% wrong="collate" because="ids in 16 bits"
+-         tokens[row, where] = torch.tensor(ids)
++         tokens[row, where] = torch.tensor(ids).short().long()
 
 # %% right="collate" because="lists first, one tensor each at the end"
 def collate(examples, pad, multiple=1, side="right"):
@@ -459,6 +501,14 @@ def pack(examples, length, pad):
     table = torch.tensor(stream).view(-1, length, 4)
     return dict(zip(("tokens", "labels", "positions", "documents"), table.unbind(-1), strict=True))
 
+# %% wrong="pack" because="documents in 8 bits"
+-             documents[r, start:end] = number
++             documents[r, start:end] = number % 256
+
+# %% wrong="pack" because="positions in 8 bits"
+-             positions[r, start:end] = torch.arange(len(ids))
++             positions[r, start:end] = torch.arange(len(ids)).byte().long()
+
 # %% right="pack" because="a table of rooms, lists filled up at the end"
 def pack(examples, length, pad):
     lines = []
@@ -511,6 +561,19 @@ def pack(examples, length, pad):
 # %% wrong="packed_mask" because="earlier documents are seen too"
 -     same = documents[:, :, None] == documents[:, None, :]
 +     same = documents[:, :, None] >= documents[:, None, :]
+
+# %% wrong="packed_mask" because="documents in 8 bits: 256 is padding, 257 is 1"
+-     n = documents.shape[1]
++     documents = documents.to(torch.uint8)
++     n = documents.shape[1]
+
+# %% wrong="packed_mask" because="documents compared in bfloat16, where 257 is 256"
+-     same = documents[:, :, None] == documents[:, None, :]
++     same = documents.bfloat16()[:, :, None] == documents.bfloat16()[:, None, :]
+
+# %% wrong="packed_mask" because="padding of the first row for all"
+-     real = documents > 0
++     real = documents[:1] > 0
 
 # %% right="packed_mask" because="loops"
 def packed_mask(documents):
@@ -609,6 +672,19 @@ def packed_mask(documents):
 -     trained = [p for p in model.parameters() if p.requires_grad]
 +     model = copy.deepcopy(model)
 +     trained = [p for p in model.parameters() if p.requires_grad]
+
+# %% wrong="finetune" because="gradients are cleared after the update only"
+-         optimizer.zero_grad(set_to_none=True)
+-         loss.backward()
++         loss.backward()
+-         optimizer.step()
++         optimizer.step()
++         optimizer.zero_grad()
+
+# %% wrong="finetune" because="the mean of the examples' means"
+-         loss = sft_loss(model(batch["tokens"].to(device)), batch["labels"].to(device))
++         logits, labels = model(batch["tokens"].to(device)), batch["labels"].to(device)
++         loss = sum(sft_loss(x[None], y[None]) for x, y in zip(logits, labels)) / len(labels)
 
 # %% right="finetune" because="a scheduler, and the batch made by hand"
 def finetune(model, examples, steps, batch_size, lr, generator, warmup=10):
@@ -717,6 +793,17 @@ def finetune(model, examples, steps, batch_size, lr, generator, warmup=10):
 +     order = sorted(range(len(prompts)), key=lambda i: len(prompts[i]))
 +     prompts, answers = [prompts[i] for i in order], [answers[i] for i in order]
 +     for first in range(0, len(prompts), batch_size):
+
+# %% wrong="evaluate_exact_match" because="a graph is recorded"
+-         with torch.no_grad():
++         with torch.enable_grad():
+
+# %% wrong="evaluate_exact_match" because="the mean of the batches' shares"
+-     right = sum(reply == answer for reply, answer in zip(replies, answers, strict=True))
+-     return right / len(prompts), replies
++     right = [reply == answer for reply, answer in zip(replies, answers, strict=True)]
++     parts = [right[i : i + batch_size] for i in range(0, len(right), batch_size)]
++     return sum(sum(part) / len(part) for part in parts) / len(parts), replies
 
 # %% right="evaluate_exact_match" because="without a cache, sorted by length"
 def evaluate_exact_match(model, prompts, answers, max_new_tokens, stop=END, batch_size=64):
