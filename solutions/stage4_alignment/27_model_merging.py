@@ -1614,7 +1614,7 @@ for scale in (1e-37, 1e-20, 1e-8, 9e37):
         expected,
         what=f"states with Fisher values around {scale:g}",
         dtype=torch.float32,
-        hint="Only the proportions of the Fisher values count",
+        hint="Only the proportions count, and products beyond 3e38 need float64",
     )
 leaf = {"w": torch.ones(2, requires_grad=True)}
 assert not fisher_merge([leaf], [{"w": torch.ones(2)}])["w"].requires_grad, (
@@ -1953,8 +1953,8 @@ print(f"the mean goes {share:.0%} of the way from step 560 to the final model")
 # the final model, for no training at all. The three see one valley from three sides, as in the
 # derivation of [](#averaging-weights): were their noise independent, two thirds of their excess
 # would be gone. The greedy soup takes all three in. This is one run of pretraining, judged on 20
-# windows of text; Li et al. report the same for models of up to a hundred billion parameters, and use the mean
-# to predict what a decay would give.
+# windows of text; Li et al. report the same for models of up to more than a hundred billion
+# parameters, and use the mean to predict what a decay would give.
 
 # %% [markdown]
 # ## Key questions
@@ -2114,8 +2114,8 @@ checks.number(
 # %% [markdown]
 # ## References
 #
-# - **Wortsman et al. 2022**, *Model soups*, arXiv:2203.05482. Uniform and greedy soups, and when
-#   a soup does as well as an ensemble: the flatter the loss between its members, the better.
+# - **Wortsman et al. 2022**, *Model soups*, arXiv:2203.05482. Uniform and greedy soups. How close a
+#   soup comes to an ensemble follows from how flat the loss is and how sure the predictions are.
 # - **Ilharco et al. 2022**, *Editing Models with Task Arithmetic*, arXiv:2212.04089. Sections 3 and
 #   4: negation and addition; and the cosines between task vectors, most of them near 0.
 # - **Yadav et al. 2023**, *TIES-Merging*, arXiv:2306.01708. The figures of what interferes,
@@ -2127,8 +2127,8 @@ checks.number(
 # - **Frankle et al. 2020**, *Linear Mode Connectivity and the Lottery Ticket Hypothesis*,
 #   arXiv:1912.05671. How early in training two runs come to share a valley.
 # - **Entezari et al. 2021**, *The Role of Permutation Invariance in Linear Mode Connectivity of
-#   Neural Networks*, arXiv:2110.06296. The barrier above the chord, and the conjecture that units in
-#   the right order leave none.
+#   Neural Networks*, arXiv:2110.06296. The barrier above the chord, and the conjecture that units
+#   in the right order leave none.
 # - **Ainsworth et al. 2022**, *Git Re-Basin*, arXiv:2209.04836. The three ways to match units,
 #   barriers against width and training time, and a counterexample to the single valley.
 # - **Izmailov et al. 2018**, *Averaging Weights Leads to Wider Optima and Better Generalization*,
