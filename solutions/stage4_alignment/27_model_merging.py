@@ -73,7 +73,7 @@ from torch import Tensor, nn
 State = dict[str, Tensor]
 
 # %% [markdown]
-# ## Averaging weights
+# ## Averaging weights {#averaging-weights}
 #
 # Why should a mean of weights be any good? Take several results $\theta_i = \theta^* + \epsilon_i$
 # of noisy training around one minimum $\theta^*$, where the loss is nearly quadratic with Hessian
@@ -98,21 +98,21 @@ State = dict[str, Tensor]
 def average(states: Sequence[State], weights: Sequence[float] | None = None) -> State:
     """The weighted mean of states, name by name: Σ wᵢ·stateᵢ / Σ wᵢ.
 
-    states: one or more dictionaries, name → tensor. Each tensor has in every state the same shape;
-        the dtype of the result is that of the first state.
+    states: one or more dictionaries, name → tensor. A name has the same shape in every state, and
+        the same dtype (nothing to check), which is the result's too.
     weights: one number for each state, which need not sum to 1 and may be negative; None = all
         alike.
 
     Floating-point tensors: computed in float32 at least (float64 for float64) and rounded once.
-    Values near the largest of their format must not overflow on the way. The result requires no
-    gradient, whatever the states do.
+    With weights ≥ 0, values near the largest of their format must not overflow on the way. The
+    result requires no gradient, whatever the states do.
     All others (integer, bool): must be equal in all states; the result holds their value.
-    Two names that are tied, that is, hold one tensor (the same `data_ptr()` and shape) in every
-    state, hold one tensor in the result too, not two equal ones.
+    Two names that are tied, that is, hold one tensor (the same `data_ptr()`, shape and strides) in
+    every state, hold one tensor in the result too, not two equal ones.
 
     Names are in the order of the first state; the others may have another order. ValueError: no
     states; the names differ; the shapes of a name differ; integers differ; as many weights as
-    states are not given; the weights sum to 0. States are not changed.
+    states are not given; the weights sum to 0 exactly. States are not changed.
 
     Worked number: [2, 4] with weight 3 and [6, 0] with weight 1 give [3, 3].
     """
@@ -135,7 +135,7 @@ def average(states: Sequence[State], weights: Sequence[float] | None = None) -> 
                 raise ValueError(f"{name} holds integers that differ: they have no mean")
             merged[name] = first.clone()
             continue
-        where = (first.shape, *(tensor.data_ptr() for tensor in tensors))
+        where = (first.shape, *((tensor.data_ptr(), tensor.stride()) for tensor in tensors))
         if where not in seen:
             wide = torch.promote_types(first.dtype, torch.float32)
             terms = (share * tensor.to(wide) for share, tensor in zip(shares, tensors, strict=True))
@@ -244,8 +244,8 @@ assert not out.requires_grad, "the result carries a gradient's graph: detach the
 # %% check="average" points=2
 a, b = {"w": torch.ones(2)}, {"v": torch.ones(2)}
 checks.raises(ValueError, average, [a, b], because="The names are w and v")
-shared = torch.tensor([1.0, 5.0])
-tied = average([{"embed": shared, "head": shared}, {"embed": -shared, "head": -shared}])
+one, two = torch.tensor([1.0, 5.0]), torch.tensor([-1.0, -5.0])
+tied = average([{"embed": one, "head": one}, {"embed": two, "head": two}])
 checks.close(tied["head"], torch.zeros(2), what="a mean of a tied head")
 ### BEGIN HIDDEN TESTS
 one = {"w": torch.ones(4), "n": torch.tensor([3])}
@@ -309,7 +309,7 @@ def greedy_soup(
     the one that comes first in `states`. The first is in. Each later one is in if the score of the
     plain mean (all weights alike) of the members and it is greater than or equal to the score of
     the members' mean. `evaluate` is called 2·len(states) − 1 times. ValueError where there are no
-    states. You may call `average`.
+    states. A soup of one member may be that state itself. You may call `average`.
 
     Worked number: weights 0, 1 and 4, score −(w − 1.5)²: tried in the order 1, 0, 2. Members are
     1 (score −0.25); 0 makes a mean of 0.5 and is refused; 4 makes 2.5 and is refused (−1).
@@ -336,26 +336,21 @@ def greedy_soup(
 # </details>
 
 # %% check="greedy_soup" points=2
-tasted = []  # what was scored may be what is returned
-
-
-def near(state):
-    tasted.append(state)
-    return -((float(state["w"]) - 1.5) ** 2)
-
-
-def in_steps(state):
-    tasted.append(state)
-    return -abs(int(float(state["w"])) - 2)
-
-
 soup, members = checks.parts(
-    greedy_soup([{"w": torch.tensor([w])} for w in (0.0, 1.0, 4.0)], near), "soup", "members"
+    greedy_soup(
+        [{"w": torch.tensor([w])} for w in (0.0, 1.0, 4.0)],
+        lambda state: -((float(state["w"]) - 1.5) ** 2),
+    ),
+    "soup",
+    "members",
 )
 checks.close(members, [1], what="the members of the soup of 0, 1 and 4 around 1.5")
 checks.close(soup["w"], torch.tensor([1.0]), what="its weight")
 # Scored in whole steps, the mean of 2 and 3 is as good as 2 alone, and so 3 comes in.
-soup, members = greedy_soup([{"w": torch.tensor([w])} for w in (3.0, 2.0)], in_steps)
+soup, members = greedy_soup(
+    [{"w": torch.tensor([w])} for w in (3.0, 2.0)],
+    lambda state: -abs(int(float(state["w"])) - 2),
+)
 checks.close(members, [1, 0], what="the members, of which the second makes the soup not worse")
 checks.close(soup["w"], torch.tensor([2.5]), what="its weight")
 ### BEGIN HIDDEN TESTS
@@ -368,9 +363,8 @@ for size in (1, 2, 3, 5, 8, 8, 8):
     seen = []
 
     def taste(state, seen=seen):
-        seen.append(state)
-        value = float(state["w"][1])
-        return -abs(round(8 * value) - 4) // 4  # coarse, so that scores tie
+        seen.append(float(state["w"][1]))
+        return -abs(round(8 * seen[-1]) - 4) // 4  # coarse, so that scores tie
 
     def score(values):  # the same of whole numbers, exactly
         mean = Fraction(sum(values), len(values))
@@ -619,8 +613,9 @@ def task_vector(base: State, tuned: State) -> State:
 def apply_task_vectors(base: State, vectors: Sequence[State], scales: Sequence[float]) -> State:
     """base + Σ scaleᵢ·vectorᵢ, name by name.
 
-    A name that is not in a vector gets nothing from it; what gets nothing is copied. Every name of
-    a vector is in `base`, else ValueError; also where there are not as many scales as vectors.
+    vectors: as `task_vector` makes them, perhaps with fewer names. A name that is not in a vector
+    gets nothing from it; what gets nothing is copied, to memory of its own. Every name of a vector
+    is in `base`, else ValueError; also where there are not as many scales as vectors.
     Computed in the dtype of `base`, float32 at least, and rounded once to that dtype. No gradient
     is required. Arguments are not changed.
 
@@ -650,6 +645,17 @@ def apply_task_vectors(base: State, vectors: Sequence[State], scales: Sequence[f
 # A bfloat16 number keeps 8 bits of its digits. Widen base and tuned *before* you subtract, and
 # narrow once, after all has been added.
 # </details>
+
+# %% tags=["support"]
+# Support: which tensors of a merged model lie in the memory of the base
+
+
+@checks.measured
+def memory_of_base(apply: Callable, base: State, vectors: Sequence[State]) -> list[str]:
+    merged = apply(base, vectors, [1.0] * len(vectors))
+    taken = {tensor.untyped_storage().data_ptr() for tensor in base.values()}
+    return [n for n, tensor in merged.items() if tensor.untyped_storage().data_ptr() in taken]
+
 
 # %% check="task_vectors" points=2
 base = {"w": torch.tensor([1.0, 1.0]), "steps": torch.tensor(3)}
@@ -750,6 +756,11 @@ checks.close(
 )
 nothing = apply_task_vectors(base, [], [])
 checks.close(nothing["a"], base["a"], what="the base with no vectors")
+lent = memory_of_base(apply_task_vectors, base, [{"b": moves[1]["b"]}])
+assert not lent, (
+    f"{', '.join(lent)}: no vector moves this, and the result holds the base's own memory, so that "
+    f"who trains the merged model changes the base: copy it"
+)
 # Law: the task vector takes the base to the tuned state and back, bit for bit in bfloat16.
 for dtype in (torch.bfloat16, torch.float16, torch.float32):
     start = {"w": checks.randn(200, generator=g).to(dtype)}
@@ -828,7 +839,8 @@ def ties_merge(vectors: Sequence[State], density: float) -> State:
         none.
 
     The result has the names of the first vector in its order, shapes and dtypes likewise; computed
-    in float32 at least. ValueError: no vectors; a density outside (0, 1]. Vectors are not changed.
+    in float32 at least. No gradient is required. ValueError: no vectors; a density outside (0, 1].
+    Vectors are not changed.
 
     Worked number: the table above.
     """
@@ -956,8 +968,9 @@ checks.close(
     torch.tensor([3.0, -2.0, 2.0, 2.0, 0.0]),
     what="[3, −2, 2, 2, 1] trimmed to 2 entries, of which the second is met by three",
 )
-half = [{"w": checks.randn(33, generator=g).bfloat16()} for _ in range(3)]
+half = [{"w": checks.randn(33, generator=g).bfloat16().requires_grad_()} for _ in range(3)]
 merged = ties_merge(half, 0.5)["w"]
+assert not merged.requires_grad, "the result carries a gradient's graph: detach the vectors"
 values = list(by_entry(half, 0.5).values())
 checks.close(
     merged,
@@ -995,9 +1008,9 @@ def dare(vector: State, p: float, generator: torch.Generator) -> State:
     """Each entry is dropped (0) with probability p, independently; what stays is divided by 1 − p.
 
     vector: a task vector, floating-point tensors on the CPU. p: at least 0, below 1; ValueError
-    elsewhere. All random numbers come from `generator`. Names, shapes and dtypes stay; no gradient
-    is required; `vector` is not changed. At p = 0 the values are those of `vector`. An entry that
-    is dropped is 0 whatever it was (inf too).
+    elsewhere. The probability is p in every dtype, for p near 1 too. All random numbers come from
+    `generator`. Names, shapes and dtypes stay; no gradient is required; `vector` is not changed. At
+    p = 0 the values are those of `vector`. An entry that is dropped is 0 whatever it was (inf too).
 
     Worked number: at p = 0.75 an entry of 3 becomes 0 or 12.
     """
@@ -1087,6 +1100,15 @@ for dtype in (torch.float16, torch.bfloat16):
     assert out.dtype == dtype, f"entries of {dtype} become {out.dtype}"
     assert not out.requires_grad, "the result carries a gradient's graph"
     checks.close(out.float(), torch.where(out != 0, 12.0, 0.0), what=f"3 at p = 0.75 in {dtype}")
+    out = dare({"w": torch.ones(1_000_000, dtype=dtype)}, 0.9999, g)["w"]
+    checks.drawn(
+        (out != 0).double(),
+        mean=1e-4,
+        std=1e-2,
+        kurtosis=1e4,
+        what=f"the share of {dtype} entries that stays at p = 0.9999",
+        hint="Random numbers drawn in half precision have too few steps between 0 and 1",
+    )
 wild = dare({"w": torch.full((100,), math.inf)}, 0.5, g)["w"]
 assert not wild.isnan().any(), "an infinite entry that is dropped becomes NaN: 0·inf; mask instead"
 for p in (1.0, -0.1, 1.5):
@@ -1098,7 +1120,8 @@ for p in (1.0, -0.1, 1.5):
 #
 # Walk in a straight line from $\theta_a$ to $\theta_b$ and measure the loss $L(t)$ at
 # $(1-t)\theta_a + t\theta_b$. If one end is worse than the other, some of what you see is a plain
-# slope. The **barrier** takes it off (Frankle et al. 2020):
+# slope. The **barrier** takes it off (Entezari et al. 2021; Frankle et al. 2020 take off the mean
+# of the two ends):
 #
 # $$ \max_{t}\; L(t) - \big[(1-t)\,L(0) + t\,L(1)\big]. $$
 #
@@ -1217,8 +1240,8 @@ for points in (1, 0):
 #
 # Take a network with one hidden layer of $h$ units, and exchange two units: their rows of the first
 # weight matrix, their biases, and their columns of the second. Not one output changes, because a
-# sum has no order. So every such network exists in $h!$ copies that lie far apart: for $h = 32$
-# more than $10^{35}$.
+# sum has no order. So such a network, if its units all differ, exists in $h!$ copies: for $h = 32$
+# more than $10^{35}$, most of them far apart.
 #
 # Two trainings from different starts end in different copies. Their mean mixes a unit that finds a
 # loop with one that finds a stroke. Two finetunings from *one* start stay in the same copy, and
@@ -1250,6 +1273,7 @@ def match_units(a: Tensor, b: Tensor) -> Tensor:
     ### BEGIN SOLUTION
     def standard(x: Tensor) -> Tensor:
         x = x.detach().double()
+        x = x - x[:1]  # a unit that never varies is exactly 0 now
         x = x - x.mean(0)
         norm = x.norm(dim=0)
         return x / norm.clamp(min=torch.finfo(torch.float64).tiny)
@@ -1282,7 +1306,8 @@ def permute_hidden(state: State, order: Tensor) -> State:
 # <details><summary>Hint: correlations of all pairs at once</summary>
 #
 # Take each column's mean off and divide it by its norm. Then `a.T @ b` holds all the correlations.
-# A column of zeros stays one if you divide by a tiny number instead of 0.
+# A column of zeros stays one if you divide by a tiny number instead of 0. But the mean of many 0.1s
+# need not be 0.1: take each column's first value off first, and what never varies is exactly 0.
 # </details>
 #
 # <details><summary>Hint: the order or its inverse</summary>
@@ -1341,6 +1366,15 @@ a[:, 1] = 7.0
 b = a[:, [3, 0, 1, 2]] * 1e-3
 order = match_units(a.requires_grad_(), b)
 checks.close(order, torch.tensor([1, 2, 3, 0]), what="an order with a unit that never varies")
+# Two that never vary are strangers like any others, whatever rounding leaves of them.
+x = torch.linspace(-1, 1, 38, dtype=torch.float64)
+still = torch.full_like(x, 0.1)
+checks.close(
+    match_units(torch.stack([x, still], 1), torch.stack([still, x**2 - 0.6 * x], 1)),
+    torch.tensor([0, 1]),  # the other order would pair opposites, at −0.75
+    what="an order where one unit of each network is 0.1 on all examples",
+    hint="The mean of many 0.1s need not be 0.1, and what is left correlates with nothing",
+)
 ### END HIDDEN TESTS
 
 # %% check="match_units" points=2
@@ -1386,7 +1420,7 @@ for inputs, h, outputs in [(3, 4, 2), (5, 1, 1), (2, 9, 9), (7, 7, 7)]:
 # ### The repair, measured
 #
 # Two networks learn the digits from two random starts. The figure shows the way from one to the
-# other, and the way to the same second network with its units in another order. A third line is
+# other, and the way to the same second network with its units in another order. Two more lines are
 # the exact case: the second end is a relabeled copy of the first, and the repair undoes that
 # entirely.
 
@@ -1487,7 +1521,7 @@ def fisher_merge(states: Sequence[State], fishers: Sequence[State]) -> State:
     ValueError where there are not as many fishers as states, or none.
 
     Where all Fᵢ of an entry are 0: the plain mean. Only the proportions of the Fᵢ of an entry
-    count: entries from 1e−38 to 1e38 in float32 give no overflow and no eps. Computed in float64;
+    count: no eps, and no overflow for Fᵢ from 1e−38 to 1e38. Computed in float64;
     dtype, names and their order are those of the first state. Arguments are not changed; no
     gradient is required.
 
@@ -1570,17 +1604,17 @@ for count in (1, 2, 4):
         )
         assert tensor.dtype == states[0][name].dtype, f"{name} has dtype {tensor.dtype}"
 # Law: only the proportions count.
-states = [{"w": checks.randn(50, generator=g)} for _ in range(3)]
+states = [{"w": checks.randn(50, generator=g, scale=10.0)} for _ in range(3)]
 share = [torch.rand(50, generator=g) + 0.1 for _ in range(3)]
 expected = sum(f.double() * s["w"].double() for f, s in zip(share, states, strict=True))
 expected = expected / sum(f.double() for f in share)
-for scale in (1e-37, 1e-20, 1e-8, 1e37):
+for scale in (1e-37, 1e-20, 1e-8, 9e37):
     checks.close(
         fisher_merge(states, [{"w": f * scale} for f in share])["w"],
         expected,
         what=f"states with Fisher values around {scale:g}",
         dtype=torch.float32,
-        hint="Only the proportions of the Fisher values count",
+        hint="Only the proportions count, and products beyond 3e38 need float64",
     )
 leaf = {"w": torch.ones(2, requires_grad=True)}
 assert not fisher_merge([leaf], [{"w": torch.ones(2)}])["w"].requires_grad, (
@@ -1917,10 +1951,10 @@ print(f"the mean goes {share:.0%} of the way from step 560 to the final model")
 # %% [markdown]
 # The mean is better than each of the three, and it covers most of the way from the last of them to
 # the final model, for no training at all. The three see one valley from three sides, as in the
-# derivation of the first section: were their noise independent, two thirds of their excess would be
-# gone. The greedy soup takes all three in. This is one run of pretraining, judged on 20 windows of
-# text; Li et al. report the same for models of up to a hundred billion parameters, and use the mean
-# to predict what a decay would give.
+# derivation of [](#averaging-weights): were their noise independent, two thirds of their excess
+# would be gone. The greedy soup takes all three in. This is one run of pretraining, judged on 20
+# windows of text; Li et al. report the same for models of up to more than a hundred billion
+# parameters, and use the mean to predict what a decay would give.
 
 # %% [markdown]
 # ## Key questions
@@ -2080,8 +2114,8 @@ checks.number(
 # %% [markdown]
 # ## References
 #
-# - **Wortsman et al. 2022**, *Model soups*, arXiv:2203.05482. Section 2 and algorithm 1 for the
-#   greedy soup; section 4 compares a soup with an ensemble by the curvature along the line.
+# - **Wortsman et al. 2022**, *Model soups*, arXiv:2203.05482. Uniform and greedy soups. How close a
+#   soup comes to an ensemble follows from how flat the loss is and how sure the predictions are.
 # - **Ilharco et al. 2022**, *Editing Models with Task Arithmetic*, arXiv:2212.04089. Sections 3 and
 #   4: negation and addition; and the cosines between task vectors, most of them near 0.
 # - **Yadav et al. 2023**, *TIES-Merging*, arXiv:2306.01708. The figures of what interferes,
@@ -2089,9 +2123,12 @@ checks.number(
 # - **Yu et al. 2023**, *Language Models are Super Mario*, arXiv:2311.03099. DARE, and up to which
 #   drop rate finetuned models of several sizes go along.
 # - **Matena and Raffel 2021**, *Merging Models with Fisher-Weighted Averaging*, arXiv:2111.09832.
-#   Section 3, where the mean is a maximum of a product of Gaussian posteriors.
+#   Merging as the maximum of a product of Gaussian posteriors; a plain mean makes them all alike.
 # - **Frankle et al. 2020**, *Linear Mode Connectivity and the Lottery Ticket Hypothesis*,
-#   arXiv:1912.05671. Section 3: how early in training two runs come to share a valley.
+#   arXiv:1912.05671. How early in training two runs come to share a valley.
+# - **Entezari et al. 2021**, *The Role of Permutation Invariance in Linear Mode Connectivity of
+#   Neural Networks*, arXiv:2110.06296. The barrier above the chord, and the conjecture that units
+#   in the right order leave none.
 # - **Ainsworth et al. 2022**, *Git Re-Basin*, arXiv:2209.04836. The three ways to match units,
 #   barriers against width and training time, and a counterexample to the single valley.
 # - **Izmailov et al. 2018**, *Averaging Weights Leads to Wider Optima and Better Generalization*,

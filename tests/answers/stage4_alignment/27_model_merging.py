@@ -51,7 +51,7 @@
 + if True:
 
 # %% wrong="average" because="tied in the first state is taken for tied in all"
-- where = (first.shape, *(tensor.data_ptr() for tensor in tensors))
+- where = (first.shape, *((tensor.data_ptr(), tensor.stride()) for tensor in tensors))
 + where = (first.shape, first.data_ptr())
 
 # %% wrong="average" because="a graph is kept"
@@ -95,7 +95,9 @@ def average(states, weights=None):
         for name, first in states[0].items():
             for tensors, result in made:
                 same = [
-                    s[name].data_ptr() == t.data_ptr() and s[name].shape == t.shape
+                    s[name].data_ptr() == t.data_ptr()
+                    and s[name].shape == t.shape
+                    and s[name].stride() == t.stride()
                     for s, t in zip(states, tensors)
                 ]
                 if all(same) and result.dtype == first.dtype:
@@ -160,6 +162,22 @@ def average(states, weights=None):
 # %% wrong="greedy_soup" because="scored again at every comparison"
 - if score >= best:
 + if score >= evaluate(average([states[j] for j in members])):
+
+# %% right="greedy_soup" because="the states that were scored are kept in a dictionary and returned"
+def greedy_soup(states, evaluate):
+    if not states:
+        raise ValueError("no states")
+    made = {(i,): state for i, state in enumerate(states)}
+    scores = {key: evaluate(state) for key, state in made.items()}
+    order = sorted(range(len(states)), key=lambda i: scores[i,], reverse=True)
+    members = (order[0],)
+    for i in order[1:]:
+        key = (*members, i)
+        made[key] = average([states[j] for j in key])
+        scores[key] = evaluate(made[key])
+        if scores[key] >= scores[members]:
+            members = key
+    return made[members], list(members)
 
 # %% right="greedy_soup" because="sums and counts, without average"
 def greedy_soup(states, evaluate):
@@ -326,6 +344,12 @@ def slerp(a, b, t):
 - moves = [(s, v[name].detach()) for s, v in zip(scales, vectors, strict=True) if name in v]
 + moves = [(s, v[name].detach()) for s, v in zip(scales, vectors) if name in v]
 
+# %% wrong="task_vectors" because="what no vector moves is the base's own memory"
+- total = tensor.detach().clone()
+- if moves:
++ total = tensor.detach()
++ if moves:
+
 # %% right="task_vectors" because="float64 inside, without gradients"
 @torch.no_grad()
 def task_vector(base, tuned):
@@ -350,7 +374,7 @@ def apply_task_vectors(base, vectors, scales):
     vectors, scales = list(vectors), list(scales)
     if len(vectors) != len(scales) or not all(n in base for v in vectors for n in v):
         raise ValueError("do not fit")
-    out = {n: t.double() if t.is_floating_point() else t.clone() for n, t in base.items()}
+    out = {n: t.double().clone() if t.is_floating_point() else t.clone() for n, t in base.items()}
     for v, s in zip(vectors, scales):
         for n in v:
             out[n] = torch.add(out[n], v[n].double(), alpha=s)
@@ -441,6 +465,10 @@ def apply_task_vectors(base, vectors, scales):
 - k = max(1, round(density * flat.numel()))
 + k = max(1, int(density * flat.numel()) - 1)
 
+# %% wrong="ties_merge" because="a graph is kept"
+- flat = torch.cat([vector[name].detach().flatten() for name in vectors[0]])
++ flat = torch.cat([vector[name].flatten() for name in vectors[0]])
+
 # %% right="ties_merge" because="two sides, summed apart"
 def ties_merge(vectors, density):
     if len(vectors) == 0 or density <= 0 or density > 1:
@@ -480,6 +508,10 @@ def ties_merge(vectors, density):
 # %% wrong="dare" because="the generator is ignored"
 - dropped = torch.rand(tensor.shape, generator=generator) < p
 + dropped = torch.rand(tensor.shape) < p
+
+# %% wrong="dare" because="numbers drawn in the vector's dtype, too coarse in half precision"
+- dropped = torch.rand(tensor.shape, generator=generator) < p
++ dropped = torch.rand(tensor.shape, generator=generator, dtype=tensor.dtype) < p
 
 # %% wrong="dare" because="a new generator for every tensor"
 - dropped = torch.rand(tensor.shape, generator=generator) < p
@@ -593,6 +625,7 @@ def loss_barrier(a, b, evaluate, points=11):
 + correlation = standard(b).T @ standard(a)
 
 # %% wrong="match_units" because="products without means taken off"
+- x = x - x[:1]  # a unit that never varies is exactly 0 now
 - x = x - x.mean(0)
 - norm = x.norm(dim=0)
 + norm = x.norm(dim=0)
@@ -604,6 +637,11 @@ def loss_barrier(a, b, evaluate, points=11):
 # %% wrong="match_units" because="a unit that never varies is NaN"
 - return x / norm.clamp(min=torch.finfo(torch.float64).tiny)
 + return x / norm
+
+# %% wrong="match_units" because="what rounding leaves of a constant is blown up to a unit vector"
+- x = x - x[:1]  # a unit that never varies is exactly 0 now
+- x = x - x.mean(0)
++ x = x - x.mean(0)
 
 # %% wrong="match_units" because="the size of the correlation, whatever its sign"
 - _, order = linear_sum_assignment(correlation.numpy(), maximize=True)
@@ -655,7 +693,7 @@ def match_units(a, b):
     import numpy as np
 
     x, y = a.detach().double().numpy(), b.detach().double().numpy()
-    x, y = x - x.mean(axis=0), y - y.mean(axis=0)
+    x, y = (np.where((c == c[0]).all(axis=0), 0.0, c - c.mean(axis=0)) for c in (x, y))
     sx, sy = np.sqrt((x * x).sum(axis=0)), np.sqrt((y * y).sum(axis=0))
     sx[sx == 0], sy[sy == 0] = 1.0, 1.0
     rows, columns = linear_sum_assignment(-((x / sx).T @ (y / sy)))
@@ -718,6 +756,13 @@ def permute_hidden(state, order):
 - weight = torch.stack([fisher[name].detach().double() for fisher in fishers])
 + theta = torch.stack([state[name].detach().float() for state in states])
 + weight = torch.stack([fisher[name].detach().float() for fisher in fishers])
+
+# %% wrong="fisher_merge" because="in the dtype of the states, where products near 1e38 overflow"
+- theta = torch.stack([state[name].detach().double() for state in states])
+- weight = torch.stack([fisher[name].detach().double() for fisher in fishers])
++ wide = torch.promote_types(first.dtype, torch.float32)
++ theta = torch.stack([state[name].detach().to(wide) for state in states])
++ weight = torch.stack([fisher[name].detach().to(wide) for fisher in fishers])
 
 # %% wrong="fisher_merge" because="a missing Fisher is overlooked"
 - if not states or len(states) != len(fishers):
