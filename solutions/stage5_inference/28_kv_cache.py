@@ -1856,15 +1856,15 @@ plt.show()
 #
 # *Which axis.* The keys' error at 2 bits is about half as large per channel as per token, as the
 # picture of loud channels promised. The predictions hardly care: on text KIVI was ahead in three
-# draws of five and level in two, on copying keys per token were slightly ahead in all. A channel
-# that is large in *every* token adds nearly the same to every score, and softmax does not see what
-# all scores share. KIVI's authors found a large difference at 7 billion parameters, whose channels
-# are much louder; `small` does not show it.
+# draws of five and level in two, on copying keys per token were slightly ahead in all. What counts
+# is the error of the scores after the softmax, and a smaller error of the keys need not mean a
+# smaller one there. KIVI's authors found a large difference at 7 billion parameters; `small` does
+# not show it.
 #
 # *H2O.* On text it does not beat the most recent tokens here: the next token of a text depends on
 # its neighbors. On copying the most recent tokens are useless, as the string to be copied begins at
-# the other end; H2O saves some of it, by luck rather than foresight: its scores cannot know what
-# will be asked. `small` has no attention sink, on which much of H2O's gain in large models rests.
+# the other end; H2O saves some of it, though its scores cannot know what will be asked. Large
+# models send much attention to their first token, which H2O then keeps; `small` does not.
 
 # %% [markdown]
 # ## The cache between requests: a chat of ten turns
