@@ -12,7 +12,7 @@
 #     builds: >-
 #       A cache for batches of unequal texts, generation that uses it, the bytes and the time it
 #       costs on today's models, and the two ways to make it smaller: fewer bits, fewer tokens.
-#     gpu: "Nothing more: every cell runs on a CPU. The arithmetic is that of an H200."
+#     gpu: "Nothing more: every cell runs on the CPU, with or without a GPU."
 # ---
 
 # %% [markdown]
@@ -72,6 +72,14 @@ from torch import Tensor
 
 plt = plot.plt
 H200 = {"peak": 989e12, "bandwidth": 4.8e12, "memory": 141e9}  # dense bf16 FLOP/s, bytes/s, bytes
+
+
+# %% tags=["support"]
+# Support: normal numbers on the CPU
+def normal(*shape: int, **options) -> Tensor:
+    """As checks.randn, on the CPU, with a GPU too: so is everything in this lesson."""
+    return checks.randn(*shape, **options).cpu()
+
 
 # %% [markdown]
 # ## How much work is saved
@@ -316,7 +324,7 @@ for layers, batch, kv_heads, capacity, head_dim, dtype in [
     for size in (3, 1, 2, 1):
         for layer in reversed(range(layers)):
             k, v = (
-                checks.randn(batch, size, kv_heads, head_dim, generator=g).transpose(1, 2)
+                normal(batch, size, kv_heads, head_dim, generator=g).transpose(1, 2)
                 for _ in range(2)
             )
             counts = torch.randint(0, size + 1, (batch,), generator=g)
@@ -415,7 +423,7 @@ for rows in ([1, 1, 3, 0], [3, 2, 1, 0], [0, 0, 0, 0], [2, 3, 2, 1]):
     cache = KVCache(2, 4, 2, 9, 3)
     stored = {}
     for layer, counts in enumerate(([5, 1, 0, 3], [4, 4, 2, 6])):
-        k, v = (checks.randn(4, 2, 6, 3, generator=g) for _ in range(2))
+        k, v = (normal(4, 2, 6, 3, generator=g) for _ in range(2))
         cache.append(layer, k, v, torch.tensor(counts))
         stored[layer] = k, v, counts
     index = torch.tensor(rows)
@@ -441,7 +449,7 @@ for rows in ([1, 1, 3, 0], [3, 2, 1, 0], [0, 0, 0, 0], [2, 3, 2, 1]):
     checks.raises(ValueError, cache.crop, torch.tensor([1, 1, -2, 1]))
     checks.close(cache.lengths, torch.minimum(lengths, keep), what="lengths after a refused crop")
     # What is appended after a crop takes the place of what was forgotten.
-    k = checks.randn(4, 2, 1, 3, generator=g)
+    k = normal(4, 2, 1, 3, generator=g)
     keys, _ = cache.append(1, k, k)
     for b, n in enumerate(torch.minimum(lengths, keep)[1].tolist()):
         checks.close(keys[b, :, n], k[b, :, 0], what="the key appended after a crop")
@@ -759,8 +767,8 @@ for prompts, new, stop in [
 # %% tags=["experiment"]
 threads = torch.get_num_threads()
 torch.set_num_threads(1)
-small, tokenizer = models.load("small")
-small = small.to("cpu").eval()
+small, tokenizer = models.load("small", device="cpu")
+small = small.eval()
 config = small.config
 lengths = [32, 64, 128, 256, 512]
 seconds = {"without a cache": [], "with your cache": []}
@@ -1469,7 +1477,7 @@ for shape, bits, group, residual in [
 ]:
     batch, heads, tokens, size = shape
     k, v = (
-        checks.randn(batch, tokens, heads, size, generator=g, dtype=torch.float64).transpose(1, 2)
+        normal(batch, tokens, heads, size, generator=g, dtype=torch.float64).transpose(1, 2)
         for _ in range(2)
     )
     k = k * torch.tensor([1.0, 30.0] * size)[:size] + 3  # a loud channel beside a quiet one
@@ -1505,7 +1513,7 @@ checks.close(v_hat, x, what="values that are all equal")
 checks.raises(ValueError, quantize_kv, x, x, 2, 4, 4, because="group 4 does not divide head_dim 2")
 checks.raises(ValueError, quantize_kv, x, x, 2, 2, 0, because="the residual is 0")
 for dtype in (torch.float32, torch.bfloat16, torch.float16):
-    k, v = ((5 + checks.randn(2, 2, 20, 8, generator=g)).to(dtype) for _ in range(2))
+    k, v = ((5 + normal(2, 2, 20, 8, generator=g)).to(dtype) for _ in range(2))
     v[0, 0, 0] = torch.tensor([-6e4, 6e4] * 4).to(dtype)  # whose range is more than float16 holds
     k_hat, v_hat = quantize_kv(k, v, 4, 4, 8)
     assert k_hat.dtype == v_hat.dtype == dtype, f"results have dtype {k_hat.dtype}, inputs {dtype}"
@@ -1520,7 +1528,10 @@ for dtype in (torch.float32, torch.bfloat16, torch.float16):
             f"in {dtype} an error is more than half a step: compute in float32, then cast"
         )
         checks.close(found[..., old:, :], exact[..., old:, :], what="the residual", dtype=dtype)
-k, v = checks.randn(1, 1, 1, 4, generator=g), checks.randn(1, 1, 1, 4, generator=g)
+k, v = normal(1, 1, 3, 4, generator=g), normal(1, 1, 3, 4, generator=g)
+alone_k, alone_v = quantize_kv(k, v, 2, 1, 1)  # groups of one number
+checks.close(alone_k, k, what="keys in groups of one")
+checks.close(alone_v, v, what="values in groups of one")
 for tokens in (0, 1):
     k_hat, v_hat = quantize_kv(k[:, :, :tokens], v[:, :, :tokens], 2, 4, 4)
     checks.close(k_hat, k[:, :, :tokens], what=f"{tokens} keys")
@@ -1596,8 +1607,8 @@ for batch, heads, kv, new, keys, old in [
     (1, 4, 4, 1, 5, 5),
     (3, 4, 1, 2, 1, 0),
 ]:
-    w = checks.randn(batch, new, heads, keys, generator=g).softmax(-1).transpose(1, 2)
-    past = checks.randn(batch, kv, old, generator=g).abs()
+    w = normal(batch, new, heads, keys, generator=g).softmax(-1).transpose(1, 2)
+    past = normal(batch, kv, old, generator=g).abs()
     with checks.unchanged(weights=w, past=past):
         found = accumulate_attention(w, kv, past)
     expected = torch.zeros(batch, kv, keys, dtype=torch.float64)
