@@ -182,7 +182,7 @@ def test_flops(lesson, agrees, pair, batch):
     """Decode against PyTorch's counter, step by step; prefill too, of which the counter knows no causal mask."""
     from torch.utils.flop_counter import FlopCounterMode
 
-    mine, theirs = pair
+    _, theirs = pair
     matrices = [p for name, p in theirs.named_parameters() if p.dim() == 2 and "embed_tokens" not in name]
     size = lesson.ModelSize(sum(p.numel() for p in matrices) + 50 * 32, 3, 4, 2, 8)  # the tied head
     cache = cache_utils.DynamicCache()
