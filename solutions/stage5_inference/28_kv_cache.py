@@ -12,7 +12,7 @@
 #     builds: >-
 #       A cache for batches of unequal texts, generation that uses it, the bytes and the time it
 #       costs on today's models, and the two ways to make it smaller: fewer bits, fewer tokens.
-#     gpu: "Nothing more: every cell runs on the CPU, with or without a GPU."
+#     gpu: "One layer's prefill and decode, measured against your roofline."
 # ---
 
 # %% [markdown]
@@ -66,7 +66,7 @@ from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
-from llm40 import checks, data, models, plot
+from llm40 import checks, data, models, plot, profile, triton
 from llm40.models.llama import angles, rotate
 from torch import Tensor
 
@@ -1295,6 +1295,82 @@ plot.caption(
     "batch of 1,024 stays below 8, since each text reads a cache of its own.",
 )
 plt.show()
+
+# %% [markdown]
+# ### On a GPU: is the roofline reached?
+#
+# The next cells run one layer of Llama 3 8B's size on a GPU, its four matrix products and its
+# attention over the cache, in bfloat16, and compare the time with your roofline. Without a GPU they
+# show what one H200 gave.
+
+
+# %% tags=["experiment"]
+ONE_LAYER = ModelSize(218_103_808, 1, 32, 8, 128)
+
+
+def time_layer(batch: int, tokens: int, phase: str) -> float:
+    """Seconds of one layer's products and attention on this GPU; L2 is emptied before each run."""
+    new, keys = (tokens, tokens) if phase == "prefill" else (1, tokens + 1)
+    options = {"device": "cuda", "dtype": torch.bfloat16}
+    shapes = [(6144, 4096), (4096, 4096), (28672, 4096), (4096, 14336)]
+    # Query, key and value together; output; gate and up together; down.
+    weights = [torch.randn(shape, **options) / 64 for shape in shapes]
+    inputs = [torch.randn(batch * new, columns, **options) for _, columns in shapes]
+    q = torch.randn(batch, 32, new, 128, **options)
+    k, v = (torch.randn(batch, 8, keys, 128, **options) for _ in range(2))
+
+    def layer():
+        for x, w in zip(inputs, weights, strict=True):
+            F.linear(x, w)
+        F.scaled_dot_product_attention(q, k, v, is_causal=new > 1, enable_gqa=True)
+
+    return triton.testing.do_bench(layer, return_mode="median") / 1e3
+
+
+# Microseconds on one H200 with PyTorch 2.11: shown where there is no GPU.
+RECORDED = {
+    ("prefill", 1, 2048): 1388,
+    ("decode", 1, 2048): 145,
+    ("decode", 16, 2048): 170,
+    ("decode", 64, 2048): 270,
+    ("decode", 256, 2048): 686,
+    ("decode", 64, 16384): 1103,
+}
+on_gpu = profile.name == "gpu" and not profile.interpret
+print(f"{torch.cuda.get_device_name() if on_gpu else 'recorded on an H200'}; one layer, bfloat16")
+gpu_points = {}
+for (phase, batch, tokens), recorded in RECORDED.items():
+    flops, moved, intensity = arithmetic_intensity(ONE_LAYER, batch, tokens, phase)
+    measured = time_layer(batch, tokens, phase) if on_gpu else recorded / 1e6
+    bound, limit = roofline_time(flops, moved, H200["peak"], H200["bandwidth"])
+    name = f"{phase} {batch} × {tokens}"
+    gpu_points[name] = (intensity, flops / measured)
+    print(
+        f"{name:17} {1e6 * measured:5.0f} µs, roofline {1e6 * bound:4.0f} µs ({limit}): "
+        f"{bound / measured:4.0%} of the speed it allows; {moved / measured / 1e12:.2f} TB/s"
+    )
+
+# %% tags=["experiment", "figure"]
+# Figure: measured steps below the roof of an H200
+fig, ax = plt.subplots(figsize=(7.5, 4.2))
+plot.roofline(
+    gpu_points,
+    peak=H200["peak"],
+    bandwidth=H200["bandwidth"],
+    title="one layer of Llama 3 8B's size: roof and measured points",
+    ax=ax,
+)
+plot.caption(
+    fig,
+    "The roof is an H200's data sheet. Decode lies a little below the slope: its speed is that of "
+    "the memory. A larger batch climbs; a longer text slides back.",
+)
+plt.show()
+
+# %% [markdown]
+# Every case reaches more than half of what the bound allows, and the one with the most cache to
+# read comes closest. What is missing is a smaller share of larger steps: each of the five kernels
+# takes a few microseconds to start and to end. Lessons 29 and 30 write such kernels.
 
 # %% [markdown]
 # ## Fewer bits: KIVI
