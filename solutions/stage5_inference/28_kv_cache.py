@@ -167,6 +167,9 @@ for prompt, new in [(1, 0), (5, 0), (1, 1), (7, 1), (3, 2), (10, 25), (100, 7)]:
 # Token $i$ of a row stands in slot $i$, whatever the others do. A new key of row 1 goes into slot
 # 2, of row 2 into slot 5. What stands behind a row's length is left over from something else and
 # means nothing. A query at position $i$ therefore sees slots $0 \dots i$ of its own row.
+
+# %% [markdown]
+# ### Exercise · The cache
 #
 # Three operations change the cache, and each has one use that you will meet again:
 #
@@ -175,9 +178,6 @@ for prompt, new in [(1, 0), (5, 0), (1, 1), (7, 1), (3, 2), (10, 25), (100, 7)]:
 # | **append** new keys and values | every step |
 # | **crop** to fewer tokens | speculative decoding, which takes rejected drafts back (lesson 32) |
 # | **reorder** the rows | beam search, in which two surviving beams may come from one |
-
-# %% [markdown]
-# ### Exercise · The cache
 
 
 # %% exercise="kv_cache" minutes=40 difficulty=3
@@ -1353,12 +1353,21 @@ for (phase, batch, tokens), recorded in RECORDED.items():
 # %% tags=["experiment", "figure"]
 # Figure: measured steps below the roof of an H200
 fig, ax = plt.subplots(figsize=(7.5, 4.2))
+longest = "decode 64 × 16384"  # whose label would lie on another's
 plot.roofline(
-    gpu_points,
+    {"" if name == longest else name: point for name, point in gpu_points.items()},
     peak=H200["peak"],
     bandwidth=H200["bandwidth"],
     title="one layer of Llama 3 8B's size: roof and measured points",
     ax=ax,
+)
+ax.annotate(
+    longest,
+    (gpu_points[longest][0], gpu_points[longest][1] / 1e12),
+    textcoords="offset points",
+    xytext=(-8, 3),
+    ha="right",
+    fontsize=8,
 )
 plot.caption(
     fig,
@@ -1384,15 +1393,6 @@ plt.show()
 # al. (2024) looked at caches and found that keys have **channels** in which every token is large,
 # and values have none. A group of one token's channels puts large and small channels of a key
 # together, and the small ones drown. A group of one channel's tokens does not.
-#
-# **KIVI** therefore quantizes keys **per channel**, in groups of $G$ consecutive tokens, and values
-# **per token**, in groups of $G$ consecutive channels. Values have a second reason: the output is
-# $\sum_j a_j v_j$ with few large $a_j$, and per token the error of an unimportant value stays with
-# it.
-#
-# A group of keys needs $G$ tokens before it can be rounded, while tokens come one by one. So the
-# newest tokens stay in full: of $n$ keys the last $n \bmod R$, and of the values the last $R$
-# (**residual**). These are also the tokens that attention looks at most.
 
 # %% tags=["experiment"]
 topics = data.split(data.documentation())[1] | data.split(data.source_code())[1]
@@ -1432,6 +1432,15 @@ plt.show()
 
 # %% [markdown]
 # ### Exercise · Keys per channel, values per token
+#
+# **KIVI** therefore quantizes keys **per channel**, in groups of $G$ consecutive tokens, and values
+# **per token**, in groups of $G$ consecutive channels. Values have a second reason: the output is
+# $\sum_j a_j v_j$ with few large $a_j$, and per token the error of an unimportant value stays with
+# it.
+#
+# A group of keys needs $G$ tokens before it can be rounded, while tokens come one by one. So the
+# newest tokens stay in full: of $n$ keys the last $n \bmod R$, and of the values the last $R$
+# (**residual**). These are also the tokens that attention looks at most.
 
 
 # %% exercise="quantize_kv" minutes=35 difficulty=3
@@ -1453,9 +1462,9 @@ def quantize_kv(
         Computed in float32 (float64 for float64), then cast.
     ValueError unless group divides both residual (> 0) and head_dim.
 
-    bits=1, group=2, residual=2, one head of size 2, tokens (0, 0), (1, 10), (4, 40), (6, 44),
-    (9, 9): as keys the first two groups have two tokens each, every number is a minimum or a
-    maximum and stays; as values tokens 0 to 2 are rounded, token by token.
+    bits=1, group=4, residual=4, head size 4, 5 tokens: the keys 0, 2, 4, 8 of one channel (tokens 0
+    to 3) become 0, 0, 0, 8 (4 lies in the middle, and torch.round takes the even code), token 4
+    stays; the value (0, 7, 1, 10) of token 0 becomes (0, 10, 0, 10), tokens 1 to 4 stay.
     """
     ### BEGIN SOLUTION
     tokens, head_dim = k.shape[-2:]
@@ -1943,17 +1952,14 @@ plt.show()
 # nats, and nearly all of the copying. Evicting is the worse bargain here.
 #
 # *Which axis.* The keys' error at 2 bits is about half as large per channel as per token, as the
-# picture of loud channels promised. The predictions follow it only in part: on text KIVI was ahead
-# in four draws of five and behind in one; on copying keys per token were slightly ahead in all.
-# What counts is the error of the scores after the softmax, and a smaller error of the keys need not
-# mean a smaller one there. KIVI's authors found a large difference at 7 billion parameters; `small`
-# hardly shows it.
+# picture promised. The predictions follow only in part: on text KIVI was ahead in four draws of
+# five; on copying keys per token were slightly ahead in all. What counts is the error of the scores
+# after the softmax. KIVI's authors found a large difference in much larger models.
 #
-# *H2O.* On text neither H2O nor the most recent tokens were ahead throughout: the next token of a
-# text depends on its neighbors. On copying the most recent tokens are useless, as the string to be
-# copied begins at the other end; H2O saves some of it, though its scores cannot know what will be
-# asked. Large models send much attention to their first token, which H2O then keeps; `small` does
-# not.
+# *H2O.* On text neither H2O nor the most recent tokens were ahead throughout: the next token
+# depends on its neighbors. On copying the most recent are useless, as the string to be copied
+# begins at the other end; H2O saves some of it, though its scores cannot know what will be asked.
+# Large models send much attention to their first token, which H2O then keeps; `small` does not.
 
 # %% [markdown]
 # ## The cache between requests: a chat of ten turns
