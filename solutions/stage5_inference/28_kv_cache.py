@@ -427,8 +427,13 @@ for rows in ([1, 1, 3, 0], [3, 2, 1, 0], [0, 0, 0, 0], [2, 3, 2, 1]):
         cache.append(layer, k, v, torch.tensor(counts))
         stored[layer] = k, v, counts
     index = torch.tensor(rows)
+    memory = cache.k, cache.v, cache.lengths
     with checks.unchanged(rows=index):
         cache.reorder(index)
+    for now, before, name in zip(
+        (cache.k, cache.v, cache.lengths), memory, ("k", "v", "lengths"), strict=True
+    ):
+        assert now is before, f"reorder replaced {name}: write into the tensor that is there"
     for layer, (k, v, counts) in stored.items():
         for b, source in enumerate(rows):
             n = counts[source]
@@ -1232,6 +1237,7 @@ for flops, moved, peak, bandwidth, expected, name in [
     (1e12, 1e9, 989e12, 4.8e12, 1e12 / 989e12, "compute"),
     (1e12, 1e10, 989e12, 4.8e12, 1e10 / 4.8e12, "memory"),
     (0, 8, 3, 2, 4.0, "memory"),
+    (64, 16, 32, 8, 2.0, "memory"),
 ]:
     found, limit = roofline_time(flops, moved, peak, bandwidth)
     checks.number(found, expected, to=1e-9, what=f"seconds for {flops:g} FLOPs, {moved:g} bytes")

@@ -134,6 +134,14 @@ def token_passes(prompt, new, cached):
 + self.v[:, rows] = self.v.clone()
 + self.lengths[:, rows] = self.lengths.clone()
 
+# %% wrong="kv_cache" because="reorder makes new tensors"
+- self.k[:, :, :, :used] = self.k[:, rows, :, :used]
+- self.v[:, :, :, :used] = self.v[:, rows, :, :used]
+- self.lengths.copy_(self.lengths[:, rows])
++ self.k = self.k[:, rows]
++ self.v = self.v[:, rows]
++ self.lengths = self.lengths[:, rows]
+
 # %% wrong="kv_cache" because="reorder forgets the lengths"
 - self.lengths.copy_(self.lengths[:, rows])
 + pass
@@ -388,6 +396,10 @@ def arithmetic_intensity(model, batch, tokens, phase):
 # %% wrong="roofline_time" because="an H200 whatever is asked"
 - compute, memory = flops / peak, moved / bandwidth
 + compute, memory = flops / 989e12, moved / 4.8e12
+
+# %% wrong="roofline_time" because="a tie is called compute"
+- return (compute, "compute") if compute > memory else (memory, "memory")
++ return (compute, "compute") if compute >= memory else (memory, "memory")
 
 # %% right="roofline_time" because="by the ridge"
 def roofline_time(flops, moved, peak, bandwidth):
