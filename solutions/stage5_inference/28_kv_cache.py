@@ -175,9 +175,9 @@ for prompt, new in [(1, 0), (5, 0), (1, 1), (7, 1), (3, 2), (10, 25), (100, 7)]:
 #
 # | operation | used by |
 # |---|---|
-# | **append** new keys and values | every step |
-# | **crop** to fewer tokens | speculative decoding, which takes rejected drafts back (lesson 32) |
-# | **reorder** the rows | beam search, in which two surviving beams may come from one |
+# | *append* new keys and values | every step |
+# | *crop* to fewer tokens | speculative decoding, which takes rejected drafts back (lesson 32) |
+# | *reorder* the rows | beam search, in which two surviving beams may come from one |
 
 
 # %% exercise="kv_cache" minutes=40 difficulty=3
@@ -467,7 +467,7 @@ for rows in ([1, 1, 3, 0], [3, 2, 1, 0], [0, 0, 0, 0], [2, 3, 2, 1]):
 #
 # This is the forward pass of the course's model, written out with a cache of your interface. Each
 # row's new tokens begin at its own length: that gives their rotary positions and the mask. It also
-# says why padding goes to the **right** here: padding that is never stored leaves no hole.
+# says why padding goes to the *right* here: padding that is never stored leaves no hole.
 
 
 # %%
@@ -1396,7 +1396,7 @@ plt.show()
 # $$\Delta = \frac{\max - \min}{2^b - 1}, \qquad c = \mathrm{round}\Big(\frac{x - \min}{\Delta}\Big), \qquad \hat x = \min + c\,\Delta, \qquad |\hat x - x| \le \frac{\Delta}{2}.$$
 #
 # The error follows the *range* of the group. So the question is which numbers share a group. Liu et
-# al. (2024) looked at caches and found that keys have **channels** in which every token is large,
+# al. (2024) looked at caches and found that keys have channels in which every token is large,
 # and values have none. A group of one token's channels puts large and small channels of a key
 # together, and the small ones drown. A group of one channel's tokens does not.
 
@@ -1439,8 +1439,8 @@ plt.show()
 # %% [markdown]
 # ### Exercise · Keys per channel, values per token
 #
-# **KIVI** therefore quantizes keys **per channel**, in groups of $G$ consecutive tokens, and values
-# **per token**, in groups of $G$ consecutive channels. Values have a second reason: the output is
+# **KIVI** therefore quantizes keys *per channel*, in groups of $G$ consecutive tokens, and values
+# *per token*, in groups of $G$ consecutive channels. Values have a second reason: the output is
 # $\sum_j a_j v_j$ with few large $a_j$, and per token the error of an unimportant value stays with
 # it.
 #
@@ -1973,7 +1973,7 @@ plt.show()
 # In a chat each request repeats everything said so far: system prompt, all questions, all answers,
 # one new question. The server has had all of it in its cache a moment ago. If it keeps the cache
 # until the next turn, only the new part needs prefill. A key depends on all tokens before it, so
-# what can be reused is the longest common **prefix** of the new request and what is cached, and
+# what can be reused is the longest common *prefix* of the new request and what is cached, and
 # nothing after the first difference, however much of it is the same.
 #
 # Two details. The last token of a reply is chosen and sent, but never passed through the model, so
@@ -2021,6 +2021,7 @@ def prefill_tokens(
 
 # %% check="prefill_tokens" points=1
 answer = prefill_tokens([[1, 2], [1, 2, 3, 4, 5]], [[3, 4], [6]])
+checks.kind(answer, list, what="prefill_tokens")
 assert list(answer) == [2, 2], (
     f"2 tokens, then 4 and 5 (the reply's last token was never passed); yours: {answer}"
 )
