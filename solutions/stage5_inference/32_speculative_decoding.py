@@ -695,8 +695,7 @@ for seed in range(8):  # stops at every place of a round, accepted or drawn
     target, draft = toy_pair(40 + seed, vocab=9, alike=0.85, hot=True)
     truth = target.greedy([0], 24)
     for stop in sorted(set(truth))[:3]:
-        for reader in (target, draft):
-            reader.held.clear()
+        target, draft = toy_pair(40 + seed, vocab=9, alike=0.85, hot=True)
         out, accepted = speculative_generate(target, draft, [0], 24, 4, stop)
         assert out == truth[: truth.index(stop) + 1], f"stop = {stop} in {truth}: yours {out}"
         assert len(out) <= sum(accepted) + len(accepted), "the rounds wrote less than the text"
@@ -1691,7 +1690,7 @@ for offset, (name, color, hatch) in zip(
 ax.set(xlabel="drafted token of the round", ylabel="accepted, if those before it were")
 ax.set(xticks=[1, 2, 3], ylim=(0, 1), title="Greedy drafts for small, γ = 3")
 ax.legend(fontsize=9)
-plot.caption(fig, "Eight openings of held-out programs, 64 tokens each.")
+plot.caption(fig, "Four openings of held-out programs, 48 tokens each.")
 plot.plt.show()
 
 # %% [markdown]
