@@ -455,7 +455,7 @@ def roll_back_rows(layers, mask, drop):
 - state = mtp(state[:, -1:], model.embed_tokens(tensor(drafted[-1:])), ahead)
 + state = mtp(hidden[:, -1:], model.embed_tokens(tensor(drafted[-1:])), ahead)
 
-# %% right="mtp_self_speculation" because="without caches"
+# %% wrong="mtp_self_speculation" because="without caches, everything read again"
 def mtp_self_speculation(model, mtp, prompt, max_new_tokens, gamma=1):
     with torch.no_grad():
         table = model.embed_tokens.weight
@@ -481,6 +481,40 @@ def mtp_self_speculation(model, mtp, prompt, max_new_tokens, gamma=1):
                 k += 1
             rounds.append(k)
             text += wish[: k + 1]
+        return text[len(prompt) :], rounds
+
+# %% right="mtp_self_speculation" because="all states kept, the block reads from its cache's length"
+def mtp_self_speculation(model, mtp, prompt, max_new_tokens, gamma=1):
+    with torch.no_grad():
+        table = model.embed_tokens.weight
+
+        def ids(row):
+            return torch.tensor([row], device=table.device)
+
+        trunk, ahead, text, rounds = Cache(), Cache(), list(prompt), []
+        end = len(prompt) + max_new_tokens
+        states = model.hidden(ids(text), trunk)
+        if max_new_tokens:
+            text.append(int((states[0, -1] @ table.T).argmax()))
+        while len(text) < end:
+            guess, out = [], None
+            for _ in range(min(gamma, end - len(text) - 1)):
+                at = len(ahead)
+                if out is None:
+                    out = mtp(states[:, at:], model.embed_tokens(ids(text[at + 1 :])), ahead)
+                else:
+                    out = mtp(out[:, -1:], model.embed_tokens(ids(guess[-1:])), ahead)
+                guess.append(int((out[0, -1] @ table.T).argmax()))
+            ahead.truncate(len(text) - 1)
+            new = model.hidden(ids([text[-1], *guess]), trunk)
+            wish = (new[0] @ table.T).argmax(-1).tolist()
+            k = 0
+            while k < len(guess) and guess[k] == wish[k]:
+                k += 1
+            states = torch.cat([states, new[:, : k + 1]], dim=1)
+            trunk.truncate(len(text) + k)
+            text += wish[: k + 1]
+            rounds.append(k)
         return text[len(prompt) :], rounds
 
 # %% wrong="questions" because="total variation, q's share, no normalization, no own token, alpha alone"
