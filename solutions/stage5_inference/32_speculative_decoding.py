@@ -773,7 +773,7 @@ your_prediction = "alpha = …, the best gamma = …, long runs are more / less 
 _, held_out = data.split(data.deduplicate(data.source_code()))
 openings = [[tokenizer.eos, *tokenizer.encode(text)[:40]] for text in held_out.values()]
 openings = [ids for ids in openings if len(ids) == 41][:4]
-NEW, GAMMAS = 48, (1, 2, 4, 6)
+NEW, GAMMAS = 40, (1, 2, 4, 6)
 
 
 def clock(passes: list[tuple[Llama, int]], repeats: int = 15) -> list[float]:
@@ -827,8 +827,8 @@ for temperature in (1.0, 0.0):
             + same
         )
 
-runs = [k for seed in range(1, 4) for accepted in timed(6, 1.0, seed)[2] for k in accepted]
-print("\nT = 1, gamma = 6, three more seeds: accepted, if those before in the round were:")
+runs = [k for seed in range(1, 3) for accepted in timed(6, 1.0, seed)[2] for k in accepted]
+print("\nT = 1, gamma = 6, two more seeds: accepted, if those before in the round were:")
 depth = [sum(k > d for k in runs) / max(1, sum(k >= d for k in runs)) for d in range(6)]
 print("  ".join(f"{d + 1}: {share:.2f}" for d, share in enumerate(depth)))
 
@@ -870,21 +870,21 @@ plot.caption(
 plot.plt.show()
 
 # %% [markdown]
-# **What came out**, over five seeds. Greedily, the texts are the target's to the last token.
-# At temperature 1 between four and six of ten drafted tokens are accepted. Greedily it is more,
-# for `small` falls into loops when it decodes greedily, and loops are easy to guess.
+# **What came out**, over five seeds. Greedily, the texts are the target's to the last token. At
+# temperature 1 between four and six of ten drafted tokens are accepted. Greedily it is more, for
+# `small` falls into loops when it decodes greedily, and loops are easy to guess.
 #
-# *Speed.* The draft is small, and yet its pass is no eighth of the target's: three layers have
-# their overhead, as sampling has. At temperature 1 that eats up most of what is won; the
-# formula with the measured $c$ and $v$ foresees it, the one without $v$ promises more. It takes
-# every draft pass for as slow as the first of a round, which finds the processor's caches full of
-# the target's weights; so for long drafts it is too low.
+# *Speed.* The draft has an eighth of the target's weights, and yet its pass takes more than an
+# eighth of the time: three layers have their overhead, as sampling has. At temperature 1 that eats
+# up most or all of what is won; the formula with the measured $c$ and $v$ foresees it, the one
+# without $v$ promises more. It takes every draft pass for as slow as the first of a round, which
+# finds the processor's caches full of the target's weights; so for long drafts it is too low.
 #
 # *Independence.* In each seed the second token, after an accepted first, was accepted more often
 # than the first. A round begins where the one before broke off, at a hard place, and an accepted
-# token says that the place is easy. Yet tokens a round agreed with the formula to 0.02 in each
-# seed, since its $\alpha$ is the average over all depths. The formula is good for the mean, not for
-# the shares in the right figure.
+# token says that the place is easy. Yet at temperature 1 tokens a round agreed with the formula to
+# 0.05 in each seed, since its $\alpha$ is an average over all depths. Greedily it promises too
+# much for $\gamma = 4$ and 6: long runs weigh most in that average.
 
 # %% [markdown]
 # ## The prompt drafts
@@ -1673,12 +1673,13 @@ for seed, prompt, count, gamma in [
 ### END HIDDEN TESTS
 
 # %% [markdown]
-# **Question.** The block was trained to look one token further than the trunk. How fast does its
-# acceptance fall when it drafts a second and a third token from its own output? Compare with
-# `tiny`, which was trained for every position alike.
+# **Question.** The block was trained to look one token further than the trunk. Is its second token,
+# drafted from its own output, accepted less often than its first, given that the first was? And
+# the third? Compare with `tiny`, which was trained for every position alike. Greedy texts loop, so
+# the rounds are taken from places in held-out programs.
 
 # %% tags=["experiment"]
-your_prediction = "the block's second token is accepted … as often as its first, because …"
+your_prediction = "the block's second token is accepted more / less often than its first, because …"
 
 mtp = models.load_mtp()
 programs = [[tokenizer.eos, *tokenizer.encode(text)] for text in held_out.values()]
@@ -1724,7 +1725,15 @@ plot.caption(fig, "The first round at 80 places of four held-out programs.")
 plot.plt.show()
 
 # %% [markdown]
-# OUTCOME4
+# **What came out**, over five groups of programs. Block and `tiny` write about equally many tokens
+# a round, with the one or the other ahead; the card of the models says the same for the first
+# token. The decline that the block's training leads one to expect does not show: in four of five
+# groups its second token was accepted more often than its first. Two effects oppose each other.
+# The block gets a worse state than it was trained with; but only places count where its first
+# token was right, and those are easy. With 80 places a group, the third depth is mostly noise.
+#
+# The block saves the second model and its cache. In time it saves little here, for it is one layer
+# of seven, with the same large head of 4,096 tokens.
 #
 # **What came after.** EAGLE (2401.15077) drafts with a small head on the target's last features, as
 # here, and predicts the next *feature*. EAGLE-3 (2503.01840) drops that: it feeds in features of
