@@ -1319,7 +1319,8 @@ plot.plt.show()
 #
 # In a batch one row keeps all of its draft and the next one nothing. A cache is a rectangle, so
 # cutting all rows at one length either forgets tokens that a row has kept or leaves rejected ones
-# in it. Both are silent.
+# in it. Both are silent: in 2026 a published library (mlx-vlm, pull request 1155) advanced all rows
+# by the whole draft; acceptance fell to a third, and texts ran into loops.
 #
 # The layout of `models.generate` helps: rows end at the same column, padding stands on the left,
 # under a mask. Rolling back by a different number in each row is then a *shift to the right*, row
@@ -1735,8 +1736,9 @@ plot.plt.show()
 # The block saves the second model and its cache. In time it saves little here, for it is one layer
 # of seven, with the same large head of 4,096 tokens.
 #
-# **What came after.** EAGLE (2401.15077) drafts with a small head on the target's last features, as
-# here, and predicts the next *feature*. EAGLE-3 (2503.01840) drops that: it feeds in features of
+# **What came after.** What you built is EAGLE's first step with DeepSeek's inputs. EAGLE
+# (2401.15077) drafts with a small head on the target's last features, and is trained to predict the
+# next *feature*. EAGLE-3 (2503.01840) drops that: it feeds in features of
 # several layers, low, middle and high, predicts tokens without a loss on features, and trains the
 # head on its own outputs over several steps, so that it meets in training what it meets at depth 2.
 
@@ -1898,6 +1900,7 @@ checks.number(
 #   acceptance of its second token.
 #
 # In production: Hugging Face transformers, `generation/candidate_generator.py` (a model, n-grams)
-# and `_speculative_sampling` in `generation/utils.py`; its n-gram search takes the *first* match of
-# the longest n-gram, yours the latest. vLLM, `vllm/v1/spec_decode` (n-grams, EAGLE, MTP) and
+# and `_speculative_sampling` in `generation/utils.py`, which accepts where r ≤ p/q, so that a token
+# of p = 0 passes if r is exactly 0. Its n-gram search takes the *first* match of the longest
+# n-gram, yours the latest. vLLM, `vllm/v1/spec_decode` (n-grams, EAGLE, MTP) and
 # `vllm/v1/sample/rejection_sampler.py`.
