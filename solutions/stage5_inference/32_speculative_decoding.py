@@ -871,7 +871,7 @@ plot.plt.show()
 
 # %% [markdown]
 # **What came out**, over five seeds. Greedily, the texts are the target's to the last token. At
-# temperature 1 between four and six of ten drafted tokens are accepted. Greedily it is more, for
+# temperature 1 about four to six of ten drafted tokens are accepted. Greedily it is more, for
 # `small` falls into loops when it decodes greedily, and loops are easy to guess.
 #
 # *Speed.* The draft has an eighth of the target's weights, and yet its pass takes more than an
@@ -880,11 +880,11 @@ plot.plt.show()
 # without $v$ promises more. It takes every draft pass for as slow as the first of a round, which
 # finds the processor's caches full of the target's weights; so for long drafts it is too low.
 #
-# *Independence.* In each seed the second token, after an accepted first, was accepted more often
-# than the first. A round begins where the one before broke off, at a hard place, and an accepted
-# token says that the place is easy. Yet at temperature 1 tokens a round agreed with the formula to
-# 0.05 in each seed, since its $\alpha$ is an average over all depths. Greedily it promises too
-# much for $\gamma = 4$ and 6: long runs weigh most in that average.
+# *Independence.* At $\gamma = 6$, in each seed, the second token, after an accepted first, was
+# accepted more often than the first. A round begins where the one before broke off, at a hard
+# place, and an accepted token says that the place is easy. Yet at temperature 1 tokens a round
+# agreed with the formula to 0.05 in each seed, since its $\alpha$ is an average over all depths.
+# Greedily it promises too much for $\gamma = 4$ and 6: long runs weigh most in that average.
 
 # %% [markdown]
 # ## The prompt drafts
