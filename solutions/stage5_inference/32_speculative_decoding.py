@@ -874,11 +874,13 @@ plot.plt.show()
 # temperature 1 about four to six of ten drafted tokens are accepted. Greedily it is more, for
 # `small` falls into loops when it decodes greedily, and loops are easy to guess.
 #
-# *Speed.* The draft has an eighth of the target's weights, and yet its pass takes more than an
-# eighth of the time: three layers have their overhead, as sampling has. At temperature 1 that eats
-# up most or all of what is won; the formula with the measured $c$ and $v$ foresees it, the one
-# without $v$ promises more. It takes every draft pass for as slow as the first of a round, which
-# finds the processor's caches full of the target's weights; so for long drafts it is too low.
+# *Speed.* The draft has an eighth of the target's weights, and its pass takes more than an eighth
+# of the time: three layers have their overhead, as sampling has. At temperature 1 that eats up all
+# of what is won, or nearly: here speculation does not pay. Greedily it does. The formula is too
+# high for short drafts, for it leaves out what `verify` itself takes. For long ones it is too low,
+# for it takes each draft pass for as slow as the first of a round, which finds the processor's
+# caches full of the target's weights. On a server, where a target's pass takes tens of
+# milliseconds, both matter less.
 #
 # *Independence.* At $\gamma = 6$, in each seed, the second token, after an accepted first, was
 # accepted more often than the first. A round begins where the one before broke off, at a hard
