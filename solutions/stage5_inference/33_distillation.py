@@ -391,7 +391,8 @@ for batch, seq, vocab in [(3, 4, 6), (1, 1, 2), (2, 7, 5), (4, 2, 1)]:
                 torch.tensor(want, dtype=dtype),
                 what=f"{'reverse' if reverse else 'forward'} KL of {batch} × {seq} tokens",
                 dtype=dtype,
-                atol=None if vocab > 1 else 1e-6,
+                rtol=1e-9 if dtype == torch.float64 else 1e-5,
+                atol=1e-12 if dtype == torch.float64 else 1e-6,
                 mistakes={
                     "batchmean: a sum divided by rows": want * float(mask.sum()) / batch,
                     "a sum divided by all tokens": want * float(mask.sum()) / mask.numel(),
@@ -1093,13 +1094,12 @@ for salt, rows, length, new in [(22, 3, 1, 3), (23, 4, 2, 1), (24, 1, 3, 5), (25
 # The student writes, not the teacher, and at temperature 1.
 student, teacher = tables(26, 4, 3)
 _, tokens = on_policy_loss(
-    student, teacher, torch.zeros(600, 1, dtype=torch.int64), 1, checks.generator(27)
+    student, teacher, torch.zeros(2000, 1, dtype=torch.int64), 1, checks.generator(27)
 )
 q = student.values[0, 0].softmax(-1).detach()
 checks.drawn(
     (tokens[:, 1] == 0).double(),
     mean=float(q[0]),
-    std=float((q[0] * (1 - q[0])).sqrt()),
     what="how often token 0 is written first",
 )
 ### BEGIN HIDDEN TESTS
@@ -1116,12 +1116,11 @@ for salt in (28, 29):
             after = tokens[tokens[:, step] == before, step + 1]
             for token in range(3):
                 share = float(chance[step, before, token])
-                if len(after) * min(share, 1 - share) < 60:
+                if len(after) * min(share, 1 - share) < 100:
                     continue
                 checks.drawn(
                     (after == token).double(),
                     mean=share,
-                    std=math.sqrt(share * (1 - share)),
                     what=f"how often {token} follows {before} at step {step}",
                     mistakes={
                         "the teacher's distribution": float(
@@ -1365,13 +1364,13 @@ print("praised:", ", ".join(f"{pieces[i]!r} {rewards[i]:+.1f}" for i in order[:-
 
 # %% tags=["experiment", "figure"]
 # Figure: what tiny wrote, colored by the reward of each token
-fig, ax = plot.plt.subplots(figsize=(11, 2.6))
+fig, ax = plot.plt.subplots(figsize=(11, 1.7))
 norm = plot.plt.Normalize(-4, 4)
 colors = plot.plt.get_cmap("PuOr")
 column, line = 0, 0
 for piece, value in zip(pieces, rewards, strict=True):
-    shown = piece.replace("\n", "⏎").replace("$", r"\$")
-    if column + len(shown) > 92:
+    shown = piece.rstrip(" ").replace("\n", "⏎").replace("$", r"\$") or "␣"
+    if column + len(shown) > 108:
         column, line = 0, line + 1
     ax.text(
         column,
@@ -1383,15 +1382,16 @@ for piece, value in zip(pieces, rewards, strict=True):
         bbox={"facecolor": colors(norm(value)), "edgecolor": "none", "pad": 2},
         color="white" if abs(value) > 2.6 else "black",
     )
-    column += len(shown) + 0.7
-ax.set(xlim=(0, 94), ylim=(-line - 0.7, 0.7))
+    column += len(shown) + 0.9
+ax.set(xlim=(0, 110), ylim=(-line - 0.7, 0.7))
 ax.axis("off")
 bar = fig.colorbar(plot.plt.cm.ScalarMappable(norm, colors), ax=ax, shrink=0.9)
-bar.set_label("log p_T − log p_S, nats")
+bar.set_label("reward, nats")
 plot.caption(
     fig,
     "Dark brown: the student said it and the teacher would not have. Purple: the teacher would "
-    "have said it rather than the student. Most tokens are near 0; a few carry the lesson.",
+    "have said it rather than the student. Blame outweighs praise: the expected reward is minus a "
+    "KL, and so never above 0.",
 )
 plot.plt.show()
 
