@@ -1937,8 +1937,8 @@ checks.number(
 #   Section 2 for the temperature, τ² and the limit of matching logits.
 # - **Kim and Rush 2016**, *Sequence-Level Knowledge Distillation*, arXiv:1606.07947. Section 3:
 #   word-level against sequence-level, where the teacher's own output is the data.
-# - **Sanh et al. 2019**, *DistilBERT, a distilled version of BERT*, arXiv:1910.01108. Section 2: a
-#   student initialized from its teacher's layers, and a third loss, between hidden states.
+# - **Sanh et al. 2019**, *DistilBERT, a distilled version of BERT*, arXiv:1910.01108. Sections 2
+#   and 3: a student initialized from its teacher's layers, and a third loss, between hidden states.
 # - **Gu et al. 2023**, *MiniLLM: Knowledge Distillation of Large Language Models*,
 #   arXiv:2306.08543. Section 2 derives the gradient of the sequence-level reverse KL,
 #   and splits it into this step's part and the return-to-go.
