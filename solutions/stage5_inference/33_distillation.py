@@ -657,7 +657,7 @@ for beta in (0.1, 0.7):
 #
 # Now let a student meet a teacher that it can't match. The teacher is a mixture of two bumps on a
 # grid of 121 points, which play the tokens of a vocabulary. The student is a single bump with a
-# center and a width. Your loss fits it, for five values of β. **Before you run it:** where will the
+# center and a width. Your loss fits it, for five values of β. Before you run it: where will the
 # student sit at β = 0, and where at β = 1? How much mass does each put into the valley?
 
 # %% tags=["experiment"]
@@ -717,7 +717,7 @@ plot.plt.show()
 #
 # Renormalizing the k to a sum of 1, for teacher and student, forgets how much was outside. At k = 1
 # both are the certain outcome and the loss is 0, whatever the student thinks. The honest way is to
-# treat the rest as **one more outcome**, with $p_\star = 1-\sum_{v\in K}p_v$ and $q_\star$ alike:
+# treat the rest as one more outcome, with $p_\star = 1-\sum_{v\in K}p_v$ and $q_\star$ alike:
 #
 # $$ \mathrm{KL}_k = \sum_{v\in K} p_v\log\frac{p_v}{q_v} + p_\star\log\frac{p_\star}{q_\star}. $$
 #
@@ -889,7 +889,7 @@ checks.close(slope, torch.tensor([[[0.75, -0.75, 0.0]]]), what="the gradient the
 # %% [markdown]
 # How large a k does a real teacher need? Below, `small` is the teacher and `tiny` the student, on
 # held-out text. Your loss is computed for growing k, next to what is left when the k are
-# renormalized. **Write down** the k at which nine tenths of the full KL are seen.
+# renormalized. Write down the k at which nine tenths of the full KL are seen.
 
 # %% tags=["experiment"]
 TRAINING, HELD_OUT = [], []
@@ -1133,7 +1133,8 @@ for salt in (28, 29):
 # %% [markdown]
 # ## A reward for every token {#reward}
 #
-# The same thing, seen from reinforcement learning. The objective of the student as a policy is the
+# **On-policy distillation** is the same thing, seen from reinforcement learning: the student's own
+# samples, and a reward for each of their tokens. The objective of the student as a policy is the
 # divergence of whole continuations:
 #
 # $$ J = \mathrm{KL}(q\|p) = \mathbb{E}_{x\sim q}\Big[\sum_t \big(\log q(x_t|x_{<t}) - \log
@@ -1142,7 +1143,7 @@ for salt in (28, 29):
 # Minimizing it is maximizing an expected return, with the reward $r_t=\log p(x_t|x_{<t})-\log
 # q(x_t|x_{<t})$ for each token: positive where the teacher would rather have said it than the
 # student. No reward model, no verifier, no waiting for the end of the answer. Now its gradient.
-# Derive the expectation, with $\nabla q = q\nabla\log q$, and the reward in it, whose own gradient
+# Differentiate the expectation, with $\nabla q = q\nabla\log q$, and the reward in it, whose own gradient
 # has the expectation $-\mathbb{E}[\nabla\log q(x)] = -\nabla\sum_x q(x) = 0$:
 #
 # $$ \nabla J = -\,\mathbb{E}\Big[\sum_t \nabla\log q(x_t|x_{<t}) \sum_k r_k\Big]. $$
@@ -1605,7 +1606,7 @@ plot.plt.show()
 #
 # Lesson 21 finetuned `tiny` on small tasks and saw it forget how text goes on. Its teacher can be
 # the larger `small`, which never was finetuned. But `small` can't do the tasks, so a student that
-# listens to it alone unlearns them. Hence **two teachers**, chosen by the prompt: `small` for text,
+# listens to it alone unlearns them. Hence two teachers, chosen by the prompt: `small` for text,
 # and for tasks a frozen copy of the finetuned model itself. (DeepSeek-V4 merges more than ten
 # specialists into one student in this manner, with the reverse KL over the full vocabulary.)
 #
@@ -1615,7 +1616,7 @@ plot.plt.show()
 # by three numbers: bits per byte of held-out text, exact match of held-out tasks, and the reverse
 # KL from `small` on what the student itself writes.
 #
-# **Write down** an order for each of the first and the third number.
+# Write down an order for each of the first and the third number.
 
 # %% tags=["experiment"]
 LETTERS = "abcdefghij"
