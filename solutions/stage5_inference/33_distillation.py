@@ -1143,8 +1143,8 @@ for salt in (28, 29):
 # Minimizing it is maximizing an expected return, with the reward $r_t=\log p(x_t|x_{<t})-\log
 # q(x_t|x_{<t})$ for each token: positive where the teacher would rather have said it than the
 # student. No reward model, no verifier, no waiting for the end of the answer. Now its gradient.
-# Differentiate the expectation, with $\nabla q = q\nabla\log q$, and the reward in it, whose own gradient
-# has the expectation $-\mathbb{E}[\nabla\log q(x)] = -\nabla\sum_x q(x) = 0$:
+# Differentiate the expectation, with $\nabla q = q\nabla\log q$, and the reward in it, whose own
+# gradient has the expectation $-\mathbb{E}[\nabla\log q(x)] = -\nabla\sum_x q(x) = 0$:
 #
 # $$ \nabla J = -\,\mathbb{E}\Big[\sum_t \nabla\log q(x_t|x_{<t}) \sum_k r_k\Big]. $$
 #
