@@ -18,6 +18,12 @@ def generator(salt: int = 0) -> torch.Generator:
     return torch.Generator().manual_seed(seed() * 1_000_003 + salt)
 
 
-def randn(*shape: int, generator: torch.Generator, dtype: torch.dtype = torch.float32, scale: float = 1.0) -> Tensor:
-    """Normal numbers of standard deviation `scale` on the profile's device, drawn on the CPU: the same everywhere."""
-    return (torch.randn(*shape, generator=generator) * scale).to(dtype).to(profile.device)
+def randn(
+    *shape: int,
+    generator: torch.Generator,
+    dtype: torch.dtype = torch.float32,
+    scale: float = 1.0,
+    device: torch.device | str = profile.device,
+) -> Tensor:
+    """Normal numbers of standard deviation `scale`, drawn on the CPU and moved to `device`: the same everywhere."""
+    return (torch.randn(*shape, generator=generator) * scale).to(dtype).to(device)

@@ -162,8 +162,8 @@ checks.close(
 ### BEGIN HIDDEN TESTS
 g = checks.generator(1)
 for pairs, dtype in ((1, torch.float32), (7, torch.float64), (64, torch.float32)):
-    chosen = checks.randn(pairs, generator=g, scale=3.0, dtype=dtype)
-    rejected = checks.randn(2 * pairs, generator=g, scale=3.0, dtype=dtype)[::2]
+    chosen = checks.randn(pairs, device="cpu", generator=g, scale=3.0, dtype=dtype)
+    rejected = checks.randn(2 * pairs, device="cpu", generator=g, scale=3.0, dtype=dtype)[::2]
     gaps = (chosen.double() - rejected.double()).tolist()
     with checks.unchanged(chosen=chosen, rejected=rejected):
         loss = bradley_terry_loss(chosen, rejected)
@@ -197,7 +197,7 @@ for size in (100.0, 1e4):
     (grad,) = torch.autograd.grad(loss, gap)
     checks.close(grad, torch.tensor([0.0, -1 / 3, -1 / 6]), what="its gradient in the chosen")
 for dtype in (torch.float16, torch.bfloat16):
-    a, b = (checks.randn(9, generator=g, scale=2.0, dtype=dtype) for _ in range(2))
+    a, b = (checks.randn(9, device="cpu", generator=g, scale=2.0, dtype=dtype) for _ in range(2))
     checks.close(
         bradley_terry_loss(a, b),
         F.softplus(b.double() - a.double()).mean().float(),
@@ -205,7 +205,7 @@ for dtype in (torch.float16, torch.bfloat16):
         dtype=torch.float32,
         hint="Widen before you subtract",
     )
-a, b = (checks.randn(5, generator=g) for _ in range(2))
+a, b = (checks.randn(5, device="cpu", generator=g) for _ in range(2))
 checks.gradients(
     bradley_terry_loss,
     lambda c, r: F.softplus(r - c).mean(),
@@ -233,7 +233,7 @@ checks.close(
 ### BEGIN HIDDEN TESTS
 g = checks.generator(2)
 for pairs, kind, center in ((6, torch.float64, 0.0), (5, torch.float16, 0.3), (4, None, 2.0)):
-    c, r = (checks.randn(pairs, generator=g, scale=2.0) for _ in range(2))
+    c, r = (checks.randn(pairs, device="cpu", generator=g, scale=2.0) for _ in range(2))
     m = 1.75 if kind is None else (torch.rand(pairs, generator=g) * 3).to(kind).to(c.device)
     each = [m] * pairs if kind is None else m.tolist()
     rows = list(zip(c.tolist(), r.tolist(), each, strict=True))
@@ -254,7 +254,7 @@ for pairs, kind, center in ((6, torch.float64, 0.0), (5, torch.float16, 0.3), (4
                 "ignoring the centering": torch.tensor(ranking).to(c),
             },
         )
-c, r, m = (checks.randn(5, generator=g) for _ in range(3))
+c, r, m = (checks.randn(5, device="cpu", generator=g) for _ in range(3))
 checks.gradients(
     lambda c, r: bradley_terry_loss(c, r, m, 0.4),
     lambda c, r: (torch.log1p(torch.exp(r - c + m.double())) + 0.4 * (c + r) ** 2).mean(),
@@ -674,7 +674,7 @@ for count, dtype, base in (
 ):
     lengths = base + torch.randint(0, 11, (2 * count,), generator=g)[::2]
     lengths[0], lengths[-1] = base, base + 11
-    noise = checks.randn(count, generator=g, dtype=torch.float64).cpu()
+    noise = checks.randn(count, device="cpu", generator=g, dtype=torch.float64).cpu()
     rewards = (0.3 * (lengths - base) + noise - 2).to(dtype)
     wide = torch.promote_types(dtype, torch.float32)
     design = torch.stack([torch.ones(count), (lengths - base).double()], dim=1).double()
@@ -696,12 +696,12 @@ for count, dtype, base in (
         what="the same with 0.7 · length added",
         rtol=1e-8 if wide == torch.float64 else 5e-5,
     )
-rewards = checks.randn(6, generator=g)
+rewards = checks.randn(6, device="cpu", generator=g)
 for lengths in (torch.full((6,), 9), torch.full((6,), 2.5)):
     checks.close(remove_length(rewards, lengths), rewards, what="rewards of answers of one length")
 checks.close(remove_length(rewards[:1], torch.tensor([4])), rewards[:1], what="a single reward")
 floats = torch.rand(9, generator=g).double() * 3
-rewards = checks.randn(9, generator=g, dtype=torch.float64)
+rewards = checks.randn(9, device="cpu", generator=g, dtype=torch.float64)
 centered = (remove_length(rewards, floats) - rewards.mean()).detach()
 assert abs(float(centered @ (floats - floats.mean()))) < 1e-9, (
     "what is left must be uncorrelated with lengths that are no whole numbers, too"
@@ -807,9 +807,10 @@ for batch, seq, beta, dtype in (
     (3, 6, 0.0, torch.float16),
 ):
     logp, ref_logp = (
-        -checks.randn(batch, 2 * seq, generator=g).abs().to(dtype)[:, ::2] for _ in range(2)
+        -checks.randn(batch, 2 * seq, device="cpu", generator=g).abs().to(dtype)[:, ::2]
+        for _ in range(2)
     )
-    reward = checks.randn(batch, generator=g, scale=3.0, dtype=torch.float64)
+    reward = checks.randn(batch, device="cpu", generator=g, scale=3.0, dtype=torch.float64)
     if dtype != torch.float32:  # another format than that of the log-probabilities
         reward = reward.to(torch.float32 if dtype == torch.float64 else dtype)
     mask, expected = torch.zeros(batch, seq, dtype=torch.bool), []
@@ -838,8 +839,8 @@ for batch, seq, beta, dtype in (
         dtype=wide,
         hint="Outside the answer there is nothing but 0",
     )
-logp = checks.randn(2, 3, generator=g).requires_grad_()
-reward = checks.randn(2, generator=g).requires_grad_()
+logp = checks.randn(2, 3, device="cpu", generator=g).requires_grad_()
+reward = checks.randn(2, device="cpu", generator=g).requires_grad_()
 whole = torch.ones(2, 3, dtype=torch.bool, device=logp.device)
 with checks.kept(logp, reward):
     result = kl_penalized_reward(reward, logp, logp.detach() + 1, whole, 0.2)
@@ -920,7 +921,7 @@ for prompts, samples, dtype in (
     (2, 7, torch.float16),
     (0, 3, torch.float32),
 ):
-    returns = checks.randn(samples, prompts, generator=g, scale=2.0, dtype=dtype).T
+    returns = checks.randn(samples, prompts, device="cpu", generator=g, scale=2.0, dtype=dtype).T
     wide = torch.promote_types(dtype, torch.float32)
     others = [
         [sum(row[:i] + row[i + 1 :]) / (samples - 1) for i in range(samples)]
@@ -1006,12 +1007,16 @@ for shape, dtype in (
     ((4, 3), torch.bfloat16),
     ((3, 6), torch.float16),
 ):
-    logp = -checks.randn(*shape[:-1], 2 * shape[-1], generator=g).abs().to(dtype)[..., ::2]
+    logp = (
+        -checks.randn(*shape[:-1], 2 * shape[-1], device="cpu", generator=g)
+        .abs()
+        .to(dtype)[..., ::2]
+    )
     mask = (torch.rand(shape, generator=g) < 0.6).to(logp.device)
     mask[..., 0] = True
     mask[-1] = False if len(shape) == 2 and shape[0] > 1 else mask[-1]
     logp = logp.masked_fill(~mask, -math.inf)
-    returns, baseline = (checks.randn(*shape[:-1], generator=g) for _ in range(2))
+    returns, baseline = (checks.randn(*shape[:-1], device="cpu", generator=g) for _ in range(2))
     if dtype in (torch.float32, torch.float64):
         returns = returns.double()  # of another format than the baseline
     if dtype == torch.float64:
@@ -1038,10 +1043,10 @@ for shape, dtype in (
                 rtol=1e-4 if wide == torch.float32 else 1e-9,
                 atol=1e-4 if wide == torch.float32 else 1e-9,
             )
-logp = -checks.randn(4, 3, generator=g).abs()
+logp = -checks.randn(4, 3, device="cpu", generator=g).abs()
 mask = torch.tensor([[1, 1, 1], [1, 1, 0], [0, 1, 0], [1, 0, 0]]).bool().to(logp.device)
 logp = logp.masked_fill(~mask, -math.inf).requires_grad_()
-returns, baseline = (checks.randn(4, generator=g).requires_grad_() for _ in range(2))
+returns, baseline = (checks.randn(4, device="cpu", generator=g).requires_grad_() for _ in range(2))
 with checks.kept(logp, returns, baseline):
     loss = reinforce_loss(logp, mask, returns, baseline)
 grads = torch.autograd.grad(loss, (logp, returns, baseline), allow_unused=True)
@@ -1081,9 +1086,11 @@ g = checks.generator(53)
 answers = [(0,), *((a, b) for a in (1, 2) for b in (0, 1, 2))]
 mask = torch.tensor([[True, len(a) == 2] for a in answers])
 for samples in (2, 3):
-    first = checks.randn(3, generator=g, dtype=torch.float64).cpu().requires_grad_()
-    second = checks.randn(3, 3, generator=g, dtype=torch.float64).cpu().requires_grad_()
-    rewards = checks.randn(len(answers), generator=g, dtype=torch.float64).cpu() + 5
+    first = checks.randn(3, device="cpu", generator=g, dtype=torch.float64).cpu().requires_grad_()
+    second = (
+        checks.randn(3, 3, device="cpu", generator=g, dtype=torch.float64).cpu().requires_grad_()
+    )
+    rewards = checks.randn(len(answers), device="cpu", generator=g, dtype=torch.float64).cpu() + 5
     one, two = first.log_softmax(-1), second.log_softmax(-1)
     tokens = torch.stack(
         [torch.stack([one[a[0]], two[a[0], a[1]] if len(a) == 2 else one[0] * 0]) for a in answers]
@@ -1270,7 +1277,7 @@ for outcomes, n, ties in ((1, 3, False), (2, 5, False), (5, 1, True), (5, 4, Tru
     if outcomes == 5:
         p[1] = 0.0
     p = p / p.sum()
-    rewards = checks.randn(outcomes, generator=g).cpu()
+    rewards = checks.randn(outcomes, device="cpu", generator=g).cpu()
     if ties:
         rewards = torch.tensor([2.0, -1.0, 2.0, 0.5, -1.0])[torch.randperm(5, generator=g)]
     for dtype in (torch.float64, torch.float32):
@@ -1468,7 +1475,7 @@ checks.close(
 g = checks.generator(71)
 for prompts, size in ((1, 1), (3, 6), (2, 9)):
     proxy = torch.stack([torch.randperm(size, generator=g) for _ in range(prompts)]).float() - 4
-    value = checks.randn(size, prompts, generator=g, scale=3.0).cpu().T
+    value = checks.randn(size, prompts, device="cpu", generator=g, scale=3.0).cpu().T
     for n in {1, 2, (size + 1) // 2, size} & set(range(1, size + 1)):
         expected = [
             sum(value[r, max(s, key=lambda i, r=r: float(proxy[r, i]))].item() for s in subsets)

@@ -169,7 +169,7 @@ def gae(
 # Support: advantages by the definition, and what stands where nothing should be read
 def spoiled(x: Tensor, place: Tensor, g: torch.Generator) -> Tensor:
     """x with NaN at every other of these places, and at the rest with numbers that mean nothing."""
-    junk = 3 * checks.randn(*x.shape, generator=g, dtype=x.dtype)
+    junk = 3 * checks.randn(*x.shape, device="cpu", generator=g, dtype=x.dtype)
     odd = torch.arange(x.numel()).reshape(x.shape) % 2 == 1
     return torch.where(place, junk.masked_fill(odd, math.nan), x)
 
@@ -215,7 +215,9 @@ checks.close(targets, torch.tensor([[11.5, 22.0, 28.0]]), what="the targets of t
 g = checks.generator(1)
 for batch, time, gamma, lam in [(1, 1, 0.9, 0.8), (3, 9, 0.95, 0.7), (2, 17, 0.5, 0.9)]:
     for dtype in (torch.float64, torch.float32):
-        r, v, after = (checks.randn(batch, time, generator=g, dtype=dtype) for _ in range(3))
+        r, v, after = (
+            checks.randn(batch, time, device="cpu", generator=g, dtype=dtype) for _ in range(3)
+        )
         over = torch.rand(batch, time, generator=g)
         terminated, truncated = over < 0.25, (over > 0.15) & (over < 0.4)  # some are both
         truncated[0, 0], terminated[-1, -1] = True, True
@@ -263,7 +265,7 @@ checks.close(targets, torch.tensor([[-2.5, 4.5, 4.0]]), what="targets with λ = 
 g = checks.generator(2)
 # Laws: a policy's own values (all rewards explained) leave no advantage, for every λ; the rows of a
 # batch do not touch each other; columns of another layout; no gradient.
-r = checks.randn(4, 6, generator=g, dtype=torch.float64)
+r = checks.randn(4, 6, device="cpu", generator=g, dtype=torch.float64)
 end = torch.zeros(4, 6, dtype=torch.bool)
 end[:, -1] = True
 v, total = torch.zeros_like(r), torch.zeros(4, dtype=torch.float64)
@@ -277,7 +279,7 @@ for lam in (0.0, 0.35, 1.0):
         advantages, torch.zeros_like(r), atol=1e-12, what=f"advantages of a perfect critic, λ {lam}"
     )
     checks.close(targets, v, what="its targets")
-x = [checks.randn(7, 5, generator=g, dtype=torch.float64).T for _ in range(3)]
+x = [checks.randn(7, 5, device="cpu", generator=g, dtype=torch.float64).T for _ in range(3)]
 ends = [(torch.rand(7, 5, generator=g) < 0.3).T for _ in range(2)]
 x[0].requires_grad_()
 x[1].requires_grad_()
@@ -425,7 +427,8 @@ for batch, seq, clip, scale in [
 ]:
     for dtype in (torch.float64, torch.float32):
         logp, old, a = (
-            checks.randn(batch, seq, generator=g, dtype=torch.float64) for _ in range(3)
+            checks.randn(batch, seq, device="cpu", generator=g, dtype=torch.float64)
+            for _ in range(3)
         )
         old = logp - scale * old
         mask = torch.rand(batch, seq, generator=g) < 0.6
@@ -493,7 +496,7 @@ for dtype, low in ((torch.float32, -200.0), (torch.float64, -1000.0)):
         torch.tensor([[-gains[0] / 3, -gains[1] / 3, 0.0]], dtype=dtype),
         what="the gradient of logp, unlikely tokens",
     )
-leaf = checks.randn(2, 3, generator=g).requires_grad_()
+leaf = checks.randn(2, 3, device="cpu", generator=g).requires_grad_()
 empty = torch.zeros(2, 3, dtype=torch.bool)
 z = torch.full((2, 3), math.nan)
 for part in ppo_losses(leaf, z, z, z, z, z, empty):
@@ -518,7 +521,9 @@ checks.close(
 g = checks.generator(4)
 for batch, seq, bound in [(3, 8, 0.4), (1, 1, 0.1), (2, 5, 1.5)]:
     for dtype in (torch.float64, torch.float32):
-        v, old, target = (checks.randn(batch, seq, generator=g, dtype=dtype) for _ in range(3))
+        v, old, target = (
+            checks.randn(batch, seq, device="cpu", generator=g, dtype=dtype) for _ in range(3)
+        )
         mask = torch.rand(batch, seq, generator=g) < 0.7
         mask[0, 0] = True
         n, want, slope = int(mask.sum()), 0.0, torch.zeros_like(v)
@@ -667,7 +672,7 @@ checks.close(group_advantages(r, None), r - 0.75, rtol=1e-4, what="without divis
 g = checks.generator(5)
 for prompts, group, eps in [(3, 5, 0.3), (1, 2, 0.05), (4, 8, 1e-4), (2, 3, 1.0)]:
     for dtype in (torch.float64, torch.float32):
-        r = checks.randn(prompts, group, generator=g, dtype=dtype) + 3
+        r = checks.randn(prompts, group, device="cpu", generator=g, dtype=dtype) + 3
         r = r * torch.logspace(-2, 1, prompts, dtype=dtype)[:, None]
         for scale in ("sample", "population", None):
             want = torch.zeros(prompts, group, dtype=torch.float64)
@@ -705,13 +710,13 @@ checks.close(
     dtype=torch.float32,
     what="advantages of True and False",
 )
-x = checks.randn(5, 3, generator=g, dtype=torch.float64).T
+x = checks.randn(5, 3, device="cpu", generator=g, dtype=torch.float64).T
 checks.close(
     group_advantages(x, None),
     x - x.sum(1, keepdim=True) / 5,
     what="advantages of a transposed tensor",
 )
-leaf = checks.randn(2, 4, generator=g).requires_grad_()
+leaf = checks.randn(2, 4, device="cpu", generator=g).requires_grad_()
 assert not group_advantages(leaf).requires_grad, "advantages carry no gradient"
 ### END HIDDEN TESTS
 
@@ -729,7 +734,7 @@ g = checks.generator(6)
 for value, group in product((0.1, 0.7, -1 / 3, 1e6 / 7, 1e-7), (3, 5, 8, 11)):
     for scale in ("sample", "population", None):
         r = torch.full((3, group), value)
-        r[1] = checks.randn(group, generator=g)
+        r[1] = checks.randn(group, device="cpu", generator=g)
         for eps in (0.0, 1e-8):
             got = group_advantages(r, scale, eps)
             assert bool((got[[0, 2]] == 0).all()), (
@@ -854,7 +859,10 @@ for kind, want in {
 g = checks.generator(7)
 for shape, low in [((3, 5), 0), ((1,), 0), ((2, 1, 4), 0), ((4, 2), 1000), ((0, 3), 0)]:
     for dtype in (torch.float64, torch.float32):
-        x, y, z = (-checks.randn(*shape, generator=g, dtype=dtype).abs() * 2 for _ in range(3))
+        x, y, z = (
+            -checks.randn(*shape, device="cpu", generator=g, dtype=dtype).abs() * 2
+            for _ in range(3)
+        )
         x, y, z = x - low, y - low, z - low  # 1000: tokens whose probabilities underflow
         for kind in ("k1", "k2", "k3", "k3_corrected"):
             want, slope = [], []
@@ -962,7 +970,10 @@ checks.close(
 ### BEGIN HIDDEN TESTS
 g = checks.generator(8)
 for actions, off, shift in [(6, 0, 0), (6, 1, 0), (2, 1, 0), (11, 1, 900), (3, 0, -900)]:
-    x, y, z = (checks.randn(actions, generator=g, dtype=torch.float64) + shift for _ in range(3))
+    x, y, z = (
+        checks.randn(actions, device="cpu", generator=g, dtype=torch.float64) + shift
+        for _ in range(3)
+    )
     p, q, w = ((t - t.max()).exp() / (t - t.max()).exp().sum() for t in (x, y, z))
     w = w if off else p
     d = p.log() - q.log()
@@ -990,7 +1001,7 @@ for actions, off, shift in [(6, 0, 0), (6, 1, 0), (2, 1, 0), (11, 1, 900), (3, 0
         )
         assert not got[0].requires_grad, "the value carries no graph"
         assert not got[1].requires_grad, "the gradient carries no graph"
-x, y = checks.randn(6, generator=g), checks.randn(6, generator=g)
+x, y = checks.randn(6, device="cpu", generator=g), checks.randn(6, device="cpu", generator=g)
 for part in kl_by_enumeration(x, y, "k2"):
     assert part.dtype == torch.float32, f"float32 logits give float32; yours is {part.dtype}"
 ### END HIDDEN TESTS
@@ -1197,8 +1208,8 @@ def looped(logp, old, a, mask, ratio="token", clip=(0.2, 0.2), average="sequence
 
 def answers(batch: int, seq: int, g: torch.Generator, spread: float = 0.3) -> dict[str, Tensor]:
     """Log-probabilities in float64, with rows of unequal lengths, and holes."""
-    old = -checks.randn(batch, seq, generator=g, dtype=torch.float64).abs() - 0.1
-    gap = checks.randn(batch, seq, generator=g, dtype=torch.float64) * spread
+    old = -checks.randn(batch, seq, device="cpu", generator=g, dtype=torch.float64).abs() - 0.1
+    gap = checks.randn(batch, seq, device="cpu", generator=g, dtype=torch.float64) * spread
     mask = torch.rand(batch, seq, generator=g) < 0.7
     lengths = torch.randint(1, seq + 1, (batch,), generator=g)
     mask &= torch.arange(seq) < lengths[:, None]
@@ -1206,9 +1217,9 @@ def answers(batch: int, seq: int, g: torch.Generator, spread: float = 0.3) -> di
     return {
         "logp": old + gap,
         "old": old,
-        "ref": old + 0.5 * checks.randn(batch, seq, generator=g, dtype=torch.float64),
+        "ref": old + 0.5 * checks.randn(batch, seq, device="cpu", generator=g, dtype=torch.float64),
         "weights": torch.rand(batch, seq, generator=g, dtype=torch.float64) + 0.2,
-        "a": checks.randn(batch, generator=g, dtype=torch.float64),
+        "a": checks.randn(batch, device="cpu", generator=g, dtype=torch.float64),
         "mask": mask,
     }
 
@@ -1472,7 +1483,7 @@ for batch, seq, vocab, temperature in [
     (2, 4, 5, 1.6),
 ]:
     tokens = torch.randint(0, vocab, (batch, seq), generator=g)
-    base = checks.randn(batch, seq, vocab, generator=g) * 3
+    base = checks.randn(batch, seq, vocab, device="cpu", generator=g) * 3
     for dtype in (torch.float64, torch.float32, torch.float16, torch.bfloat16):
         x = base.to(dtype)
         want = torch.zeros(batch, seq - 1, dtype=torch.float64)
@@ -1494,10 +1505,10 @@ checks.gradients(
             x[:, :-1].flatten(0, 1) / 0.6, tokens[:, 1:].flatten(), reduction="none"
         ).unflatten(0, (2, 5))
     ),
-    checks.randn(2, 6, 5, generator=g),
+    checks.randn(2, 6, 5, device="cpu", generator=g),
     names=("the logits",),
 )
-big = checks.randn(2, 4, 6, generator=g) * 500
+big = checks.randn(2, 4, 6, device="cpu", generator=g) * 500
 tokens = torch.randint(0, 6, (2, 4), generator=g)
 want = torch.log_softmax(big.double() / 0.3, -1)[:, :-1].gather(-1, tokens[:, 1:, None])[..., 0]
 checks.close(
@@ -1583,7 +1594,10 @@ checks.close(
 g = checks.generator(13)
 for batch, seq, cap in [(3, 6, 1.3), (1, 1, 2.0), (4, 3, 0.8), (2, 9, 50.0)]:
     for dtype in (torch.float64, torch.float32):
-        x, y = (-checks.randn(batch, seq, generator=g, dtype=dtype).abs() for _ in range(2))
+        x, y = (
+            -checks.randn(batch, seq, device="cpu", generator=g, dtype=dtype).abs()
+            for _ in range(2)
+        )
         mask = torch.rand(batch, seq, generator=g) < 0.6
         mask[0, -1] = True
         by_token, by_answer = torch.zeros(2, batch, seq, dtype=torch.float64)
@@ -1629,7 +1643,10 @@ for dtype, low in ((torch.float32, -200.0), (torch.float64, -1000.0)):
         )
 checks.raises(ValueError, sampler_weights, far, far, mask, 2.0, "batch")
 # Law: without a cap the sampler's mean weight is 1, over all its actions.
-p, q = (checks.randn(7, generator=g, dtype=torch.float64).log_softmax(0)[:, None] for _ in range(2))
+p, q = (
+    checks.randn(7, device="cpu", generator=g, dtype=torch.float64).log_softmax(0)[:, None]
+    for _ in range(2)
+)
 w = sampler_weights(p, q, torch.ones(7, 1, dtype=torch.bool), cap=1e9)
 checks.close(
     (q.exp() * w).sum(),
@@ -1728,7 +1745,7 @@ for wanted, rounds, group, share in [
     (1, 60, 11, 0.1),  # groups that come alone: torch.std takes another path for one row
 ]:
     for dtype in (torch.float32, torch.float64):
-        table = checks.randn(400, group, generator=g, dtype=dtype)
+        table = checks.randn(400, group, device="cpu", generator=g, dtype=dtype)
         dull = torch.rand(400, generator=g) >= share
         table[dull] = torch.rand(int(dull.sum()), 1, generator=g).to(dtype)
         alone = ~dull & (torch.rand(400, generator=g) < 0.5)  # one answer of the group differs

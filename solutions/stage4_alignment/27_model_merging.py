@@ -182,11 +182,11 @@ g = checks.generator(1)
 for count, weights in [(1, None), (2, None), (3, [0.5, 2.0, 1.5]), (4, [3, -1, 1, 2]), (1, [4.0])]:
     states = [
         {
-            "a.weight": checks.randn(5, 3, generator=g),
-            "a.bias": checks.randn(1, generator=g).double(),
+            "a.weight": checks.randn(5, 3, device="cpu", generator=g),
+            "a.bias": checks.randn(1, device="cpu", generator=g).double(),
             "empty": torch.zeros(0, 4),
-            "scalar": checks.randn(1, generator=g)[0],
-            "t": checks.randn(4, 6, generator=g).t(),
+            "scalar": checks.randn(1, device="cpu", generator=g)[0],
+            "t": checks.randn(4, 6, device="cpu", generator=g).t(),
             "mask": torch.tensor([True, False]),
         }
         for _ in range(count)
@@ -214,7 +214,7 @@ for count, weights in [(1, None), (2, None), (3, [0.5, 2.0, 1.5]), (4, [3, -1, 1
         )
 checks.keeps_dtype(
     lambda x, y, z: average([{"w": x}, {"w": y}, {"w": z}], [1.0, 2.0, 4.0])["w"],
-    *(checks.randn(40, generator=g) for _ in range(3)),
+    *(checks.randn(40, device="cpu", generator=g) for _ in range(3)),
     reference=lambda x, y, z: (x + 2 * y + 4 * z) / 7,
     rtol={torch.bfloat16: 4e-3, torch.float16: 5e-4},
     what="the mean of three states",
@@ -487,8 +487,8 @@ for shape, scale, t in [
     ((3, 1), 2.0, 1.0),
     ((6, 2), 30.0, 0.45),
 ]:
-    a = checks.randn(*shape, generator=g, dtype=torch.float64)
-    b = checks.randn(*shape, generator=g, dtype=torch.float64, scale=scale)
+    a = checks.randn(*shape, device="cpu", generator=g, dtype=torch.float64)
+    b = checks.randn(*shape, device="cpu", generator=g, dtype=torch.float64, scale=scale)
     if shape == (4, 5):
         a = a.t().contiguous().t()
     if scale == 30.0:
@@ -514,14 +514,14 @@ for shape, scale, t in [
     )
 checks.keeps_dtype(
     lambda x, y: slerp(x, y, 0.25),
-    checks.randn(9, 4, generator=g),
-    checks.randn(9, 4, generator=g, scale=2.0),
+    checks.randn(9, 4, device="cpu", generator=g),
+    checks.randn(9, 4, device="cpu", generator=g, scale=2.0),
     reference=lambda x, y: turned(x, y, 0.25),
     rtol={torch.float64: 1e-8, torch.float16: 5e-4, torch.bfloat16: 4e-3},
     what="slerp",
 )
 for size in (1e30, 1e-30):
-    a, b = checks.randn(5, generator=g), checks.randn(5, generator=g)
+    a, b = checks.randn(5, device="cpu", generator=g), checks.randn(5, device="cpu", generator=g)
     checks.close(
         slerp(a * size, b * size, 0.3),
         (turned(a.double(), b.double(), 0.3) * size).float(),
@@ -557,7 +557,7 @@ for cosine, straight in [(0.9990, False), (0.99945, False), (0.99955, True), (0.
 zero, b = torch.zeros(2, 3), torch.arange(6.0).view(2, 3)
 checks.close(slerp(zero, b, 0.25), 0.25 * b, what="slerp of 0 and b")
 checks.close(slerp(zero, zero, 0.25), zero, what="slerp of 0 and 0")
-same = checks.randn(50, generator=checks.generator(5))
+same = checks.randn(50, device="cpu", generator=checks.generator(5))
 checks.close(
     slerp(same, same, 0.7),
     same,
@@ -671,10 +671,10 @@ checks.close(
 ### BEGIN HIDDEN TESTS
 g = checks.generator(6)
 base = {
-    "a": checks.randn(4, 3, generator=g),
-    "b": checks.randn(1, generator=g).double(),
-    "h": checks.randn(5, generator=g).bfloat16(),
-    "f": checks.randn(6, generator=g).half().requires_grad_(),
+    "a": checks.randn(4, 3, device="cpu", generator=g),
+    "b": checks.randn(1, device="cpu", generator=g).double(),
+    "h": checks.randn(5, device="cpu", generator=g).bfloat16(),
+    "f": checks.randn(6, device="cpu", generator=g).half().requires_grad_(),
     "none": torch.zeros(0),
     "n": torch.tensor([[4]]),
 }
@@ -716,16 +716,25 @@ checks.close(out["steps"], torch.tensor(3), what="what no vector moves")
 ### BEGIN HIDDEN TESTS
 g = checks.generator(7)
 base = {
-    "a": checks.randn(4, 3, generator=g),
-    "b": checks.randn(2, generator=g).double(),
-    "h": checks.randn(50, generator=g).bfloat16(),
+    "a": checks.randn(4, 3, device="cpu", generator=g),
+    "b": checks.randn(2, device="cpu", generator=g).double(),
+    "h": checks.randn(50, device="cpu", generator=g).bfloat16(),
     "n": torch.tensor([[4]]),
-    "still": checks.randn(3, generator=g).half().requires_grad_(),
+    "still": checks.randn(3, device="cpu", generator=g).half().requires_grad_(),
 }
 moves = [
-    {"a": checks.randn(4, 3, generator=g), "h": checks.randn(50, generator=g, scale=0.01)},
-    {"b": checks.randn(2, generator=g), "h": checks.randn(50, generator=g, scale=0.01)},
-    {"h": checks.randn(50, generator=g, scale=0.01), "a": checks.randn(4, 3, generator=g)},
+    {
+        "a": checks.randn(4, 3, device="cpu", generator=g),
+        "h": checks.randn(50, device="cpu", generator=g, scale=0.01),
+    },
+    {
+        "b": checks.randn(2, device="cpu", generator=g),
+        "h": checks.randn(50, device="cpu", generator=g, scale=0.01),
+    },
+    {
+        "h": checks.randn(50, device="cpu", generator=g, scale=0.01),
+        "a": checks.randn(4, 3, device="cpu", generator=g),
+    },
 ]
 scales = [0.7, -1.3, 0.25]
 given = {f"{k} of vector {i}": v for i, m in enumerate(moves) for k, v in m.items()}
@@ -763,8 +772,8 @@ assert not lent, (
 )
 # Law: the task vector takes the base to the tuned state and back, bit for bit in bfloat16.
 for dtype in (torch.bfloat16, torch.float16, torch.float32):
-    start = {"w": checks.randn(200, generator=g).to(dtype)}
-    end = {"w": (start["w"].float() + 0.1 * checks.randn(200, generator=g)).to(dtype)}
+    start = {"w": checks.randn(200, device="cpu", generator=g).to(dtype)}
+    end = {"w": (start["w"].float() + 0.1 * checks.randn(200, device="cpu", generator=g)).to(dtype)}
     move = {"w": end["w"].float() - start["w"].float()}
     there = apply_task_vectors(start, [move], [1.0])
     back = apply_task_vectors(there, [move], [-1.0])
@@ -929,10 +938,10 @@ for count, density, dtype in [
 ]:
     vectors = [
         {
-            "big": (checks.randn(4, 5, generator=g) * (1 + 2 * i)).to(dtype).t(),
-            "small": (0.3 * checks.randn(7, generator=g) * (1 + 2 * i)).to(dtype),
+            "big": (checks.randn(4, 5, device="cpu", generator=g) * (1 + 2 * i)).to(dtype).t(),
+            "small": (0.3 * checks.randn(7, device="cpu", generator=g) * (1 + 2 * i)).to(dtype),
             "none": torch.zeros(0, 2, dtype=dtype),
-            "one": checks.randn(1, generator=g)[0].to(dtype),
+            "one": checks.randn(1, device="cpu", generator=g)[0].to(dtype),
         }
         for i in range(count)
     ]
@@ -968,7 +977,9 @@ checks.close(
     torch.tensor([3.0, -2.0, 2.0, 2.0, 0.0]),
     what="[3, −2, 2, 2, 1] trimmed to 2 entries, of which the second is met by three",
 )
-half = [{"w": checks.randn(33, generator=g).bfloat16().requires_grad_()} for _ in range(3)]
+half = [
+    {"w": checks.randn(33, device="cpu", generator=g).bfloat16().requires_grad_()} for _ in range(3)
+]
 merged = ties_merge(half, 0.5)["w"]
 assert not merged.requires_grad, "the result carries a gradient's graph: detach the vectors"
 values = list(by_entry(half, 0.5).values())
@@ -1047,8 +1058,8 @@ assert abs(share - 0.25) < 0.06, f"a quarter of the entries stays at p = 0.75; y
 g = checks.generator(9)
 for p in (0.0, 0.1, 0.6, 0.9, 0.99):
     vector = {
-        "a": checks.randn(200, 300, generator=g).t(),
-        "b": checks.randn(40_000, generator=g, dtype=torch.float64) + 2.0,
+        "a": checks.randn(200, 300, device="cpu", generator=g).t(),
+        "b": checks.randn(40_000, device="cpu", generator=g, dtype=torch.float64) + 2.0,
         "none": torch.zeros(0, 3),
         "one": torch.tensor(5.0),
     }
@@ -1180,7 +1191,10 @@ checks.close(
 ### BEGIN HIDDEN TESTS
 g = checks.generator(11)
 for points in (2, 3, 6, 11, 20):
-    start, end = checks.randn(5, generator=g), checks.randn(5, generator=g)
+    start, end = (
+        checks.randn(5, device="cpu", generator=g),
+        checks.randn(5, device="cpu", generator=g),
+    )
     a = {"u": start[:2], "n": torch.tensor(4), "v": start[2:].view(3, 1)}
     b = {"v": end[2:].view(3, 1), "u": end[:2], "n": torch.tensor(4)}
     bump = float(torch.rand((), generator=g)) * 2 + 0.5
@@ -1330,8 +1344,11 @@ checks.close(
 g = checks.generator(12)
 for h, n in [(1, 2), (2, 5), (5, 9), (6, 40), (6, 7)]:
     for _ in range(4):
-        a = checks.randn(n, h, generator=g) * (0.2 + torch.arange(h)) + 3.0
-        b = checks.randn(n, h, generator=g) * (1.0 + torch.arange(h).flip(0) ** 2) - 40.0
+        a = checks.randn(n, h, device="cpu", generator=g) * (0.2 + torch.arange(h)) + 3.0
+        b = (
+            checks.randn(n, h, device="cpu", generator=g) * (1.0 + torch.arange(h).flip(0) ** 2)
+            - 40.0
+        )
         b[:, 0] = b[:, 0] + 2 * a[:, -1] - a[:, 0]
         if h == 6:  # two units of a have one favorite
             a[:, 1] = a[:, 2] + 0.05 * a[:, 1]
@@ -1352,16 +1369,16 @@ for h, n in [(1, 2), (2, 5), (5, 9), (6, 40), (6, 7)]:
 # Planted orders of many units, whose inverse differs; a unit that never fires.
 for h in (3, 17, 64):
     plant = torch.randperm(h, generator=g).roll(1)
-    a = checks.randn(200, h, generator=g).relu()
+    a = checks.randn(200, h, device="cpu", generator=g).relu()
     b = (a * (1 + torch.arange(h)) + 100.0)[:, plant.argsort()]
-    b = b + 0.01 * checks.randn(200, h, generator=g)
+    b = b + 0.01 * checks.randn(200, h, device="cpu", generator=g)
     checks.close(
         match_units(a.half() if h == 3 else a, b),
         plant,
         what=f"a planted order of {h} units",
         mistakes={"the inverse order": plant.argsort()},
     )
-a = checks.randn(30, 4, generator=g, dtype=torch.float64)
+a = checks.randn(30, 4, device="cpu", generator=g, dtype=torch.float64)
 a[:, 1] = 7.0
 b = a[:, [3, 0, 1, 2]] * 1e-3
 order = match_units(a.requires_grad_(), b)
@@ -1393,12 +1410,12 @@ checks.close(moved["2.weight"], torch.tensor([[200.0, 300.0, 100.0]]), what="the
 g = checks.generator(13)
 for inputs, h, outputs in [(3, 4, 2), (5, 1, 1), (2, 9, 9), (7, 7, 7)]:
     order = torch.randperm(h, generator=g)
-    x = checks.randn(11, inputs, generator=g, dtype=torch.float64)
+    x = checks.randn(11, inputs, device="cpu", generator=g, dtype=torch.float64)
     state = {
-        "0.weight": checks.randn(h, inputs, generator=g, dtype=torch.float64),
-        "0.bias": checks.randn(h, generator=g, dtype=torch.float64),
-        "2.weight": checks.randn(outputs, h, generator=g, dtype=torch.float64),
-        "2.bias": checks.randn(outputs, generator=g, dtype=torch.float64),
+        "0.weight": checks.randn(h, inputs, device="cpu", generator=g, dtype=torch.float64),
+        "0.bias": checks.randn(h, device="cpu", generator=g, dtype=torch.float64),
+        "2.weight": checks.randn(outputs, h, device="cpu", generator=g, dtype=torch.float64),
+        "2.bias": checks.randn(outputs, device="cpu", generator=g, dtype=torch.float64),
     }
     with checks.kept(order=order, **state):
         moved = permute_hidden(state, order)
@@ -1565,17 +1582,17 @@ g = checks.generator(14)
 for count in (1, 2, 4):
     states = [
         {
-            "m": checks.randn(3, 5, generator=g),
-            "v": checks.randn(4, generator=g).double(),
-            "h": checks.randn(6, generator=g).bfloat16(),
+            "m": checks.randn(3, 5, device="cpu", generator=g),
+            "v": checks.randn(4, device="cpu", generator=g).double(),
+            "h": checks.randn(6, device="cpu", generator=g).bfloat16(),
         }
         for _ in range(count)
     ]
     fishers = [
         {
-            "h": checks.randn(6, generator=g) ** 2,
-            "v": checks.randn(4, generator=g) ** 2,
-            "m": checks.randn(3, 5, generator=g) ** 4,
+            "h": checks.randn(6, device="cpu", generator=g) ** 2,
+            "v": checks.randn(4, device="cpu", generator=g) ** 2,
+            "m": checks.randn(3, 5, device="cpu", generator=g) ** 4,
         }
         for _ in range(count)
     ]
@@ -1604,7 +1621,7 @@ for count in (1, 2, 4):
         )
         assert tensor.dtype == states[0][name].dtype, f"{name} has dtype {tensor.dtype}"
 # Law: only the proportions count.
-states = [{"w": checks.randn(50, generator=g, scale=10.0)} for _ in range(3)]
+states = [{"w": checks.randn(50, device="cpu", generator=g, scale=10.0)} for _ in range(3)]
 share = [torch.rand(50, generator=g) + 0.1 for _ in range(3)]
 expected = sum(f.double() * s["w"].double() for f, s in zip(share, states, strict=True))
 expected = expected / sum(f.double() for f in share)
