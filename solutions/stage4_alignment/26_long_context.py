@@ -774,10 +774,10 @@ def longrope_search(
     each of `seeds` (one or more, of any floating format, each within the constraints) in their
     order, then for `children` new candidates in each of `generations` generations, and never else.
     Every candidate obeys 1 ≤ factors[0] ≤ factors[1] ≤ … ≤ 1.25 · scale. Parents of a generation
-    are the best of all evaluated before that generation, seeds and earlier parents among them; a
-    child's loss means nothing to the children of its own generation. How many parents (a handful),
-    and how children are made of them, is yours; a child is near its parents (steps of a tenth or
-    two in the logarithm do well).
+    are the best of all evaluated before that generation, from the seeds on; a child's loss means
+    nothing to the children of its own generation. How many parents (a handful), and how children
+    are made of them, is yours; a child is near its parents (steps of a tenth or two in the
+    logarithm do well).
     Returns the best candidate evaluated, (pairs,) float64, and its loss; with 0 generations the
     best seed. All draws are from `generator`; seeds are not changed.
 
@@ -927,7 +927,7 @@ assert sorted(ratios)[1] < 0.25, (
 
 
 def asked_with(losses: list[float], generations: int, children: int, seed: int) -> Tensor:
-    """What a search asks, (calls, 12), where the k-th call gives the k-th loss, whatever it asks."""
+    """What a search asks, (calls, 12), where call k gives the loss number k, whatever it asks."""
     asked, given = [], iter(losses)
 
     def evaluate(factors: Tensor) -> float:
@@ -966,9 +966,9 @@ assert float(apart[-200:].min()) < float(apart[:10].mean()), (
 # sum, then without it every other weight is multiplied by $1/(1-0.9) = 10$.
 #
 # **StreamingLLM** keeps the first few tokens for good (4 do) beside the window. The second half of
-# the idea is about positions: count them *inside the cache*. If the cache is smaller than $L$, every
-# position stays in the trained range, whatever the length of the text. So keys are cached
-# *unrotated* and turned at every step by the place where they now stand.
+# the idea is about positions: count them *inside the cache*. If it holds fewer than $L$ tokens, no
+# position leaves the trained range, whatever the length of the text. So keys are cached *unrotated*
+# and turned at every step by the place where they now stand.
 
 
 # %% exercise="streaming_cache" minutes=30 difficulty=3
@@ -978,7 +978,7 @@ class StreamingCache:
     StreamingCache(sinks, window, frequencies): sinks ≥ 0, window ≥ 1, else ValueError; frequencies
     (head_dim/2,), float64.
 
-    attend(layer, q, k, v): one new token for one layer; each token meets layers 0, 1, … in turn.
+    attend(layer, q, k, v): one new token for one layer; a token meets layers 0, 1, … in turn.
         q (batch, heads, 1, head_dim); k and v (batch, kv_heads, 1, head_dim), all unrotated; heads
         is a multiple of kv_heads, and head h reads kv head h // (heads//kv_heads).
         The new token is added and, where more than sinks + window are then held, the oldest that is
@@ -1322,11 +1322,9 @@ full = 1 + len(codes(TELL.format("12345"))) + len(codes(ASK))
 filler = [5000, 5001, 5002, 5003]
 made = passkey_examples(codes, filler, [full + 2] * 120, [0.5], checks.generator(70))
 first = torch.tensor([t for e in made for t in e.prompt if t >= 5000][::2]) - 5000
-checks.close(
-    sorted(set(first.tolist())),
-    [0, 1, 2],
-    what="the places where 2 of 4 tokens of filler begin, in 120 draws",
-    hint="The last place at which the text fits is one too",
+places = sorted(set(first.tolist()))
+assert places == [0, 1, 2], (
+    f"in 120 draws 2 tokens of 4 begin at {places}: they fit at 0, 1 and 2, the last place too."
 )
 checks.drawn(first.double(), mean=1.0, std=math.sqrt(2 / 3), kurtosis=1.5, what="these places")
 (bare,) = passkey_examples(codes, filler, [full], [0.5], checks.generator(71), 3)

@@ -524,8 +524,8 @@ class StreamingCache:
 + start = int(torch.randint(max(1, len(filler) - count), (), generator=generator))
 
 # %% wrong="passkey_examples" because="no key has a 9"
-- torch.randint(10, (5,), generator=generator).tolist()
-+ torch.randint(9, (5,), generator=generator).tolist()
+- key = "".join(map(str, torch.randint(10, (5,), generator=generator).tolist()))
++ key = "".join(map(str, torch.randint(9, (5,), generator=generator).tolist()))
 
 # %% wrong="passkey_examples" because="a prompt without filler is refused"
 - if count < 0 or count > len(filler) or not 0 <= depth <= 1:
