@@ -60,8 +60,8 @@
 # | $L$ | `trained` | longest sequence of the training |
 # | $s$ | `scale` | wanted length over $L$, at least 1 |
 #
-# Frequencies are float64 here. At position 100,000 a float32 angle of some ten thousand radians is
-# off by thousandths of one; libraries accept that, a check at nine digits does not.
+# Frequencies are float64 here. At position 100,000 float32 angles are off by up to some thousandths
+# of a radian; libraries accept that, a check at nine digits does not.
 
 # %%
 import math
@@ -118,8 +118,8 @@ print(f"pairs that never finish one: {int((turns < 1).sum())} of {len(turns)}")
 #
 # The most direct repair: squeeze the positions. Token $n$ of the long text is placed at $n/s$, so
 # that 2,048 tokens lie between 0 and 512. Angles that were never seen are gone. Networks
-# interpolate better than they extrapolate, and Chen et al. bound how much a score may then be off
-# between two trained positions: about 600 times less than beyond them.
+# interpolate better than they extrapolate: Chen et al. bound a score between two trained positions,
+# and the bound is at least 600 times tighter than the one beyond them.
 #
 # Since angle = position × frequency, dividing positions is dividing frequencies.
 
@@ -158,6 +158,7 @@ for dim, scale in [(2, 1.0), (32, 1.5), (64, 8.0), (128, 31.0)]:
     w = rope_frequencies(dim, 500.0)
     with checks.unchanged(frequencies=w):
         slow = position_interpolation(w, scale)
+    assert slow is not w, f"scale {scale:g} gives the argument itself: return a new tensor."
     # Law: position s·n has the angles that n had.
     n = torch.rand(7, 1, generator=g, dtype=torch.float64) * 100
     checks.close(scale * n * slow, n * w, what=f"angles at {scale:g} times the position")
@@ -221,7 +222,6 @@ checks.number(
     mistakes={
         "base times scale": 40_000.0,
         "the exponent upside down, (d − 2)/d,": 20_000.0,
-        "the exponent d/2 / (d/2 − 1) of pairs counted from 1": 10_000.0 * 4**1.5,
     },
 )
 ### BEGIN HIDDEN TESTS
@@ -259,9 +259,8 @@ for bad in ((100.0, 2, 2.0), (100.0, 5, 2.0), (100.0, 8, 0.9)):
 # While a model writes, the length grows with each token, and the base with it. Keys that were
 # cached rotated are then wrong: they were turned with an older base, and scores against them depend
 # on more than the distance. One must cache keys unrotated and turn all of them at each step, or fix
-# the base once, for the longest length expected. Values carry no rotation and stay. transformers
-# keeps rotated keys and changes the base while it goes on: its cached and uncached results differ
-# beyond $L$.
+# the base once, for the longest length expected. transformers keeps rotated keys and changes the
+# base while it goes on: its cached and uncached results differ beyond $L$.
 
 
 # %% exercise="dynamic_ntk" minutes=10 difficulty=1
@@ -379,8 +378,8 @@ def yarn_frequencies(
 
     ramp "index": linear in the pair's index between low = i(beta_fast) and high = i(beta_slow);
         with `truncate` low is rounded down and high up; then low is at least 0 and high at most
-        dim − 1; where high equals low, 0.001 is added to high. Pairs up to low keep their
-        frequency, pairs from high on have it divided by scale.
+        dim − 1; where high equals low, 0.001 is added to high (no case puts it below low). Pairs
+        up to low keep their frequency, pairs from high on have it divided by scale.
     ramp "rotations": linear in the turns r = trained·ω/2π between beta_slow (divided by scale) and
         beta_fast (kept); `truncate` means nothing.
     The factor is 0.1·ln(scale) + 1, for both. ValueError for another ramp or a scale below 1.
@@ -567,10 +566,10 @@ checks.number(yarn_frequencies(8, 100.0, 1.0, 64)[1], 1.0, to=1e-12, what="the f
 #
 # The slow pairs are the trouble: so why turn them? A head can use them for *what* is said instead
 # of *where*. **Partial RoPE** turns a share of the pairs and leaves the rest still. Older models
-# (GPT-NeoX, Phi) turn the first quarter of the dimensions. Gemma 4's global layers take the fastest
-# quarter of the pairs, with their full-width spacing and the base $10^6$; some layers elsewhere
-# (Kimi Linear) have no positions at all, **NoPE**. Those models were trained so. Ours was not, and
-# the experiment shows what it makes of it.
+# turn a head's first dimensions: GPT-NeoX a quarter, Phi-2 two fifths. Gemma 4's global layers take
+# the fastest quarter of the pairs, with their full-width spacing and the base $10^6$; some layers
+# elsewhere (Kimi Linear) have no positions at all, **NoPE**. Those models were trained so. Ours was
+# not, and the experiment shows what it makes of it.
 
 
 # %% exercise="partial_rope" minutes=5 difficulty=1 path="more"
@@ -578,8 +577,8 @@ def partial_rope(frequencies: Tensor, share: float) -> Tensor:
     """The frequencies with only the fastest `share` of the pairs turning; the others are 0.
 
     frequencies: (pairs,), descending, any floating format; not changed. share: between 0 and 1,
-    else ValueError; ⌊share · pairs⌋ pairs turn. Returns (pairs,), a new tensor of the same format:
-    [1, 0.1, 0.01, 0.001] with 0.5 gives [1, 0.1, 0, 0].
+    else ValueError; ⌊share · pairs⌋ pairs turn, the product as Python rounds it. Returns (pairs,),
+    a new tensor of the same format: [1, 0.1, 0.01, 0.001] with 0.5 gives [1, 0.1, 0, 0].
     """
     ### BEGIN SOLUTION
     if not 0 <= share <= 1:
@@ -622,9 +621,9 @@ for pairs, share, kept in [
     for i in range(kept):
         expected[i] = w[i]
     with checks.unchanged(frequencies=w):
-        checks.close(
-            partial_rope(w, share), expected, what=f"{share:g} of {pairs} pairs", dtype=w.dtype
-        )
+        found = partial_rope(w, share)
+    checks.close(found, expected, what=f"{share:g} of {pairs} pairs", dtype=w.dtype)
+    assert found is not w, f"share {share:g} gives the argument itself: return a new tensor."
 checks.keeps_dtype(lambda w: partial_rope(w, 0.5), rope_frequencies(12), what="the frequencies")
 for bad in (-0.1, 1.5):
     checks.raises(ValueError, partial_rope, w, bad, because=f"share is {bad}")
@@ -634,9 +633,9 @@ for bad in (-0.1, 1.5):
 # ## LongRoPE
 #
 # Why trust a formula? **LongRoPE** (Ding et al. 2024) gives each pair its own factor $\lambda_i$
-# and searches. Two findings shape it. Factors should not decrease from fast to slow pairs. And the
-# first few tokens $\hat n$ of a text, on which many heads of large models lean, are better left
-# where they were:
+# and searches. A rule keeps the search small: factors do not decrease from fast to slow pairs. And
+# the authors found that the first few tokens $\hat n$ of a text, on which many heads of large
+# models lean, are better left where they were:
 #
 # $$ \text{angle}_i(n) = \begin{cases} n\,\omega_i & n < \hat n \\ n\,\omega_i/\lambda_i & \text{else.}\end{cases} $$
 #
@@ -686,10 +685,7 @@ checks.close(
     what="the angles of three positions",
     mistakes={
         "multiplying by the factors": torch.tensor([[1, 0.1], [2, 0.8], [3, 1.2]]).double(),
-        "keeping positions up to and with `keep`": torch.tensor(
-            [[1, 0.1], [2, 0.2], [3, 0.075]]
-        ).double(),
-        "keeping the first two of the tensor": torch.tensor(
+        "keeping two positions, where only 1 is below `keep`,": torch.tensor(
             [[1, 0.1], [2, 0.2], [3, 0.075]]
         ).double(),
     },
@@ -721,6 +717,26 @@ checks.close(
     positions.double()[:, None] * w / factors,
     what="the default, which keeps nothing",
 )
+# Each input in a format of its own: what is computed in float64 loses nothing that they hold.
+half, single, double = torch.bfloat16, torch.float32, torch.float64
+for formats in [(half, torch.int64, single), (single, double, half), (double, single, half)]:
+    kinds = ", ".join(str(kind).removeprefix("torch.") for kind in formats)
+    w = rope_frequencies(14, 800.0).to(formats[0])
+    positions = torch.rand(9, generator=g, dtype=double) * 60_000
+    positions[:3] = torch.tensor([4.5, 5.25, 40_001.5])
+    positions = positions.to(formats[1])
+    factors = (1 + torch.rand(7, generator=g, dtype=double).cumsum(0)).to(formats[2])
+    with checks.unchanged(frequencies=w, positions=positions, factors=factors):
+        found = longrope_rescale(w, positions, factors, 5)
+    n, slowed = positions.double()[:, None], factors.double().expand(9, 7)
+    checks.close(
+        found,
+        n * w.double() / torch.where(n < 5, 1.0, slowed),
+        atol=0,
+        what=f"angles of frequencies, positions, factors in {kinds}",
+        dtype=double,
+    )
+w, positions = rope_frequencies(14, 800.0), torch.arange(9)
 one = torch.ones(7)
 for factors in (one[:6], one * 0.99, torch.tensor([1.0, 2, 3, 2.9, 4, 5, 6])):
     checks.raises(
@@ -755,11 +771,13 @@ def longrope_search(
     """The best factors that an evolutionary search finds, and their loss.
 
     evaluate(factors) gives the loss of (pairs,) float64 factors; less is better. It is called for
-    each of `seeds` (one or more, each within the constraints) in their order, then for `children`
-    new candidates in each of `generations` generations, and never else.
+    each of `seeds` (one or more, of any floating format, each within the constraints) in their
+    order, then for `children` new candidates in each of `generations` generations, and never else.
     Every candidate obeys 1 ≤ factors[0] ≤ factors[1] ≤ … ≤ 1.25 · scale. Parents of a generation
-    are the best of all that were evaluated before it. How many, and how children are made of them,
-    is yours; a child is near its parents (small steps in the logarithm do well).
+    are the best of all evaluated before that generation, from the seeds on; a child's loss means
+    nothing to the children of its own generation. How many parents (a handful), and how children
+    are made of them, is yours; a child is near its parents (steps of a tenth or two in the
+    logarithm do well).
     Returns the best candidate evaluated, (pairs,) float64, and its loss; with 0 generations the
     best seed. All draws are from `generator`; seeds are not changed.
 
@@ -840,6 +858,7 @@ for salt, (pairs, scale, generations, children) in enumerate(
     g = checks.generator(20 + salt)
     target = 1 + (scale - 1) * torch.rand(pairs, generator=g, dtype=torch.float64).sort().values
     starts = [torch.full((pairs,), s, dtype=torch.float64) for s in (scale, 1.0, 1.25 * scale)]
+    starts[1] = starts[1].float()
     record = Recorded(target, scale)
     with checks.unchanged(*starts):
         found, loss = longrope_search(record, starts, scale, generations, children, g)
@@ -905,6 +924,36 @@ assert sorted(ratios)[1] < 0.25, (
     f"of three searches, the middle one leaves {sorted(ratios)[1]:.2f} of the best seed's loss; "
     f"0.25 is asked for."
 )
+
+
+def asked_with(losses: list[float], generations: int, children: int, seed: int) -> Tensor:
+    """What a search asks, (calls, 12), where call k gives the loss number k, whatever it asks."""
+    asked, given = [], iter(losses)
+
+    def evaluate(factors: Tensor) -> float:
+        asked.append(factors.detach().clone())
+        return next(given)
+
+    start = torch.full((12,), 2.0, dtype=torch.float64)
+    longrope_search(evaluate, [start], 4.0, generations, children, checks.generator(seed))
+    return torch.stack(asked)
+
+
+# A generation is made before it is judged: other losses of the last one change no candidate of it.
+scripted = torch.rand(1 + 3 * 5, generator=g).tolist()
+checks.close(
+    asked_with([*scripted[:11], -1.0, *scripted[12:]], 3, 5, 60),
+    asked_with([*scripted[:11], 2.0, *scripted[12:]], 3, 5, 60),
+    what="the last generation's candidates, where its first child has another loss,",
+    hint="Parents are the best of those evaluated before the generation",
+)
+# The best stays a parent: where no child ever beats the seed, children are still near it.
+logs = asked_with([0.0] + [1.0] * 600, 60, 10, 61)[1:].log()
+apart = (logs - math.log(2)).square().mean(1).sqrt()
+assert float(apart[-200:].min()) < float(apart[:10].mean()), (
+    f"no child beats the seed; after 60 generations they are {float(apart[-200:].min()):.2f} and "
+    f"more away from it, {float(apart[:10].mean()):.2f} in the first: is the best still a parent?"
+)
 ### END HIDDEN TESTS
 
 # %% [markdown]
@@ -917,9 +966,9 @@ assert sorted(ratios)[1] < 0.25, (
 # sum, then without it every other weight is multiplied by $1/(1-0.9) = 10$.
 #
 # **StreamingLLM** keeps the first few tokens for good (4 do) beside the window. The second half of
-# the idea is about positions: count them *inside the cache*. With 4 sinks and a window of 1,020 no
-# position ever reaches 1,024, whatever the length of the text. So keys are cached *unrotated* and
-# turned at every step by the place where they now stand.
+# the idea is about positions: count them *inside the cache*. If it holds fewer than $L$ tokens, no
+# position leaves the trained range, whatever the length of the text. So keys are cached *unrotated*
+# and turned at every step by the place where they now stand.
 
 
 # %% exercise="streaming_cache" minutes=30 difficulty=3
@@ -929,9 +978,9 @@ class StreamingCache:
     StreamingCache(sinks, window, frequencies): sinks ≥ 0, window ≥ 1, else ValueError; frequencies
     (head_dim/2,), float64.
 
-    attend(layer, q, k, v): one new token for one layer (0, 1, …; each meets its tokens in the same
-        order). q (batch, heads, 1, head_dim); k and v (batch, kv_heads, 1, head_dim), all
-        unrotated; heads is a multiple of kv_heads, and head h reads kv head h // (heads//kv_heads).
+    attend(layer, q, k, v): one new token for one layer; a token meets layers 0, 1, … in turn.
+        q (batch, heads, 1, head_dim); k and v (batch, kv_heads, 1, head_dim), all unrotated; heads
+        is a multiple of kv_heads, and head h reads kv head h // (heads//kv_heads).
         The new token is added and, where more than sinks + window are then held, the oldest that is
         no sink is dropped. Keys are turned by their place in the cache, 0, 1, …, the query by the
         last place. Pairs are (x[j], x[j + head_dim/2]), as in `rotate`. Returns softmax attention
@@ -1164,7 +1213,8 @@ def passkey_examples(
 
     A prompt is [bos, *before, *told, *after, *asked], exactly `length` tokens: told is
     encode(TELL.format(key)), asked encode(ASK); before and after together are consecutive tokens of
-    `filler`, of which before holds the first ⌊depth · count⌋. The answer is encode(f" {key}.").
+    `filler` (or none), of which before holds the first ⌊depth · count⌋, the product as Python
+    rounds it. The answer is encode(f" {key}.").
     Each example draws, from `generator` and nothing else, a key of five digits, each digit 0 … 9
     alike (leading zeros too), and where in `filler` its text begins, all places alike at which it
     fits. ValueError where a prompt leaves no room for told and asked, where filler is too
@@ -1252,6 +1302,8 @@ assert len(set(keys)) > 0.9 * len(keys), "examples share their keys: draw one fo
 digits = torch.tensor([int(c) for key in keys for c in key]).double()
 checks.drawn(digits, mean=4.5, std=math.sqrt(8.25), kurtosis=1.8, what="the digits of the keys")
 assert any(key[0] == "0" for key in keys), "no key begins with 0: all digits are alike."
+drawn = {int(digit) for digit in digits}
+assert len(drawn) == 10, f"in {len(digits)} digits of keys only {sorted(drawn)} occur."
 checks.drawn(torch.tensor(starts).double(), mean=0.5, what="where the filler begins, from 0 to 1")
 checks.uses_generator(
     lambda g: [
@@ -1259,6 +1311,25 @@ checks.uses_generator(
         for e in passkey_examples(characters, range(5000, 5300), [140] * 5, [0.1, 0.4], g)
     ],
     what="passkey_examples",
+)
+
+
+def codes(text: str) -> list[int]:
+    return [ord(c) for c in text]
+
+
+full = 1 + len(codes(TELL.format("12345"))) + len(codes(ASK))
+filler = [5000, 5001, 5002, 5003]
+made = passkey_examples(codes, filler, [full + 2] * 120, [0.5], checks.generator(70))
+first = torch.tensor([t for e in made for t in e.prompt if t >= 5000][::2]) - 5000
+places = sorted(set(first.tolist()))
+assert places == [0, 1, 2], (
+    f"in 120 draws 2 tokens of 4 begin at {places}: they fit at 0, 1 and 2, the last place too."
+)
+checks.drawn(first.double(), mean=1.0, std=math.sqrt(2 / 3), kurtosis=1.5, what="these places")
+(bare,) = passkey_examples(codes, filler, [full], [0.5], checks.generator(71), 3)
+checks.close(
+    bare.prompt, [3, *codes(TELL.format(bare.key)), *codes(ASK)], what="a prompt without filler"
 )
 short = 1 + len(characters(TELL.format("12345"))) + len(characters(ASK)) - 6
 for lengths, depths, filler in [
@@ -1351,10 +1422,10 @@ checks.close(
 )
 ### BEGIN HIDDEN TESTS
 g = checks.generator(12)
-several = [
-    example_of(n, d, "".join(map(str, torch.randint(10, (5,), generator=g).tolist())))
+several = [  # "00" is one token: answers of one cell differ in their number of tokens
+    example_of(n, d, f"{int(torch.randint(111, 999, (), generator=g)):03d}" + ("00", "17")[i % 2])
     for n, d, times in ((130, 0.2, 3), (260, 0.0, 1), (260, 0.75, 4))
-    for _ in range(times)
+    for i in range(times)
 ]
 mixed = several[::2] + several[1::2]  # cells are not in one piece
 before = [(list(e.prompt), list(e.answer)) for e in mixed]
@@ -1414,6 +1485,7 @@ def finetune_longer(
     lr · min(1, n/warmup); the gradient is clipped to a norm of 1 over all parameters.
     Parameters that require no gradient stay as they are; gradients from before do not count, and
     none are left (each .grad is None). Training mode stays as it was.
+    warmup is at least 1, and some parameter requires a gradient.
     Returns each step's loss before its update, as numbers; [] for no batches.
     """
     ### BEGIN SOLUTION
@@ -1516,9 +1588,8 @@ for salt, (factor, lr, warmup, scale) in enumerate(
     frozen = model.layers[0].mlp.up_proj.weight
     frozen.requires_grad_(False)
     before = frozen.clone()
-    for parameter in model.parameters():
-        if parameter.requires_grad:
-            parameter.grad = torch.full_like(parameter, 0.3)
+    for parameter in model.parameters():  # the frozen one too: it was frozen after a backward pass
+        parameter.grad = torch.full_like(parameter, 0.3)
     model.train(salt == 1)
     batches = [periodic(3, length, g, period=4 + salt) for length in (11, 7, 19, 26, 5, 16)]
     copies = [b.clone() for b in batches]
@@ -1560,8 +1631,8 @@ finetune_longer(model, w / 2, 1.0, [periodic(16, 24 if i % 2 else 48, g) for i i
 after = repeat_loss(short, w / 2), repeat_loss(long, w / 2)
 assert after[0] < 1.8, f"finetuning leaves {after[0]:.2f} nats at length 24; 1.8 is asked for."
 assert after[1] < 0.65 * before[1], (
-    f"finetuning brings the loss at length 48 from {before[1]:.2f} to {after[1]:.2f} nats; to "
-    "two thirds is asked for."
+    f"finetuning brings the loss at length 48 from {before[1]:.2f} to {after[1]:.2f} nats; less "
+    "than 0.65 of it is asked for."
 )
 ### BEGIN HIDDEN TESTS
 assert before[1] > 1.2, (
@@ -1771,6 +1842,7 @@ plot.plt.show()
 # %% tags=["experiment"]
 tiny, _ = models.load("tiny")
 seeds = [w / methods[name][0] for name in ("PI", "NTK-aware", "YaRN")]
+seeds = [f.clamp(min=1).cummax(0).values for f in seeds]  # equal factors may differ by a rounding
 
 
 def long_loss(factors: Tensor, files: Tensor = rows[:1]) -> float:
@@ -1885,7 +1957,7 @@ torch.set_num_threads(threads)
 # mended; within 512 it pays about a tenth at most. PI gains at both ends and stays far behind, for
 # eight steps are not the thousand of its paper: it has to learn neighbors anew. A method that
 # starts near the old model needs less training. YaRN's authors claim just that for it: a tenth of
-# the tokens, less than half the steps of earlier methods.
+# the tokens and two fifths of the steps of earlier methods.
 
 # %% [markdown]
 # ## On a GPU: 32,768 tokens in one pass
@@ -2093,7 +2165,7 @@ checks.number(
 #   arXiv:2309.00071. Section 3 has NTK-aware, by parts and dynamic scaling in one notation; compare
 #   its ramp with the code.
 # - **Ding et al. 2024**, *LongRoPE: Extending LLM Context Window Beyond 2 Million Tokens*,
-#   arXiv:2402.13753. Section 2.2 for the two findings, 3.2 and algorithm 1 for the search.
+#   arXiv:2402.13753. Section 2.2 for the findings, 3.2 and algorithm 1 for the search.
 # - **Xiao et al. 2023**, *Efficient Streaming Language Models with Attention Sinks*,
 #   arXiv:2309.17453. Section 3.1 for why the first token, 3.2 for positions in the cache.
 # - **Mohtashami and Jaggi 2023**, *Landmark Attention: Random-Access Infinite Context Length for

@@ -28,6 +28,10 @@
 - if scale < 1:
 + if scale <= 0:
 
+# %% wrong="position_interpolation" because="at scale 1 the input itself comes back"
+- return frequencies / scale
++ return frequencies / scale if scale > 1 else frequencies
+
 # %% right="position_interpolation" because="slower pairs one by one"
 def position_interpolation(frequencies, scale):
     if not scale >= 1:
@@ -211,6 +215,10 @@ def yarn_frequencies(dim, base, scale, trained, beta_fast=32.0, beta_slow=1.0, r
 - if not 0 <= share <= 1:
 + if share > 99:
 
+# %% wrong="partial_rope" because="at share 1 the input itself comes back"
+- return torch.where(turning, frequencies, 0)
++ return torch.where(turning, frequencies, 0) if share < 1 else frequencies
+
 # %% right="partial_rope" because="a mask of ones and zeros"
 def partial_rope(frequencies, share):
     if share < 0 or share > 1:
@@ -256,6 +264,18 @@ def partial_rope(frequencies, share):
 # %% wrong="longrope_rescale" because="equal factors are refused"
 - if bool((factors < 1).any()) or bool((factors[1:] < factors[:-1]).any()):
 + if bool((factors < 1).any()) or bool((factors[1:] <= factors[:-1]).any()):
+
+# %% wrong="longrope_rescale" because="positions are rounded to the frequencies' format"
+- plain = positions.double()[:, None] * frequencies.double()
++ plain = positions.to(frequencies.dtype).double()[:, None] * frequencies.double()
+
+# %% wrong="longrope_rescale" because="multiplied in the frequencies' format"
+- plain = positions.double()[:, None] * frequencies.double()
++ plain = (positions[:, None] * frequencies).double()
+
+# %% wrong="longrope_rescale" because="fractions of positions are cut off"
+- plain = positions.double()[:, None] * frequencies.double()
++ plain = positions.long()[:, None] * frequencies.double()
 
 # %% right="longrope_rescale" because="position by position"
 def longrope_rescale(frequencies, positions, factors, keep=0):
@@ -314,6 +334,16 @@ def longrope_rescale(frequencies, positions, factors, keep=0):
 # %% wrong="longrope_search" because="the upper end is scale"
 - factors = logs.exp().clamp(1, 1.25 * scale).sort().values
 + factors = logs.exp().clamp(1, 1.25 * scale).sort(descending=True).values
+
+# %% wrong="longrope_search" because="parents come from the generation before alone"
+- parents = [factors for _, factors in sorted(known, key=lambda pair: pair[0])[:4]]
++ pool = known[-children:] if len(known) > len(seeds) else known
++ parents = [factors for _, factors in sorted(pool, key=lambda pair: pair[0])[:4]]
+
+# %% wrong="longrope_search" because="a child becomes a parent in its own generation"
+- for child in range(children):
++ for child in range(children):
++     parents[:] = [factors for _, factors in sorted(known, key=lambda pair: pair[0])[:4]]
 
 # %% right="longrope_search" because="small steps from the best two, running maximum"
 def longrope_search(evaluate, seeds, scale, generations, children, generator):
@@ -489,6 +519,18 @@ class StreamingCache:
 - if count < 0 or count > len(filler) or not 0 <= depth <= 1:
 + if count < 0 or count > len(filler):
 
+# %% wrong="passkey_examples" because="the last place is never drawn"
+- start = int(torch.randint(len(filler) - count + 1, (), generator=generator))
++ start = int(torch.randint(max(1, len(filler) - count), (), generator=generator))
+
+# %% wrong="passkey_examples" because="no key has a 9"
+- key = "".join(map(str, torch.randint(10, (5,), generator=generator).tolist()))
++ key = "".join(map(str, torch.randint(9, (5,), generator=generator).tolist()))
+
+# %% wrong="passkey_examples" because="a prompt without filler is refused"
+- if count < 0 or count > len(filler) or not 0 <= depth <= 1:
++ if count <= 0 or count > len(filler) or not 0 <= depth <= 1:
+
 # %% right="passkey_examples" because="digits one by one, text by a comprehension"
 def passkey_examples(encode, filler, lengths, depths, generator, bos=0):
     made = []
@@ -535,6 +577,11 @@ def passkey_examples(encode, filler, lengths, depths, generator, bos=0):
 # %% wrong="passkey_accuracy" because="asks for five tokens"
 - written = list(write(list(example.prompt), len(example.answer)))
 + written = list(write(list(example.prompt), 5))
+
+# %% wrong="passkey_accuracy" because="asks for the longest answer's tokens"
+- written = list(write(list(example.prompt), len(example.answer)))
++ longest = max(len(e.answer) for e in examples)
++ written = list(write(list(example.prompt), longest))[: len(example.answer)]
 
 # %% wrong="passkey_accuracy" because="counts, not shares"
 - return {cell: sum(right) / len(right) for cell, right in found.items()}
@@ -607,6 +654,14 @@ def passkey_accuracy(write, examples):
 - logits = logits_with(model, batch[:, :-1], angles, factor)
 + batch = batches[0]
 + logits = logits_with(model, batch[:, :-1], angles_of(frequencies, batch.shape[1] - 1), factor)
+
+# %% wrong="finetune_longer" because="a frozen parameter's old gradient enters the norm"
+- nn.utils.clip_grad_norm_(trained, 1.0)
++ nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+
+# %% wrong="finetune_longer" because="a frozen parameter's old gradient is left"
+- for parameter in model.parameters():
++ for parameter in trained:
 
 # %% right="finetune_longer" because="Adam with the gradients taken by hand"
 def finetune_longer(model, frequencies, factor, batches, lr, warmup=4):
