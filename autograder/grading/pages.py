@@ -4,7 +4,6 @@ import base64
 import binascii
 import hashlib
 import json
-import unicodedata
 from collections import defaultdict
 from dataclasses import asdict, dataclass
 from functools import cache
@@ -18,6 +17,7 @@ from autograder.grading.clerk import color_safely
 from autograder.grading.gradebook import ManualEntries
 from autograder.grading.rebuild import read_name, read_role
 from autograder.grading.task import Check, Result
+from autograder.tables import format_table
 from autograder.templating import read_template, render
 
 UNSAFE = "Graded without a sandbox (--unsafe): the code ran with all the rights of whoever graded it."
@@ -40,24 +40,14 @@ STATUS = {
 
 def format_results(results: list[Result]) -> str:
     """The terminal's table."""
-    rows = [("student", "lesson", "score", "status", "seconds", "flags")]
+    rows = []
     for r in results:
         flags = r.flags[0] if r.flags else ""
         more = f" (+{len(r.flags) - 1})" if len(r.flags) > 1 else ""
         short = flags if len(flags) <= 70 else flags[:69] + "…"
-        rows.append((r.student, r.lesson, f"{r.score:g}/{r.max_score:g}", r.status, f"{r.seconds:.1f}", short + more))
-    widths = [max(_count_columns(row[i]) for row in rows) for i in range(5)]
-    return "\n".join(
-        "  ".join(text + " " * (width - _count_columns(text)) for text, width in zip(row, widths, strict=False))
-        + "  "
-        + row[5]
-        for row in rows
-    )
-
-
-def _count_columns(text: str) -> int:
-    """Columns on a terminal: Chinese characters take two."""
-    return sum(2 if unicodedata.east_asian_width(character) in "WF" else 1 for character in text)
+        score = f"{r.score:g}/{r.max_score:g}"
+        rows.append((r.student, r.lesson, score, r.status, f"{r.seconds:.1f}", short + more))
+    return format_table(("student", "lesson", "score", "status", "seconds", "flags"), rows)
 
 
 # --- pages ----------------------------------------------------------------------------------------------------

@@ -625,7 +625,7 @@ def remove_length(rewards: Tensor, lengths: Tensor) -> Tensor:
 
     rewards: (N,), any floating format, N ≥ 1.
     lengths: (N,), integers or floating. Where all are equal there is no line, and the rewards come
-        back as they are.
+        back as they are (half precision widened, as ever).
 
     Returns (N,), computed and returned in float32 for half-precision rewards, else in their dtype.
     Exact also where lengths are large and differ little (1,000,000 to 1,000,010).
@@ -700,6 +700,13 @@ rewards = checks.randn(6, device="cpu", generator=g)
 for lengths in (torch.full((6,), 9), torch.full((6,), 2.5)):
     checks.close(remove_length(rewards, lengths), rewards, what="rewards of answers of one length")
 checks.close(remove_length(rewards[:1], torch.tensor([4])), rewards[:1], what="a single reward")
+half = rewards.half()
+checks.close(
+    remove_length(half, torch.full((6,), 9)),
+    half.float(),
+    dtype=torch.float32,
+    what="rewards in half precision of answers of one length",
+)
 floats = torch.rand(9, generator=g).double() * 3
 rewards = checks.randn(9, device="cpu", generator=g, dtype=torch.float64)
 centered = (remove_length(rewards, floats) - rewards.mean()).detach()

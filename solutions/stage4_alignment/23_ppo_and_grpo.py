@@ -496,6 +496,9 @@ for dtype, low in ((torch.float32, -200.0), (torch.float64, -1000.0)):
         torch.tensor([[-gains[0] / 3, -gains[1] / 3, 0.0]], dtype=dtype),
         what="the gradient of logp, unlikely tokens",
     )
+checks.close(
+    one_token(1.5, 0.0)[2], 0.0, what="the clipped share at A = 0, which nothing raises or lowers"
+)
 leaf = checks.randn(2, 3, device="cpu", generator=g).requires_grad_()
 empty = torch.zeros(2, 3, dtype=torch.bool)
 z = torch.full((2, 3), math.nan)
@@ -1641,6 +1644,15 @@ for dtype, low in ((torch.float32, -200.0), (torch.float64, -1000.0)):
         checks.close(
             got, torch.tensor([want], dtype=dtype), what=f"weights of unlikely tokens, {level!r}"
         )
+# A huge ratio and a tiny one make an ordinary product.
+x = torch.tensor([[-0.5, -800.5, -1.0]])
+y = torch.tensor([[-800.5, -0.5, -1.25]])
+checks.close(
+    sampler_weights(x, y, torch.ones(1, 3, dtype=torch.bool), 3.0, "sequence"),
+    torch.full((1, 3), math.exp(0.25)),
+    rtol=1e-4,
+    what="the weight of an answer with log-ratios of 800, −800 and 0.25",
+)
 checks.raises(ValueError, sampler_weights, far, far, mask, 2.0, "batch")
 # Law: without a cap the sampler's mean weight is 1, over all its actions.
 p, q = (

@@ -705,3 +705,13 @@ def remove_length(rewards: Tensor, lengths: Tensor) -> Tensor:
         return rewards
     slope = (offset * (rewards - rewards.mean())).sum() / offset.square().sum()
     return rewards - slope * offset
+
+# %% wrong="remove_length" because="half precision stays where all lengths are equal"
+def remove_length(rewards: Tensor, lengths: Tensor) -> Tensor:
+    if (lengths == lengths[0]).all():
+        return rewards.clone()
+    r = rewards.float() if rewards.dtype in (torch.float16, torch.bfloat16) else rewards
+    x = lengths.double()
+    x = (x - x.mean()).to(r.dtype)
+    slope = (x * (r - r.mean())).sum() / x.square().sum()
+    return r - slope * x

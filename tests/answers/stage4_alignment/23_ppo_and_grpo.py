@@ -881,3 +881,44 @@ def questions():
         "estimate": "k3",
         "cut": 3 / 5,
     }
+
+# %% wrong="ppo_losses" because="tokens with an advantage of 0 count as clipped"
+def ppo_losses(
+    logp: Tensor,
+    old_logp: Tensor,
+    advantages: Tensor,
+    values: Tensor,
+    old_values: Tensor,
+    targets: Tensor,
+    mask: Tensor,
+    clip: float = 0.2,
+    value_clip: float = 0.2,
+) -> tuple[Tensor, Tensor, Tensor]:
+    padding = ~mask
+    logp, values = logp.masked_fill(padding, 0.0), values.masked_fill(padding, 0.0)
+    old_logp = old_logp.detach().masked_fill(padding, 0.0)
+    advantages = advantages.detach().masked_fill(padding, 0.0)
+    old_values = old_values.detach().masked_fill(padding, 0.0)
+    targets = targets.detach().masked_fill(padding, 0.0)
+    count = mask.sum().clamp(min=1)
+
+    rho = torch.exp(logp - old_logp)
+    clipped_rho = rho.clamp(1 - clip, 1 + clip)
+    surrogate = torch.minimum(rho * advantages, clipped_rho * advantages)
+    held = torch.clamp(values, old_values - value_clip, old_values + value_clip)
+    worse = torch.maximum((values - targets) ** 2, (held - targets) ** 2)
+    beyond = torch.where(advantages >= 0, rho > 1 + clip, rho < 1 - clip) & mask
+    share = beyond.sum().to(logp.dtype) / count
+    return -surrogate.sum() / count, 0.5 * worse.sum() / count, share.detach()
+
+# %% wrong="sampler_weights" because="a product of ratios, inf times 0"
+def sampler_weights(
+    old_logp: Tensor, sampler_logp: Tensor, mask: Tensor, cap: float = 2.0, level: str = "token"
+) -> Tensor:
+    if level not in ("token", "sequence"):
+        raise ValueError(f"unknown level {level!r}")
+    gap = (old_logp.detach() - sampler_logp.detach()).masked_fill(~mask, 0.0)
+    ratio = gap.exp()
+    if level == "sequence":
+        ratio = ratio.prod(dim=1, keepdim=True).expand_as(gap)
+    return torch.where(mask, ratio.clamp(max=cap), torch.zeros_like(gap))

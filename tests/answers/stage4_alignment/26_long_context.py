@@ -714,3 +714,12 @@ def questions():
         "place": 1023,
         "sink": 5,
     }
+
+# %% wrong="partial_rope" because="the product is rounded to float32"
+def partial_rope(frequencies: Tensor, share: float) -> Tensor:
+    if not 0 <= share <= 1:
+        raise ValueError(f"share is {share}, it must be between 0 and 1")
+    kept = int(torch.floor(torch.tensor(share, dtype=torch.float32) * len(frequencies)))
+    found = torch.zeros_like(frequencies)
+    found[:kept] = frequencies[:kept]
+    return found
