@@ -1976,7 +1976,7 @@ def grpo_train(
             loss = grpo_loss(logp, old_logp, advantages, mask, ref_logp=ref_logp, beta=beta)
             optimizer.zero_grad()
             loss.backward()
-            nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+            nn.utils.clip_grad_norm_(model.parameters(), max_norm=1.0)
             optimizer.step()
         kl = 0.0 if ref_logp is None else float(kl_penalty(old_logp, ref_logp)[mask].mean())
         records.append(

@@ -43,7 +43,7 @@ def nothing_is_left():
     before, open_before = children(), len(os.listdir("/proc/self/fd"))
     yield
     assert children() == before
-    assert len(os.listdir("/proc/self/fd")) == open_before
+    assert len(os.listdir("/proc/self/fd")) <= open_before  # one of an earlier test may be closed by now
 
 
 # --- what ranks do

@@ -714,7 +714,7 @@ def rl_memory(policy, critic=0, reference=0, reward=0, devices=1):
 + loss = grpo_loss(logp, logp, advantages, mask, ref_logp=ref_logp, beta=beta)
 
 # %% wrong="grpo_train" because="no clipping of the gradient's norm"
-- nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+- nn.utils.clip_grad_norm_(model.parameters(), max_norm=1.0)
 + pass
 
 # %% right="grpo_train" because="gradients by autograd.grad, the loss written out"
@@ -832,7 +832,7 @@ def grpo_train(
             advantages = group_advantages(rewards).flatten().to(logp.dtype)
             optimizer.zero_grad()
             grpo_loss(logp, old_logp, advantages, m, ref_logp=ref_logp, beta=beta).backward()
-            torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+            torch.nn.utils.clip_grad_norm_(model.parameters(), max_norm=1.0)
             optimizer.step()
         kl = 0.0 if ref_logp is None else kl_penalty(old_logp, ref_logp)[m].mean().item()
         records.append(
