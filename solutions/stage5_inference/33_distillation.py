@@ -196,6 +196,7 @@ def logits_pair(
 
 def no_influence(loss: Tensor, student: Tensor, counts: Tensor) -> None:
     """The gradient is finite, and 0 at tokens that do not count, whose logits are NaN."""
+    assert loss.requires_grad, "no gradient reaches the student: the result has no graph"
     (slope,) = torch.autograd.grad(loss, student)
     assert not slope[~counts].any(), (
         "the gradient is not 0 at tokens that do not count, where the logits are NaN: hide such "
@@ -286,7 +287,7 @@ checks.close(same, 0.0, atol=1e-6, what="the soft loss of a student that equals 
 ### BEGIN HIDDEN TESTS
 g = checks.generator(2)
 none = torch.full((2, 3), IGNORE)
-s = checks.randn(2, 3, 4, generator=g).requires_grad_()
+s = torch.full((2, 3, 4), math.nan, requires_grad=True)
 loss = distillation_loss(s, checks.randn(2, 3, 4, generator=g), none, 2.0, 0.4)
 checks.close(loss, 0.0, what="the loss where no token counts")
 loss.backward()
@@ -646,7 +647,7 @@ for beta in (0.0, 0.1, 0.9, 1.0):
     (slope,) = torch.autograd.grad(loss, [teacher], allow_unused=True)
     assert slope is None or not slope.any(), "the teacher is constant: no gradient reaches it"
     checks.close(
-        generalized_jsd(s, t, mask & False, beta),
+        generalized_jsd(hidden.detach(), t, mask & False, beta),
         torch.zeros((), dtype=torch.float64),
         what="the result where no token counts",
     )
@@ -890,7 +891,7 @@ for k in range(1, 9):
     checks.close(slope, want, what=f"the gradient with k = {k} of 8", rtol=1e-7)
 checks.close(last, whole, rtol=1e-9, what="k = vocab, against the full KL")
 logp, index = t.log_softmax(-1).topk(3)
-none = top_k_kl(s, logp, index, mask & False)
+none = top_k_kl(s * math.nan, logp * math.nan, index, mask & False)
 checks.close(none, torch.zeros((), dtype=torch.float64), what="the loss where no token counts")
 # A sum above 1 has no rest: Σ p·log(p/q) over the k, whose gradient is q·Σp − p.
 wave = torch.tensor([[[0.3, 0.1, -0.4]]], requires_grad=True)
@@ -1363,7 +1364,8 @@ checks.close(
     hint="old_logp is a constant",
 )
 for discount in (0.0, 0.5):
-    none, advantages = dense_reward_loss(logp, logp.detach(), teacher, mask & False, discount)
+    gone = [x.detach() * math.nan for x in (logp, logp, teacher)]
+    none, advantages = dense_reward_loss(*gone, mask & False, discount)
     checks.close(none, 0.0, what="the loss without tokens")
     assert not advantages.any(), "advantages without tokens are 0"
 g = checks.generator(41)
@@ -1468,8 +1470,8 @@ def enumerated_gradients(
         −Σ_t A_t·log q_t(x_t | x_{t−1}), with A_t = r_t + discount·A_{t+1} constant,
         r_t = log p_t(x_t | x_{t−1}) − log q_t(x_t | x_{t−1}). A sum over steps, not a mean.
 
-    Both have the shape and dtype of student, and no graph. student and teacher are not changed,
-    their .grad included.
+    Both have the shape and dtype of student, and no graph; under torch.no_grad() they are the same.
+    student and teacher are not changed, their .grad included.
 
     Example: steps 1, vocab 2, student zeros, teacher[0, 0] = [ln 3, 0]: both gradients are
     [−0.2747, 0.2747] in row 0, and 0 in row 1.
@@ -1525,6 +1527,23 @@ def chained(student: Tensor, teacher: Tensor) -> tuple[Tensor, Tensor]:
     return tuple(torch.autograd.grad(v, z, retain_graph=True)[0] for v in (whole, fixed))
 
 
+def by_returns(student: Tensor, teacher: Tensor, discount: float) -> Tensor:
+    """The policy's gradient, from the expected return after each word, in float64."""
+    log_q, log_p = log64(student.detach()), log64(teacher.detach())
+    q, out = log_q.exp(), torch.zeros(student.shape, dtype=torch.float64)
+    later = torch.zeros(q.shape[1], dtype=torch.float64)
+    for t in reversed(range(len(q))):
+        worth = log_p[t] - log_q[t] + discount * later  # of each word, after each word
+        later = (q[t] * worth).sum(-1)
+        out[t] = q[t] * (later[:, None] - worth)
+    reach = torch.zeros(q.shape[1], dtype=torch.float64)
+    reach[0] = 1
+    for t in range(len(q)):
+        out[t] *= reach[:, None]
+        reach = reach @ q[t]
+    return out
+
+
 # %% check="enumerated_gradients" points=2
 z = torch.zeros(1, 2, 2, dtype=torch.float64)
 z_teacher = torch.tensor([[[math.log(3), 0.0], [0.0, 5.0]]], dtype=torch.float64)
@@ -1552,7 +1571,8 @@ for steps, vocab in [(3, 2), (2, 3), (1, 4), (4, 2), (3, 1)]:
         ]:
             with checks.unchanged(student=s, teacher=t):
                 got = checks.parts(enumerated_gradients(s, t, discount), "true", "policy")
-            assert torch.equal(s.grad, torch.ones_like(s)), "the .grad of student was changed"
+            same = s.grad is not None and torch.equal(s.grad, torch.ones_like(s))
+            assert same, "the .grad of student was changed"
             small_noise = 1e-12 if dtype == torch.float64 else 1e-5
             mistakes = {"the true gradient": whole} if expected is fixed else {}
             for value, right, what, wrong in [
@@ -1592,6 +1612,16 @@ checks.close(
 whole, fixed = chained(s, t)
 checks.close(values[2], whole, what="discount 1", rtol=1e-9)
 checks.close(values[0], fixed, what="discount 0", rtol=1e-9)
+for steps, vocab, discount in [(3, 2, 0.5), (4, 2, 0.9), (3, 3, 0.3)]:
+    a, b = (checks.randn(steps, vocab, vocab, generator=g, dtype=torch.float64) for _ in range(2))
+    checks.close(
+        enumerated_gradients(a, b, discount)[1],
+        by_returns(a, b, discount),
+        rtol=1e-8,
+        atol=1e-12,
+        what=f"the policy's gradient, {vocab} words × {steps} steps, discount {discount}",
+        hint="A_t = r_t + discount·A_{t+1}: two steps ahead the discount counts twice",
+    )
 for part in enumerated_gradients(s, s.clone(), 0.5):
     checks.close(part, torch.zeros_like(s), atol=1e-12, what="the gradient where student = teacher")
 ### END HIDDEN TESTS

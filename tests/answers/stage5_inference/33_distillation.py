@@ -540,6 +540,16 @@ def dense_reward_loss(logp, old_logp, teacher_logp, mask, discount=0.0):
 + weights = discount ** torch.arange(steps, dtype=z.dtype)
 + advantage = (weights * advantage).sum().expand(steps)
 
+# %% wrong="enumerated_gradients" because="all of the future is discounted once"
+- for i in reversed(range(steps - 1)):
+-     advantage[i] += discount * advantage[i + 1]
++ later = advantage.flip(0).cumsum(0).flip(0) - advantage
++ advantage = advantage + discount * later
+
+# %% wrong="enumerated_gradients" because="no gradient under no_grad"
+- with torch.enable_grad():
++ if True:
+
 # %% wrong="enumerated_gradients" because="a mean over steps"
 - surrogate = surrogate - chance.detach() * (advantage * mine).sum()
 + surrogate = surrogate - chance.detach() * (advantage * mine).mean()
