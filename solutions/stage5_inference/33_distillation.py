@@ -1527,23 +1527,6 @@ def chained(student: Tensor, teacher: Tensor) -> tuple[Tensor, Tensor]:
     return tuple(torch.autograd.grad(v, z, retain_graph=True)[0] for v in (whole, fixed))
 
 
-def by_returns(student: Tensor, teacher: Tensor, discount: float) -> Tensor:
-    """The policy's gradient, from the expected return after each word, in float64."""
-    log_q, log_p = log64(student.detach()), log64(teacher.detach())
-    q, out = log_q.exp(), torch.zeros(student.shape, dtype=torch.float64)
-    later = torch.zeros(q.shape[1], dtype=torch.float64)
-    for t in reversed(range(len(q))):
-        worth = log_p[t] - log_q[t] + discount * later  # of each word, after each word
-        later = (q[t] * worth).sum(-1)
-        out[t] = q[t] * (later[:, None] - worth)
-    reach = torch.zeros(q.shape[1], dtype=torch.float64)
-    reach[0] = 1
-    for t in range(len(q)):
-        out[t] *= reach[:, None]
-        reach = reach @ q[t]
-    return out
-
-
 # %% check="enumerated_gradients" points=2
 z = torch.zeros(1, 2, 2, dtype=torch.float64)
 z_teacher = torch.tensor([[[math.log(3), 0.0], [0.0, 5.0]]], dtype=torch.float64)
@@ -1599,7 +1582,26 @@ z_teacher = torch.tensor([[[1.0, 0.0], [0.0, 0.0]], [[0.0, 2.0], [0.4, 0.0]]], d
 ends = [enumerated_gradients(z, z_teacher, d)[1] for d in (0.0, 0.5, 1.0)]
 checks.close(ends[1], (ends[0] + ends[2]) / 2, what="two steps, discount ½", atol=1e-12)
 assert (ends[0] - ends[2]).abs().max() > 1e-3, "with two steps the discount has an influence"
+
+
 ### BEGIN HIDDEN TESTS
+def by_returns(student: Tensor, teacher: Tensor, discount: float) -> Tensor:
+    """The policy's gradient, from the expected return after each word, in float64."""
+    log_q, log_p = log64(student.detach()), log64(teacher.detach())
+    q, out = log_q.exp(), torch.zeros(student.shape, dtype=torch.float64)
+    later = torch.zeros(q.shape[1], dtype=torch.float64)
+    for t in reversed(range(len(q))):
+        worth = log_p[t] - log_q[t] + discount * later  # of each word, after each word
+        later = (q[t] * worth).sum(-1)
+        out[t] = q[t] * (later[:, None] - worth)
+    reach = torch.zeros(q.shape[1], dtype=torch.float64)
+    reach[0] = 1
+    for t in range(len(q)):
+        out[t] *= reach[:, None]
+        reach = reach @ q[t]
+    return out
+
+
 g = checks.generator(51)
 s, t = (checks.randn(3, 2, 2, generator=g, dtype=torch.float64) for _ in range(2))
 with torch.no_grad():
