@@ -57,8 +57,8 @@
 #
 # In this lesson logits are aligned with what they predict: `student[b, i]` is the distribution of
 # the token `labels[b, i]`. All losses are minimized, in nats, and means over the tokens that count
-# in the whole batch: PyTorch's `batchmean` divides by rows instead, so that longer rows weigh more
-# and the loss grows with their length.
+# in the whole batch: PyTorch's `batchmean` divides by rows instead, so that the loss grows with
+# their length.
 
 # %%
 import copy
@@ -102,9 +102,9 @@ def wide(x: Tensor) -> Tensor:
 # $$ \tau^2\,\frac{\partial}{\partial z_i}\mathrm{KL} \;\longrightarrow\;
 # \frac{1}{V}\Big((z_i-\bar z) - (z^T_i-\bar z^T)\Big). $$
 #
-# With $\tau^2$ the two losses keep their proportion when you change $\tau$. And the limit says what
-# a high temperature does: it matches *logits*, by least squares, the unlikely tokens' as much as
-# the likely ones'. Note that the hard loss has no temperature.
+# With $\tau^2$ a high temperature no longer makes the soft part's gradient vanish next to the hard
+# part's. And the limit says what such a temperature does: it matches *logits*, by least squares,
+# the unlikely tokens' as much as the likely ones'. Note that the hard loss has no temperature.
 
 
 # %% exercise="distillation_loss" minutes=15 difficulty=1
@@ -124,8 +124,8 @@ def distillation_loss(
     temperature: above 0. alpha: from 0 to 1.
 
     Both parts are means over the tokens that count, of the whole batch; if there are none the
-    result is 0. Returns a 0-dimensional tensor. Gradients flow to student only. Inputs are not
-    changed.
+    result is 0, and so is its gradient. Returns a 0-dimensional tensor. Gradients flow to student
+    only. Inputs are not changed.
 
     Example: one token, two words, student logits [0, 0], teacher logits [ln 3, 0], label 0,
     alpha 0.5. Temperature 1: ½·0.1308 + ½·0.6931 = 0.4120. Temperature 2: ½·4·0.03634 + ½·0.6931 =
@@ -194,6 +194,17 @@ def logits_pair(
     return student, teacher, mask
 
 
+def no_influence(loss: Tensor, student: Tensor, counts: Tensor) -> None:
+    """The gradient is finite, and 0 at tokens that do not count, whose logits are NaN."""
+    assert loss.requires_grad, "no gradient reaches the student: the result has no graph"
+    (slope,) = torch.autograd.grad(loss, student)
+    assert not slope[~counts].any(), (
+        "the gradient is not 0 at tokens that do not count, where the logits are NaN: hide such "
+        "logits before the softmax; a product of 0 and NaN is NaN, in the gradient, too"
+    )
+    assert torch.isfinite(slope).all(), "the gradient is not finite at tokens that count"
+
+
 def log64(x: Tensor) -> Tensor:
     """Log-probabilities by the definition, in float64."""
     x = x.double()
@@ -234,6 +245,7 @@ for batch, seq, vocab, tau, alpha in [
         hard = float(-chosen[mask].mean())
         want = alpha * tau**2 * soft + (1 - alpha) * hard
         padded_s, padded_t = (x.masked_fill(~mask[..., None], math.nan) for x in (s, t))
+        padded_s.requires_grad_()
         with checks.unchanged(student=padded_s, teacher=padded_t, labels=labels):
             got = distillation_loss(padded_s, padded_t, labels, tau, alpha)
         checks.close(
@@ -249,6 +261,7 @@ for batch, seq, vocab, tau, alpha in [
                 "a sum that is divided by all tokens": want * float(mask.sum()) / mask.numel(),
             },
         )
+        no_influence(got, padded_s, mask)
 # The gradient at a high temperature is that of least squares between centered logits, over V.
 s, t, mask = logits_pair(g, 2, 3, 6)
 s.requires_grad_()
@@ -274,7 +287,7 @@ checks.close(same, 0.0, atol=1e-6, what="the soft loss of a student that equals 
 ### BEGIN HIDDEN TESTS
 g = checks.generator(2)
 none = torch.full((2, 3), IGNORE)
-s = checks.randn(2, 3, 4, generator=g).requires_grad_()
+s = torch.full((2, 3, 4), math.nan, requires_grad=True)
 loss = distillation_loss(s, checks.randn(2, 3, 4, generator=g), none, 2.0, 0.4)
 checks.close(loss, 0.0, what="the loss where no token counts")
 loss.backward()
@@ -384,6 +397,7 @@ for batch, seq, vocab in [(3, 4, 6), (1, 1, 2), (2, 7, 5), (4, 2, 1)]:
                 s, t, mask, (lambda q, p: kl64(q, p)) if reverse else (lambda q, p: kl64(p, q))
             )
             padded = [x.masked_fill(~mask[..., None], math.nan) for x in (s, t)]
+            padded[0].requires_grad_()
             with checks.unchanged(student=padded[0], teacher=padded[1], mask=mask):
                 got = token_kl(*padded, mask, reverse)
             checks.close(
@@ -401,6 +415,7 @@ for batch, seq, vocab in [(3, 4, 6), (1, 1, 2), (2, 7, 5), (4, 2, 1)]:
                 if vocab > 1
                 else {},
             )
+            no_influence(got, padded[0], mask)
 ### END HIDDEN TESTS
 
 # %% check="token_kl" points=1
@@ -474,12 +489,12 @@ for reverse, want in [(False, q - p), (True, q * ((q / p).log() - kl))]:
 #
 # It points in the right direction at both ends, with a size that goes to 0. Libraries such as TRL
 # and Liger therefore special-case β = 0 as the forward and β = 1 as the reverse KL. Their loss
-# *jumps* there: a run with β = 0.01 has a loss a hundred times smaller than one with β = 0. Your
-# function takes the same convention, so know it when you sweep β. (One thing to be calm about: the
-# mixture contains the student, and yet its gradient adds up to nothing. Of both terms it is
+# *jumps* there: where the KL is small, β = 0.01 has a hundredth of the loss at β = 0. Your function
+# takes the same convention, so know it when you sweep β. (One thing to be calm about: the mixture
+# contains the student, and yet its gradient adds up to nothing. Of both terms it is
 # $-\sum_v\frac{\beta p_v+(1-\beta)q_v}{m_v}\nabla m_v=-\nabla\sum_v m_v=0$: a library that detaches
-# $m$ is right.) And never test at β = ½, where
-# student and teacher can be exchanged without a trace.
+# $m$ is right.) And never test the value at β = ½ alone: exchanging student and teacher does not
+# change it there.
 
 
 # %% exercise="generalized_jsd" minutes=18 difficulty=2
@@ -573,6 +588,7 @@ for beta in (0.1, 0.9, 0.35, 0.5):
             "a sum divided by all tokens": want * float(mask.sum()) / 15,
         }
         padded = [x.masked_fill(~mask[..., None], math.nan) for x in (s, t)]
+        padded[0].requires_grad_()
         with checks.unchanged(student=padded[0], teacher=padded[1], mask=mask):
             got = generalized_jsd(*padded, mask, beta)
         checks.close(
@@ -583,6 +599,7 @@ for beta in (0.1, 0.9, 0.35, 0.5):
             rtol=1e-9 if dtype == torch.float64 else 2e-5,
             mistakes={k: v for k, v in wrong.items() if abs(v - want) > 1e-3 * want},
         )
+        no_influence(got, padded[0], mask)
 for beta in (-0.1, 1.01):
     checks.raises(ValueError, generalized_jsd, s, t, mask, beta, because=f"beta is {beta}")
 ### END HIDDEN TESTS
@@ -617,6 +634,8 @@ def jsd_reference(x, t, mask, beta):
 g = checks.generator(6)
 for beta in (0.0, 0.1, 0.9, 1.0):
     s, t, mask = logits_pair(g, 3, 4, 5)
+    hidden = s.masked_fill(~mask[..., None], math.nan).requires_grad_()
+    no_influence(generalized_jsd(hidden, t, mask, beta), hidden, mask)
     checks.gradients(
         lambda x, t=t, mask=mask, beta=beta: generalized_jsd(x, t, mask, beta),
         lambda x, t=t, mask=mask, beta=beta: jsd_reference(x, t, mask, beta),
@@ -628,7 +647,7 @@ for beta in (0.0, 0.1, 0.9, 1.0):
     (slope,) = torch.autograd.grad(loss, [teacher], allow_unused=True)
     assert slope is None or not slope.any(), "the teacher is constant: no gradient reaches it"
     checks.close(
-        generalized_jsd(s, t, mask & False, beta),
+        generalized_jsd(hidden.detach(), t, mask & False, beta),
         torch.zeros((), dtype=torch.float64),
         what="the result where no token counts",
     )
@@ -711,9 +730,9 @@ plot.plt.show()
 #
 # ## Storing a teacher: the top k and the rest {#topk}
 #
-# A teacher's logits for a billion tokens of text with a vocabulary of 100,000 fill 200 terabytes.
-# So its k likeliest tokens are stored, as pairs of log-probability and id. What becomes of the
-# rest?
+# A teacher's logits for a billion tokens of text with a vocabulary of 100,000 fill 200 terabytes at
+# two bytes each. So its k likeliest tokens are stored, as pairs of log-probability and id. What
+# becomes of the rest?
 #
 # Renormalizing the k to a sum of 1, for teacher and student, forgets how much was outside. At k = 1
 # both are the certain outcome and the loss is 0, whatever the student thinks. The honest way is to
@@ -735,11 +754,12 @@ def top_k_kl(student: Tensor, top_logp: Tensor, top_index: Tensor, mask: Tensor)
     """Mean KL(teacher‖student) per token over k + 1 outcomes: the teacher's top k, and the rest.
 
     student: (batch, seq, vocab) logits, float32 or float64.
-    top_logp: (batch, seq, k), the teacher's log-probabilities of k tokens, 1 ≤ k ≤ vocab, in any
-        floating dtype: they may have been stored in float16, and are computed with in the dtype of
-        student. Their probabilities may, by rounding, add up to a little more than 1; the rest is 0
-        then, and adds nothing.
-    top_index: (batch, seq, k), int64, which tokens they are: different ones, in any order.
+    top_logp: (batch, seq, k), the teacher's log-probabilities of k tokens, 1 ≤ k ≤ vocab, finite
+        where mask is True, in any floating dtype: they may have been stored in float16, and are
+        computed with in the dtype of student. Their probabilities may, by rounding, add up to a
+        little more than 1; the rest is 0 then, and adds nothing.
+    top_index: (batch, seq, k), int64, which tokens they are: different ones, in any order, and ids
+        of the vocabulary even where mask is False.
     mask: (batch, seq), bool. Tokens where it is False have no influence, not even NaN, in value and
         gradient. The mean is over the True tokens of the whole batch; 0 if there are none.
 
@@ -819,7 +839,7 @@ for batch, seq, vocab, k in [(3, 4, 7, 3), (2, 3, 5, 1), (2, 5, 6, 5), (1, 1, 4,
         shuffled = torch.randperm(k, generator=g)
         logp, index = logp[..., shuffled].to(stored), index[..., shuffled]
         want = buckets(s, logp, index, mask)
-        padded = s.masked_fill(~mask[..., None], math.nan)
+        padded = s.masked_fill(~mask[..., None], math.nan).requires_grad_()
         stored_p = logp.masked_fill(~mask[..., None], math.nan)
         with checks.unchanged(student=padded, top_logp=stored_p, top_index=index, mask=mask):
             got = top_k_kl(padded, stored_p, index, mask)
@@ -832,6 +852,7 @@ for batch, seq, vocab, k in [(3, 4, 7, 3), (2, 3, 5, 1), (2, 5, 6, 5), (1, 1, 4,
             atol=1e-12 if dtype == torch.float64 else 2e-6,
             hint="The rest is one more outcome",
         )
+        no_influence(got, padded, mask)
 ### END HIDDEN TESTS
 
 # %% check="top_k_kl" points=2
@@ -870,13 +891,22 @@ for k in range(1, 9):
     checks.close(slope, want, what=f"the gradient with k = {k} of 8", rtol=1e-7)
 checks.close(last, whole, rtol=1e-9, what="k = vocab, against the full KL")
 logp, index = t.log_softmax(-1).topk(3)
-none = top_k_kl(s, logp, index, mask & False)
+none = top_k_kl(s * math.nan, logp * math.nan, index, mask & False)
 checks.close(none, torch.zeros((), dtype=torch.float64), what="the loss where no token counts")
-over = torch.tensor([[[0.7, 0.3002]]], dtype=torch.float64).log()
+# A sum above 1 has no rest: Σ p·log(p/q) over the k, whose gradient is q·Σp − p.
 wave = torch.tensor([[[0.3, 0.1, -0.4]]], requires_grad=True)
-loss = top_k_kl(wave, over.half(), torch.tensor([[[2, 0]]]), one)
-(slope,) = torch.autograd.grad(loss, wave)
-assert torch.isfinite(torch.cat([slope.flatten(), loss[None]])).all(), "a sum of 1.0002"
+index = torch.tensor([[[2, 0]]])
+for second in (0.301, 0.31):
+    over = torch.tensor([[[0.7, second]]], dtype=torch.float64).log().half()
+    p, q = over.double().exp(), wave.detach().double().softmax(-1)
+    assert p.sum() > 1
+    loss = top_k_kl(wave, over, index, one)
+    (slope,) = torch.autograd.grad(loss, wave)
+    want = (p * (p.log() - q.gather(-1, index).log())).sum()
+    name = f"stored probabilities that add up to {float(p.sum()):.4f}"
+    checks.close(loss, want.float(), rtol=3e-5, what=f"the loss of {name}", hint="No rest then")
+    want = q * p.sum() - torch.zeros_like(q).scatter(-1, index, p)
+    checks.close(slope, want.float(), rtol=3e-5, atol=1e-6, what=f"the gradient of {name}")
 far = torch.tensor([[[900.0, 0.0, -900.0]]], requires_grad=True)
 loss = top_k_kl(far, torch.tensor([[[0.25]]]).log(), torch.tensor([[[0]]]), one)
 (slope,) = torch.autograd.grad(loss, far)
@@ -973,9 +1003,10 @@ def on_policy_loss(
 
     tokens: (batch, length + new_tokens), int64: the prompts, then what the student writes, each
         token drawn from its softmax at temperature 1 with `generator` (on the device of prompts).
-    loss: the mean, over the rows and their new tokens, of KL(student‖teacher) of the distributions
-        from which that token was, or would be, drawn; over the whole vocabulary. 0 if new_tokens is
-        0. Nothing is counted at the prompt's own tokens, nor after the last one.
+    loss: the mean, over the rows and their new tokens, of KL(student‖teacher) between both models'
+        distributions of that token, given all before it, over the whole vocabulary. If new_tokens
+        is 0 it is 0, with a gradient of 0. Nothing is counted at the prompt's own tokens, nor after
+        the last one.
 
     The loss has a gradient by the student's parameters, none by the teacher's, and none through the
     sampling: tokens are data. No optimizer steps; no parameter, .grad or training mode changes, and
@@ -1018,9 +1049,10 @@ class Table(nn.Module):
     def __init__(self, values: Tensor):
         super().__init__()
         self.values = nn.Parameter(values)  # (positions, vocab, vocab)
+        self.part = nn.Identity()  # has a training mode of its own
 
     def forward(self, tokens: Tensor) -> Tensor:
-        return self.values[torch.arange(tokens.shape[1]), tokens]
+        return self.part(self.values[torch.arange(tokens.shape[1]), tokens])
 
 
 def tables(salt: int, positions: int, vocab: int, scale: float = 1.2) -> tuple[Table, Table]:
@@ -1062,7 +1094,9 @@ for salt, rows, length, new in [(22, 3, 1, 3), (23, 4, 2, 1), (24, 1, 3, 5), (25
     prompts = torch.randint(4, (rows, length), generator=g)
     stale = torch.ones_like(student.values)
     student.values.grad = stale.clone()
-    teacher.eval()
+    # Each of the modes, with a part that has the other one.
+    student.train(salt % 2 == 0).part.train(salt % 2 == 1)
+    teacher.train(salt < 24).part.train(salt >= 24)
     with checks.unchanged(prompts=prompts), checks.kept(student=student, teacher=teacher):
         loss, tokens = checks.parts(
             on_policy_loss(student, teacher, prompts, new, g), "loss", "tokens"
@@ -1157,13 +1191,14 @@ for salt in (28, 29):
 # = \nabla\,\mathrm{KL}\big(q(\cdot|x_{<t})\|p(\cdot|x_{<t})\big) \quad\text{with the past held
 # fixed.} $$
 #
-# This is GKD's gradient. So:
+# Summed over t and divided by the n tokens this is GKD's gradient. With every loss a mean over
+# them:
 #
 # | | sees | expected gradient |
 # |---|---|---|
 # | `on_policy_loss` (GKD, full vocabulary) | all of $q$ and $p$ at each position | partial: the past is data |
 # | reward of the sampled token, discount 0 | one number a token | the same, with more noise |
-# | reward of the sampled token, discount 1 | one number a token | $\nabla J$, with still more noise |
+# | reward of the sampled token, discount 1 | one number a token | $\nabla J/n$, with still more noise |
 #
 # What the partial gradient leaves out is that $x_t$ decides where the student will be judged next.
 # The true one also steers to places where agreement is easy. Often nobody wants that: an early stop
@@ -1187,7 +1222,7 @@ def dense_reward_loss(
     mask: (batch, seq), bool, True on the student's tokens, which are consecutive in each row, with
         any number of False before and after them (all may be False). Where it is False nothing has
         an influence, not even NaN, in results and gradient.
-    discount: from 0 to 1.
+    discount: from 0 to 1, in rows of any length.
 
     reward r = teacher_logp − old_logp. advantages: (batch, seq), A_t = r_t + discount·A_{t+1}
         within the row's True tokens, 0 elsewhere; no gradient.
@@ -1329,10 +1364,24 @@ checks.close(
     hint="old_logp is a constant",
 )
 for discount in (0.0, 0.5):
-    none, advantages = dense_reward_loss(logp, logp.detach(), teacher, mask & False, discount)
+    gone = [x.detach() * math.nan for x in (logp, logp, teacher)]
+    none, advantages = dense_reward_loss(*gone, mask & False, discount)
     checks.close(none, 0.0, what="the loss without tokens")
     assert not advantages.any(), "advantages without tokens are 0"
 g = checks.generator(41)
+# Long rows, in which powers of the discount round to 0. A reward of 1: a geometric sum.
+mask = torch.ones(2, 400, dtype=torch.bool)
+mask[:, :3] = mask[0, 390:] = False
+ahead = mask.flip(1).cumsum(1).flip(1).double()  # tokens from here to the end
+for discount in (0.01, 0.5, 0.99):
+    for dtype in (torch.float64, torch.float32):
+        zero = torch.zeros(2, 400, dtype=dtype)
+        want = ((1 - discount**ahead) / (1 - discount)).masked_fill(~mask, 0)
+        loss, advantages = dense_reward_loss(zero, zero, zero + 1, mask, discount)
+        loose = 1e-9 if dtype == torch.float64 else 1e-4
+        what = f"of 400 columns, discount {discount:g}"
+        checks.close(advantages, want.to(dtype), rtol=loose, what=f"advantages {what}")
+        checks.close(loss, -want.to(dtype)[mask].mean(), rtol=loose, what=f"the loss {what}")
 logp, old, teacher, mask = (x.T.contiguous().T for x in logp_batch(g, 6, 4, torch.float64))
 got = dense_reward_loss(logp, old, teacher, mask, 0.9)[1]
 checks.close(got, returns64(old, teacher, mask, 0.9), what="advantages of another layout")
@@ -1421,8 +1470,8 @@ def enumerated_gradients(
         −Σ_t A_t·log q_t(x_t | x_{t−1}), with A_t = r_t + discount·A_{t+1} constant,
         r_t = log p_t(x_t | x_{t−1}) − log q_t(x_t | x_{t−1}). A sum over steps, not a mean.
 
-    Both have the shape and dtype of student, and no graph. student and teacher are not changed,
-    their .grad included.
+    Both have the shape and dtype of student, and no graph; under torch.no_grad() they are the same.
+    student and teacher are not changed, their .grad included.
 
     Example: steps 1, vocab 2, student zeros, teacher[0, 0] = [ln 3, 0]: both gradients are
     [−0.2747, 0.2747] in row 0, and 0 in row 1.
@@ -1505,7 +1554,8 @@ for steps, vocab in [(3, 2), (2, 3), (1, 4), (4, 2), (3, 1)]:
         ]:
             with checks.unchanged(student=s, teacher=t):
                 got = checks.parts(enumerated_gradients(s, t, discount), "true", "policy")
-            assert torch.equal(s.grad, torch.ones_like(s)), "the .grad of student was changed"
+            same = s.grad is not None and torch.equal(s.grad, torch.ones_like(s))
+            assert same, "the .grad of student was changed"
             small_noise = 1e-12 if dtype == torch.float64 else 1e-5
             mistakes = {"the true gradient": whole} if expected is fixed else {}
             for value, right, what, wrong in [
@@ -1532,7 +1582,26 @@ z_teacher = torch.tensor([[[1.0, 0.0], [0.0, 0.0]], [[0.0, 2.0], [0.4, 0.0]]], d
 ends = [enumerated_gradients(z, z_teacher, d)[1] for d in (0.0, 0.5, 1.0)]
 checks.close(ends[1], (ends[0] + ends[2]) / 2, what="two steps, discount ½", atol=1e-12)
 assert (ends[0] - ends[2]).abs().max() > 1e-3, "with two steps the discount has an influence"
+
+
 ### BEGIN HIDDEN TESTS
+def by_returns(student: Tensor, teacher: Tensor, discount: float) -> Tensor:
+    """The policy's gradient, from the expected return after each word, in float64."""
+    log_q, log_p = log64(student.detach()), log64(teacher.detach())
+    q, out = log_q.exp(), torch.zeros(student.shape, dtype=torch.float64)
+    later = torch.zeros(q.shape[1], dtype=torch.float64)
+    for t in reversed(range(len(q))):
+        worth = log_p[t] - log_q[t] + discount * later  # of each word, after each word
+        later = (q[t] * worth).sum(-1)
+        out[t] = q[t] * (later[:, None] - worth)
+    reach = torch.zeros(q.shape[1], dtype=torch.float64)
+    reach[0] = 1
+    for t in range(len(q)):
+        out[t] *= reach[:, None]
+        reach = reach @ q[t]
+    return out
+
+
 g = checks.generator(51)
 s, t = (checks.randn(3, 2, 2, generator=g, dtype=torch.float64) for _ in range(2))
 with torch.no_grad():
@@ -1545,6 +1614,16 @@ checks.close(
 whole, fixed = chained(s, t)
 checks.close(values[2], whole, what="discount 1", rtol=1e-9)
 checks.close(values[0], fixed, what="discount 0", rtol=1e-9)
+for steps, vocab, discount in [(3, 2, 0.5), (4, 2, 0.9), (3, 3, 0.3)]:
+    a, b = (checks.randn(steps, vocab, vocab, generator=g, dtype=torch.float64) for _ in range(2))
+    checks.close(
+        enumerated_gradients(a, b, discount)[1],
+        by_returns(a, b, discount),
+        rtol=1e-8,
+        atol=1e-12,
+        what=f"the policy's gradient, {vocab} words × {steps} steps, discount {discount}",
+        hint="A_t = r_t + discount·A_{t+1}: two steps ahead the discount counts twice",
+    )
 for part in enumerated_gradients(s, s.clone(), 0.5):
     checks.close(part, torch.zeros_like(s), atol=1e-12, what="the gradient where student = teacher")
 ### END HIDDEN TESTS
@@ -1608,12 +1687,14 @@ plot.plt.show()
 # the larger `small`, which never was finetuned. But `small` can't do the tasks, so a student that
 # listens to it alone unlearns them. Hence two teachers, chosen by the prompt: `small` for text,
 # and for tasks a frozen copy of the finetuned model itself. (DeepSeek-V4 merges more than ten
-# specialists into one student in this manner, with the reverse KL over the full vocabulary.)
+# specialists into one student on-policy, with the reverse KL over the full vocabulary.)
 #
 # **Question.** With the same number of steps and of tokens, which signal wins back more: the
 # text's own tokens, the teacher's probabilities on that text, or the teacher's judgment of the
-# student's writing? All four runs see the same prompts from the training text, and they are judged
-# by three numbers: bits per byte of held-out text, exact match of held-out tasks, and the reverse
+# student's writing? The last comes in two kinds, a reward for the sampled token and the KL over the
+# full vocabulary, and a fifth run takes half of its steps with the teacher's probabilities, then
+# half with that KL. All runs see the same prompts from the training text, and they are judged by
+# three numbers: bits per byte of held-out text, exact match of held-out tasks, and the reverse
 # KL from `small` on what the student itself writes.
 #
 # Write down an order for each of the first and the third number.
@@ -1805,8 +1886,8 @@ plot.plt.show()
 def questions() -> dict[str, float | int | str]:
     """Short answers; numbers to 1 percent.
 
-    "temperature": distillation at temperature 4, and τ² was forgotten. At high temperatures, by
-                   which factor is the soft part's gradient too small, compared with the right one?
+    "temperature": distillation without τ². In the limit of high temperatures, by which number is
+                   the soft part's gradient divided when the temperature is made 4 times as high?
     "end":         the formula β·KL(p‖m) + (1 − β)·KL(q‖m), without special cases, at β = 1, for any
                    p and q: its value.
     "tail":        k = 1. The teacher gives its likeliest token 0.6, the student gives that token
@@ -1948,6 +2029,9 @@ checks.number(
 #   why they do not differentiate through sampling.
 # - **Yang et al. 2025**, *Qwen3 Technical Report*, arXiv:2505.09388. The part on strong-to-weak
 #   distillation: off-policy, then on-policy, against reinforcement learning at a tenth of its cost.
+# - **DeepSeek-AI 2026**, *DeepSeek-V4: Towards Highly Efficient Million-Token Context
+#   Intelligence*, arXiv:2606.19348. The part on post-training: specialists, merged by on-policy
+#   distillation.
 # - **Lu and Thinking Machines Lab 2025**, *On-Policy Distillation*, a blog post. Reverse KL as a
 #   reward per token with discount 0, and a lost behavior that is won back.
 #

@@ -56,6 +56,22 @@ def distillation_loss(student, teacher, labels, temperature=1.0, alpha=0.5):
 - z, z_teacher = wide(student[counts]), wide(teacher[counts]).detach()
 + z, z_teacher = student[counts], teacher[counts].detach()
 
+# %% wrong="distillation_loss" because="hidden after the softmax: NaN in the gradient"
+- log_q = (z / temperature).log_softmax(-1)
++ log_q = (wide(student) / temperature).log_softmax(-1)[counts]
+
+# %% wrong="distillation_loss" because="both parts hidden at the end: NaN in the gradient"
+def distillation_loss(student, teacher, labels, temperature=1.0, alpha=0.5):
+    counts = labels != IGNORE
+    z, z_teacher = wide(student), wide(teacher).detach()
+    log_q = F.log_softmax(z / temperature, dim=-1)
+    log_p = F.log_softmax(z_teacher / temperature, dim=-1)
+    soft = (log_p.exp() * (log_p - log_q)).sum(-1)
+    target = labels.masked_fill(~counts, 0)
+    hard = -F.log_softmax(z, dim=-1).gather(-1, target[..., None])[..., 0]
+    each = alpha * temperature**2 * soft + (1 - alpha) * hard
+    return torch.where(counts, each, torch.zeros_like(each)).sum() / counts.sum().clamp(min=1)
+
 # %% right="distillation_loss" because="masked_fill and PyTorch's kl_div"
 def distillation_loss(student, teacher, labels, temperature=1.0, alpha=0.5):
     out = (labels == IGNORE)[..., None]
@@ -127,6 +143,10 @@ def token_kl(student, teacher, mask, reverse=False):
 - return (log_p.exp() * (log_p - log_q)).sum() / mask.sum().clamp(min=1)
 + return (log_p.exp() * (log_p - log_q)).sum() / mask.sum()
 
+# %% wrong="token_kl" because="hidden after the softmax: NaN in the gradient"
+- log_q = wide(student[mask]).log_softmax(-1)
++ log_q = wide(student).log_softmax(-1)[mask]
+
 # %% right="token_kl" because="PyTorch's kl_div"
 def token_kl(student, teacher, mask, reverse=False):
     s, t = (F.log_softmax(wide(x[mask]), dim=-1) for x in (student, teacher.detach()))
@@ -195,6 +215,15 @@ def token_kl(student, teacher, mask, reverse=False):
 - return (a.exp() * (a - b)).sum() / mask.sum().clamp(min=1)
 + return (a.exp() * (a - b)).sum() / len(mask)
 
+# %% wrong="generalized_jsd" because="hidden after the softmax: NaN in the gradient"
+- log_q = wide(student[mask]).log_softmax(-1)
++ log_q = wide(student).log_softmax(-1)[mask]
+
+# %% right="generalized_jsd" because="a mixture of probabilities, kept off 0 and detached"
+- log_m = torch.logaddexp(log_p + math.log(beta), log_q + math.log(1 - beta))
++ m = (beta * log_p.exp() + (1 - beta) * log_q.exp()).detach()
++ log_m = m.clamp(min=torch.finfo(m.dtype).tiny).log()
+
 # %% right="generalized_jsd" because="logsumexp of a stack, hidden by masked_fill"
 def generalized_jsd(student, teacher, mask, beta):
     if beta < 0 or beta > 1:
@@ -262,6 +291,14 @@ def top_k_kl(student, top_logp, top_index, mask):
 + log_p = top_logp[mask].detach()
 - p_rest = (1 - log_p.exp().sum(-1)).clamp(min=0)
 + p_rest = (1 - log_p.exp().sum(-1)).clamp(min=0).to(student.dtype)
+
+# %% wrong="top_k_kl" because="an excess over 1 is taken as a rest"
+- p_rest = (1 - log_p.exp().sum(-1)).clamp(min=0)
++ p_rest = (1 - log_p.exp().sum(-1)).abs()
+
+# %% wrong="top_k_kl" because="hidden after the softmax: NaN in the gradient"
+- log_q = student[mask].log_softmax(-1)
++ log_q = student.log_softmax(-1)[mask]
 
 # %% right="top_k_kl" because="k + 1 outcomes as one vector"
 def top_k_kl(student, top_logp, top_index, mask):
@@ -339,6 +376,38 @@ def top_k_kl(student, top_logp, top_index, mask):
 + tokens = prompts
 + teacher.requires_grad_(False)
 
+# %% wrong="on_policy_loss" because="eval for sampling, then train, whatever it was"
+- tokens = prompts
++ tokens = prompts
++ student.eval()
+
+- log_q = wide(student(tokens)[:, prompts.shape[1] - 1 : -1]).log_softmax(-1)
++ student.train()
++ log_q = wide(student(tokens)[:, prompts.shape[1] - 1 : -1]).log_softmax(-1)
+
+# %% wrong="on_policy_loss" because="the mode of the whole is given to its parts"
+- tokens = prompts
++ tokens, mode = prompts, student.training
++ student.eval()
+
+- log_q = wide(student(tokens)[:, prompts.shape[1] - 1 : -1]).log_softmax(-1)
++ student.train(mode)
++ log_q = wide(student(tokens)[:, prompts.shape[1] - 1 : -1]).log_softmax(-1)
+
+# %% right="on_policy_loss" because="keeps the logits of each draw, which is a race of exponential times"
+def on_policy_loss(student, teacher, prompts, new_tokens, generator):
+    length, tokens = prompts.shape[1], prompts.clone()
+    kept = [F.log_softmax(wide(student(tokens)), dim=-1)[:, :0]]
+    for _ in range(new_tokens):
+        kept.append(F.log_softmax(wide(student(tokens)[:, -1:]), dim=-1))
+        log_q = kept[-1][:, 0].detach()
+        times = torch.empty_like(log_q).exponential_(generator=generator)
+        tokens = torch.cat([tokens, (log_q - times.log()).argmax(-1, keepdim=True)], dim=1)
+    log_q = torch.cat(kept, dim=1)
+    with torch.no_grad():
+        log_p = F.log_softmax(wide(teacher(tokens)[:, length - 1 : -1]), dim=-1)
+    return (log_q.exp() * (log_q - log_p)).sum() / max(len(prompts) * new_tokens, 1), tokens
+
 # %% right="on_policy_loss" because="draws by the Gumbel trick, one long tensor written into"
 def on_policy_loss(student, teacher, prompts, new_tokens, generator):
     rows, length = prompts.shape
@@ -380,6 +449,16 @@ def on_policy_loss(student, teacher, prompts, new_tokens, generator):
 # %% wrong="dense_reward_loss" because="advantages run into the prompt"
 - advantages = torch.stack(columns[::-1], dim=1).masked_fill(~mask, 0)
 + advantages = torch.stack(columns[::-1], dim=1)
+
+# %% wrong="dense_reward_loss" because="divided by powers of the discount, which round to 0"
+- columns, running = [], torch.zeros_like(reward[:, 0])
+- for t in reversed(range(reward.shape[1])):
+-     running = reward[:, t] + discount * running
+-     columns.append(running)
+- advantages = torch.stack(columns[::-1], dim=1).masked_fill(~mask, 0)
++ weight = discount ** torch.arange(reward.shape[1], dtype=reward.dtype)
++ advantages = (reward * weight).flip(1).cumsum(1).flip(1) / weight
++ advantages = (reward if discount == 0 else advantages).masked_fill(~mask, 0)
 
 # %% wrong="dense_reward_loss" because="no ratio"
 - ratio = (logp - old_logp).masked_fill(~mask, 0).exp()
@@ -460,6 +539,16 @@ def dense_reward_loss(logp, old_logp, teacher_logp, mask, discount=0.0):
 -     advantage[i] += discount * advantage[i + 1]
 + weights = discount ** torch.arange(steps, dtype=z.dtype)
 + advantage = (weights * advantage).sum().expand(steps)
+
+# %% wrong="enumerated_gradients" because="all of the future is discounted once"
+- for i in reversed(range(steps - 1)):
+-     advantage[i] += discount * advantage[i + 1]
++ later = advantage.flip(0).cumsum(0).flip(0) - advantage
++ advantage = advantage + discount * later
+
+# %% wrong="enumerated_gradients" because="no gradient under no_grad"
+- with torch.enable_grad():
++ if True:
 
 # %% wrong="enumerated_gradients" because="a mean over steps"
 - surrogate = surrogate - chance.detach() * (advantage * mine).sum()
