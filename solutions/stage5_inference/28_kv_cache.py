@@ -633,9 +633,9 @@ def generate_with_cache(
     max_new_tokens ≥ 0. Each token is the argmax of the logits of the last real token of its row.
 
     The first call passes all prompts, padded on the right with 0. Each further call passes one
-    token a row, shape (batch, 1); the count of a row that has ended is 0, and any id may stand there.
-    forward is called only when a token is still needed (with max_new_tokens = 0: never), so that in
-    the end every prompt and every written token but the last of its row has passed once.
+    token a row, shape (batch, 1); a row that has ended gets the count 0 and any id. forward is
+    called only when a token is still needed (with max_new_tokens = 0: never), so that in the end
+    every prompt and every written token but the last of its row has passed once.
     """
     ### BEGIN SOLUTION
     if not all(prompts):
@@ -1628,7 +1628,7 @@ for dtype in (torch.float32, torch.bfloat16, torch.float16):
             f"in {dtype} an error is more than half a step: compute in float32, then cast"
         )
         checks.close(found[..., old:, :], exact[..., old:, :], what="the residual", dtype=dtype)
-# Numbers 2**30 times as small, or as large, come back so: in a power of two nothing is rounded anew.
+# Numbers 2**30 times as small, or as large, come back so: a power of two rounds nothing.
 k, v = normal(2, 1, 13, 8, generator=g), normal(2, 1, 13, 8, generator=g)
 whole = quantize_kv(k, v, 2, 4, 4)
 for scale in (2.0**-30, 2.0**30):

@@ -48,6 +48,9 @@ def token_passes(prompt, new, cached):
 + self.lengths[:] = end
 
 # %% wrong="kv_cache" because="overflow is noticed after the lengths have changed"
+- start, capacity = self.lengths[layer], self.k.shape[3]
++ start, capacity = self.lengths[layer].clone(), self.k.shape[3]
+
 - if longest > capacity:
 + self.lengths[layer] = end
 + if longest > capacity:
