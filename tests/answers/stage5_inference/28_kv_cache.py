@@ -87,7 +87,7 @@ def token_passes(prompt, new, cached):
 + self.lengths[layer] = end
 + longest = int(self.lengths[0].max())
 
-# %% wrong="kv_cache" because="refused where another layer is full"
+# %% wrong="kv_cache" because="refused by the padded width on the fullest of all layers"
 - if longest > capacity:
 + if int((self.lengths + len(new) * (counts > 0)).max()) > capacity:
 
