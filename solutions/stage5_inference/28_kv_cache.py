@@ -43,7 +43,7 @@
 # - **Decode** passes one token for each text at a time. It reads every weight and the whole cache
 #   to make one token a text, and memory limits it.
 # - The cache grows with layers × key–value heads × head size × tokens. Grouped queries, latents,
-#   windows and shared layers each attack one factor.
+#   windows and shared layers attack these factors.
 # - Fewer bits: **KIVI** rounds keys along each channel and values along each token.
 # - Fewer tokens: **H2O** evicts those that received little attention.
 #
@@ -150,10 +150,10 @@ for prompt, new in [(1, 0), (5, 0), (1, 1), (7, 1), (3, 2), (10, 25), (100, 7)]:
 # ## A cache in memory that is reserved once
 #
 # The course's own `models.Cache` glues new keys to old ones with `torch.cat`. That allocates and
-# copies the whole cache for every token, and while it copies it needs twice the memory. Serving
-# code reserves the memory first, for a known number of tokens, and writes each new key into the
-# next free slot. Then nothing moves, addresses stay the same (a recorded CUDA graph needs that),
-# and a full cache is an error that you can see coming.
+# copies the whole cache for every token, layer by layer, and holds the layer it copies twice.
+# Serving code reserves the memory first, for a known number of tokens, and writes each new key into
+# the next free slot. Then nothing moves, addresses stay the same (a recorded CUDA graph needs that,
+# and fixed shapes as well), and a full cache is an error that you can see coming.
 #
 # Texts in a batch have unequal lengths, so each row has a length of its own:
 #
@@ -188,6 +188,7 @@ class KVCache:
         k, v: (layers, batch, kv_heads, capacity, head_dim), of `dtype`, on `device`.
         lengths: (layers, batch), int64: how many tokens each layer holds of each row. Token i of a
             row stands in slot i. What stands at and behind the length means nothing.
+    All tensors that the methods are given are on `device`, too.
     """
 
     def __init__(
@@ -244,7 +245,7 @@ class KVCache:
         """Forgets the newest tokens of every layer: of a row with more than `keep`, `keep` stay.
 
         keep: a number for all rows, or (batch,), int64, one for each. A row that has no more than
-        that stays as it is. ValueError if a number is negative; then nothing has changed.
+        that stays as it is. ValueError if any number is negative; then nothing has changed.
         """
         ### BEGIN SOLUTION
         keep = torch.as_tensor(keep, device=self.lengths.device)
@@ -321,8 +322,10 @@ for layers, batch, kv_heads, capacity, head_dim, dtype in [
     )
     assert cache.k.dtype == cache.v.dtype == dtype, f"k and v have dtype {dtype} when asked for it"
     expected = [[[[], []] for _ in range(batch)] for _ in range(layers)]  # layer, row, k or v
-    for size in (3, 1, 2, 1):
+    for turn, size in enumerate((3, 1, 2, 1)):
         for layer in reversed(range(layers)):
+            if turn == 1 and layer + 1 < layers:
+                continue  # from here on the last layer is ahead of all others
             k, v = (
                 normal(batch, size, kv_heads, head_dim, generator=g).transpose(1, 2)
                 for _ in range(2)
@@ -341,7 +344,8 @@ for layers, batch, kv_heads, capacity, head_dim, dtype in [
                 cache.lengths[layer], torch.tensor(lengths), what=f"lengths of layer {layer}"
             )
             assert keys.shape[2] == values.shape[2] == max(lengths), (
-                f"append returns {keys.shape[2]} slots; the longest row has {max(lengths)} tokens"
+                f"append returns {keys.shape[2]} slots; the longest row of layer {layer} has "
+                f"{max(lengths)} tokens"
             )
             for b in range(batch):
                 truth = [torch.cat(part, dim=1) for part in expected[layer][b]]
@@ -388,6 +392,8 @@ cache.append(1, 7 * two, 7 * two, counts=torch.tensor([1, 2]))  # both rows are 
 checks.close(cache.lengths[1], torch.tensor([3, 3]), what="lengths of full rows")
 cache.append(1, two, two, counts=torch.tensor([0, 0]))  # nothing to store: no overflow
 checks.close(cache.lengths[0], torch.tensor([0, 0]), what="lengths of the other layer")
+keys, _ = cache.append(0, two, two)  # layer 1 is full; layer 0 is not
+assert keys.shape[2] == 2, f"layer 0 has 2 tokens a row; append returns {keys.shape[2]} slots"
 full = KVCache(1, 2, 1, 600, 8)
 one = torch.ones(2, 1, 1, 8)
 full.append(0, torch.ones(2, 1, 599, 8), torch.ones(2, 1, 599, 8), torch.tensor([599, 3]))
@@ -621,14 +627,15 @@ def generate_with_cache(
     forward(tokens, cache, counts) gives logits (batch, new, vocab) for tokens (batch, new), int64,
     of which row b's first counts[b] are real; counts (batch,), int64. It puts the real tokens into
     the cache, which is empty at first and is only handed on.
-    prompts: one list of ids or more, of any lengths, unchanged. ValueError if one of them is empty.
+    prompts: one list of ids or more, of any lengths, unchanged. ValueError if one of them is empty
+        (with max_new_tokens = 0 too).
     A text ends with the token `stop`, which is its last (None: there is no such token), or after
     max_new_tokens ≥ 0. Each token is the argmax of the logits of the last real token of its row.
 
     The first call passes all prompts, padded on the right with 0. Each further call passes one
-    token a row, shape (batch, 1); the count of a row that has ended is 0. forward is called only
-    when a token is still needed (with max_new_tokens = 0: never), so that in the end every prompt
-    and every written token but the last of its row has passed once.
+    token a row, shape (batch, 1); a row that has ended gets the count 0 and any id. forward is
+    called only when a token is still needed (with max_new_tokens = 0: never), so that in the end
+    every prompt and every written token but the last of its row has passed once.
     """
     ### BEGIN SOLUTION
     if not all(prompts):
@@ -707,7 +714,8 @@ for stop in {expected[0][2], expected[2][0], expected[1][5]}:
     for row, prompt in zip(written, prompts, strict=True):
         right = write_without_cache(model, prompt, 12, stop)
         assert list(row) == right, f"with stop={stop}: {row}, without a cache {right}"
-checks.raises(ValueError, generate_with_cache, count_up, None, [[1], []], 3)
+for new in (3, 0):
+    checks.raises(ValueError, generate_with_cache, count_up, None, [[1], []], new)
 ### END HIDDEN TESTS
 
 # %% check="generate_with_cache" points=2
@@ -837,8 +845,8 @@ plt.show()
 #
 # A token of one text leaves a key and a value in every layer, $2 H_{kv} D$ numbers. With two bytes
 # a number, that is $4 L H_{kv} D$ bytes a token: 1,792 for `small`, half a megabyte for a model of
-# 7 billion parameters with 32 heads, and no two texts share them. Every design since has attacked
-# one of the factors:
+# 7 billion parameters with 32 heads, and only texts that begin alike can share them. Every design
+# since has attacked one or more of the factors:
 #
 # | factor | attacked by |
 # |---|---|
@@ -1456,7 +1464,7 @@ def quantize_kv(
     """Keys and values as they read back from a KIVI cache, rounded to `bits` bits.
 
     k, v: (batch, kv_heads, tokens, head_dim), floating; unchanged. The results have their shapes
-    and dtypes.
+    and dtypes. bits ≥ 1, group ≥ 1.
     Keys, per channel: the first tokens − tokens % residual tokens are cut into groups of `group`
         consecutive tokens. In each, the numbers of one channel (of one head of one text) share
         their levels. The last tokens % residual tokens come back as they are.
@@ -1464,9 +1472,9 @@ def quantize_kv(
         token's channels are cut into groups of `group` consecutive channels, which share their
         levels. The last `residual` tokens come back as they are.
     Levels of a group: 2**bits, evenly spaced from its minimum to its maximum. A number goes to the
-        nearest level (torch.round of (x − min)/Δ). A group of equal numbers comes back as it is.
-        Computed in float32 (float64 for float64), then cast.
-    ValueError unless group divides both residual (> 0) and head_dim.
+        nearest level (torch.round of (x − min)/Δ), however small the range is. A group of equal
+        numbers comes back as it is. Computed in float32 (float64 for float64), then cast.
+    ValueError if residual is not positive, or group does not divide both residual and head_dim.
 
     bits=1, group=4, residual=4, head size 4, 5 tokens: the keys 0, 2, 4, 8 of one channel (tokens 0
     to 3) become 0, 0, 0, 8 (4 lies in the middle, and torch.round takes the even code), token 4
@@ -1558,13 +1566,14 @@ def by_hand(k, v, bits, group, residual):
     return k, v
 
 
+# No groups of two: both numbers are ends of the range, and rounding leaves no trace.
 for shape, bits, group, residual in [
     ((2, 2, 19, 8), 2, 4, 8),
     ((1, 3, 16, 4), 3, 4, 4),
-    ((2, 1, 7, 6), 2, 2, 8),
+    ((2, 1, 7, 6), 2, 3, 9),
     ((1, 1, 9, 3), 4, 3, 3),
-    ((1, 2, 1, 4), 2, 2, 2),
-    ((1, 2, 25, 4), 1, 2, 6),
+    ((1, 2, 1, 4), 1, 4, 4),
+    ((1, 2, 25, 6), 1, 3, 6),
 ]:
     batch, heads, tokens, size = shape
     k, v = (
@@ -1619,6 +1628,14 @@ for dtype in (torch.float32, torch.bfloat16, torch.float16):
             f"in {dtype} an error is more than half a step: compute in float32, then cast"
         )
         checks.close(found[..., old:, :], exact[..., old:, :], what="the residual", dtype=dtype)
+# Numbers 2**30 times as small, or as large, come back so: a power of two rounds nothing.
+k, v = normal(2, 1, 13, 8, generator=g), normal(2, 1, 13, 8, generator=g)
+whole = quantize_kv(k, v, 2, 4, 4)
+for scale in (2.0**-30, 2.0**30):
+    for found, right, name in zip(
+        quantize_kv(scale * k, scale * v, 2, 4, 4), whole, ("keys", "values"), strict=True
+    ):
+        checks.close(found / scale, right, what=f"{name} of a range of about {4 * scale:.0e}")
 k, v = normal(1, 1, 3, 4, generator=g), normal(1, 1, 3, 4, generator=g)
 alone_k, alone_v = quantize_kv(k, v, 2, 1, 1)  # groups of one number
 checks.close(alone_k, k, what="keys in groups of one")
@@ -1657,7 +1674,7 @@ def accumulate_attention(weights: Tensor, kv_heads: int, past: Tensor | None = N
     past: (batch, kv_heads, at most keys), what earlier steps gave: the score of the first keys; the
         others are new. None: nothing yet. Unchanged.
     Returns (batch, kv_heads, keys): the sum over queries and over the query heads of a group, plus
-    the past; float32, or float64 where weights are.
+    the past; added and returned in float32, or in float64 where weights are.
 
     One query head, weights (1, 0), (¼, ¾): scores 1.25, 0.75. Then (½, ¼, ¼): 1.75, 1.0, 0.25.
     """
@@ -2294,7 +2311,8 @@ checks.number(
 #   for the cost of prefill and decode, 3.3 for multi-query attention and long contexts.
 # - **Liu et al. 2024**, *KIVI: A Tuning-Free Asymmetric 2bit Quantization for KV Cache*,
 #   arXiv:2402.02750. Section 3 for the distributions of keys and values, algorithm 1 for residuals.
-#   Transformers' quantized cache differs from the paper: it quantizes both per channel.
+#   Transformers' quantized cache differs from the paper: by default it groups keys and values
+#   alike (`axis_key` and `axis_value` choose).
 # - **Zhang et al. 2023**, *H2O: Heavy-Hitter Oracle for Efficient Generative Inference of Large
 #   Language Models*, arXiv:2306.14048. Section 4 for the policy, and why half of it is recent.
 # - **Shazeer 2019**, *Fast Transformer Decoding: One Write-Head is All You Need*, arXiv:1911.02150.

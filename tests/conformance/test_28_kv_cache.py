@@ -1,6 +1,6 @@
 """Lesson 28 against transformers' dynamic, static and sliding caches, its Llama, and PyTorch's FLOP counter.
 
-KIVI is not among them: transformers' quantized cache groups keys and values both per channel, unlike the paper.
+KIVI is not among them: transformers' quantized cache groups keys and values alike by default, unlike the paper.
 """
 
 import pytest

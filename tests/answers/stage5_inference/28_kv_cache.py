@@ -48,6 +48,9 @@ def token_passes(prompt, new, cached):
 + self.lengths[:] = end
 
 # %% wrong="kv_cache" because="overflow is noticed after the lengths have changed"
+- start, capacity = self.lengths[layer], self.k.shape[3]
++ start, capacity = self.lengths[layer].clone(), self.k.shape[3]
+
 - if longest > capacity:
 + self.lengths[layer] = end
 + if longest > capacity:
@@ -73,6 +76,20 @@ def token_passes(prompt, new, cached):
 # %% wrong="kv_cache" because="values are stored as keys"
 - self.v[layer][row, :, slot] = v.detach()[row, :, column].to(self.v.dtype)
 + self.v[layer][row, :, slot] = k.detach()[row, :, column].to(self.v.dtype)
+
+# %% wrong="kv_cache" because="the longest row of all layers decides what is returned"
+- self.lengths[layer] = end
++ self.lengths[layer] = end
++ longest = int(self.lengths.max())
+
+# %% wrong="kv_cache" because="the longest row of layer 0 decides what is returned"
+- self.lengths[layer] = end
++ self.lengths[layer] = end
++ longest = int(self.lengths[0].max())
+
+# %% wrong="kv_cache" because="refused by the padded width on the fullest of all layers"
+- if longest > capacity:
++ if int((self.lengths + len(new) * (counts > 0)).max()) > capacity:
 
 # %% wrong="kv_cache" because="all slots are returned"
 - return self.k[layer, :, :, :longest], self.v[layer, :, :, :longest]
@@ -251,6 +268,10 @@ class KVCache:
 - written[row].append(int(chosen[row]))
 + written[row].append(chosen[row])
 
+# %% wrong="generate_with_cache" because="an empty prompt is let through where nothing is written"
+- if not all(prompts):
++ if max_new_tokens and not all(prompts):
+
 # %% right="generate_with_cache" because="prefill apart, then a while loop"
 def generate_with_cache(forward, cache, prompts, max_new_tokens, stop=None):
     if any(len(p) == 0 for p in prompts):
@@ -411,7 +432,7 @@ def roofline_time(flops, moved, peak, bandwidth):
 - k[..., :old, :] = nearest(k[..., :old, :].unflatten(-2, (-1, group)), -2).flatten(-3, -2)
 + k[..., :old, :] = nearest(k[..., :old, :].unflatten(-1, (-1, group)), -1).flatten(-2)
 
-# %% wrong="quantize_kv" because="values per channel, as transformers does"
+# %% wrong="quantize_kv" because="values per channel, as the keys"
 - v[..., :old, :] = nearest(v[..., :old, :].unflatten(-1, (-1, group)), -1).flatten(-2)
 + old -= old % group
 + v[..., :old, :] = nearest(v[..., :old, :].unflatten(-2, (-1, group)), -2).flatten(-3, -2)
@@ -454,6 +475,18 @@ def roofline_time(flops, moved, peak, bandwidth):
 # %% wrong="quantize_kv" because="0/0 where all are equal"
 - codes = torch.round((wide - low) / delta.masked_fill(delta == 0, 1))
 + codes = torch.round((wide - low) / delta)
+
+# %% wrong="quantize_kv" because="a step below 1e-5 is raised to it: groups of a small range are flat"
+- delta = (high - low) / (2**bits - 1)
++ delta = ((high - low) / (2**bits - 1)).clamp(min=1e-5)
+
+# %% wrong="quantize_kv" because="1e-8 is added to the divisor in place of a case for 0"
+- codes = torch.round((wide - low) / delta.masked_fill(delta == 0, 1))
++ codes = torch.round((wide - low) / (delta + 1e-8))
+
+# %% wrong="quantize_kv" because="with fewer tokens than residual the slice of values ends at a negative index"
+- old = max(tokens - residual, 0)
++ old = tokens - residual
 
 # %% wrong="quantize_kv" because="computed in the format of the inputs"
 - wide = x.to(torch.promote_types(x.dtype, torch.float32))
