@@ -146,8 +146,8 @@ def verify(draft_probs: Tensor, target_probs: Tensor, tokens: Tensor, uniforms: 
 
     Token i is accepted if uniforms[i] · q(token) < p(token); the first that is not ends the draft.
     Then one token is drawn: after a rejection at i from max(p_i − q_i, 0), normalized; if all were
-    accepted, from target_probs[gamma]. If that residual is empty (p_i is nowhere above q_i: equal, or
-    equal up to rounding), draw from p_i.
+    accepted, from target_probs[gamma]. If that residual is empty (p_i is nowhere above q_i, which
+    up to rounding means p_i = q_i), draw from p_i.
 
     The draw is by the inverse CDF with the last of the uniforms, u: the token x for which
     cdf(x − 1) ≤ u · total < cdf(x), where cdf is the running sum of the weights and total their
@@ -1470,9 +1470,6 @@ for batch, heads, length, dim, depth, drops, spare in [  # spare: columns of pad
         what=f"the mask of rows with {kept} tokens left",
         dtype=torch.bool,
     )
-    assert not borrowed(roll_back_rows, layers, mask, drop), (
-        f"the result shares memory with the inputs, when the rows forget {drops}: copy it"
-    )
     assert len(new) == depth, f"{depth} layers, not {len(new)}"
     for (k, v), pair in zip(layers, new, strict=True):
         for old, x in zip((k, v), pair, strict=True):
@@ -1489,6 +1486,9 @@ for batch, heads, length, dim, depth, drops, spare in [  # spare: columns of pad
                     rtol=0,
                     atol=0,
                 )
+    assert not borrowed(roll_back_rows, layers, mask, drop), (
+        f"the result shares memory with the inputs, when the rows forget {drops}: copy it"
+    )
 # The law: a batch that is rolled back goes on as each row would alone.
 torch.manual_seed(0)
 config = Config(vocab_size=11, hidden_size=16, layers=2, heads=4, kv_heads=2, mlp_size=24)
