@@ -1449,6 +1449,7 @@ for batch, heads, length, dim, depth, drops, spare in [  # spare: columns of pad
     (2, 1, 6, 2, 1, [2, 2], 2),
     (3, 2, 4, 2, 1, [1, 4, 0], 0),
     (2, 1, 3, 2, 1, [3, 1], 0),
+    (2, 1, 3, 2, 1, [3, 3], 0),
 ]:
     dtype = (torch.float32, torch.float64, torch.bfloat16)[batch % 3]
     pads = [0, *torch.randint(0, 3, (batch - 1,), generator=g).tolist()]

@@ -484,6 +484,23 @@ def accept_path(parents, tokens, first, choices):
 +     mask if mask.shape == new_mask.shape and mask.equal(new_mask) else new_mask
 + )
 
+# %% wrong="roll_back_rows" because="all forgotten: a slice from -0 on keeps every column"
+def roll_back_rows(
+    layers: list[tuple[Tensor, Tensor]], mask: Tensor, drop: Tensor
+) -> tuple[list[tuple[Tensor, Tensor]], Tensor]:
+    length = mask.shape[1]
+    left = mask.sum(1) - drop
+    width = int(left.max())
+    columns = torch.arange(length, device=mask.device)
+    index = (columns - drop[:, None]).clamp(min=0)
+
+    def shift(x: Tensor) -> Tensor:
+        full = index[:, None, :, None].expand(-1, x.shape[1], -1, x.shape[3])
+        return x.gather(2, full)[:, :, -width:].contiguous()
+
+    new_mask = columns >= length - left[:, None]
+    return [(shift(k), shift(v)) for k, v in layers], new_mask[:, -width:].contiguous()
+
 # %% right="roll_back_rows" because="row by row into zeros"
 def roll_back_rows(layers, mask, drop):
     ends = mask.shape[1] - drop
