@@ -61,6 +61,10 @@
 - residual = (p[i] - q[i]).clamp(min=0)
 + residual = target_probs[i].sub_(draft_probs[i]).clamp_(min=0).double()
 
+# %% wrong="verify" because="the residual counts as empty only where p and q are equal bit for bit"
+- weights, accepted = (residual if residual.sum() > 0 else p[i]), i
++ weights, accepted = (p[i] if torch.equal(p[i], q[i]) else residual), i
+
 # %% right="verify" because="all ratios at once, and a search by hand"
 def verify(draft_probs, target_probs, tokens, uniforms):
     p, q, u = (t.to(torch.float64) for t in (target_probs, draft_probs, uniforms))
@@ -112,6 +116,48 @@ def verify(draft_probs, target_probs, tokens, uniforms):
 # %% wrong="speedup" because="the last gamma is left out"
 - return max(range(largest + 1), key=lambda g: speedup(alpha, g, cost, verify_cost))
 + return max(range(max(1, largest)), key=lambda g: speedup(alpha, g, cost, verify_cost))
+
+# %% wrong="speedup" because="the closed form with a branch for alpha = 1 alone: it cancels just below"
+- return float(sum(alpha**j for j in range(gamma + 1)))
++ return gamma + 1.0 if alpha == 1 else (1 - alpha ** (gamma + 1)) / (1 - alpha)
+
+# %% wrong="speedup" because="alpha near 1 is taken for 1"
+- return float(sum(alpha**j for j in range(gamma + 1)))
++ if 1 - alpha < 1e-8:
++     return gamma + 1.0
++ return (1 - alpha ** (gamma + 1)) / (1 - alpha)
+
+# %% right="speedup" because="the closed form by expm1 and log, exact near 1"
+import math
+from fractions import Fraction
+
+
+def expected_tokens(alpha: float, gamma: int) -> float:
+    if alpha == 0:
+        return 1.0
+    if alpha == 1:
+        return float(gamma + 1)
+    # 1 - alpha^(gamma + 1) without a difference of nearly equal numbers; 1 - alpha is exact near 1
+    return -math.expm1((gamma + 1) * math.log(alpha)) / (1 - alpha)
+
+
+def speedup(alpha: float, gamma: int, cost: float, verify_cost: float = 0.0) -> float:
+    if gamma == 0:
+        return 1.0
+    return expected_tokens(alpha, gamma) / (1 + gamma * (cost + verify_cost))
+
+
+def best_gamma(alpha: float, cost: float, verify_cost: float = 0.0, largest: int = 16) -> int:
+    a, each = Fraction(alpha), Fraction(cost) + Fraction(verify_cost)
+    tokens, duration, power = Fraction(1), Fraction(1), Fraction(1)
+    best, highest = 0, Fraction(1)
+    for gamma in range(1, largest + 1):
+        power *= a
+        tokens += power
+        duration += each
+        if tokens / duration > highest:
+            best, highest = gamma, tokens / duration
+    return best
 
 # %% right="speedup" because="by recursion, and by climbing while it pays"
 def expected_tokens(alpha, gamma):
@@ -209,6 +255,26 @@ def best_gamma(alpha, cost, verify_cost=0.0, largest=16):
 - p = target.read((text + drafted)[len(target) :])[-count - 1 :]
 + rows = [target.read([token]) for token in (text + drafted)[len(target) :]]
 + p = torch.cat(rows)[-count - 1 :]
+
+# %% wrong="speculative_generate" because="rolled back before the text is cut at stop"
+- if stop in new:
+-     new = new[: new.index(stop) + 1]
+-     end = len(text) + len(new)
+  text += new
+  for reader in (target, draft):  # the last token was drawn, and has been read by nobody
+      reader.rollback(min(len(reader), len(text) - 1))
++ if stop in new:
++     del text[len(text) - len(new) + new.index(stop) + 1 :]
++     break
+
+# %% wrong="speculative_generate" because="at stop only the accepted tokens that stay are counted"
+- accepted.append(len(new) - 1)
+- if stop in new:
++ if stop in new:
+
+- text += new
++ accepted.append(len(new) - 1)
++ text += new
 
 # %% right="speculative_generate" because="lengths counted by hand"
 def speculative_generate(target, draft, prompt, max_new_tokens, gamma, stop=None, generator=None):
@@ -399,6 +465,42 @@ def accept_path(parents, tokens, first, choices):
 - new_mask = torch.arange(width, device=mask.device) >= width - left[:, None]
 + new_mask = torch.arange(width, device=mask.device) >= drop[:, None] - drop.min()
 
+# %% wrong="roll_back_rows" because="where nothing is forgotten the inputs come back, padding and all"
+- left = mask.sum(1) - drop
++ if not drop.any():
++     return layers, mask
++ left = mask.sum(1) - drop
+
+# %% wrong="roll_back_rows" because="where all rows forget equally many, views of the inputs"
+- left = mask.sum(1) - drop
++ left = mask.sum(1) - drop
++ if (drop == drop[0]).all():
++     keep = slice(mask.shape[1] - int(drop[0] + left.max()), mask.shape[1] - int(drop[0]))
++     return [(k[:, :, keep], v[:, :, keep]) for k, v in layers], mask[:, keep]
+
+# %% wrong="roll_back_rows" because="the input mask where no row changes"
+- return [(shifted(k), shifted(v)) for k, v in layers], new_mask
++ return [(shifted(k), shifted(v)) for k, v in layers], (
++     mask if mask.shape == new_mask.shape and mask.equal(new_mask) else new_mask
++ )
+
+# %% wrong="roll_back_rows" because="all forgotten: a slice from -0 on keeps every column"
+def roll_back_rows(
+    layers: list[tuple[Tensor, Tensor]], mask: Tensor, drop: Tensor
+) -> tuple[list[tuple[Tensor, Tensor]], Tensor]:
+    length = mask.shape[1]
+    left = mask.sum(1) - drop
+    width = int(left.max())
+    columns = torch.arange(length, device=mask.device)
+    index = (columns - drop[:, None]).clamp(min=0)
+
+    def shift(x: Tensor) -> Tensor:
+        full = index[:, None, :, None].expand(-1, x.shape[1], -1, x.shape[3])
+        return x.gather(2, full)[:, :, -width:].contiguous()
+
+    new_mask = columns >= length - left[:, None]
+    return [(shift(k), shift(v)) for k, v in layers], new_mask[:, -width:].contiguous()
+
 # %% right="roll_back_rows" because="row by row into zeros"
 def roll_back_rows(layers, mask, drop):
     ends = mask.shape[1] - drop
@@ -454,6 +556,66 @@ def roll_back_rows(layers, mask, drop):
 # %% wrong="mtp_self_speculation" because="further drafts use the trunk's state again"
 - state = mtp(state[:, -1:], model.embed_tokens(tensor(drafted[-1:])), ahead)
 + state = mtp(hidden[:, -1:], model.embed_tokens(tensor(drafted[-1:])), ahead)
+
+# %% wrong="mtp_self_speculation" because="entries of accepted tokens, made from guesses, stay"
+@torch.inference_mode()
+def mtp_self_speculation(
+    model: Llama, mtp: MTP, prompt: list[int], max_new_tokens: int, gamma: int = 1
+) -> tuple[list[int], list[int]]:
+    if max_new_tokens == 0:
+        return [], []
+    weight = model.embed_tokens.weight
+
+    def ids(tokens: list[int]) -> Tensor:
+        return torch.tensor([tokens], device=weight.device)
+
+    def likeliest(states: Tensor) -> list[int]:
+        return F.linear(states, weight)[0].argmax(-1).tolist()
+
+    cache, side = Cache(), Cache()
+    states = model.hidden(ids(prompt), cache)
+    text = [*prompt, likeliest(states[:, -1:])[0]]
+    end, seen, accepted = len(prompt) + max_new_tokens, 0, []
+    while len(text) < end:
+        count = min(gamma, end - len(text) - 1)
+        drafted = []
+        if count > 0:
+            out = mtp(states, model.embed_tokens(ids(text[seen + 1 :])), side)[:, -1:]
+            seen = len(text) - 1
+            drafted = likeliest(out)
+            while len(drafted) < count:
+                out = mtp(out, model.embed_tokens(ids(drafted[-1:])), side)
+                drafted += likeliest(out)
+        fresh = model.hidden(ids([text[-1], *drafted]), cache)
+        choices = likeliest(fresh)
+        kept = 0
+        while kept < count and drafted[kept] == choices[kept]:
+            kept += 1
+        accepted.append(kept)
+        text += [*drafted[:kept], choices[kept]]
+        cache.truncate(len(text) - 1)
+        if count > 0:
+            good = min(kept, count - 1)  # entries of the block that are about accepted tokens
+            seen += good
+            side.truncate(seen)
+            states = fresh[:, good : kept + 1]
+        else:
+            states = torch.cat([states, fresh], dim=1)
+    return text[len(prompt) :], accepted
+
+# %% wrong="mtp_self_speculation" because="writes the first token for max_new_tokens = 0 too"
+- written, accepted = best(hidden)[-1:][:max_new_tokens], []
++ written, accepted = best(hidden)[-1:], []
+
+# %% wrong="mtp_self_speculation" because="few calls, but the block reads the whole text in each round"
+- hidden, following = hidden[:, : kept + 1], choices[: kept + 1]
+- written += following
++ ahead, following = Cache(), [*following, *choices[: kept + 1]]
++ states = torch.cat([states, hidden[:, : kept + 1]], dim=1)
++ hidden, written = states, [*written, *choices[: kept + 1]]
+
+- following = [*prompt[1:], *written]  # the token after each state in `hidden`
++ following, states = [*prompt[1:], *written], hidden
 
 # %% wrong="mtp_self_speculation" because="without caches, everything read again"
 def mtp_self_speculation(model, mtp, prompt, max_new_tokens, gamma=1):
@@ -516,6 +678,47 @@ def mtp_self_speculation(model, mtp, prompt, max_new_tokens, gamma=1):
             text += wish[: k + 1]
             rounds.append(k)
         return text[len(prompt) :], rounds
+
+# %% right="mtp_self_speculation" because="the block reads the new pairs at the end of each round"
+@torch.inference_mode()
+def mtp_self_speculation(
+    model: Llama, mtp: MTP, prompt: list[int], max_new_tokens: int, gamma: int = 1
+) -> tuple[list[int], list[int]]:
+    if max_new_tokens < 1:
+        return [], []
+    weight = model.embed_tokens.weight
+
+    def row(tokens: list[int]) -> Tensor:
+        return torch.tensor([tokens], dtype=torch.int64, device=weight.device)
+
+    def greedy(states: Tensor) -> Tensor:
+        return F.linear(states[0], weight).argmax(-1)
+
+    trunk_cache, block_cache = Cache(), Cache()
+    states = model.hidden(row(prompt), trunk_cache)
+    written = [int(greedy(states)[-1])]
+    pairs = len(prompt)  # true pairs in the block's cache
+    ready = mtp(states, model.embed_tokens(row([*prompt[1:], *written])), block_cache)[:, -1:]
+    accepted = []
+    while len(written) < max_new_tokens:
+        count = min(gamma, max_new_tokens - len(written) - 1)
+        guess, state = [], ready
+        for place in range(count):
+            if place > 0:
+                state = mtp(state, model.embed_tokens(row(guess[-1:])), block_cache)[:, -1:]
+            guess.append(int(greedy(state)[-1]))
+        states = model.hidden(row(written[-1:] + guess), trunk_cache)
+        chosen = greedy(states)
+        agree = chosen[:count] == row(guess)[0]
+        kept = int(agree.long().cumprod(0).sum())
+        accepted.append(kept)
+        new = chosen[: kept + 1].tolist()  # where they agree, the choices are the draft
+        written += new
+        trunk_cache.truncate(len(prompt) + len(written) - 1)
+        block_cache.truncate(pairs)
+        ready = mtp(states[:, : kept + 1], model.embed_tokens(row(new)), block_cache)[:, -1:]
+        pairs += kept + 1
+    return written, accepted
 
 # %% wrong="questions" because="total variation, q's share, no normalization, no own token, alpha alone"
 - "alpha": 0.2 + 0.3 + 0.1,
