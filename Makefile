@@ -10,6 +10,7 @@ SITE    := .venv-site/.complete
 # Empty means: the command's own default.
 LESSON  ?=
 STAGE   ?=
+PROJECT ?=
 PROFILE ?=
 JOBS    ?=
 SUBMITTED ?=
@@ -58,8 +59,8 @@ $(SETUP): requirements.lock pyproject.toml
 lab: $(SETUP) ## your own copies of the lessons, in work/, in jupyterlab [LESSON=09 ARGS="--no-browser --allow-root"]
 	@$(RUN) lab $(call option,LESSON,lesson) $(call option,ARGS,args)
 
-check: $(SETUP) ## how far you are: runs the checks of your notebooks [LESSON=09 STAGE=2]
-	@$(RUN) check $(call option,LESSON,lesson) $(call option,STAGE,stage)
+check: $(SETUP) ## how far you are: runs the checks of your notebooks [LESSON=09 STAGE=2 PROJECT=1]
+	@$(RUN) check $(call option,LESSON,lesson) $(call option,STAGE,stage) $(call option,PROJECT,project)
 
 submit: $(SETUP) ## your notebooks in one zip, to hand in: STUDENT=id [STAGE=2]
 	@test -n "$(STUDENT)" || { echo "make submit asks who you are: make submit STUDENT=your-login"; exit 2; }

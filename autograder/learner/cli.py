@@ -37,8 +37,18 @@ def lab(
 
 
 @app.command()
-def check(lesson: LessonOption = None, stage: StageOption = None) -> None:
+def check(
+    lesson: LessonOption = None,
+    stage: StageOption = None,
+    project: Annotated[
+        str | None, typer.Option(help="Instead, the acceptance test of your project of this number.")
+    ] = None,
+) -> None:
     """Run the checks of your notebooks, and say how far you are."""
+    if project:
+        from autograder.learner.projects import check_project
+
+        raise typer.Exit(check_project(project))
     from autograder.learner.check import check_work
 
     raise typer.Exit(check_work(lesson, stage))

@@ -11,6 +11,7 @@ from pathlib import Path
 import numpy as np
 import torch
 import torch.nn.functional as F
+from torch import nn
 from tqdm import tqdm
 
 from llm40 import profile
@@ -35,11 +36,11 @@ PROMPTS = [
 
 
 @torch.inference_mode()
-def token_losses(model: Llama, ids: list[int], eos: int, batch: int = 8) -> np.ndarray:
+def token_losses(model: nn.Module, ids: list[int], eos: int, context: int, batch: int = 8) -> np.ndarray:
     """Nats of each token of a document, (len(ids),), given at least half a context of what came before it."""
     if not ids:  # an empty __init__.py
         return np.empty(0)
-    context, device = model.config.context, model.embed_tokens.weight.device
+    device = next(model.parameters()).device
     tokens = torch.tensor([eos, *ids])
     stride = context // 2
     # Each window predicts its last `stride` tokens; the first one all of its own.
@@ -69,7 +70,8 @@ def bits_per_byte(nats: dict[str, float], documents: dict[str, str]) -> dict[str
 
 def of_model(model: Llama, tokenizer: Tokenizer, documents: dict[str, str], label: str) -> dict[str, float]:
     bar = tqdm(documents.items(), desc=label, unit="document")
-    nats = {name: token_losses(model, tokenizer.encode(text), tokenizer.eos).sum() for name, text in bar}
+    context = model.config.context
+    nats = {name: token_losses(model, tokenizer.encode(text), tokenizer.eos, context).sum() for name, text in bar}
     return bits_per_byte(nats, documents)
 
 

@@ -256,7 +256,7 @@ def test_sliding_windows_score_each_token_once(tokenizer):
     model = Llama(MICRO).eval()
     for length in (0, 1, 7, 8, 15, 16, 17, 24, 25, 40, 333):
         ids = torch.randint(1, 4096, (length,)).tolist()
-        losses = token_losses(model, ids, eos=0)
+        losses = token_losses(model, ids, eos=0, context=model.config.context)
         tokens = torch.tensor([0, *ids])
         for i in range(length):  # one token at a time; how far back the model looks is at least half a context
             start = 0 if length <= 16 or i < 16 else (i // 8 - 1) * 8
