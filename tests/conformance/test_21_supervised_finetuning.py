@@ -4,6 +4,7 @@ import copy
 
 import pytest
 import torch
+from twins import as_transformers
 
 import llm40  # noqa: F401  before transformers, which imports Triton
 from llm40 import models
@@ -70,26 +71,8 @@ def twins(layers: int = 2) -> tuple[models.Llama, torch.nn.Module]:
     with torch.no_grad():
         for p in mine.parameters():
             p.copy_(torch.randn(p.shape, generator=g, dtype=torch.float64) * 0.5)
-    theirs = transformers.LlamaForCausalLM(
-        transformers.LlamaConfig(
-            vocab_size=40,
-            hidden_size=16,
-            intermediate_size=24,
-            num_hidden_layers=layers,
-            num_attention_heads=4,
-            num_key_value_heads=2,
-            max_position_embeddings=512,
-            rms_norm_eps=config.eps,
-            rope_parameters={"rope_type": "default", "rope_theta": config.rope_theta},
-            tie_word_embeddings=True,
-            bos_token_id=None,
-            eos_token_id=6,
-            pad_token_id=None,  # else this row of the embedding gets no gradient from the input
-        )
-    ).double()
-    theirs.load_state_dict({f"model.{name}": t for name, t in mine.state_dict().items()}, strict=False)
-    theirs.tie_weights()
-    return mine, theirs.eval()
+    # With a pad_token_id this row of the embedding would get no gradient from the input.
+    return mine, as_transformers(mine, eos_token_id=6, pad_token_id=None)
 
 
 def examples(count: int, seed: int, longest: int = 9) -> list[tuple[list[int], list[int]]]:

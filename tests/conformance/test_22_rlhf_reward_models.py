@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+from twins import llama_config
 
 import llm40  # noqa: F401  before transformers, which imports Triton
 from llm40 import models
@@ -95,23 +96,8 @@ def test_liger_dpo_is_bradley_terry(lesson, agrees):
 
 
 def classifier(trunk: models.Llama, head: torch.Tensor) -> torch.nn.Module:
-    config = trunk.config
-    peer = transformers.LlamaForSequenceClassification(
-        transformers.LlamaConfig(
-            vocab_size=config.vocab_size,
-            hidden_size=config.hidden_size,
-            intermediate_size=config.mlp_size,
-            num_hidden_layers=config.layers,
-            num_attention_heads=config.heads,
-            num_key_value_heads=config.kv_heads,
-            rms_norm_eps=config.eps,
-            max_position_embeddings=config.context,
-            num_labels=1,
-            pad_token_id=0,
-            bos_token_id=None,
-            eos_token_id=None,
-        )
-    ).eval()
+    config = llama_config(trunk.config, num_labels=1, pad_token_id=0)
+    peer = transformers.LlamaForSequenceClassification(config).eval()
     state = {f"model.{name}": weight for name, weight in trunk.state_dict().items()}
     peer.load_state_dict(state | {"score.weight": head})
     return peer

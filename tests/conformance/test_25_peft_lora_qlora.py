@@ -7,6 +7,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import nn
+from twins import as_transformers
 
 from llm40 import models  # before peft, which imports Triton
 
@@ -220,20 +221,7 @@ def test_prefix(lesson, agrees):
     config = models.Config(vocab_size=50, hidden_size=24, layers=2, heads=4, kv_heads=4, mlp_size=20)
     mine = models.Llama(config).requires_grad_(False)
     randomize(mine.parameters(), 3)
-    theirs = transformers.LlamaForCausalLM(
-        transformers.LlamaConfig(
-            vocab_size=50,
-            hidden_size=24,
-            intermediate_size=20,
-            num_hidden_layers=2,
-            num_attention_heads=4,
-            rms_norm_eps=config.eps,
-            rope_parameters={"rope_type": "default", "rope_theta": config.rope_theta},
-            tie_word_embeddings=True,
-        )
-    ).eval()
-    theirs.load_state_dict({f"model.{name}": t for name, t in mine.state_dict().items()}, strict=False)
-    theirs.tie_weights()
+    theirs = as_transformers(mine)
     length = 5
     wrapped = peft.get_peft_model(
         theirs, peft.PrefixTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=length)

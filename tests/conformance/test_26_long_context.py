@@ -3,6 +3,7 @@
 import pytest
 import torch
 from torch import Tensor
+from twins import as_transformers
 
 from llm40.models.llama import Config, Llama
 
@@ -126,7 +127,6 @@ def test_longrope(lesson, agrees, dim):
 
 def twin(length: int, parameters: dict) -> tuple[Llama, "torch.nn.Module"]:
     """A small random model of the course's, and transformers' with the same weights and those rope parameters."""
-    transformers = pytest.importorskip("transformers")
     torch.manual_seed(5)
     config = Config(vocab_size=60, hidden_size=64, layers=3, heads=4, kv_heads=2, mlp_size=96, context=length)
     mine = Llama(config).eval()
@@ -134,23 +134,7 @@ def twin(length: int, parameters: dict) -> tuple[Llama, "torch.nn.Module"]:
         for parameter in mine.parameters():
             if parameter.dim() == 2:
                 parameter.mul_(5)  # so that attention is far from even
-    theirs = transformers.LlamaForCausalLM(
-        transformers.LlamaConfig(
-            vocab_size=60,
-            hidden_size=64,
-            intermediate_size=96,
-            num_hidden_layers=3,
-            num_attention_heads=4,
-            num_key_value_heads=2,
-            max_position_embeddings=length,
-            rms_norm_eps=config.eps,
-            tie_word_embeddings=True,
-            rope_parameters=parameters,
-        )
-    ).eval()
-    theirs.load_state_dict({f"model.{name}": value for name, value in mine.state_dict().items()}, strict=False)
-    theirs.tie_weights()
-    return mine, theirs
+    return mine, as_transformers(mine, rope_parameters=parameters)
 
 
 @torch.no_grad()
@@ -173,25 +157,10 @@ def test_streaming(lesson, agrees):
     In a model of one layer keys depend on their own tokens alone, so what is held is all that counts; transformers is
     given the held tokens as a text.
     """
-    transformers = pytest.importorskip("transformers")
     torch.manual_seed(7)
     config = Config(vocab_size=50, hidden_size=48, layers=1, heads=4, kv_heads=2, mlp_size=64)
     mine = Llama(config).eval()
-    theirs = transformers.LlamaForCausalLM(
-        transformers.LlamaConfig(
-            vocab_size=50,
-            hidden_size=48,
-            intermediate_size=64,
-            num_hidden_layers=1,
-            num_attention_heads=4,
-            num_key_value_heads=2,
-            rms_norm_eps=config.eps,
-            tie_word_embeddings=True,
-            rope_parameters={"rope_type": "default", "rope_theta": 10_000.0},
-        )
-    ).eval()
-    theirs.load_state_dict({f"model.{name}": value for name, value in mine.state_dict().items()}, strict=False)
-    theirs.tie_weights()
+    theirs = as_transformers(mine)
     tokens = torch.randint(0, 50, (3, 70), generator=torch.Generator().manual_seed(8))
     cache = lesson.StreamingCache(4, 12, lesson.rope_frequencies(12))
     for i in range(70):

@@ -5,6 +5,7 @@ KIVI is not among them: transformers' quantized cache groups keys and values ali
 
 import pytest
 import torch
+from twins import as_transformers
 
 from llm40 import models
 
@@ -26,32 +27,13 @@ def pair():
     """The course's Llama and Hugging Face's, with the same random weights, in float64."""
     config = models.Config(vocab_size=50, hidden_size=32, layers=3, heads=4, kv_heads=2, mlp_size=48, context=64)
     mine = models.Llama(config).eval()
-    theirs = transformers.LlamaForCausalLM(
-        transformers.LlamaConfig(
-            vocab_size=50,
-            hidden_size=32,
-            intermediate_size=48,
-            num_hidden_layers=3,
-            num_attention_heads=4,
-            num_key_value_heads=2,
-            max_position_embeddings=64,
-            rms_norm_eps=config.eps,
-            rope_parameters={"rope_type": "default", "rope_theta": config.rope_theta},
-            tie_word_embeddings=True,
-            attn_implementation="eager",
-            bos_token_id=None,
-            eos_token_id=None,
-            pad_token_id=0,
-        )
-    ).eval()
     g = generator(0)
     with torch.no_grad():
         for parameter in mine.parameters():
             if parameter.dim() == 2:
                 parameter.copy_(torch.randn(parameter.shape, generator=g) * 0.25)
-    theirs.load_state_dict({f"model.{name}": t for name, t in mine.state_dict().items()}, strict=False)
-    theirs.tie_weights()
-    return mine.double(), theirs.double()
+    mine = mine.double()
+    return mine, as_transformers(mine, attn_implementation="eager", pad_token_id=0)
 
 
 def tokens_of(size: int, g: torch.Generator) -> list[torch.Tensor]:

@@ -6,6 +6,7 @@ from itertools import product
 
 import pytest
 import torch
+from twins import as_transformers
 
 import llm40  # noqa: F401  before transformers, which imports Triton
 from llm40 import models
@@ -34,25 +35,8 @@ def pair(seed: int) -> tuple[models.Llama, transformers.LlamaForCausalLM]:
     for parameter in ours.parameters():
         if parameter.dim() == 2:
             torch.nn.init.normal_(parameter, std=0.3)
-    theirs = transformers.LlamaForCausalLM(
-        transformers.LlamaConfig(
-            vocab_size=13,
-            hidden_size=16,
-            intermediate_size=24,
-            num_hidden_layers=2,
-            num_attention_heads=4,
-            num_key_value_heads=2,
-            rms_norm_eps=1e-5,
-            rope_theta=10_000.0,
-            tie_word_embeddings=True,
-            bos_token_id=None,
-            eos_token_id=None,
-            pad_token_id=0,
-        )
-    )
-    theirs.load_state_dict({f"model.{name}": value for name, value in ours.state_dict().items()}, strict=False)
-    theirs.tie_weights()
-    return ours.requires_grad_(False), theirs.eval().requires_grad_(False)
+    theirs = as_transformers(ours, pad_token_id=0)
+    return ours.requires_grad_(False), theirs.requires_grad_(False)
 
 
 # --- verify ---
