@@ -36,7 +36,7 @@ from autograder.pool import count_cores
 from autograder.text import print_anything
 from benchmarks import grading_stock
 from benchmarks.grading_class import MISSING, SHARES, make_class
-from benchmarks.grading_ours import MIB, ROLES, Run, grade_alone, grade_class, time_command
+from benchmarks.grading_run import MIB, ROLES, Run, grade_alone, grade_class, time_command
 
 OUT = ROOT / "build" / "bench_grading"
 KEPT = ROOT / "benchmarks" / "results" / "grading.json"

@@ -14,7 +14,7 @@ from autograder.grading.masters import make_sent_master
 from autograder.grading.rebuild import read_submission, rebuild
 from benchmarks import grading
 from benchmarks.grading_class import SHARES, make_class, students
-from benchmarks.grading_ours import MIB, ROLES, Run, memory_of
+from benchmarks.grading_run import MIB, ROLES, Run, memory_of
 
 ENTRY = SimpleNamespace(key=f"{tiny.STAGE}/{tiny.LESSON}")
 RIGHT, WRONG = "def double(x):\n    return x + x", "def double(x):\n    return x + 2"

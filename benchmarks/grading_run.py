@@ -1,4 +1,4 @@
-"""Our grader, measured: a class in a process of its own, its memory watched from outside; a notebook all alone."""
+"""The grader of the course, measured: a class in a process of its own, its memory watched from outside; a notebook all alone."""
 
 import json
 import multiprocessing
