@@ -1,4 +1,4 @@
-"""The grader of the course, measured: a class in a process of its own, its memory watched from outside; a notebook all alone."""
+"""The grader of the course: a class in a process of its own, its memory watched from outside; a notebook alone."""
 
 import json
 import multiprocessing
