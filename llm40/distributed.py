@@ -30,7 +30,9 @@ from torch.multiprocessing import _prctl_pr_set_pdeathsig as die_with_parent  # 
 at_fork: list[Callable[[int, int], Callable[[], object] | None]] = []
 
 _OUTPUT, _RESULT, _ERROR = b"o", b"r", b"e"  # kinds of message from a rank
+_LOST = "onnection"  # in all of gloo's sentences about a connection that it closed
 _GRACE = 0.1  # seconds to hear of a death that explains another rank's error, or where a rank hangs
+_PATIENCE = 2.0  # the same, where without it nothing is explained
 
 
 class RankError(RuntimeError):
@@ -86,9 +88,10 @@ def _results(running: "list[_Rank]", timeout: float) -> list:
         _listen(waiting, min(left, 1.0))
         if any(process.failed for process in running):
             # A rank that dies breaks the connections of the others, whose errors may be the first to arrive.
-            _listen([process for process in waiting if not process.failed], _GRACE)
+            unexplained = all(process.unexplained for process in running if process.failed)
+            _listen([process for process in waiting if not process.failed], _PATIENCE if unexplained else _GRACE)
             failed = [process for process in running if process.failed]
-            min(failed, key=lambda process: (process.outcome[0] == _ERROR, process.rank)).fail()
+            min(failed, key=lambda process: (process.outcome[0] == _ERROR, process.unexplained, process.rank)).fail()
     return [process.result() for process in running]
 
 
@@ -138,6 +141,11 @@ class _Rank:
     def failed(self) -> bool:
         return self.outcome is not None and self.outcome[0] != _RESULT
 
+    @property
+    def unexplained(self) -> bool:
+        """Whether gloo closed this rank's connection, which it says with a port and without a cause."""
+        return self.failed and self.outcome[0] == _ERROR and _LOST in pickle.loads(self.outcome[1])[1]
+
     def receive(self) -> None:
         part = os.read(self.pipe, 1 << 20)
         if not part:  # the rank's end of the pipe is closed, and no outcome has come
@@ -168,9 +176,16 @@ class _Rank:
             self.pid = 0
             code = os.waitstatus_to_exitcode(status)
             how = f"was killed by {signal.Signals(-code).name}" if code < 0 else f"left with exit code {code}"
+            if code == -signal.SIGABRT:
+                how += " (gloo ends a rank that is sent more than it expects)"
             place = f". It was here, innermost call first:\n{stack}" if (stack := self.stack()) else ""
             raise RankError(f"rank {self.rank} {how} before its function returned{place}")
         pickled, said, stack = pickle.loads(content)
+        if self.unexplained:
+            raise RankError(
+                f"rank {self.rank} lost its connection within a collective: the ranks call different ones, or with "
+                "tensors of different sizes"
+            ) from _RankTraceback(stack)
         try:
             error = pickle.loads(pickled)
         except Exception:  # its class cannot be found here, or built from its arguments

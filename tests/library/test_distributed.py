@@ -246,6 +246,29 @@ class TwoArguments(Exception):
         super().__init__(f"{a} and {b}")
 
 
+def test_tensors_of_different_sizes_are_told():
+    def reduce(rank):
+        dist.all_reduce(torch.ones(20_000 - 10_000 * rank))
+
+    with pytest.raises(
+        RankError, match=r"rank 1 was killed by SIGABRT \(gloo ends a rank that is sent more than it exp"
+    ):
+        launch(reduce, 2)
+
+
+def test_a_lost_connection_is_told_without_a_port():
+    def lose(rank):
+        if rank == 0:
+            raise RuntimeError("Read error [127.0.0.1]:12708: Connection reset by peer. GLHF!")
+        dist.recv(torch.ones(1), 0)
+
+    begun = time.monotonic()
+    with pytest.raises(RankError, match=r"^rank 0 lost its connection within a collective") as caught:
+        launch(lose, 2)
+    assert "12708" in str(caught.value.__cause__)
+    assert time.monotonic() - begun < 10
+
+
 def test_an_exception_that_cannot_be_handed_over_is_told():
     class Local(Exception):
         pass
