@@ -241,18 +241,13 @@ class RGLRU(nn.Module):
         wide = torch.promote_types(x.dtype, torch.float32)
         split = x.to(wide).unflatten(-1, (heads, -1))
 
-        def gate(weight, bias):
-            return (
-                (torch.einsum("bnhi,hij->bnhj", split, weight.to(wide)) + bias).flatten(2).sigmoid()
-            )
+        def gate(name):
+            weight, bias = getattr(self, f"{name}_weight"), getattr(self, f"{name}_bias")
+            logits = torch.einsum("bnhi,hij->bnhj", split, weight.to(wide)) + bias
+            return logits.flatten(2).sigmoid()
 
-        log_a = (
-            -8
-            * F.softplus(self.decay.to(wide))
-            * gate(self.recurrence_weight, self.recurrence_bias)
-        )
-        a = log_a.exp()
-        taken = x.to(wide) * gate(self.input_weight, self.input_bias)
+        log_a = -8 * F.softplus(self.decay.to(wide)) * gate("recurrence")
+        a, taken = log_a.exp(), x.to(wide) * gate("input")
         # 1 − a² as −expm1(2 log a): exact near a = 1, and held off the root's endless slope at 0.
         scaled = taken * (-torch.expm1(2 * log_a)).clamp(min=1e-12).sqrt()
         states = []
@@ -1068,7 +1063,7 @@ def compressed_attention(q: Tensor, k: Tensor, v: Tensor, block: int) -> tuple[T
     last = torch.arange(1, blocks + 1, device=q.device) * block - 1
     seen = last <= torch.arange(n, device=q.device)[:, None]
     scores = (q @ keys.mT / math.sqrt(q.shape[-1])).masked_fill(~seen, float("-inf"))
-    # A row without a block would be 0/0: it is given scores of 0 first, and weights of 0 after.
+    # The softmax of a row without a block would be NaN: it gets scores of 0, then weights of 0.
     empty = ~seen.any(-1, keepdim=True)
     weights = scores.masked_fill(empty, 0.0).softmax(-1).masked_fill(~seen, 0.0)
     return weights @ values, weights
@@ -1078,8 +1073,8 @@ def compressed_attention(q: Tensor, k: Tensor, v: Tensor, block: int) -> tuple[T
 # %% [markdown]
 # <details><summary>Hint: rows that see nothing</summary>
 #
-# The first block − 1 queries see no block. A softmax over −∞ alone is NaN, and NaN times 0 is NaN
-# in the backward pass too. Replace such rows before the softmax, and set their weights to 0 after.
+# The first block − 1 queries see no block, and a softmax over −∞ alone is NaN. Give such rows other
+# scores before the softmax, and weights of 0 after it.
 # </details>
 
 # %% check="compressed_attention" points=2
