@@ -1,4 +1,4 @@
-"""Lesson 37 beside transformers (layer patterns, RecurrentGemma's RG-LRU, DeepSeek-V4's settings) and fla's naive NSA."""
+"""Lesson 37 beside transformers (layer patterns, RG-LRU, DeepSeek-V4's settings) and fla's naive NSA."""
 
 import importlib.util
 import sys
@@ -129,7 +129,7 @@ def test_native_sparse_attention(lesson, agrees, naive, n, block, top):
     )
     q, k, v = (t.transpose(1, 2) for t in (q, k, v))
     three = F.pad(gates, (0, 1)).transpose(1, 2)
-    out, weights = lesson.compressed_attention(q, k, v, block)
+    _, weights = lesson.compressed_attention(q, k, v, block)
     chosen = lesson.select_blocks(weights, kv_heads, block, top)
     listed = F.one_hot(indices + 1, -(-n // block) + 1).sum(3)[..., 1:].transpose(1, 2) > 0
     assert torch.equal(chosen, listed)
