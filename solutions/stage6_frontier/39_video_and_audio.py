@@ -484,7 +484,7 @@ for n_mels, n_fft, hop, rate in [
     checks.close(
         found,
         expected,
-        rtol=1e-6,  # the bands are float32
+        rtol=5e-8,  # the bands are float32
         what=f"log_mel of two clips, {n_mels} bands, {n_fft}/{hop} at {rate} Hz",
         dtype=torch.float64,
         mistakes={
@@ -672,8 +672,8 @@ checks.close(
     torch.tensor([-math.log(0.75)]),
     what='the loss of "a" in two frames',
     mistakes={
-        "one path only": torch.tensor([-math.log(0.25)]),
-        "paths that end in the letter": torch.tensor([-math.log(0.5)]),
+        "one of the three paths": torch.tensor([-math.log(0.25)]),
+        "two of the three paths": torch.tensor([-math.log(0.5)]),
     },
 )
 checks.close(
@@ -845,6 +845,12 @@ def waves(t: Tensor, width: int) -> Tensor:
     return torch.cat([angles.sin(), angles.cos()], dim=-1)
 
 
+def set_rate(adam: torch.optim.Optimizer, peak: float, step: int, steps: int) -> None:
+    """The learning rate: `peak`, and a fall to 0 in the last third of the steps."""
+    for group in adam.param_groups:
+        group["lr"] = peak * min(1.0, 3 * (steps - step) / steps)
+
+
 def spoken(count: int, generator: torch.Generator) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Words of one to five vowels: sounds (count, samples), letters (count, 5) from 1 on and
     padded with 0, number of letters (count,), middle of each letter in s (count, 5)."""
@@ -884,10 +890,11 @@ mels = log_mel(sounds)
 torch.manual_seed(0)
 encoder = AudioEncoder(80, 40)
 head = nn.Linear(40, 6)  # the blank and five vowels
-adam = torch.optim.AdamW([*encoder.parameters(), *head.parameters()], lr=4e-3)
+adam = torch.optim.AdamW([*encoder.parameters(), *head.parameters()], betas=(0.9, 0.95))
 frames = torch.full((32,), 64)
 ctc_curve = []
-for _ in range(160):
+for step in range(200):
+    set_rate(adam, 8e-3, step, 200)
     rows = torch.randint(0, 320, (32,), generator=generator)  # 80 are held out
     log_p = head(encoder(mels[rows])).log_softmax(-1)
     nats = ctc_loss_forward(log_p, letters[rows], frames, sizes[rows]).mean()
@@ -941,11 +948,13 @@ plot.plt.show()
 torch.set_num_threads(threads)
 
 # %% [markdown]
-# **What came out.** CTC needs a vowel named once, and every further frame that names it is one more
-# thing to get right: the blank is right next to anything. So the network names a vowel in a few
-# frames near its middle and is silent elsewhere; the picture shows spikes, not plateaus. That is
-# why CTC's timestamps are poor, and why frames can be thrown away where the blank wins. Over five
-# seeds (another network, other words) at least nine words in ten were right.
+# **What came out.** The network found the boundaries by itself, and names each vowel in most of its
+# frames: in all five seeds in five to six of them, with at most one of 80 held-out words wrong. At
+# the outset it names nothing at all. Blanks everywhere are the quickest way to a finite loss, and
+# half of the training goes by before it leaves them. Large CTC recognizers look different. They
+# spike: a letter in one frame, blanks around it (Zeyer et al. 2021). The loss allows both. Here a
+# pause separates any two vowels and blank comes to mean silence; six times as many steps changed
+# nothing about that. Whoever wants timestamps from CTC should look which of the two they have.
 
 # %% [markdown]
 # ## Codes: vector quantization {#codes}
@@ -2028,9 +2037,11 @@ def sample_euler(
 # </details>
 
 # %% check="sample_euler" points=2
-found = sample_euler(
-    lambda x, t, labels: t[:, None] + 0 * x, torch.zeros(2, 1), torch.zeros(2).long(), 4
-)
+start = torch.zeros(2, 1)
+with checks.kept(noise=start):
+    found = sample_euler(
+        lambda x, t, labels: t[:, None] + 0 * x, start, torch.zeros(2, dtype=torch.long), 4
+    )
 checks.close(
     found,
     torch.full((2, 1), 0.375),
@@ -2214,9 +2225,8 @@ class DiTBlock(nn.Module):
     def forward(self, x: Tensor, c: Tensor) -> Tensor:
         ### BEGIN SOLUTION
         dim = x.shape[-1]
-        shift1, scale1, gate1, shift2, scale2, gate2 = self.modulation(F.silu(c))[:, None].chunk(
-            6, dim=-1
-        )
+        modulated = self.modulation(F.silu(c))[:, None]
+        shift1, scale1, gate1, shift2, scale2, gate2 = modulated.chunk(6, dim=-1)
         steered = F.layer_norm(x, (dim,), eps=1e-6) * (1 + scale1) + shift1
         q, k, v = self.qkv(steered).unflatten(-1, (3, self.heads, -1)).permute(2, 0, 3, 1, 4)
         mixed = F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2)
@@ -2403,13 +2413,10 @@ judge = SVC().fit(images[::2].flatten(1), classes[::2])
 generator = torch.Generator().manual_seed(0)
 torch.manual_seed(0)
 dit = DiT()
-adam = torch.optim.AdamW(dit.parameters(), lr=3e-3, betas=(0.9, 0.98))
-steps = 400
+adam = torch.optim.AdamW(dit.parameters(), betas=(0.9, 0.95))
 flow_curve = []
-for step in range(steps):
-    rate = 3e-3 * min((step + 1) / 40, 1.0) * min(1.0, 2 * (steps - step) / steps)
-    for group in adam.param_groups:
-        group["lr"] = rate
+for step in range(300):
+    set_rate(adam, 3e-3, step, 300)
     rows = torch.randint(0, len(scaled), (64,), generator=generator)
     error = flow_matching_loss(dit, scaled[rows], classes[rows], generator)
     adam.zero_grad()
@@ -2474,6 +2481,16 @@ plot.caption(
     "t is near 0.5 the noise is louder than the picture.",
 )
 plot.plt.show()
+
+# %% [markdown]
+# **What came out.** One step draws digits that the judge reads without fail, and that are nearly
+# all alike: at $t=0$ the velocity points at the mean of the data, here of the digit asked for, and
+# the mean of the threes is a fine three. By the judge alone, one step would be the best sampler.
+# With more steps the pictures spread until they differ as real ones do, and some of them are badly
+# written. So it was in all five seeds: the more steps, the fewer were read as asked (at 32 steps
+# still nine in ten), and at one step the spread was less than half of the real one. Quality
+# and variety have to be measured together. The Fréchet distance of image papers does, as it
+# compares the means *and* the covariances of features.
 
 # %% [markdown]
 # ## Masked diffusion: text in any order {#masked}
@@ -3053,12 +3070,14 @@ class Filler(nn.Module):
     def __init__(self, vocab: int, length: int, width: int = 64) -> None:
         super().__init__()
         self.token = nn.Embedding(vocab, width)
+        nn.init.normal_(self.token.weight, std=0.3)
         self.place = nn.Parameter(0.3 * torch.randn(length, width))
         self.layer = nn.TransformerEncoderLayer(
             width, 4, 2 * width, 0.0, F.gelu, batch_first=True, norm_first=True
         )
         self.norm = nn.LayerNorm(width)
         self.head = nn.Linear(width, vocab)
+        self.head.weight = self.token.weight
 
     def forward(self, tokens: Tensor) -> Tensor:
         return self.head(self.norm(self.layer(self.token(tokens) + self.place)))
@@ -3075,7 +3094,7 @@ import datetime
 torch.set_num_threads(1)
 said = [
     f"{text.split(', ', 1)[1]} = {iso}"  # without the day of the week
-    for text, iso in data.dates("en", "iso", 24_000)
+    for text, iso in data.dates("en", "iso", 18_000)
     if text.split(",")[0].endswith("day")
 ]
 words = ["<mask>", *sorted({word for line in said for word in pieces(line)})]
@@ -3084,13 +3103,12 @@ lines = torch.tensor([[number[word] for word in pieces(line)] for line in said])
 generator = torch.Generator().manual_seed(0)
 torch.manual_seed(0)
 filler = Filler(len(words), 12)
-adam = torch.optim.AdamW(filler.parameters(), lr=5e-3)
-for step in range(400):
-    for group in adam.param_groups:
-        group["lr"] = 5e-3 * min((step + 1) / 30, (400 - step) / 200, 1.0)
-    batch = lines[torch.randint(0, len(lines), (128,), generator=generator)]
+adam = torch.optim.AdamW(filler.parameters(), betas=(0.9, 0.95))
+for step in range(500):
+    set_rate(adam, 1e-2, step, 500)
+    batch = lines[torch.randint(0, len(lines), (64,), generator=generator)]
     # Times spread evenly over (0, 1]: the loss varies less from batch to batch.
-    times = (torch.arange(128) + 1 - torch.rand((), generator=generator)) / 128
+    times = (torch.arange(64) + 1 - torch.rand((), generator=generator)) / 64
     nats = masked_diffusion_loss(filler, batch, times, 0, generator)
     adam.zero_grad()
     nats.backward()
@@ -3197,12 +3215,12 @@ plot.plt.show()
 # %% [markdown]
 # **What came out.** Every step saved costs lines. The network's predictions are nearly exact (the
 # bounds say so), so what is lost, is lost to independence: two tokens that are kept together don't
-# see each other. The surprise is the low confidence. One token at a time it does well; two at a
-# time it is far worse than chance order. Twins are equally probable, so it keeps them *together*:
-# both centuries, then both months. Confidence looks at each token alone, and what matters is the
-# pair. In all five seeds it had fewer than one line in ten right at six steps, and random order
-# over a third. In real text the most confident tokens are mostly those that the rest already
-# decides, and LLaDA found low confidence the better choice.
+# see each other. The surprise is the low confidence. One token at a time it is the better way, two
+# at a time it is hopeless. Twins are equally probable, so it keeps them *together*: both centuries,
+# then both months. Confidence looks at each token alone, and what matters is the pair. In all five
+# seeds it had at six steps fewer than one line in twenty right, and a random order more than half.
+# In real text the most confident tokens are mostly those that the rest already decides, and LLaDA
+# found low confidence the better choice.
 
 # %% [markdown]
 # ## Key questions
