@@ -135,7 +135,7 @@ def vowel(name: str, pitch: float, seconds: float, size: float = 1.0) -> Tensor:
 # **What $N$ buys.** Bins are $f_s/N$ apart: 40 Hz at $N=400$ (25 ms). Two tones closer than that
 # merge. Twice the $N$ separates them, and blurs in time by the same factor. No window escapes it.
 #
-# **Centered** frames are Whisper's choice: frame $f$ is centered on sample $fH$, so the sound
+# Centered frames are Whisper's choice: frame $f$ is centered on sample $fH$, so the sound
 # $\tilde x$ is the given one with $\lfloor N/2\rfloor$ samples added at each end, mirrored at the
 # first and last sample.
 
@@ -397,7 +397,7 @@ assert 0.0255 < float(found.max()) < 0.0262, "the highest weight of Whisper's 80
 # %% [markdown]
 # ## What Whisper reads
 #
-# Four steps are left, each with a trap that has cost somebody a port. The window is a **periodic**
+# Four steps are left, each with a trap that has cost somebody a port. The window is a *periodic*
 # Hann window, $w_n=\tfrac12-\tfrac12\cos(2\pi n/N)$: the symmetric one, with $N-1$, is SciPy's
 # default. The *power* $|X|^2$ goes through the bands, not the magnitude. The last frame is dropped,
 # so that 30 s are 3000 frames and not 3001. And the logarithm (base 10, of at least $10^{-10}$) is
@@ -415,7 +415,8 @@ def log_mel(
     samples, centered frames without the last one, squared magnitudes, `mel_filterbank` from 0 to
     sample_rate / 2 with areas of 1. Then y = log10 of what is at least 1e-10; what lies more than 8
     below the largest y of *its own clip* (each row of x is a clip) is raised to that; and the
-    result is (y + 4) / 4. You may use your own functions or torch.stft. x is not changed.
+    result is (y + 4) / 4. Everything but the bands, window included, is computed in the dtype of x.
+    You may use your own functions or torch.stft. x is not changed.
 
     Example: silence is log10(1e-10) = −10 everywhere, so −1.5.
     """
@@ -1449,7 +1450,7 @@ plot.plt.show()
 # ### How a language model reads eight codes at once
 #
 # RVQ gives $K$ codes per frame, which depend on one another: the second refines the first.
-# **Flattened**, one after the other, they cost $K$ steps a frame. Predicted **all at once**, they
+# Flattened, one after the other, they cost $K$ steps a frame. Predicted all at once, they
 # are drawn as if independent given the past. MusicGen (Copet et al. 2023) shifts instead: stage $k$
 # is delayed by $k$ steps. In each step the model predicts one code of every stage, and has seen, of
 # each frame, all coarser codes before the finer one. Cost: $T + K - 1$ steps. That is the **delay
@@ -1577,7 +1578,7 @@ plot.plt.show()
 # A **tubelet** is a patch with a third side: $t$ frames by $h$ by $w$ pixels, flattened and
 # projected (ViViT, Arnab et al. 2021). Eight seconds at 16 frames a second, in tubelets of
 # $2\times16\times16$ at $224\times224$, are $64\cdot196 = 12{,}544$ tokens. Attention among all is
-# $(TS)^2$ scores. **Factorized** attention first mixes the $S$ tokens of each frame, then the $T$
+# $(TS)^2$ scores. **Factorized attention** first mixes the $S$ tokens of each frame, then the $T$
 # tokens at each place: $T\,S^2 + S\,T^2 = TS\,(T+S)$. Two hops connect any two tokens: first to the
 # right place in one's own frame, then along time.
 
@@ -2186,7 +2187,7 @@ plot.plt.show()
 # $$ x \leftarrow x + g_1\odot\mathrm{attn}\big((1+s_1)\odot\mathrm{LN}(x)+b_1\big),\qquad x
 # \leftarrow x + g_2\odot\mathrm{mlp}\big((1+s_2)\odot\mathrm{LN}(x)+b_2\big). $$
 #
-# All six come from one linear layer, and that layer starts at **zero** (adaLN-Zero). So every gate
+# All six come from one linear layer, and that layer starts at zero (adaLN-Zero). So every gate
 # is 0 and each block starts as the identity, whatever its other weights. Among the ways to hand
 # over $c$ that the paper compares, this one was the best and the cheapest.
 

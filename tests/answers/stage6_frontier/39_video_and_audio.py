@@ -218,7 +218,7 @@ def log_mel(x, n_mels=80, n_fft=400, hop=160, sample_rate=16_000):
     clips = []
     for clip in x.reshape(-1, x.shape[-1]):
         bins = torch.stft(
-            clip, n_fft, hop, window=torch.hann_window(n_fft).to(clip), return_complex=True
+            clip, n_fft, hop, window=torch.hann_window(n_fft, dtype=clip.dtype).to(clip), return_complex=True
         )
         power = torch.view_as_real(bins).square().sum(-1)[:, :-1]
         y = torch.log10(torch.clamp(mel_filterbank(n_mels, n_fft, sample_rate).to(power) @ power, min=1e-10))
