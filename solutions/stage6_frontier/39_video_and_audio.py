@@ -39,8 +39,8 @@
 # **Split space and time.** A video has too many patches for all to see all. Attention inside each
 # frame, then along each place, costs a fraction and still connects everything.
 #
-# **Transport noise.** **Flow matching** learns a velocity field that carries noise to data along
-# almost straight paths; sampling follows it in a few steps. The network is a Transformer whose
+# **Transport noise.** **Flow matching** learns a velocity field that carries noise to data, along
+# paths straight enough for a few steps. The network is a Transformer whose
 # norms are steered by the time and the label.
 #
 # **Mask instead of noise.** For text the noise is a mask. **Masked diffusion** trains on any share
@@ -51,7 +51,7 @@
 # | symbol | in code | is |
 # |---|---|---|
 # | $N$, $H$ | `n_fft`, `hop` | samples in a frame, samples from one frame to the next |
-# | $T$, $S$ | `time`, `states` | frames; states of a CTC alignment |
+# | $T$, $S$ | `time`, `states`, `space` | frames; states of a CTC alignment, places in a frame |
 # | $\varnothing$ | `blank` | CTC's symbol for "nothing new" |
 # | $e_k$ | `codebook[k]` | entry $k$ of a codebook, (dim,) |
 # | $t$ | `t` | in flow matching 0 is noise, 1 is data; in masked diffusion the share of masks |
@@ -1903,14 +1903,6 @@ plot.plt.show()
 #
 # Points that start as noise and move with $v$ obey the same equation. So at each $t$ they are
 # distributed as $x_t$ is, and at $t=1$ as the data. The lines cross, the flow doesn't.
-#
-# **An exact case.** For data $N(\mu,\sigma^2)$ everything is Gaussian, $x_t$ has mean $t\mu$
-# and variance $(1-t)^2+t^2\sigma^2$, and its covariance with $x_1-x_0$ is $t\sigma^2-(1-t)$. The
-# conditional mean of one Gaussian given another is linear:
-#
-# $$ v(x,t) = \mu + \frac{t\sigma^2-(1-t)}{(1-t)^2+t^2\sigma^2}\,(x-t\mu). $$
-#
-# At $t=0$ this is $\mu - x$: it points at the mean of the data, whatever the noise.
 
 
 # %% exercise="flow_matching_loss" minutes=12 difficulty=2
@@ -2046,6 +2038,14 @@ checks.close(
 ### END HIDDEN TESTS
 
 # %% [markdown]
+# **An exact case.** For data $N(\mu,\sigma^2)$ everything is Gaussian, $x_t$ has mean $t\mu$
+# and variance $(1-t)^2+t^2\sigma^2$, and its covariance with $x_1-x_0$ is $t\sigma^2-(1-t)$. The
+# conditional mean of one Gaussian given another is linear:
+#
+# $$ v(x,t) = \mu + \frac{t\sigma^2-(1-t)}{(1-t)^2+t^2\sigma^2}\,(x-t\mu). $$
+#
+# At $t=0$ this is $\mu - x$: it points at the mean of the data, whatever the noise.
+#
 # To sample, start at noise and follow the velocity in small straight steps, as Euler did. The error
 # of the whole way shrinks as one over the number of steps.
 
@@ -2549,23 +2549,13 @@ plot.plt.show()
 # $$ L(x) = E_{t\sim U(0,1]}\;E_{M}\;\frac1t\sum_{i\in M}-\log p_\theta(x_i\mid x_{\setminus M}).
 # $$
 #
-# **Why $1/t$?** Because then $L$ bounds $-\log p(x)$, and BERT's loss bounds nothing. Fix a set $M$
-# of $m$ of the $L$ places. It is drawn at time $t$ with probability $t^m(1-t)^{L-m}$, so in all it
-# has the weight
+# **Why $1/t$?** Because then $L$ bounds $-\log p(x)$. Fix a set $M$ of $m$ of the $n$ places. It is
+# drawn at time $t$ with probability $t^m(1-t)^{n-m}$, so in all it has the weight
 #
-# $$ \int_0^1 \frac1t\,t^m(1-t)^{L-m}\,dt = \frac{(m-1)!\,(L-m)!}{L!} = \frac1{m\binom Lm}. $$
+# $$ \int_0^1 \frac1t\,t^m(1-t)^{n-m}\,dt = \frac{(m-1)!\,(n-m)!}{n!} = \frac1{m\binom nm}. $$
 #
-# Now reveal the tokens one at a time, in a random order. The step in which $m$ are hidden
-# meets each set $M$ of that size with probability $1/\binom Lm$, and reveals each of its places
-# with probability $1/m$. So the weight of each $-\log p_\theta(x_i\mid x_{\setminus M})$ is the
-# chance that this prediction is made, and
-#
-# $$ L(x) = E_{\text{order}}\sum_{k=1}^{L} -\log p_\theta(x_{o_k}\mid x_{o_1},\dots,x_{o_{k-1}})
-# \;\ge\; -\log E_{\text{order}}\,p_\theta(x\mid\text{order}), $$
-#
-# by Jensen. The loss of masked diffusion is that of a model which writes in all orders. If its
-# predictions fit together (if they are the conditionals of *one* distribution) all orders agree,
-# and the bound is the log-likelihood itself.
+# A BERT with a fixed share of masks has no such weights, and its loss bounds nothing. What this one
+# bounds, and how closely, comes after the exercise.
 
 
 # %% exercise="masked_diffusion_loss" minutes=15 difficulty=2
@@ -2701,7 +2691,7 @@ for i, share in enumerate((0.1, 0.5, 0.8)):
     )
 checks.uses_generator(
     lambda source: masked_diffusion_loss(
-        lambda inputs: F.one_hot(inputs.cumsum(1) % 7, 7).float(),
+        lambda inputs: torch.sin(inputs.cumsum(1)[..., None] * torch.arange(1.0, 8.0)),
         torch.arange(60).reshape(3, 20) % 6,
         torch.full((3,), 0.5),
         6,
@@ -2733,6 +2723,18 @@ assert bool(torch.isfinite(calm)), "logits of −inf at a token that isn't maske
 ### END HIDDEN TESTS
 
 # %% [markdown]
+# **What the loss bounds.** Reveal the tokens of a text one at a time, in a random order. The step
+# in which $m$ are hidden meets each set $M$ of that size with probability $1/\binom nm$, and
+# reveals each of its places with probability $1/m$. So the weight of each $-\log p_\theta(x_i\mid
+# x_{\setminus M})$ is the chance that this prediction is made, and
+#
+# $$ L(x) = E_{\text{order}}\sum_{k=1}^{n} -\log p_\theta(x_{o_k}\mid x_{o_1},\dots,x_{o_{k-1}})
+# \;\ge\; -\log E_{\text{order}}\,p_\theta(x\mid\text{order}), $$
+#
+# by Jensen. The loss of masked diffusion is that of a model which writes in all orders. If its
+# predictions fit together (if they are the conditionals of *one* distribution) all orders agree,
+# and the bound is the log-likelihood itself.
+#
 # On a short text the bound needs no sampling: list all sets of places.
 
 
@@ -3401,8 +3403,8 @@ checks.number(
     answer,
     0.05,
     what="weight",
-    hint="1 / (m·C(L, m)) with m = 2 and L = 5",
-    mistakes={"1 / C(L, m)": 0.1, "1 / m": 0.5, "one set of all sizes alike": 1 / 31},
+    hint="1 / (m·C(n, m)) with m = 2 and n = 5",
+    mistakes={"1 / C(n, m)": 0.1, "1 / m": 0.5, "one set of all sizes alike": 1 / 31},
 )
 ### END HIDDEN TESTS
 
