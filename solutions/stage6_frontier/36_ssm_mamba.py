@@ -10,9 +10,9 @@
 #     name: python3
 #   llm40:
 #     builds: >-
-#       State-space models from the differential equation to Mamba-2: discretization, convolution and
-#       recurrence, the selective scan in parallel, in Triton and as matrix products, and a block
-#       that decodes with a state of fixed size.
+#       State-space models from the differential equation to Mamba-2: discretization, convolution
+#       and recurrence, the selective scan in parallel, in Triton and as matrix products, and a
+#       block that decodes with a state of fixed size.
 #     gpu: >-
 #       The two scan kernels at full size: the gated scan beside a plain copy, and the fused
 #       selective scan beside what the GPU's exponential units allow.
@@ -66,8 +66,6 @@
 
 # %%
 import math
-import time
-from collections import Counter
 from collections.abc import Callable
 
 import numpy as np
@@ -114,6 +112,16 @@ def selective_loop(u, dt, A, B, C, D=None, state=None, hold=False):
     return y, h
 
 
+def selective_inputs(batch, length, channels, N, generator, dtype=torch.float32):
+    """u, dt, A, B, C, D, state: rows, channels and tokens all unlike, u and dt not contiguous."""
+    u = checks.randn(batch, channels, length, generator=generator, dtype=dtype).mT
+    dt = uniform(batch, channels, length, generator=generator, high=1.5, dtype=dtype).mT
+    A = -uniform(channels, N, generator=generator, low=0.05, high=3.0, dtype=dtype)
+    B, C = (checks.randn(batch, length, N, generator=generator, dtype=dtype) for _ in range(2))
+    D = checks.randn(channels, generator=generator, dtype=dtype)
+    return u, dt, A, B, C, D, checks.randn(batch, channels, N, generator=generator, dtype=dtype)
+
+
 def heads_loop(u, dt, A, B, C, D=None, state=None):
     """(y, state) of Mamba-2's recurrence: u (batch, length, heads, head_dim), see ssd_chunked."""
     u, dt, A, B, C = (t.double() for t in (u, dt, A, B, C))
@@ -127,6 +135,19 @@ def heads_loop(u, dt, A, B, C, D=None, state=None):
         if D is not None:
             y[:, t] += D.double()[:, None] * u[:, t]
     return y, h
+
+
+def ssd_inputs(batch, length, heads, head_dim, groups, N, generator, dtype=torch.float32):
+    """u, dt, A, B, C, D, state of Mamba-2; u and dt are not contiguous."""
+    u = checks.randn(heads, batch, length, head_dim, generator=generator, dtype=dtype)
+    dt = uniform(batch, heads, length, generator=generator, high=1.5, dtype=dtype).mT
+    A = -uniform(heads, generator=generator, low=0.05, high=2.0, dtype=dtype)
+    B, C = (
+        checks.randn(batch, length, groups, N, generator=generator, dtype=dtype) for _ in range(2)
+    )
+    D = checks.randn(heads, generator=generator, dtype=dtype)
+    state = checks.randn(batch, heads, head_dim, N, generator=generator, dtype=dtype)
+    return u.permute(1, 2, 0, 3), dt, A, B, C, D, state
 
 
 # %% [markdown]
@@ -246,7 +267,8 @@ for kind, wide in ((torch.complex64, torch.float32), (torch.complex128, torch.fl
                 what=f"the {part} part of {what}",
             )
 mixed = discretize_zoh(A.real.contiguous(), torch.complex(A.real, A.imag), dt[:3])
-assert not mixed[0].is_complex() and mixed[1].is_complex(), "a real A with a complex B"
+assert not mixed[0].is_complex(), "A_bar is complex only where A is"
+assert mixed[1].is_complex(), "B_bar is complex where B is"
 ### END HIDDEN TESTS
 
 # %% check="discretize_zoh" points=1
@@ -393,8 +415,8 @@ for rule in rules:
 #
 # ## One system, computed twice
 #
-# Let $\bar A$, $\bar B$, $C$ be the same at every token: the system is **linear and time-invariant**
-# (LTI). Unroll the recurrence from $h_0 = 0$:
+# Let $\bar A$, $\bar B$, $C$ be the same at every token: the system is **linear and
+# time-invariant** (LTI). Unroll the recurrence from $h_0 = 0$:
 #
 # $$y_t = \sum_{k=0}^{t} \underbrace{\textstyle\sum_n C_n \bar A_n^{\,k}\bar B_n}_{K_k}\; u_{t-k}.$$
 #
@@ -533,8 +555,8 @@ for channels, N, length, dtype in [
 with checks.allocations() as made:
     ssm_kernel(A_bar, B_bar, C, 600)
 assert sum(made.shapes.values()) <= 40, (
-    f"{sum(made.shapes.values())} tensors are made for 600 taps; 40 are allowed: compute all powers "
-    "together"
+    f"{sum(made.shapes.values())} tensors are made for 600 taps; 40 are allowed: compute all "
+    "powers together"
 )
 ### END HIDDEN TESTS
 
@@ -624,8 +646,8 @@ u, kernel = checks.randn(2, 600, 2, generator=gen), checks.randn(2, 600, generat
 with checks.allocations() as made:
     y = ssm_convolution(u, kernel)
 assert made.largest <= 4 * 1200 * 4, (
-    f"a tensor of {made.largest} numbers is made for 600 tokens, 600 taps and 4 rows: {4 * 4 * 1200} "
-    "are allowed"
+    f"a tensor of {made.largest} numbers is made for 600 tokens, 600 taps and 4 rows: "
+    f"{4 * 4 * 1200} are allowed"
 )
 # Law: the future has no say.
 later = u.clone()
@@ -756,9 +778,8 @@ checks.close(B, [1.0, math.sqrt(3)], dtype=torch.float64, what="B for n = 2")
 nodes, weights = (torch.tensor(t) for t in np.polynomial.legendre.leggauss(40))
 for n in (1, 2, 3, 5, 9):
     A, B = hippo_legs(n)
-    assert A.shape == (n, n) and B.shape == (n,), (
-        f"for n = {n} the shapes are ({n}, {n}) and ({n},)"
-    )
+    shapes = tuple(A.shape), tuple(B.shape)
+    assert shapes == ((n, n), (n,)), f"for n = {n} the shapes are {shapes}"
     assert A.dtype == B.dtype == torch.float64, "A and B are float64"
     phi = torch.stack(
         [
@@ -924,16 +945,6 @@ checks.close(
 checks.close(state[0, 0, 0], 1.5 * half, what="the last state")
 ### BEGIN HIDDEN TESTS
 gen = checks.generator(6)
-
-
-def selective_inputs(batch, length, channels, N, generator, dtype=torch.float32):
-    """u, dt, A, B, C, D, state: rows, channels and tokens all unlike, u and dt not contiguous."""
-    u = checks.randn(batch, channels, length, generator=generator, dtype=dtype).mT
-    dt = uniform(batch, channels, length, generator=generator, high=1.5, dtype=dtype).mT
-    A = -uniform(channels, N, generator=generator, low=0.05, high=3.0, dtype=dtype)
-    B, C = (checks.randn(batch, length, N, generator=generator, dtype=dtype) for _ in range(2))
-    D = checks.randn(channels, generator=generator, dtype=dtype)
-    return u, dt, A, B, C, D, checks.randn(batch, channels, N, generator=generator, dtype=dtype)
 
 
 for shape, dtype in [
@@ -1162,9 +1173,8 @@ begin, end = checks.parts(
 )
 checks.close(begin, torch.zeros(11, dtype=torch.int64), what="where the prefixes begin")
 checks.close(end, places, what="where the prefixes end")
-assert sum(joined) <= 33 and len(joined) <= 10, (
-    f"{sum(joined)} pairs in {len(joined)} calls; for 11 elements 33 pairs in 10 calls are allowed"
-)
+assert sum(joined) <= 33, f"{sum(joined)} pairs are combined; 33 are allowed for 11 elements"
+assert len(joined) <= 10, f"combine is called {len(joined)} times; 10 are allowed for 11 elements"
 ### BEGIN HIDDEN TESTS
 gen = checks.generator(9)
 pairs = []
@@ -1208,10 +1218,13 @@ for length in (1, 2, 7, 64, 1000, 1023, 1025):
     ones = torch.ones(length, dtype=torch.float64)
     associative_scan(stepped, (ones, ones))
     calls = 0 if length == 1 else 2 * math.ceil(math.log2(length)) + 2
-    assert sum(pairs) <= 3 * length and len(pairs) <= calls and 0 not in pairs, (
-        f"length {length}: {sum(pairs)} pairs in {len(pairs)} calls of combine; at most "
-        f"{3 * length} in {calls} are allowed, none of them empty"
+    assert sum(pairs) <= 3 * length, (
+        f"length {length}: {sum(pairs)} pairs are combined; {3 * length} are allowed"
     )
+    assert len(pairs) <= calls, (
+        f"length {length}: combine is called {len(pairs)} times; {calls} are allowed"
+    )
+    assert 0 not in pairs, f"length {length}: combine is called with no pair"
 a, b = (
     uniform(21, 2, generator=gen, dtype=torch.float64),
     checks.randn(21, 2, generator=gen).double(),
@@ -1276,8 +1289,9 @@ plot.curves(
 axes[1].legend(fontsize=8)
 plot.caption(
     fig,
-    "Left: first neighbors, then pairs of pairs, down to one (orange); then the prefixes in between "
-    "are filled in. Right: twice the loop's combinations buy a waiting time that is logarithmic.",
+    "Left: first neighbors, then pairs of pairs, down to one (orange); then the prefixes in "
+    "between are filled in. Right: twice the loop's combinations buy a waiting time that is "
+    "logarithmic.",
 )
 plt.show()
 
@@ -1370,7 +1384,7 @@ SCAN_CONFIGS = tuple(
 
 
 def rows_of(t: Tensor) -> Tensor:
-    """(…, length) as rows with a contiguous last axis; copied only where its strides forbid a view."""
+    """(…, length) as rows with a contiguous last axis; copied only where strides forbid a view."""
     t = t.flatten(0, -2) if t.dim() > 1 else t[None]
     return t if t.stride(-1) == 1 or t.shape[-1] == 1 else t.contiguous()
 
@@ -1510,18 +1524,18 @@ with checks.traffic(dry=True) as seen:
         scan_kernel[(2,)](*tensors, *[2**30] * 3, 4, 5, BLOCK_R=2, BLOCK_T=4)
 if seen is not None:
     places = [checks.addresses(t, (4, 5), (2**30, 1)) for t in tensors]
-    assert set(seen.read) == places[0] | places[1] and set(seen.written) == places[2], (
-        "rows 2³⁰ elements apart: row 2 is not where it should be"
-    )
+    found, due = (set(seen.read), set(seen.written)), (places[0] | places[1], places[2])
+    assert found == due, "rows 2³⁰ elements apart: row 2 is not where it should be"
 ### END HIDDEN TESTS
 
 # %% [markdown]
 # ### Why Mamba needs a kernel of its own
 #
-# With $a$ and $b$ as tensors the selective scan moves $N$ times what it must: `decay`, `new` and all
-# states are (batch, length, channels, $N$), and they are read and written several times. Mamba's
-# kernel reads $u$, $\Delta$, $B$ and $C$, makes $a$ and $b$ **on chip**, scans, multiplies by $C$,
-# and writes $y$. The states never leave the registers; the backward pass computes them again.
+# With $a$ and $b$ as tensors the selective scan moves $N$ times what it must: `decay`, `new` and
+# all states are (batch, length, channels, $N$), and they are read and written several times.
+# Mamba's kernel reads $u$, $\Delta$, $B$ and $C$, makes $a$ and $b$ **on chip**, scans, multiplies
+# by $C$, and writes $y$. The states never leave the registers; the backward pass computes them
+# again.
 #
 # What is left is arithmetic: one exponential for each token, channel and number of state. An H200
 # runs about four trillion of them a second, fewer than its memory could feed. So the exponential
@@ -1628,7 +1642,7 @@ def fused_selective_scan(
     if blocks is None:
         bucket = (triton.next_power_of_2(length),)
         tuned = autotuned(selective_scan_kernel, SELECTIVE_CONFIGS, ("BLOCK_N",), bucket)
-        grid = lambda meta: (triton.cdiv(channels, meta["BLOCK_D"]), batch)  # noqa: E731
+        grid = lambda meta: (triton.cdiv(channels, meta["BLOCK_D"]), batch)
         tuned[grid](*arguments, BLOCK_N=width)
     else:
         selective_scan_kernel[triton.cdiv(channels, blocks[0]), batch](
@@ -1831,13 +1845,13 @@ plt.show()
 # one thing.
 #
 # **Mamba-2** simplifies for its sake. A head has `head_dim` channels that share one $\Delta_t$ and
-# one number $A < 0$; $B$ and $C$ are shared by groups of heads. A state is a matrix (head_dim, $N$),
-# and $N$ may grow from 16 to 128, because matrix products do the work.
+# one number $A < 0$; $B$ and $C$ are shared by groups of heads. A state is a matrix (head_dim,
+# $N$), and $N$ may grow from 16 to 128, because matrix products do the work.
 #
-# **The mask** needs the sums $\Delta_{j+1}A + \dots + \Delta_i A$ of all segments. The difference of
-# two cumulative sums gives them, and loses its digits where one step was huge: $-10000.3 - (-10000)$
-# in float32 is $-0.2998$. Worse, a full reset, $-\infty$, makes it NaN. Instead put the terms into a
-# matrix, blank out those that do not belong to the segment, and sum down the columns.
+# **The mask** needs the sums $\Delta_{j+1}A + \dots + \Delta_i A$ of all segments. The difference
+# of two cumulative sums gives them, and loses its digits where one step was huge: $-10000.3 -
+# (-10000)$ in float32 is $-0.2998$. Worse, a full reset, $-\infty$, makes it NaN. Instead put the
+# terms into a matrix, blank out those that do not belong to the segment, and sum down the columns.
 #
 # ### Exercise · Sums over all segments
 
@@ -1899,7 +1913,7 @@ for shape, dtype in [((2, 3, 7), torch.float32), ((1,), torch.float64), ((4, 12)
     checks.close(S[..., below], expected[..., below], dtype=dtype, what="the sums", atol=1e-6)
     assert bool((S[..., ~below] == -inf).all()), "above the diagonal all is −inf"
 log_a = -checks.randn(5, generator=gen).abs()
-gradient_of = lambda S: S.exp() * torch.arange(25.0).view(5, 5).to(S)  # noqa: E731
+gradient_of = lambda S: S.exp() * torch.arange(25.0).view(5, 5).to(S)
 checks.gradients(
     lambda x: gradient_of(segment_sums(x)),
     lambda x: gradient_of(
@@ -1918,6 +1932,7 @@ checks.gradients(
 
 # %% check="segment_sums" points=1
 # A step that forgets everything stands between small ones.
+inf = math.inf
 S = segment_sums(torch.tensor([-0.5, -1e5, -0.25, -0.125]))
 checks.close(
     S[3, 1],
@@ -1936,7 +1951,7 @@ log_a = -uniform(60, generator=gen, high=0.1)
 log_a[10] = -3e6
 S = segment_sums(log_a)
 checks.close(
-    S[59, 10:], log_a.double().flip(0).cumsum(0).flip(0)[11:].tolist() + [0.0], rtol=1e-5,
+    S[59, 10:], [*log_a.double().flip(0).cumsum(0).flip(0)[11:].tolist(), 0.0], rtol=1e-5,
     what="the sums from a huge step on",
 )  # fmt: skip
 ### END HIDDEN TESTS
@@ -1997,19 +2012,6 @@ checks.close(
 gen = checks.generator(20)
 
 
-def ssd_inputs(batch, length, heads, head_dim, groups, N, generator, dtype=torch.float32):
-    """u, dt, A, B, C, D, state of Mamba-2; u and dt are not contiguous."""
-    u = checks.randn(heads, batch, length, head_dim, generator=generator, dtype=dtype)
-    dt = uniform(batch, heads, length, generator=generator, high=1.5, dtype=dtype).mT
-    A = -uniform(heads, generator=generator, low=0.05, high=2.0, dtype=dtype)
-    B, C = (
-        checks.randn(batch, length, groups, N, generator=generator, dtype=dtype) for _ in range(2)
-    )
-    D = checks.randn(heads, generator=generator, dtype=dtype)
-    state = checks.randn(batch, heads, head_dim, N, generator=generator, dtype=dtype)
-    return u.permute(1, 2, 0, 3), dt, A, B, C, D, state
-
-
 for shape, dtype in [
     ((2, 7, 4, 3, 2, 5), torch.float32),
     ((1, 1, 2, 1, 1, 3), torch.float64),
@@ -2042,8 +2044,10 @@ checks.close(M, scores.expand(2, 2, 6, 6), dtype=torch.float64, what="M for A = 
 # and take each where it is better (you met this in lesson 35; here the decay depends on the token):
 #
 # 1. **inside** a chunk, $M$'s diagonal block: $Q \times Q$, products of matrices;
-# 2. a chunk's **own state**: what its tokens leave at its end, $\sum_j e^{S_{Q-1,j}}\Delta_j u_j B_j^\top$;
-# 3. **between** chunks, a loop of $L/Q$ steps: state ← (decay of the whole chunk)·state + own state;
+# 2. a chunk's **own state**: what its tokens leave at its end, the sum of
+#    $e^{S_{Q-1,j}}\Delta_j u_j B_j^\top$ over its tokens $j$;
+# 3. **between** chunks, a loop of $L/Q$ steps: state ← (decay of the whole chunk)·state + own
+#    state;
 # 4. what the state before the chunk **adds** to output $i$: it has decayed by
 #    $e^{\Delta_0 A + \dots + \Delta_i A}$ and is read with $C_i$.
 #
@@ -2256,9 +2260,9 @@ for edge in range(8, length, 8):
 gap = float((y[0, :, 0, 0] - M @ u[0, :, 0, 0]).abs().max())
 plot.caption(
     fig,
-    "Token 13 has a large step: nothing from before it is read after it. Blocks on the diagonal are "
-    f"computed as they stand, all others through a state of {N} numbers. Chunks and matrix agree to "
-    f"{gap:.0e}.",
+    "Token 13 has a large step: nothing from before it is read after it. Blocks on the diagonal "
+    f"are computed as they stand, all others through a state of {N} numbers. Chunks and matrix "
+    f"agree to {gap:.0e}.",
 )
 plt.show()
 
@@ -2411,8 +2415,8 @@ axes[0].set_ylabel("smallest relative error")
 axes[0].legend(fontsize=8)
 plot.caption(
     fig,
-    "Each grey line is one of the heads of `small`. What a head's block needs at the cut depends on "
-    "the text: to copy a string, a state has to hold all of it.",
+    "Each grey line is one of the heads of `small`. What a head's block needs at the cut depends "
+    "on the text: to copy a string, a state has to hold all of it.",
 )
 plt.show()
 
@@ -2433,8 +2437,8 @@ plt.show()
 # $\Delta$ goes through a bottleneck of `dt_rank` features, and its bias is set so that the steps
 # start between 0.001 and 0.1.
 #
-# **Decoding.** A block's memory is two tensors: the last `d_conv` − 1 inputs of the convolution, and
-# the state. Nothing else, at token 10 as at token 1,000,000.
+# **Decoding.** A block's memory is two tensors: the last `d_conv` − 1 inputs of the convolution,
+# and the state. Nothing else, at token 10 as at token 1,000,000.
 #
 # ### Exercise · The Mamba block
 
@@ -2637,7 +2641,8 @@ for batch, length, d_model, sizes, dtype in [
     checks.close(conv, expected_conv, dtype=dtype, what="conv", hint=where)
     checks.close(h, expected_h, dtype=dtype, what="h", hint=where)
     dt, B, C = block.select(checks.randn(2, block.d_inner, generator=gen, dtype=dtype))
-    assert bool((dt > 0).all()) and B.shape == C.shape == (2, block.d_state), (
+    assert bool((dt > 0).all()), "dt is a softplus: above 0"
+    assert B.shape == C.shape == (2, block.d_state), (
         "select takes (…, d_inner) with any number of axes before it, one too"
     )
 block = random_block(gen, 3, d_state=2, d_conv=3)
@@ -2744,15 +2749,16 @@ with checks.allocations() as made:
     block.step(x[:, 0], memory)
 bound = 2 * 16 * max(2 * 4, 4, 1)
 assert made.largest <= bound, (
-    f"step made a tensor of {made.largest} numbers; {bound} are allowed for 2 rows, 16 channels and "
-    "4 numbers of state"
+    f"step made a tensor of {made.largest} numbers; {bound} are allowed for 2 rows, 16 channels "
+    "and 4 numbers of state"
 )
 ### END HIDDEN TESTS
 
 # %% [markdown]
 # **What decoding carries.** The block's memory is fixed; a KV cache grows. Below: the cache that
-# `small` really keeps for a text, next to the memory of a Mamba model of its width and twice as many
-# blocks (a Mamba block has no MLP beside it, so that models of equal size have about twice as many).
+# `small` really keeps for a text, next to the memory of a Mamba model of its width and twice as
+# many blocks (a Mamba block has no MLP beside it, so that models of equal size have about twice as
+# many).
 
 # %% tags=["experiment"]
 cache = models.Cache()
@@ -2895,7 +2901,7 @@ with torch.inference_mode():
     model(tokens)
 del model.block.select
 dt = seen[0][0][0].T  # (channels, tokens)
-written = dt[:, tokens[0].isin(answers[0])].mean(1)
+written = dt[:, torch.isin(tokens[0], answers[0])].mean(1)
 order = (written - dt[:, tokens[0] == BLANK].mean(1)).argsort(descending=True)
 fig, axes = plt.subplots(1, 2, figsize=(12, 3.8), width_ratios=[1, 1.6])
 for i, kind in enumerate(("fixed filter", "selective")):
@@ -3063,19 +3069,18 @@ for batch, length, N, dtype in [
             expected.append(g)
         expected = torch.stack(expected, 1)
         assert h.dtype == start.dtype, f"h has dtype {h.dtype}, not {start.dtype}"
-        for part in ("real", "imag"):
-            checks.close(
-                getattr(h, part).contiguous(),
-                getattr(expected, part).to(dtype),
-                what=f"the {part} part of h, (batch, length, N) = {(batch, length, N)}",
-            )
+        checks.close(
+            torch.view_as_real(h.contiguous()),
+            torch.view_as_real(expected).to(dtype),
+            what=f"real and imaginary parts of h, (batch, length, N) = {(batch, length, N)}",
+        )
         assert len(used) == 2, f"scan is called {len(used)} times, not twice"
         for a, x_dtype, first_dtype, shape in used:
             checks.close(a, decay, dtype=dtype, what="what scan gets as its decays")
-            assert x_dtype == first_dtype == dtype and shape == (batch, N), (
-                f"scan gets x of {x_dtype} and first of {first_dtype} {shape}; {dtype} (batch, N) "
-                "is asked for"
+            assert x_dtype == first_dtype == dtype, (
+                f"scan gets x of {x_dtype} and first of {first_dtype}; {dtype} is asked for"
             )
+            assert shape == (batch, N), f"scan gets first of shape {shape}, not {(batch, N)}"
 # Law: parity at a length of 3000, and counting modulo 5, exactly.
 bits = (torch.rand(1, 3000, 1, generator=gen) < 0.5).double()
 one = torch.ones(1, 1).double()
@@ -3291,10 +3296,10 @@ checks.number(
 # $\bar h_t = \partial \ell/\partial h_t$ from outside. Which kernel computes it?
 
 # %% [markdown] answer="backward-scan"
-# Let $\delta_t$ be the whole gradient of $h_t$: $\delta_t = \bar h_t + a_{t+1}\delta_{t+1}$. That is
-# a gated scan from right to left, with the decays shifted by one. Then
-# $\partial\ell/\partial b_t = \delta_t$ and $\partial\ell/\partial a_t = \delta_t h_{t-1}$. The same
-# kernel does it on reversed rows; $h$ is needed again, kept or computed anew.
+# Let $\delta_t$ be the whole gradient of $h_t$: $\delta_t = \bar h_t + a_{t+1}\delta_{t+1}$. That
+# is a gated scan from right to left, with the decays shifted by one. Then $\partial\ell/\partial
+# b_t = \delta_t$ and $\partial\ell/\partial a_t = \delta_t h_{t-1}$. The same kernel does it on
+# reversed rows; $h$ is needed again, kept or computed anew.
 
 # %% [markdown]
 # **3.** An induction head has to find a token's earlier occurrence and say what came next. What
@@ -3305,8 +3310,8 @@ checks.number(
 # The state at any cut must hold every pair (token, successor) that may be asked for later: a block
 # of rank $N$ per channel group cannot do more than about $N$ such associations, however they are
 # written, while the text's number of pairs grows. Attention keeps all of them and finds one by
-# content. A few such layers are enough for the look-ups, and the fixed states do the rest at constant
-# cost: the hybrids of lesson 37.
+# content. A few such layers are enough for the look-ups, and the fixed states do the rest at
+# constant cost: the hybrids of lesson 37.
 
 # %% [markdown]
 # ## References
