@@ -464,61 +464,73 @@ def associative_scan(combine, elements):
 + a = tl.load(a_ptrs + start, mask=inside, other=0.0).to(tl.float32)
 
 # %% wrong="selective_scan_kernel" because="drops the carry between tiles"
-- states_now = a * h[:, :, None] + b
-+ states_now = b
+- b = tl.where(t[:, None, None] == 0, a * h[None, :, :] + b, b)
+
+# %% wrong="selective_scan_kernel" because="the carry goes into every step of the tile"
+- b = tl.where(t[:, None, None] == 0, a * h[None, :, :] + b, b)
++ b = a * h[None, :, :] + b
+
+# %% wrong="selective_scan_kernel" because="the carry goes in without its decay"
+- b = tl.where(t[:, None, None] == 0, a * h[None, :, :] + b, b)
++ b = tl.where(t[:, None, None] == 0, h[None, :, :] + b, b)
 
 # %% wrong="selective_scan_kernel" because="leaves out D"
-- y = tl.sum(states_now * C[None, :, :], axis=1) + D[:, None] * u
-+ y = tl.sum(states_now * C[None, :, :], axis=1)
+- y = tl.sum(states_now * C[:, :, None], axis=1) + D[None, :] * u
++ y = tl.sum(states_now * C[:, :, None], axis=1)
 
 # %% wrong="selective_scan_kernel" because="leaves out the step before B"
-- b = (dt * u)[:, None, :] * B[None, :, :]
-+ b = u[:, None, :] * B[None, :, :]
+- b = (dt * u)[:, None, :] * B[:, :, None]
++ b = u[:, None, :] * B[:, :, None]
 
 # %% wrong="selective_scan_kernel" because="exp of what is meant for exp2"
-- a = tl.exp2(dt[:, None, :] * A[:, :, None])  # (BLOCK_D, BLOCK_N, BLOCK_T)
-+ a = tl.exp(dt[:, None, :] * A[:, :, None])
+- a = tl.exp2(dt[:, None, :] * A[None, :, :])  # (BLOCK_T, BLOCK_N, BLOCK_D)
++ a = tl.exp(dt[:, None, :] * A[None, :, :])
 
 # %% wrong="selective_scan_kernel" because="the first channel's decays for all"
-- a = tl.exp2(dt[:, None, :] * A[:, :, None])  # (BLOCK_D, BLOCK_N, BLOCK_T)
-+ first = tl.sum(tl.where(tl.arange(0, BLOCK_D)[:, None] == 0, A, 0.0), axis=0)
-+ a = tl.exp2(dt[:, None, :] * (0.0 * A + first[None, :])[:, :, None])
+- a = tl.exp2(dt[:, None, :] * A[None, :, :])  # (BLOCK_T, BLOCK_N, BLOCK_D)
++ first = tl.sum(tl.where(tl.arange(0, BLOCK_D)[None, :] == 0, A, 0.0), axis=1)
++ a = tl.exp2(dt[:, None, :] * (0.0 * A + first[:, None])[None, :, :])
 
 # %% wrong="selective_scan_kernel" because="reads C where it should read B"
-- b = (dt * u)[:, None, :] * B[None, :, :]
-+ b = (dt * u)[:, None, :] * C[None, :, :]
+- b = (dt * u)[:, None, :] * B[:, :, None]
++ b = (dt * u)[:, None, :] * C[:, :, None]
 
 # %% wrong="selective_scan_kernel" because="the last tile is not masked"
-- u = tl.load(u_ptrs + start, mask=d_in[:, None] & now, other=0.0).to(tl.float32)
-+ u = tl.load(u_ptrs + start, mask=d_in[:, None], other=0.0).to(tl.float32)
+- u = tl.load(u_ptrs, mask=now & d_in, other=0.0).to(tl.float32)
++ u = tl.load(u_ptrs, mask=d_in, other=0.0).to(tl.float32)
 
 # %% wrong="selective_scan_kernel" because="the channels are not masked"
-- tl.store(y_ptrs + start, y, mask=d_in[:, None] & now)
-+ tl.store(y_ptrs + start, y, mask=now & (d[:, None] < channels + BLOCK_D))
+- tl.store(y_ptrs, y, mask=now & d_in)
++ tl.store(y_ptrs, y, mask=now & (d[None, :] < channels + BLOCK_D))
 
 # %% wrong="selective_scan_kernel" because="states beyond N are read"
-- B = tl.load(B_ptrs + start, mask=n_in[:, None] & now, other=0.0).to(tl.float32)
-+ B = tl.load(B_ptrs + start, mask=now & (n[:, None] < BLOCK_N), other=0.0).to(tl.float32)
+- B = tl.load(B_ptrs, mask=now & n_in, other=0.0).to(tl.float32)
++ B = tl.load(B_ptrs, mask=now & (n[None, :] < BLOCK_N), other=0.0).to(tl.float32)
 
 # %% wrong="selective_scan_kernel" because="the carry is the state at the first token"
-- last = t[None, None, :] == BLOCK_T - 1
-+ last = t[None, None, :] == 0
+- h = tl.sum(tl.where(t[:, None, None] == BLOCK_T - 1, states_now, 0.0), axis=0)
++ h = tl.sum(tl.where(t[:, None, None] == 0, states_now, 0.0), axis=0)
 
 # %% wrong="selective_scan_kernel" because="scans along the states"
-- a, b = tl.associative_scan((a, b), 2, compose_steps)
-+ a, b = tl.associative_scan((a, b), 1, compose_steps)
+- _, states_now = tl.associative_scan((a, b), 0, compose_steps)
++ _, states_now = tl.associative_scan((a, b), 1, compose_steps)
 
 # %% wrong="selective_scan_kernel" because="half precision all the way"
-- u = tl.load(u_ptrs + start, mask=d_in[:, None] & now, other=0.0).to(tl.float32)
-- dt = tl.load(dt_ptrs + start, mask=d_in[:, None] & now, other=0.0).to(tl.float32)
-+ u = tl.load(u_ptrs + start, mask=d_in[:, None] & now, other=0.0)
-+ dt = tl.load(dt_ptrs + start, mask=d_in[:, None] & now, other=0.0)
+- u = tl.load(u_ptrs, mask=now & d_in, other=0.0).to(tl.float32)
+- dt = tl.load(dt_ptrs, mask=now & d_in, other=0.0).to(tl.float32)
++ u = tl.load(u_ptrs, mask=now & d_in, other=0.0)
++ dt = tl.load(dt_ptrs, mask=now & d_in, other=0.0)
 
-# %% right="selective_scan_kernel" because="the carry goes into the first token before the scan"
-- a, b = tl.associative_scan((a, b), 2, compose_steps)
-- states_now = a * h[:, :, None] + b
-+ b = tl.where(t[None, None, :] == 0, b + a * h[:, :, None], b)
-+ a, states_now = tl.associative_scan((a, b), 2, compose_steps)
+# %% wrong="selective_scan_kernel" because="Python's min of a list, which only the interpreter takes"
+- h = tl.sum(tl.where(t[:, None, None] == BLOCK_T - 1, states_now, 0.0), axis=0)
++ h = tl.sum(tl.where(t[:, None, None] == BLOCK_T - 1, states_now, 0.0), axis=0)
++ h = min([h, h + 0.0], key=lambda x: 0)
+
+# %% right="selective_scan_kernel" because="the carry after the scan"
+- b = tl.where(t[:, None, None] == 0, a * h[None, :, :] + b, b)
+- _, states_now = tl.associative_scan((a, b), 0, compose_steps)
++ a, b = tl.associative_scan((a, b), 0, compose_steps)
++ states_now = a * h[None, :, :] + b
 
 # %% wrong="segment_sums" because="a difference of cumulative sums"
 def segment_sums(log_a):
@@ -986,3 +998,11 @@ def ssm_numbers():
         "more_work": 5.51,
         "crossings": 16,
     }
+
+# %% wrong="scan_kernel" because="a Python list, which only the interpreter takes"
+- h = a * carry[:, None] + b
++ h = sum([a * carry[:, None], b])
+
+# %% wrong="mamba_block" because="step: the result carries no gradient"
+- return self.out_proj(y * F.silu(z)), (window[..., 1:], h)
++ return self.out_proj(y * F.silu(z)).detach(), (window[..., 1:], h)
