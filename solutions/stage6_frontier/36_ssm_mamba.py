@@ -31,7 +31,8 @@
 # $u$ is the signal that comes in, $h \in \mathbb R^N$ the **state**, $y$ what comes out. Whoever
 # holds $h$ knows everything about the past that the future can use. A **state-space model** (SSM)
 # is a neural network layer made of many such systems.
-#
+
+# %% [markdown]
 # ## Core ideas
 #
 # **One system, three ways to compute it.** Sampled in time it is a recurrence: one cheap step per
@@ -50,7 +51,8 @@
 #
 # **What a decay cannot do.** All of Mamba's $A$ are negative: its states fade. A state that fades
 # cannot count to two. The last section proves it, and mends it by letting the state turn.
-#
+
+# %% [markdown]
 # ### Notation
 #
 # | symbol | in code | is |
@@ -168,7 +170,8 @@ def ssd_inputs(batch, length, heads, head_dim, groups, N, generator, dtype=torch
 # $\varphi(z) = (e^z - 1)/z = 1 + z/2 + \dots$ tends to 1 as $z \to 0$: a system that does not decay
 # adds up what comes in. A computer sees $0/0$ there, and close to it $1.0000001 - 1$, of which one
 # digit is left.
-#
+
+# %% [markdown]
 # **Euler.** Setting $\varphi = 1$ everywhere gives $\bar B = \Delta B$. The Mamba paper writes ZOH;
 # its code computes $e^{\Delta A}$ and $\Delta B$, and so does everybody who loads its weights. At
 # $\Delta|A| = 1$ the two differ by a third.
@@ -750,7 +753,8 @@ plt.show()
 #
 # $$A_{nk} = -\begin{cases}\sqrt{(2n+1)(2k+1)} & n > k\\ n + 1 & n = k\\ 0 & n < k,\end{cases}
 # \qquad B_n = \sqrt{2n+1}.$$
-#
+
+# %% [markdown]
 # **Two readings.** HiPPO keeps the factor $1/t$: its memory stretches with the past. S4 takes the
 # same matrix and drops the factor, which makes the system time-invariant and turns the polynomials
 # into ones that fade (Gu et al. 2022). S4D and Mamba keep the diagonal alone, $-1, -2, \dots, -N$.
@@ -877,7 +881,8 @@ plt.show()
 # | $B_t$ | (batch, length, $N$) | where in the state to write |
 # | $C_t$ | (batch, length, $N$) | where to read |
 # | $A$ | (channels, $N$) | nothing: but only $\Delta_t A$ counts |
-#
+
+# %% [markdown]
 # For each channel $d$ and each of its $N$ numbers, with Euler's $\bar B$ as in Mamba's code,
 #
 # $$h_t = e^{\Delta_t A}\,h_{t-1} + \Delta_t B_t\,u_t, \qquad y_t = C_t\cdot h_t + D\,u_t .$$
@@ -1326,7 +1331,8 @@ plt.show()
 # scan of a tile gives pairs $(a, b)$ for "from the tile's start to here"; with $h$ before the tile,
 # the state at each place is $a h + b$, and the last column of that is the next tile's $h$, the
 # **carry**.
-#
+
+# %% [markdown]
 # **What it should cost.** A gated scan reads $a$ and $b$ and writes $h$, with two multiplications
 # for each: memory is the limit, and a copy of as many bytes the yardstick. On a CPU the kernels run
 # in Triton's interpreter, which takes tens of microseconds for *each element* of a scan, so the
@@ -1524,7 +1530,7 @@ for rows, length, blocks in [(3, 21, (2, 8)), (2, 40, (4, 8)), (1, 33, (1, 16))]
 # States that grow, and decays of 0 and 1.
 a = torch.tensor([[1.0] * 20, [0.0] * 20, [1.5] * 20], device=profile.device)
 a[1, 3] = 1.0
-b = checks.randn(3, 20, generator=gen)
+b = uniform(3, 20, generator=gen, low=0.5)  # of one sign: nothing cancels
 checks.relative_l2(
     gated_among_canaries(a, b, (2, 8)), gated_loop(a, b), 2e-6, what="h for decays of 1, 0 and 1.5"
 )
@@ -1565,7 +1571,8 @@ if seen is not None:
 # runs about four trillion of them a second, fewer than its memory could feed. So the exponential
 # units are the limit, not the memory: `exp2` with $\log_2 e$ folded into $A$ once, and each
 # exponential computed once.
-#
+
+# %% [markdown]
 # **Where the scanned axis goes.** Triton hands the last axes of a tile to the threads first; what
 # they leave over lies in each thread's registers. The gated scan's rows are contiguous in time, so
 # time is spread over the threads, and its scan exchanges values between them: cheap beside memory.
@@ -1892,7 +1899,8 @@ plt.show()
 # attention whose mask, in place of ones, holds products of decays. Dao and Gu (2024) call it
 # **state space duality** (SSD): the recurrence and the masked product are two orders of computing
 # one thing.
-#
+
+# %% [markdown]
 # **Mamba-2** simplifies for its sake. A head has `head_dim` channels that share one $\Delta_t$ and
 # one number $A < 0$; $B$ and $C$ are shared by groups of heads. A state is a matrix (head_dim,
 # $N$), and $N$ may grow from 16 to 128, because matrix products do the work.
@@ -3009,8 +3017,8 @@ axes[1].tick_params(axis="x", rotation=0)
 plot.caption(
     fig,
     "Left: dotted is guessing. Right: one sequence; a row is a channel, sorted by how much larger "
-    f"its steps are {lag} tokens after the symbols than elsewhere: there these channels write, and "
-    "at blanks they keep what they have.",
+    f"its steps are {lag} tokens after the symbols than elsewhere. The upper ones write there and "
+    "keep still between.",
 )
 plt.show()
 
@@ -3047,7 +3055,48 @@ plt.show()
 # **Any depth, by convergence.** On ones every state converges; so what the layer hands on does, and
 # what the next does with it. In the end the output stands still, and at finite precision it stops
 # moving altogether (Sarrof et al. 2024; Grazzi et al. 2025).
-#
+
+# %% tags=["experiment", "figure"]
+# Figure: the best that positive decays can do for parity
+T = 24
+t = torch.arange(T, dtype=torch.float64)
+parity_of_ones = torch.where(t % 2 == 0, 1.0, 0.0).double()  # after the first token: odd
+grid = torch.linspace(0.02, 0.99, 33, dtype=torch.float64)
+
+
+def best_decays(N):
+    """A least-squares fit by a constant and N decays of the grid, added one by one: (T,)."""
+    columns, best = [torch.ones(T).double()], None
+    for _ in range(N):
+        trials = []
+        for a in grid:
+            basis = torch.stack([*columns, a**t], 1)
+            found = torch.linalg.lstsq(basis, parity_of_ones[:, None], driver="gelsd").solution
+            trials.append((float((basis @ found)[:, 0].dist(parity_of_ones)), a, basis @ found))
+        _, a, best = min(trials, key=lambda trial: trial[0])
+        columns.append(a**t)
+    return best[:, 0]
+
+
+fits = {N: best_decays(N) for N in (2, 4, 8)}
+fig, ax = plt.subplots(figsize=(8, 3.3))
+ax.plot(t + 1, parity_of_ones, "o", color="#999999", markersize=4, label="parity", zorder=4)
+for N, fit in fits.items():
+    ax.plot(t + 1, fit, label=f"{N} decays")
+    crossings = int(((fit[1:] > 0.5) != (fit[:-1] > 0.5)).sum())
+    print(f"{N} positive decays, reading ones: {crossings} crossings of ½ in {T} tokens")
+ax.axhline(0.5, color="#777777", linewidth=1, linestyle=":")
+ax.set(xlabel="ones read", ylabel="output", ylim=(-0.35, 1.6))
+ax.set_title("positive decays: at most N crossings")
+ax.legend(ncols=4, fontsize=8, loc="upper center")
+plot.caption(
+    fig,
+    "A sum of N decays and a constant, fitted to parity by least squares. Whatever its "
+    "coefficients, it crosses ½ at most N times; then it stands still.",
+)
+plt.show()
+
+# %% [markdown]
 # **A state that turns.** Let $a$ be negative or complex: $h_t = e^{i\theta_t} h_{t-1}$ with
 # $\theta_t = \pi$ for a one and 0 for a zero. The state points left or right, and its real part is
 # $(-1)^{\text{ones}}$, at any length, untrained. Turning by $2\pi/m$ counts modulo $m$.
@@ -3190,71 +3239,28 @@ for modulus in (2, 5):
     checks.close(counted, bits[0, :, 0].cumsum(0) % modulus, what=f"ones modulo {modulus}")
 ### END HIDDEN TESTS
 
-# %% [markdown]
-# The figure holds both halves of the law beside each other: on ones, the best that 2, 4 and 8
-# positive decays can do for parity, fitted by least squares with every decay free to choose from a
-# grid; and one state that turns, on random bits.
 
 # %% tags=["experiment", "figure"]
-# Figure: positive decays against parity, and a state that turns
-T = 24
-t = torch.arange(T, dtype=torch.float64)
-parity_of_ones = torch.where(t % 2 == 0, 1.0, 0.0).double()  # after the first token: odd
-grid = torch.linspace(0.02, 0.99, 33, dtype=torch.float64)
-
-
-def best_decays(N):
-    """The best fit of a constant and N decays, added greedily: (T,)."""
-    columns, left = [torch.ones(T).double()], parity_of_ones
-    for _ in range(N):
-        trials = []
-        for a in grid:
-            basis = torch.stack([*columns, a**t], 1)
-            fit = (
-                basis @ torch.linalg.lstsq(basis, parity_of_ones[:, None], driver="gelsd").solution
-            )
-            trials.append((float((fit[:, 0] - parity_of_ones).norm()), a, fit[:, 0]))
-        _, a, left = min(trials, key=lambda trial: trial[0])
-        columns.append(a**t)
-    return left
-
-
+# Figure: one state that turns, on random bits
 def scan_by_tree(a, x, first):
     """g_t = a_t · g_(t−1) + x_t from g = first, by your associative_scan."""
     x = torch.cat([x[:, :1] + a[:, :1] * first[:, None], x[:, 1:]], 1)
     return associative_scan(compose, (a.transpose(0, 1), x.transpose(0, 1)))[1].transpose(0, 1)
 
 
-fits = {N: best_decays(N) for N in (2, 4, 8)}
-fig, axes = plt.subplots(1, 2, figsize=(12, 3.5))
-axes[0].plot(t + 1, parity_of_ones, "o", color="#999999", markersize=4, label="parity", zorder=4)
-for N, fit in fits.items():
-    axes[0].plot(t + 1, fit, label=f"{N} decays")
-    crossings = int(((fit[1:] > 0.5) != (fit[:-1] > 0.5)).sum())
-    print(f"{N} positive decays, reading ones: {crossings} crossings of ½ in {T} tokens")
-axes[0].axhline(0.5, color="#777777", linewidth=1, linestyle=":")
-axes[0].set(xlabel="ones read", ylabel="output", ylim=(-0.35, 1.6))
-axes[0].set_title("positive decays: at most N crossings")
-axes[0].legend(ncols=4, fontsize=8, loc="upper center")
 bits = (torch.rand(48, generator=torch.Generator().manual_seed(2)) < 0.4).double()
-h = turning_scan(
-    torch.ones(1, 48, 1).double(), math.pi * bits.view(1, -1, 1), torch.zeros(1, 48, 1).double(),
-    scan_by_tree, torch.ones(1, 1).double(),
-)[0, :, 0]  # fmt: skip
-axes[1].step(
-    range(1, 49), h.real, where="mid", linestyle="-", label="Re h, turned by π at each one"
-)
-axes[1].plot(
-    (bits.nonzero() + 1)[:, 0], [-1.35] * int(bits.sum()), "|", color="black", markersize=9
-)
-axes[1].set(xlabel="bits read (a stroke is a one)", ylabel="real part of the state")
-axes[1].set(ylim=(-1.6, 1.7))
-axes[1].set_title("one state that turns")
+one, none = torch.ones(1, 48, 1).double(), torch.zeros(1, 48, 1).double()
+h = turning_scan(one, math.pi * bits.view(1, -1, 1), none, scan_by_tree, one[:, 0])[0, :, 0]
 right = int(((h.real < 0) == (bits.cumsum(0) % 2 == 1)).sum())
+fig, ax = plt.subplots(figsize=(8, 3))
+ax.step(range(1, 49), h.real, where="mid", linestyle="-")
+ax.plot((bits.nonzero() + 1)[:, 0], [-1.35] * int(bits.sum()), "|", color="black", markersize=9)
+ax.set(xlabel="bits read (a stroke is a one)", ylabel="real part of the state", ylim=(-1.6, 1.4))
+ax.set_title("one state, turned by π at each one")
 plot.caption(
     fig,
-    "Left: a sum of N decays and a constant crosses ½ at most N times, whatever its coefficients. "
-    f"Right: no training, {right} of 48 answers right, and no length at which it would end.",
+    f"No training: {right} of 48 answers are right, and at no length does it end. Below 0 the ones "
+    "so far are odd in number.",
 )
 plt.show()
 
