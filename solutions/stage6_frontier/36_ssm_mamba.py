@@ -174,7 +174,7 @@ def ssd_inputs(batch, length, heads, head_dim, groups, N, generator, dtype=torch
 # %% [markdown]
 # **Euler.** Setting $\varphi = 1$ everywhere gives $\bar B = \Delta B$. The Mamba paper writes ZOH;
 # its code computes $e^{\Delta A}$ and $\Delta B$, and so does everybody who loads its weights. At
-# $\Delta|A| = 1$ the two differ by a third.
+# $\Delta|A| = 1$ the two differ by more than a third.
 
 # %% [markdown]
 # ### Exercise · Hold the input for a step
@@ -757,7 +757,8 @@ plt.show()
 # %% [markdown]
 # **Two readings.** HiPPO keeps the factor $1/t$: its memory stretches with the past. S4 takes the
 # same matrix and drops the factor, which makes the system time-invariant and turns the polynomials
-# into ones that fade (Gu et al. 2022). S4D and Mamba keep the diagonal alone, $-1, -2, \dots, -N$.
+# into ones that fade (Gu et al. 2022). Mamba, as S4D's real variant, keeps the diagonal alone,
+# $-1, -2, \dots, -N$.
 #
 # ### Exercise · The matrix
 
@@ -2108,8 +2109,9 @@ checks.close(M, scores.expand(2, 2, 6, 6), dtype=torch.float64, what="M for A = 
 # 4. what the state before the chunk **adds** to output $i$: it has decayed by
 #    $e^{\Delta_0 A + \dots + \Delta_i A}$ and is read with $C_i$.
 #
-# Per token that is $O(Q)$ for step 1 and $O(N)$ for the others. Mamba-2 takes $Q$ = 256 or so, near
-# $N$. A sequence that is no multiple of $Q$ is filled up with steps of 0, which change nothing.
+# Per token that is $O(Q)$ for step 1 and $O(N)$ for the others. Mamba-2 takes $Q$ = 256 or so, of
+# the order of $N$. A sequence that is no multiple of $Q$ is filled up with steps of 0, which change
+# nothing.
 #
 # ### Exercise · In chunks
 
@@ -2400,6 +2402,14 @@ for length, cut, sizes in [(9, 4, [5.0, 2.0, 1.0, 0.5]), (12, 3, [1.0, 1.0, 0.1]
             )
     checks.close(state_needed(M, cut, 0.0), k, what="the state for a tolerance of 0")
 checks.close(state_needed(torch.eye(5, dtype=torch.bfloat16), 2, 0.1), 0, what="a block of zeros")
+# Whole numbers, so that the product has rank 3 exactly, in any format that holds them.
+left, right = (torch.randint(-3, 4, shape, generator=gen) for shape in ((9, 3), (3, 8)))
+left[:3], right[:, :3] = torch.eye(3, dtype=torch.int64), torch.eye(3, dtype=torch.int64)
+M = torch.zeros(17, 17)
+M[8:, :8] = (left @ right).float()
+for dtype in (torch.float32, torch.bfloat16):
+    found = state_needed(M.to(dtype), 8, 0.0)
+    checks.close(found, 3, what=f"the state for a block of rank 3 in {dtype}", hint="In float64.")
 # Law: Mamba-2's matrix with N numbers of state needs N, at every cut.
 u, dt, A, B, C, D, _ = ssd_inputs(1, 16, 1, 1, 1, 3, gen, torch.float64)
 scores = torch.einsum("bign,bjgn->bgij", C, B)[0, 0]
@@ -2575,7 +2585,7 @@ class MambaBlock(nn.Module):
         u = F.silu(self.conv1d(window)).mT
         dt, B, C = self.select(u)
         y, h = selective_scan(u, dt, -torch.exp(self.A_log), B, C, self.D, h)
-        conv = window[..., window.shape[-1] - (self.d_conv - 1) :]
+        conv = window[..., window.shape[-1] - (self.d_conv - 1) :].contiguous()  # not the whole
         return self.out_proj(y * F.silu(z)), (conv, h)
         ### END SOLUTION
 
@@ -3423,7 +3433,7 @@ checks.number(
 # ## References
 #
 # - Gu, Dao, Ermon, Rudra, Ré 2020, *HiPPO: Recurrent Memory with Optimal Polynomial Projections*,
-#   arXiv:2008.07669: section 2, and appendix D for LegS.
+#   arXiv:2008.07669: section 2, the projections; section 3, LegS.
 # - Gu, Goel, Ré 2021, *Efficiently Modeling Long Sequences with Structured State Spaces* (S4),
 #   arXiv:2111.00396: section 2, the three views of one system.
 # - Gu, Gupta, Goel, Ré 2022, *On the Parameterization and Initialization of Diagonal State Space
@@ -3436,7 +3446,8 @@ checks.number(
 # - Lahoti, Li, Chen and others 2026, *Mamba-3*, arXiv:2603.15569: the trapezoidal rule, and complex
 #   states as rotary embedding.
 # - Martin, Cundy 2018, *Parallelizing Linear Recurrent Neural Nets Over Sequence Length*,
-#   arXiv:1709.04057; and Blelloch 1990, *Prefix Sums and Their Applications*: the scan.
+#   arXiv:1709.04057; Hillis, Steele 1986, *Data Parallel Algorithms*; and Blelloch 1990, *Prefix
+#   Sums and Their Applications*: the scan.
 # - Merrill, Petty, Sabharwal 2024, *The Illusion of State in State-Space Models*, arXiv:2404.08819;
 #   Sarrof, Veitsman, Hahn 2024, *The Expressive Capacity of State Space Models*, arXiv:2405.17394;
 #   Grazzi and others 2025, *Unlocking State-Tracking in Linear RNNs Through Negative Eigenvalues*,

@@ -767,6 +767,10 @@ def state_needed(M, cut, tolerance):
 - values = torch.linalg.svdvals(M[cut:, :cut].double())
 + values = torch.linalg.svdvals(M.double())
 
+# %% wrong="state_needed" because="in the precision of M"
+- values = torch.linalg.svdvals(M[cut:, :cut].double())
++ values = torch.linalg.svdvals(M[cut:, :cut].to(torch.promote_types(M.dtype, torch.float32)))
+
 # %% wrong="state_needed" because="one too many"
 - return int((rest > tolerance**2 * squares.sum() * (1 + 1e-12)).sum())
 + return int((rest > tolerance**2 * squares.sum() * (1 + 1e-12)).sum()) + 1
@@ -836,12 +840,12 @@ def state_needed(M, cut, tolerance):
 + window = torch.cat([torch.zeros_like(conv), u.mT], dim=-1)
 
 # %% wrong="mamba_block" because="conv holds the new inputs only: too few where they are few"
-- conv = window[..., window.shape[-1] - (self.d_conv - 1) :]
+- conv = window[..., window.shape[-1] - (self.d_conv - 1) :].contiguous()  # not the whole
 + conv = F.pad(window[..., self.d_conv - 1 :], (self.d_conv, 0))
 + conv = conv[..., conv.shape[-1] - (self.d_conv - 1) :]
 
 # %% wrong="mamba_block" because="a negative slice, which takes all where d_conv is 1"
-- conv = window[..., window.shape[-1] - (self.d_conv - 1) :]
+- conv = window[..., window.shape[-1] - (self.d_conv - 1) :].contiguous()  # not the whole
 + conv = window[..., -(self.d_conv - 1) :]
 
 # %% wrong="mamba_block" because="the convolution sees the future"
@@ -852,7 +856,7 @@ def state_needed(M, cut, tolerance):
 - u = F.silu(self.conv1d(window)).mT
 - dt, B, C = self.select(u)
 - y, h = selective_scan(u, dt, -torch.exp(self.A_log), B, C, self.D, h)
-- conv = window[..., window.shape[-1] - (self.d_conv - 1) :]
+- conv = window[..., window.shape[-1] - (self.d_conv - 1) :].contiguous()  # not the whole
 + u = F.silu(self.conv1d(window)).mT
 + dt, B, C = self.select(u)
 + y, h = selective_scan(u, dt, -torch.exp(self.A_log), B, C, self.D, h)
@@ -904,7 +908,7 @@ def state_needed(M, cut, tolerance):
 - u = F.silu(self.conv1d(window)).mT
 - dt, B, C = self.select(u)
 - y, h = selective_scan(u, dt, -torch.exp(self.A_log), B, C, self.D, h)
-- conv = window[..., window.shape[-1] - (self.d_conv - 1) :]
+- conv = window[..., window.shape[-1] - (self.d_conv - 1) :].contiguous()  # not the whole
 - return self.out_proj(y * F.silu(z)), (conv, h)
 + outputs = []
 + for token in x.unbind(1):
