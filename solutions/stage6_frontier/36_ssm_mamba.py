@@ -740,16 +740,22 @@ plt.show()
 # $\phi_n(s) = \sqrt{2n+1}\,P_n(2s - 1)$, that is
 #
 # $$c_n(t) = \int_0^1 u(ts)\,\phi_n(s)\,ds .$$
-#
+
+# %% [markdown]
 # Differentiate: $t\,c_n' = \int_0^1 ts\,u'(ts)\,\phi_n\,ds$, and by parts, since
 # $\tfrac{d}{ds}u(ts) = t\,u'(ts)$,
 #
 # $$t\,c_n' = \big[s\,\phi_n u(ts)\big]_0^1 - \int_0^1 u(ts)\,(\phi_n + s\,\phi_n')\,ds
 # = \sqrt{2n+1}\;u(t) - \int_0^1 u(ts)\,(\phi_n + s\,\phi_n')\,ds ,$$
 #
-# because $P_n(1) = 1$. $s\,\phi_n'$ is a polynomial of degree $n$, so it is a sum of
-# $\phi_0 \dots \phi_n$, and the integral a sum of $c_0 \dots c_n$. Nothing else is needed: the
-# coefficients obey $t\,c' = A\,c + B\,u$, **HiPPO-LegS**, with a lower triangular $A$:
+# because $P_n(1) = 1$. What is left to know is $s\,\phi_n'$. With $x = 2s - 1$,
+# $s\,\tfrac{d}{ds} = (x + 1)\tfrac{d}{dx}$, and two identities of Legendre's polynomials,
+# $x P_n' = n P_n + P_{n-1}'$ and $P_{k+1}' - P_{k-1}' = (2k+1) P_k$, the second summed up, give
+#
+# $$(x + 1)P_n' = n P_n + P_{n-1}' + P_n' = n P_n + \sum_{k<n} (2k + 1) P_k .$$
+#
+# So the integral is $(n + 1)\,c_n + \sqrt{2n+1}\sum_{k<n}\sqrt{2k+1}\;c_k$. Nothing but the
+# coefficients is needed: they obey $t\,c' = A\,c + B\,u$, **HiPPO-LegS**, with
 #
 # $$A_{nk} = -\begin{cases}\sqrt{(2n+1)(2k+1)} & n > k\\ n + 1 & n = k\\ 0 & n < k,\end{cases}
 # \qquad B_n = \sqrt{2n+1}.$$
@@ -890,7 +896,8 @@ plt.show()
 #
 # $B_t$ and $C_t$ are shared by all channels, as one key and one query are shared by the components
 # of a value in linear attention: $D \times N$ numbers of state, $B_t$ the key, $C_t$ the query,
-# $\Delta_t u_t$ the value. $D u_t$ is a path past the state.
+# $\Delta_t u_t$ the value. $D u_t$ is a path past the state: one learned number per channel, for
+# which the papers use the letter $D$ once more.
 #
 # ### Exercise · The selective scan
 
@@ -1325,8 +1332,8 @@ plt.show()
 #
 # `torch` scans by making tensors; a kernel keeps the pairs in registers. Triton has the operation
 # built in: `tl.associative_scan((a, b), axis, combine)` scans a tile along an axis with a jitted
-# function of four scalars, `combine(a_1, b_1, a_2, b_2)`, the earlier element first. Inside a warp
-# it runs the tree of the last section by shuffles.
+# function of four scalars, `combine(a_1, b_1, a_2, b_2)`, the earlier element first. The
+# threads of a warp hand each other what they have, in a logarithmic number of rounds.
 #
 # A tile has a limited width, so a program walks along its rows in tiles and hands the state on. The
 # scan of a tile gives pairs $(a, b)$ for "from the tile's start to here"; with $h$ before the tile,
@@ -1562,8 +1569,8 @@ if seen is not None:
 # %% [markdown]
 # ### Why Mamba needs a kernel of its own
 #
-# With $a$ and $b$ as tensors the selective scan moves $N$ times what it must: `decay`, `new` and
-# all states are (batch, length, channels, $N$), and they are read and written several times.
+# With $a$ and $b$ as tensors the selective scan moves far more than it must: `decay`, `new` and all
+# states are (batch, length, channels, $N$), $N$ times its input, and are read and written again.
 # Mamba's kernel reads $u$, $\Delta$, $B$ and $C$, makes $a$ and $b$ **on chip**, scans, multiplies
 # by $C$, and writes $y$. The states never leave the registers; the backward pass computes them
 # again.
@@ -2425,10 +2432,10 @@ for cut in (1, 2, 3, 8, 13, 15):
 # %% [markdown]
 # ### Experiment: how large a state would `small` need?
 #
-# The shipped model `small` has six layers' worth of softmax attention. Take its weights on two
-# texts of 256 tokens: a piece of held-out documentation, and 128 random tokens said twice. Cut both
-# in the middle and ask, for every head, how many numbers of state a recurrence would need to
-# reproduce the block within 10 %.
+# Take the attention weights of the shipped model `small`, all its heads, on two texts of 256
+# tokens: a piece of held-out documentation, and 128 random tokens said twice. Cut both in the
+# middle and ask, for every head, how many numbers of state a recurrence would need to reproduce the
+# block within 10 %.
 #
 # Write down first: on which text is the largest number larger, and by about what factor? One of the
 # heads looks at the previous token, another finds the place where the current token stood before
@@ -3050,17 +3057,17 @@ plt.show()
 # ## What a decay cannot do
 #
 # Read bits and say, after each, whether the ones so far are odd in number: **parity**, one bit of
-# memory. A two-state machine does it. Mamba, of any size, does not.
+# memory. A two-state machine does it. Mamba, of any size, does not, once the input is long enough.
 #
-# **One layer, by counting.** Feed ones only. Every token is alike, so each state obeys
-# $h_t = a h_{t-1} + b$ with one fixed $a$, and $a = e^{\Delta A}$ lies between 0 and 1. Then
-# $h_t = h_* + \alpha\, a^t$, and what is read is $y_t = c_0 + \sum_{n=1}^N c_n a_n^t$. How often
-# can it cross a threshold? Claim: at most $N$ times. A sum of $k$ terms $c_n a_n^t$ with different
-# positive bases has at most $k - 1$ zeros. For one term that is clear. For $k$ terms divide by
-# $a_1^t$: the zeros stay, and one term is constant now. Between two zeros the derivative has one
-# (Rolle), and the derivative has $k - 1$ terms, thus at most $k - 2$ zeros. ∎ With the constant
-# less the threshold as one more term, of base 1, that makes $N$. Parity of ones crosses at every
-# token.
+# **One layer, by counting.** Feed ones only. Every token is alike, so each state obeys $h_t = a
+# h_{t-1} + b$ with one fixed $a = e^{\Delta A}$, strictly between 0 and 1. Then $h_t = h_* +
+# \alpha\, a^t$, and what is read is $y_t = c_0 + \sum_{n=1}^N c_n a_n^t$. How often can it cross a
+# threshold? Claim: at most $N$ times. A sum of $k$ terms $c_n a_n^t$ with different positive bases
+# has at most $k - 1$ zeros, unless it is 0 throughout. For one term that is clear. For $k$ terms
+# divide by $a_1^t$: the zeros stay, and one term is constant now. Between two zeros the derivative
+# has one (Rolle), and the derivative has $k - 1$ terms, thus at most $k - 2$ zeros. ∎ With the
+# constant less the threshold as one more term, of base 1, that makes $N$. Parity of ones crosses at
+# every token.
 #
 # **Any depth, by convergence.** On ones every state converges; so what the layer hands on does, and
 # what the next does with it. In the end the output stands still, and at finite precision it stops
