@@ -746,6 +746,30 @@ def ssd_chunked(u, dt, A, B, C, chunk, D=None, state=None):
         y = y + D.to(wide)[:, None] * x
     return y.to(u.dtype), states[:, :, -1]
 
+# %% right="ssd_chunked" because="one chunk after another, all of it in the loop"
+def ssd_chunked(u, dt, A, B, C, chunk, D=None, state=None):
+    wide = torch.promote_types(u.dtype, torch.float32)
+    batch, length, heads, head_dim = u.shape
+    groups, N = B.shape[2:]
+    x, dt, A, B, C = (t.to(wide) for t in (u, dt, A, B, C))
+    H = x.new_zeros(batch, heads, head_dim, N) if state is None else state.to(wide)
+    outputs = []
+    for start in range(0, length, chunk):
+        part = slice(start, start + chunk)
+        a = (dt[:, part] * A).transpose(1, 2)
+        decays = segment_sums(a).exp()
+        keys, queries = (
+            t[:, part].repeat_interleave(heads // groups, dim=2).transpose(1, 2) for t in (B, C)
+        )
+        values = (dt[:, part, :, None] * x[:, part]).transpose(1, 2)
+        since = a.cumsum(-1).exp()
+        y = (queries @ keys.mT * decays) @ values + since[..., None] * (queries @ H.mT)
+        if D is not None:
+            y = y + D.to(wide)[:, None, None] * x[:, part].transpose(1, 2)
+        H = since[..., -1, None, None] * H + (values * decays[..., -1, :, None]).mT @ keys
+        outputs.append(y.transpose(1, 2))
+    return torch.cat(outputs, 1).to(u.dtype), H
+
 # %% wrong="state_needed" because="counts singular values above the tolerance"
 def state_needed(M, cut, tolerance):
     values = torch.linalg.svdvals(M[cut:, :cut].double())
