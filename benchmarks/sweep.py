@@ -227,6 +227,49 @@ def attention_plain(q, k, v, do, causal: bool) -> Named:
     return {"o": o, "dq": dq, "dk": dk, "dv": dv, "o, TMA": o}
 
 
+# --- 36: scans --------------------------------------------------------------------------------------------------------
+
+
+def scan_inputs(batch: int, channels: int, states: int, length: int, dtype: torch.dtype) -> tuple:
+    """a and b of the gated scan, then u, dt, A, B, C, D of the selective one; A and D in float32, steps up to about 1.
+
+    u and dt are the halves of one tensor's rows, as a projection leaves them.
+    """
+    a = drawn(batch, channels, length, dtype=torch.float32).sigmoid().to(dtype)
+    b = drawn(batch, channels, length, dtype=dtype, seed=1)
+    u, dt = drawn(batch, length, 2 * channels, dtype=dtype, seed=2).chunk(2, dim=2)
+    A = -drawn(channels, states, dtype=torch.float32, seed=3).exp()
+    B, C = (drawn(batch, length, states, dtype=dtype, seed=seed) for seed in (4, 5))
+    return a, b, u, 0.3 * dt.abs(), A, B, C, drawn(channels, dtype=torch.float32, seed=6)
+
+
+def scan_ours(lesson: SimpleNamespace, a, b, u, dt, A, B, C, D) -> Named:
+    """Long rows with the tiles that the autotuner chooses, short ones with tiles that make them several."""
+    long = a.shape[-1] >= 2048
+    gated = None if long else (2, 8) if profile.interpret else (2, 128)
+    fused = None if long else (2, 8) if profile.interpret else (32, 8)
+    return {"h": lesson.gated_scan(a, b, gated), "y": lesson.fused_selective_scan(u, dt, A, B, C, D, fused)}
+
+
+def scan_plain(a, b, u, dt, A, B, C, D) -> Named:
+    """Step by step; states in float32 for half precision, as Mamba's own code has them."""
+    dtype, wide = a.dtype, torch.promote_types(a.dtype, torch.float32)
+    a, b, u, dt, A, B, C, D = (t.to(wide) for t in (a, b, u, dt, A, B, C, D))
+    h, state = torch.zeros_like(b[..., 0]), b.new_zeros(len(u), *A.shape)
+    hs, ys = [], []
+    for t in range(a.shape[-1]):
+        h = a[..., t] * h + b[..., t]
+        new = (dt[:, t] * u[:, t])[..., None] * B[:, t, None]
+        state = torch.exp(dt[:, t, :, None] * A) * state + new
+        hs.append(h)
+        ys.append((state * C[:, t, None]).sum(-1) + D * u[:, t])
+    return {"h": torch.stack(hs, -1).to(dtype), "y": torch.stack(ys, 1).to(dtype)}
+
+
+# Of every size one, a power of two and none; lengths of a single step, of whole tiles and of one more or less.
+SCANS = [(1 + i % 2, 1 + i % 3, (1, 2, 3, 4, 5)[i % 5], length) for i, length in enumerate(range(1, 49))]
+
+
 FAMILIES = [
     Family(
         "SwiGLU", "03", [(3, 13), (2, 129)], [(100, 1000), (1, 1), (33, 14336), (4096, 4097)], [(4, 14336)],
@@ -264,6 +307,11 @@ FAMILIES = [
         ],
         [(1, 2, 2, 256, 256, D, causal) for D in (64, 128) for causal in (True, False)],
         attention_inputs, attention_ours, attention_plain,
+    ),
+    Family(
+        "scans", "36", SCANS,
+        [(2, 37, 16, 1000), (1, 3, 16, 5000), (3, 64, 16, 2048), (1, 5, 7, 333), (2, 16, 64, 300), (1, 1, 1, 129)],
+        [(1, 2, 16, 2048), (1, 2, 16, 4096)], scan_inputs, scan_ours, scan_plain,
     ),
 ]  # fmt: skip
 
