@@ -446,11 +446,11 @@ class PagedKVCache:
 + blocks = tables.long()
 
 # %% wrong="paged_attention" because="one key too many: up to and including index length"
-- used = slots < lengths[:, None]
+- used = slots < lengths[:, None]  # (batch, slots)
 + used = slots <= lengths[:, None]
 
 # %% wrong="paged_attention" because="whole blocks, the last one's empty slots too"
-- used = slots < lengths[:, None]
+- used = slots < lengths[:, None]  # (batch, slots)
 + used = slots < (lengths[:, None] + block_size - 1) // block_size * block_size
 
 # %% wrong="paged_attention" because="blocks in the order of the pool"
@@ -459,7 +459,7 @@ class PagedKVCache:
 + blocks = blocks.clamp(max=len(k) - 1)
 
 # %% wrong="paged_attention" because="the longest sequence's length for all"
-- used = slots < lengths[:, None]
+- used = slots < lengths[:, None]  # (batch, slots)
 + used = (slots < lengths.max()).expand(len(q), -1)
 
 # %% wrong="paged_attention" because="an empty sequence gives NaN"
@@ -475,15 +475,17 @@ class PagedKVCache:
 + scores = grouped @ keys.mT / head_dim
 
 # %% wrong="paged_attention" because="key–value heads interleaved"
-- grouped = q.to(wide).unflatten(1, (kv_heads, -1))
+- grouped = q.to(wide).unflatten(1, (kv_heads, -1))  # (batch, kv_heads, group, head_dim)
 + grouped = q.to(wide).unflatten(1, (-1, kv_heads)).transpose(1, 2)
 
 - return (weights @ values).flatten(1, 2).to(q.dtype)
 + return (weights @ values).transpose(1, 2).flatten(1, 2).to(q.dtype)
 
 # %% wrong="paged_attention" because="heads and offsets mixed up when blocks are joined"
-- pool[blocks].transpose(1, 2).flatten(2, 3).to(wide) for pool in (k, v)
-+ pool[blocks].flatten(1, 3).unflatten(1, (kv_heads, -1)).to(wide) for pool in (k, v)
+- keys, values = (pool[blocks].transpose(1, 2).flatten(2, 3).to(wide) for pool in (k, v))
++ keys, values = (
++     pool[blocks].flatten(1, 3).unflatten(1, (kv_heads, -1)).to(wide) for pool in (k, v)
++ )
 
 # %% wrong="paged_attention" because="half precision stays half"
 - wide = torch.promote_types(q.dtype, torch.float32)
@@ -508,8 +510,8 @@ class PagedKVCache:
 + blocks = tables.masked_fill_(~used[:, ::block_size], 0).long()
 
 # %% wrong="paged_attention" because="keys as values"
-- pool[blocks].transpose(1, 2).flatten(2, 3).to(wide) for pool in (k, v)
-+ pool[blocks].transpose(1, 2).flatten(2, 3).to(wide) for pool in (k, k)
+- keys, values = (pool[blocks].transpose(1, 2).flatten(2, 3).to(wide) for pool in (k, v))
++ keys, values = (pool[blocks].transpose(1, 2).flatten(2, 3).to(wide) for pool in (k, k))
 
 # %% right="paged_attention" because="one sequence at a time, PyTorch's attention"
 def paged_attention(q, k, v, tables, lengths):
@@ -550,10 +552,9 @@ def paged_attention(q, k, v, tables, lengths):
 + places = torch.arange(length, device=q.device)
 + hidden = (places > position[:, None]) | (places < length - len(part))
 
-# %% wrong="paged_prefill" because="the empty slots of the last block take part"
+# %% wrong="paged_prefill" because="the last slots of the blocks, not the first"
 - pool[blocks].transpose(0, 1).flatten(1, 2)[:, :length].to(wide) for pool in (k, v)
-+ F.pad(pool[blocks].nan_to_num().transpose(0, 1).flatten(1, 2), (0, 0, 0, length))[:, :length].to(wide)
-+ for pool in (k.roll(1, 2), v.roll(1, 2))
++ pool[blocks].transpose(0, 1).flatten(1, 2)[:, -length:].to(wide) for pool in (k, v)
 
 # %% wrong="paged_prefill" because="the first sequence's table for all"
 - blocks = table[: math.ceil(length / block_size)].long()
@@ -984,7 +985,7 @@ def migrate(sequence, source, target):
 + total = total + tl.sum(share, axis=0)
 
 # %% wrong="merge_kernel" because="-inf is subtracted from -inf"
-- base = tl.where(higher == -float("inf"), 0.0, higher)
+- base = tl.where(higher == -float("inf"), 0.0, higher)  # nothing yet: -inf - -inf is NaN
 + base = higher
 
 # %% wrong="merge_kernel" because="the first tile of splits only"
@@ -1067,7 +1068,7 @@ def merge_kernel(
 + seen = tokens <= end
 
 # %% wrong="paged_decode_kernel" because="a split's end is not clamped to the length"
-- end = tl.minimum(begin + span, length)
+- end = tl.minimum(begin + span, length)  # not above begin where nothing is left: no turn
 + end = begin + span
 
 # %% wrong="paged_decode_kernel" because="splits rounded down: the last keys belong to nobody"
@@ -1080,13 +1081,13 @@ def merge_kernel(
 
 # %% wrong="paged_decode_kernel" because="every split walks over all keys"
 - begin = split * span
-- end = tl.minimum(begin + span, length)
+- end = tl.minimum(begin + span, length)  # not above begin where nothing is left: no turn
 + begin = 0
 + end = length
 
 # %% wrong="paged_decode_kernel" because="the whole sequence in the first split"
 - begin = split * span
-- end = tl.minimum(begin + span, length)
+- end = tl.minimum(begin + span, length)  # not above begin where nothing is left: no turn
 + begin = 0
 + end = tl.where(split == 0, length, 0)
 
@@ -1136,7 +1137,7 @@ def merge_kernel(
 + inside = seen[:, None] & (cols[None, :] < BLOCK_D)
 
 # %% wrong="paged_decode_kernel" because="the tile's maximum, not the running one"
-- higher = tl.maximum(m, tl.max(s, axis=1))
+- higher = tl.maximum(m, tl.max(s, axis=1))  # finite: the first token of a tile is seen
 + higher = tl.max(s, axis=1)
 
 # %% wrong="paged_decode_kernel" because="the maximum starts at 0"
@@ -1197,14 +1198,14 @@ def merge_kernel(
 # %% right="paged_decode_kernel" because="base e inside, the table by clamped entries"
 - span = tl.cdiv(tl.cdiv(length, splits), BLOCK_N) * BLOCK_N
 - begin = split * span
-- end = tl.minimum(begin + span, length)
+- end = tl.minimum(begin + span, length)  # not above begin where nothing is left: no turn
 + tiles = (length + splits * BLOCK_N - 1) // (splits * BLOCK_N)
 + begin = split * tiles * BLOCK_N
 + end = tl.minimum((split + 1) * tiles * BLOCK_N, length)
 
 - s = tl.dot(q, tl.trans(k), input_precision="ieee") * log2_scale
 - s = tl.where(seen[None, :], s, -float("inf"))
-- higher = tl.maximum(m, tl.max(s, axis=1))
+- higher = tl.maximum(m, tl.max(s, axis=1))  # finite: the first token of a tile is seen
 - p, keep = tl.exp2(s - higher[:, None]), tl.exp2(m - higher)
 + s = tl.dot(q, tl.trans(k), input_precision="ieee") * scale
 + s = s + tl.where(seen[None, :], 0.0, -float("inf"))
