@@ -602,8 +602,10 @@ def paged_prefill(q, k, v, tables, lengths, counts):
         for i in range(c):
             rows.append(b)
             seen.append(int(lengths[b]) - c + i + 1)
-    rows = torch.tensor(rows, device=q.device)
-    return paged_attention(q, k, v, tables[rows], torch.tensor(seen, device=q.device))
+    rows = torch.tensor(rows, dtype=torch.long, device=q.device)
+    if not seen:
+        return q.clone()
+    return paged_attention(q, k, v, tables[rows], torch.tensor(seen, device=q.device).long())
 
 # %% wrong="prefix_hash_blocks" because="each block by its own tokens"
 - digest = hashlib.sha256(digest + block).digest()
