@@ -2332,8 +2332,6 @@ checks.close(
         "giving the empty split a share": torch.tensor([[[4 / 6, 1 / 6]]]),
     },
 )
-with checks.compiled():  # and for a GPU
-    merge(parts, lse, torch.empty(1, 1, 2, device=profile.device), 2)
 ### BEGIN HIDDEN TESTS
 g = checks.generator(12)
 for batch, heads, splits, head_dim, block_s in [
@@ -2360,6 +2358,8 @@ assert moved is None or moved.loaded <= due, (
     f"{moved.loaded} numbers are loaded where there are {due}: once each"
 )
 ### END HIDDEN TESTS
+with checks.compiled():  # and for a GPU
+    merge(parts, lse, torch.empty_like(parts[:, :, 0]), 2)
 
 # %% check="merge_kernel" points=1
 # Sums of 2⁴⁰⁰ and 2³⁹⁹: relative to their maximum they are 1 and ½.
@@ -2651,14 +2651,12 @@ checks.relative_l2(
     hint="In base 2: m + log2(l)",
     mistakes={"the natural logarithm": exact_lse * math.log(2)},
 )
-with checks.compiled():  # and for a GPU
-    decode_parts(q, k, v, tables, lengths, *outputs, 16)
 ### BEGIN HIDDEN TESTS
 g = checks.generator(15)
 for lengths, page, heads, kv_heads, head_dim, splits, block_n in [
     ([1, 13, 22], 4, 6, 2, 5, 3, 16),
     ([40, 0, 17], 16, 4, 4, 24, 2, 32),
-    ([70, 33], 5, 20, 1, 16, 2, 16),
+    ([41, 33], 5, 20, 1, 16, 2, 16),
 ]:
     k, v, tables, lengths = scattered(lengths, page, kv_heads, head_dim, g, wild=False)
     q = checks.randn(len(lengths), heads, head_dim, generator=g)
@@ -2676,6 +2674,8 @@ for lengths, page, heads, kv_heads, head_dim, splits, block_n in [
     assert bool((lse[~some] == -math.inf).all()), f"the lse of an empty split is -inf: {where}"
     assert bool((parts[~some] == 0).all()), f"the part of an empty split is 0: {where}"
 ### END HIDDEN TESTS
+with checks.compiled():  # and for a GPU
+    decode_parts(q, k, v, tables, lengths, parts, lse, 16)
 
 # %% check="paged_decode_kernel" points=2
 # Lengths that fit no tile, three splits, and splits that get no key.
@@ -2701,33 +2701,31 @@ with checks.compiled():
     decode_parts(q, k, v, tables, lengths, *outputs, 16)
 ### BEGIN HIDDEN TESTS
 # The output, with any number of splits and any tile.
-k, v, tables, lengths = scattered([70, 35, 3], 4, 2, 12, g, wild=False)
+k, v, tables, lengths = scattered([40, 19, 3], 4, 2, 12, g, wild=False)
 q = checks.randn(3, 6, 12, generator=g)
 exact, _ = decode_by_definition(q, k, v, tables, lengths)
-for splits, block_n in [(1, 64), (5, 16), (3, 32)]:
+for splits, block_n in [(1, 64), (4, 16)]:
     parts, lse = parts_among_canaries(q, k, v, tables, lengths, splits, block_n)
     checks.relative_l2(
         merged(parts, lse), exact, 2e-6, what=f"the output, {splits} splits, BLOCK_N = {block_n}"
     )
-# Where blocks lie and how large they are changes nothing; pools that are views of one tensor.
-one = [torch.full((1, 2, 80, 12), math.nan, device=q.device) for _ in range(2)]
+# Where blocks lie and how large they are changes nothing.
+one = [torch.full((1, 2, 50, 12), math.nan, device=q.device) for _ in range(2)]
 for pool, big in zip((k, v), one, strict=True):
-    for j in range(70):
+    for j in range(40):
         big[0, :, j] = pool[int(tables[0, j // 4]), :, j % 4]
 single = torch.zeros(1, 1, dtype=torch.int32, device=q.device)
 parts, lse = parts_among_canaries(q[:1], *one, single, lengths[:1], 2, 16)
 checks.relative_l2(merged(parts, lse), exact[:1], 2e-6, what="the output with one large block")
 # What is loaded, counted.
-for splits in (1, 3):
-    empty = torch.empty(3, 6, splits, 12, device=q.device)
-    with checks.traffic() as moved:
-        decode_parts(q, k, v, tables, lengths, empty, empty[..., 0].clone(), 16)
-    tokens = int(lengths.sum())
-    due = splits * (q.numel() + 3 * 2) + 2 * tokens * (2 * 12 + 1)
-    assert moved is None or moved.loaded <= due, (
-        f"{moved.loaded:,} elements are loaded where {due:,} are enough: each key, value and table "
-        f"entry once, nothing behind a length, no column beyond HEAD_DIM ({splits} splits)"
-    )
+empty = torch.empty(3, 6, 2, 12, device=q.device)
+with checks.traffic() as moved:
+    decode_parts(q, k, v, tables, lengths, empty, empty[..., 0].clone(), 16)
+due = 2 * (q.numel() + 3 * 2) + 2 * int(lengths.sum()) * (2 * 12 + 1)
+assert moved is None or moved.loaded <= due, (
+    f"{moved.loaded:,} elements are loaded where {due:,} are enough: each key, value and table "
+    "entry once, nothing behind a length, no column beyond HEAD_DIM"
+)
 stray = stray_loads(paged_decode_kernel)
 assert not stray, (
     f"{stray} addresses outside the tensors are read where blocks lie 2³⁰ elements apart: is every "

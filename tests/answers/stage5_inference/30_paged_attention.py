@@ -1087,20 +1087,10 @@ def merge_kernel(
 + begin = 0
 + end = length
 
-# %% wrong="paged_decode_kernel" because="the whole sequence in the first split"
-- begin = split * span
-- end = tl.minimum(begin + span, length)  # not above begin where nothing is left: no turn
-+ begin = 0
-+ end = tl.where(split == 0, length, 0)
-
 # %% wrong="paged_decode_kernel" because="the table's row stride is forgotten"
 - block = tl.load(tables_ptr + tokens // PAGE, mask=seen, other=0).to(tl.int64)
 + tables = tables_ptr - batch * table_row + batch * tl.cdiv(length, PAGE)
 + block = tl.load(tables + tokens // PAGE, mask=seen, other=0).to(tl.int64)
-
-# %% wrong="paged_decode_kernel" because="the first sequence's table for all"
-- block = tl.load(tables_ptr + tokens // PAGE, mask=seen, other=0).to(tl.int64)
-+ block = tl.load(tables_ptr - batch * table_row + tokens // PAGE, mask=seen, other=0).to(tl.int64)
 
 # %% wrong="paged_decode_kernel" because="blocks in the order of the pool"
 - block = tl.load(tables_ptr + tokens // PAGE, mask=seen, other=0).to(tl.int64)
@@ -1166,10 +1156,6 @@ def merge_kernel(
 # %% wrong="paged_decode_kernel" because="no log2(e)"
 - s = tl.dot(q, tl.trans(k), input_precision="ieee") * log2_scale
 + s = tl.dot(q, tl.trans(k), input_precision="ieee") * scale
-
-# %% wrong="paged_decode_kernel" because="powers of e"
-- p, keep = tl.exp2(s - higher[:, None]), tl.exp2(m - higher)
-+ p, keep = tl.exp(s - higher[:, None]), tl.exp(m - higher)
 
 # %% wrong="paged_decode_kernel" because="a half-precision accumulator"
 - acc = tl.dot(p.to(v.dtype), v, acc * keep[:, None], input_precision="ieee")
