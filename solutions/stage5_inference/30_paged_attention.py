@@ -747,15 +747,20 @@ cache = PagedKVCache(2, 2, 3, 4, 4)
 slots = cache.reserve(cache.add(), 6)
 k, v = new_tokens(cache, 6, g, torch.float64)
 k.requires_grad_()
+v.requires_grad_()
 order = torch.tensor([4, 0, 5, 2, 1, 3])
 other = torch.stack([cache.k[0], cache.v[0]])
 with checks.unchanged(slots=slots, k=k, v=v):
     cache.write(1, slots[order], k, v)
-assert not cache.k.requires_grad, "what is stored has no graph: detach it"
+for pool in (cache.k, cache.v):
+    assert not pool.requires_grad, "what is stored has no graph: detach it"
 checks.close(torch.stack([cache.k[0], cache.v[0]]), other, what="the pools of another layer")
 where = held(cache, 1, next(iter(cache.tables)))
 checks.close(where[0][order], k.detach().float(), what="keys written in another order of slots")
-checks.close(where[1][order], v.float(), what="values written in another order of slots")
+checks.close(where[1][order], v.detach().float(), what="values written in another order of slots")
+far = PagedKVCache(1, 1, 2, 1, 2, device="meta")
+for pool in (far.k, far.v):
+    assert pool.device.type == "meta", f"with device='meta' a pool lies on {pool.device.type}"
 ### END HIDDEN TESTS
 
 # %% check="paged_kv_cache" points=2
@@ -1036,6 +1041,11 @@ q = checks.randn(2, 4, 3, generator=g)
 exact, _ = decode_by_definition(q, k, v, tables, lengths)
 found = paged_attention(q, both[:, 0].transpose(1, 2), both[:, 1].transpose(1, 2), tables, lengths)
 checks.close(found, exact, what="outputs with pools that are views")
+# A table without a column to spare, and a sequence that fills it.
+k, v, tables, lengths = scattered([8, 3], 4, 2, 3, g)
+found = paged_attention(q, k, v, tables[:, :2], lengths)
+exact, _ = decode_by_definition(q, k, v, tables, lengths)
+checks.close(found, exact, what="outputs where a sequence fills its table")
 ### END HIDDEN TESTS
 
 # %% check="paged_attention" points=1
@@ -1570,6 +1580,7 @@ worked = [
     (([1, 2, 3, 4, 5], 2, b""), ["5d8bb3bb", "a7d08094"]),
     (([7], 1, b"tenant"), ["7c6d3346"]),
     (([4095, 2**40, 0], 3, b"\x00\xff"), ["95c91741"]),
+    (([2**63 - 1], 1, b""), ["178c9ae5"]),
 ]
 for arguments, expected in worked:
     found = [name.hex()[:8] for name in prefix_hash_blocks(*arguments)]
@@ -1853,10 +1864,10 @@ for size, names in [
             table = list(found) + pool.allocate(need)
             uses.update(table[len(found) :])
             if kind == 0 or draw(2):
-                given = list(table)
-                cache.insert(tokens, given, salt)
+                given = list(tokens), list(table)
+                cache.insert(*given, salt)
                 shelf.insert(tokens, table, salt)
-                assert given == table, "insert changed the table"
+                assert given == (tokens, table), "insert changed the tokens or the table"
             running.append(table)
         elif kind == 2 and running:
             table = running.pop(draw(len(running)))
@@ -1929,6 +1940,14 @@ cache.insert([1, 2], fresh)
 assert cache.match([1, 2, 3, 4]) == [*fresh, c], "parents computed anew lead to the child again"
 assert cache.evict(0) == 0, "evict(0) forgets nothing"
 assert PrefixCache(pool, 2).match([]) == [], "no tokens, no blocks"
+# With the hash of the exercise above, and tuples in place of lists.
+pool = BlockAllocator(4)
+cache = PrefixCache(pool, 2)
+table = pool.allocate(2)
+cache.insert((7, 8, 7, 8), tuple(table), b"s")
+assert cache.match([7, 8, 7, 8, 1], b"s") == table, "a list finds what a tuple inserted"
+assert cache.match((7, 8, 7, 9, 1), b"s") == table[:1], "a tuple finds it too"
+assert cache.match([7, 8, 7, 8, 1]) == [], "another salt finds nothing"
 ### END HIDDEN TESTS
 
 # %% check="prefix_cache" points=1

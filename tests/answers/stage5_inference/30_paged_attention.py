@@ -362,6 +362,16 @@ class BlockAllocator:
 - self.k[layer][block, :, offset] = k.detach().to(self.k.dtype)
 + self.k[layer][block, :, offset] = k.to(self.k.dtype)
 
+# %% wrong="paged_kv_cache" because="the graph of the values is kept"
+- self.v[layer][block, :, offset] = v.detach().to(self.v.dtype)
++ self.v[layer][block, :, offset] = v.to(self.v.dtype)
+
+# %% wrong="paged_kv_cache" because="the device is ignored"
+- self.k = torch.zeros(shape, dtype=dtype, device=device)
+- self.v = torch.zeros(shape, dtype=dtype, device=device)
++ self.k = torch.zeros(shape, dtype=dtype)
++ self.v = torch.zeros(shape, dtype=dtype)
+
 # %% wrong="paged_kv_cache" because="the pools are replaced"
 - self.k[layer][block, :, offset] = k.detach().to(self.k.dtype)
 + self.k = self.k.clone()
