@@ -270,6 +270,62 @@ def scan_plain(a, b, u, dt, A, B, C, D) -> Named:
 SCANS = [(1 + i % 2, 1 + i % 3, (1, 2, 3, 4, 5)[i % 5], length) for i, length in enumerate(range(1, 49))]
 
 
+# --- 30: paged decoding -----------------------------------------------------------------------------------------------
+
+
+def paged_inputs(
+    heads: int, kv_heads: int, width: int, page: int, splits: int | None, lengths: tuple[int, ...], dtype: torch.dtype
+) -> tuple:
+    """Blocks in a random order, NaN in slots that hold no token; entries of tables behind the last block are -1.
+
+    The pool's memory is (blocks, page, kv_heads, head_dim) for odd pages, (blocks, kv_heads, page, head_dim) for even.
+    """
+    need = [-(-n // page) for n in lengths]
+    order = torch.randperm(sum(need) + 1, generator=torch.Generator().manual_seed(sum(lengths))).to(torch.int32)
+    tables = torch.full((len(lengths), max(*need, 1)), -1, dtype=torch.int32)
+    k, v = (drawn(len(order), page, kv_heads, width, dtype=dtype, seed=i).transpose(1, 2) for i in (1, 2))
+    if page % 2 == 0:
+        k, v = k.contiguous(), v.contiguous()
+    empty = torch.ones(len(order), page, dtype=torch.bool)
+    for row, n, part in zip(tables, lengths, order.split([*need, 1]), strict=False):
+        row[: len(part)] = part
+        empty[part.long()] = (torch.arange(len(part) * page) >= n).view(-1, page)
+    for pool in (k, v):
+        pool.masked_fill_(empty[:, None, :, None].to(pool.device), math.nan)
+    q = drawn(len(lengths), heads, width, dtype=dtype)
+    lengths_ = torch.tensor(lengths, dtype=torch.int32, device=profile.device)
+    return q, k, v, tables.to(profile.device), lengths_, splits
+
+
+def paged_ours(lesson: SimpleNamespace, q, k, v, tables, lengths, splits: int | None) -> Named:
+    """Splits None is what the lesson chooses, with the tile that its autotuner does."""
+    return {"o": lesson.paged_decode(q, k, v, tables, lengths, splits, None if splits is None else 32)}
+
+
+def paged_plain(q, k, v, tables, lengths, splits: int | None) -> Named:
+    """One sequence after the other: its blocks gathered, then two products."""
+    out = torch.zeros_like(q)
+    for row, (table, n) in enumerate(zip(tables, lengths.tolist(), strict=True)):
+        blocks = table[: -(-n // k.shape[2])].long()
+        # (blocks, kv_heads, page, head_dim) → (heads, n, head_dim)
+        keys, values = (pool[blocks].transpose(0, 1).flatten(1, 2)[:, :n] for pool in (k, v))
+        group = q.shape[1] // k.shape[1]
+        keys, values = (t.repeat_interleave(group, dim=0) for t in (keys, values))
+        scores = (keys @ q[row, :, :, None])[..., 0] / math.sqrt(q.shape[-1])
+        weights = scores.to(EXACT if q.dtype == EXACT else torch.float32).softmax(-1).to(q.dtype)
+        out[row] = (weights[:, None] @ values)[:, 0]
+    return {"o": out}
+
+
+# Of every size a power of two and none, of lengths an empty, a short and one that ends at a block's border.
+PAGED = [
+    (heads, kv_heads, width, page, splits, (0, page, 3 * page + 1, 1 if splits == 5 else 45))
+    for heads, kv_heads in ((2, 2), (6, 2), (20, 1))
+    for width, page in ((16, 16), (24, 7), (5, 4), (40, 1))
+    for splits in (1, 3, 5, None)
+]
+
+
 FAMILIES = [
     Family(
         "SwiGLU", "03", [(3, 13), (2, 129)], [(100, 1000), (1, 1), (33, 14336), (4096, 4097)], [(4, 14336)],
@@ -312,6 +368,14 @@ FAMILIES = [
         "scans", "36", SCANS,
         [(2, 37, 16, 1000), (1, 3, 16, 5000), (3, 64, 16, 2048), (1, 5, 7, 333), (2, 16, 64, 300), (1, 1, 1, 129)],
         [(1, 2, 16, 2048), (1, 2, 16, 4096)], scan_inputs, scan_ours, scan_plain,
+    ),
+    Family(
+        "paged decoding", "30", PAGED,
+        [
+            (32, 8, 128, 16, None, (1, 700, 4097, 0, 32768)), (32, 8, 64, 64, 7, (5000, 3)), (8, 8, 80, 16, 3, (1111,)),
+            (64, 1, 128, 1, 2, (257, 300)), (28, 4, 256, 32, None, (12_345, 16)),
+        ],
+        [(32, 8, 128, page, None, (64, 8192)) for page in (16, 64)], paged_inputs, paged_ours, paged_plain,
     ),
 ]  # fmt: skip
 
