@@ -1,0 +1,2154 @@
+# ---
+# jupyter:
+#   jupytext:
+#     text_representation:
+#       extension: .py
+#       format_name: percent
+#   kernelspec:
+#     display_name: Python 3
+#     language: python
+#     name: python3
+#   llm40:
+#     builds: >-
+#       A server for a language model: a scheduler that batches at every step and preempts when
+#       memory runs out, an engine on paged memory, an OpenAI-compatible endpoint that streams, a
+#       radix tree of shared prefixes, output that always parses, and prefill apart from decode.
+#     gpu: "Nothing more: everything runs on the CPU."
+# ---
+
+# %% [markdown]
+# ## The problem: many people, one model
+#
+# You can write text with a cache (lesson 28), keep the cache in pages (lesson 30), and draft tokens
+# to save passes (lesson 32). All of that serves one request, or a batch that begins and ends
+# together. Real requests come when they like. One has a prompt of twenty tokens and wants three
+# hundred; the next brings ten thousand and wants a yes or a no. Some people close the window
+# halfway.
+#
+# A batch of fixed membership serves them badly. Everybody waits until the longest text is written,
+# rows that are done compute nothing useful, and whoever comes a moment late waits for the next
+# batch. Yet the batch is what makes serving cheap: a decode step reads all weights once, for one
+# text or for fifty.
+#
+# This lesson builds the part that decides *what passes through the model next*, and the parts
+# around it, until a client that knows nothing of this course can talk to your server.
+#
+# ## Core ideas
+#
+# - **Continuous batching**: the batch is chosen anew at every step. A text that ends leaves at
+#   once, and a waiting one takes its place.
+# - **Chunked prefill**: a long prompt is cut, and each piece rides along with the decodes, so that
+#   nobody's stream stops while somebody else's prompt is read.
+# - **Preemption**: when memory runs out, the youngest request gives its blocks back and waits. Its
+#   text is not lost: later it is computed again, as a longer prompt.
+# - **Prefix cache**: requests that begin alike share what was computed for the beginning.
+# - **Goodput**: requests that were fast enough, per second. It is what a server is built for.
+
+# %% [markdown]
+# ### How it fits together
+#
+# ```
+# client ── HTTP ──▶ endpoint ── submit ──▶ scheduler ── plan ──▶ runner (model, pages)
+#    ◀── data: {…} ──── (exercise) ◀─ token ── engine ◀── logits ─────┘
+# ```
+#
+# | word | is |
+# |---|---|
+# | request, sequence | one text: a prompt, then what is written behind it |
+# | step | one pass of the model over tokens of several sequences |
+# | `computed` | how many tokens of a sequence have their keys and values in memory |
+# | `pending` | the others: the whole prompt at first, one while decoding |
+# | block | room for the keys and values of `size` tokens, in all layers |
+# | table | the blocks of a sequence, in order |
+#
+# There is no "prefill phase" and no "decode phase" in the code below. A sequence has tokens, and
+# some of them are computed; a step computes some more. When all are, the last one's logits give the
+# next token, and one token is pending again. Decoding is a prefill of length one.
+
+# %%
+import asyncio
+import codecs
+import heapq
+import json
+import math
+import os
+import random
+import socket
+import sys
+import tempfile
+import threading
+import time
+from collections import deque
+from collections.abc import AsyncIterator, Callable
+from contextlib import asynccontextmanager, contextmanager, suppress
+from typing import Literal
+
+import fastapi
+import httpx
+import openai
+import torch
+import torch.nn.functional as F
+import uvicorn
+from fastapi import FastAPI
+from fastapi.exceptions import RequestValidationError
+from fastapi.responses import JSONResponse, StreamingResponse
+from llm40 import checks, data, models, plot
+from llm40.models.llama import angles, rotate
+from pydantic import BaseModel, ConfigDict, Field
+from torch import Tensor
+
+plt = plot.plt
+
+# %% [markdown]
+# ## What is fast enough?
+#
+# A person who reads a stream notices two things. **TTFT**, the time to first token, runs from the
+# request's arrival to its first token: time in the queue and the prefill. **TPOT**, the time per
+# output token, is the mean gap after that. With $n \ge 2$ tokens at times $t_1 \dots t_n$
+#
+# $$\mathrm{TTFT} = t_1 - t_\text{arrival}, \qquad \mathrm{TPOT} = \frac{t_n - t_1}{n - 1}.$$
+#
+# There are $n - 1$ gaps between $n$ tokens. A division by $n$ would count the prefill's token and
+# flatter short answers.
+#
+# The mean over requests hides those who suffer, so one looks at **percentiles**: the 99th is the
+# value that 99 percent of requests do not exceed. Between two measured values libraries
+# interpolate; the **nearest-rank** percentile takes a value that somebody really had. And a server
+# of which each request asks for a TTFT and a TPOT within limits is judged by its **goodput**:
+# requests per second that kept *both*. A batch twice as large can double the throughput and halve
+# the goodput.
+
+# %% [markdown]
+# ### Exercise · Latency, percentiles, goodput
+
+
+# %% exercise="latency" minutes=12 difficulty=1
+def ttft(arrival: float, times: list[float]) -> float:
+    """Seconds from a request's arrival to its first token; math.inf where it got none.
+
+    times: when each of its tokens came out, in order.
+    """
+    ### BEGIN SOLUTION
+    return times[0] - arrival if times else math.inf
+    ### END SOLUTION
+
+
+def tpot(times: list[float]) -> float:
+    """Mean seconds a token, over the gaps between tokens; 0.0 for fewer than two tokens.
+
+    Tokens at 1.0, 1.2, 1.8 s: two gaps in 0.8 s, so 0.4.
+    """
+    ### BEGIN SOLUTION
+    return (times[-1] - times[0]) / (len(times) - 1) if len(times) > 1 else 0.0
+    ### END SOLUTION
+
+
+def percentile(values: list[float], q: int) -> float:
+    """The nearest-rank percentile: the smallest of the values that at least q percent of them do
+    not exceed. q is a whole number from 0 (gives the smallest value) to 100 (the largest).
+
+    values: in any order, at least one (else ValueError); the list stays as it is.
+    Of [30, 10, 20, 40] the 50th is 20 and the 51st is 30: no interpolation.
+    """
+    ### BEGIN SOLUTION
+    if not values:
+        raise ValueError("a percentile of no values")
+    rank = -(-q * len(values) // 100)  # whole numbers throughout: a float would miss exact ranks
+    return sorted(values)[max(rank, 1) - 1]
+    ### END SOLUTION
+
+
+def goodput(
+    arrivals: list[float],
+    times: list[list[float]],
+    ttft_limit: float,
+    tpot_limit: float,
+    duration: float,
+) -> float:
+    """Requests per second that got a token and kept both limits (a limit that is met exactly is
+    kept). Request i arrived at arrivals[i], its tokens came at times[i].
+
+    duration: seconds that the measurement took, above 0 (else ValueError).
+    """
+    ### BEGIN SOLUTION
+    if duration <= 0:
+        raise ValueError(f"the measurement took {duration} s")
+    good = [
+        came and ttft(arrival, came) <= ttft_limit and tpot(came) <= tpot_limit
+        for arrival, came in zip(arrivals, times, strict=True)
+    ]
+    return sum(map(bool, good)) / duration
+    ### END SOLUTION
+
+
+# %% [markdown]
+# <details><summary>Hint: the rank</summary>
+#
+# Sort. The value at place r (counted from 1) is not exceeded by r of the n values. Which is the
+# smallest whole r with r/n ≥ q/100? Compute it in whole numbers: `0.07 * 100` is more than 7.
+# </details>
+
+# %% check="latency" points=1
+checks.number(ttft(10.0, [10.5, 11.0]), 0.5, what="ttft", to=1e-9)
+checks.number(
+    tpot([1.0, 1.2, 1.8]), 0.4, what="tpot", to=1e-9, mistakes={"dividing by the tokens": 0.8 / 3}
+)
+checks.number(tpot([3.0]), 0.0, what="tpot of one token", atol=0.0)
+### BEGIN HIDDEN TESTS
+g = checks.generator(1)
+for n in (2, 3, 7):
+    gaps = (torch.rand(n, generator=g, dtype=torch.float64) + 0.1).tolist()
+    moments = torch.tensor([gaps[0] + 5, *gaps[1:]], dtype=torch.float64).cumsum(0).tolist()
+    checks.number(ttft(5.0, moments), gaps[0], what=f"ttft of {n} tokens", to=1e-9)
+    checks.number(tpot(moments), sum(gaps[1:]) / (n - 1), what=f"tpot of {n} tokens", to=1e-9)
+assert ttft(3.0, []) == math.inf, "a request without a token has waited without end: math.inf"
+for few in ([], [4.0]):
+    assert tpot(few) == 0.0, f"tpot of {len(few)} tokens is 0.0: there is no gap; yours: {tpot(few)}"
+### END HIDDEN TESTS
+
+# %% check="latency" points=1
+mine = [30.0, 10.0, 20.0, 40.0]
+checks.number(percentile(mine, 50), 20.0, what="the 50th of 4", to=0)
+checks.number(percentile(mine, 51), 30.0, what="the 51st of 4", to=0, mistakes={"rounding": 20.0})
+assert mine == [30.0, 10.0, 20.0, 40.0], "percentile sorts its argument in place"
+### BEGIN HIDDEN TESTS
+for n in (1, 2, 3, 10, 100, 123, 200):
+    values = torch.randn(n, generator=checks.generator(n)).double().tolist()
+    if n > 2:
+        values[1] = values[2]  # a tie
+    for q in (0, 1, 7, 14, 28, 29, 33, 50, 55, 57, 58, 66, 67, 90, 95, 99, 100):
+        enough = [v for v in values if 100 * sum(w <= v for w in values) >= q * n]
+        checks.number(percentile(values, q), min(enough), what=f"percentile {q} of {n}", to=1e-12)
+checks.raises(ValueError, percentile, [], 50)
+### END HIDDEN TESTS
+
+# %% check="latency" points=1
+# Four requests: good; first token late; slow after it; no token. In 2 seconds.
+arrivals = [0.0, 0.0, 1.0, 1.0]
+moments = [[0.5, 0.6, 0.7], [1.5, 1.6], [1.2, 3.2], []]
+checks.number(goodput(arrivals, moments, 1.0, 0.25, 2.0), 0.5, what="goodput", to=1e-9)
+### BEGIN HIDDEN TESTS
+for limits, expected in (
+    ((1.5, 0.25), 1.0),  # 1.5 s is within 1.5 s
+    ((1.0, 2.0), 1.0),  # a gap of 2.0 s is within 2.0 s
+    ((1.49, 1.99), 0.5),
+    ((2.0, 3.0), 1.5),
+    ((math.inf, math.inf), 1.5),  # whoever got no token got nothing
+    ((0.1, 0.05), 0.0),
+):
+    checks.number(goodput(arrivals, moments, *limits, 2.0), expected, what=f"limits {limits}", to=1e-9)
+checks.number(goodput(arrivals, moments, 2.0, 3.0, 0.5), 6.0, what="in half a second", to=1e-9)
+checks.number(goodput([], [], 1.0, 1.0, 3.0), 0.0, what="goodput of no requests", to=1e-9)
+checks.number(goodput([2.0], [[2.5]], 0.5, 0.0, 1.0), 1.0, what="one token, no gap", to=1e-9)
+for nothing in (0.0, -1.0):
+    checks.raises(ValueError, goodput, [0.0], [[1.0]], 1.0, 1.0, nothing)
+### END HIDDEN TESTS
+
+# %% [markdown]
+# ## A budget of tokens
+#
+# A step with many tokens takes longer. Whoever waits for the next token of a stream waits for the
+# whole step, and so for everybody's prompt in it. A prompt of 8,000 tokens in one step is a silence
+# of a second for all others: the **generation stall**.
+#
+# Sarathi-Serve (2024) puts a **token budget** on the step. First every decode gets its one token,
+# for those streams must not stop. What is left of the budget goes to prompts, cut to fit. A budget
+# $b$ with $d$ decodes running leaves $b - d$ tokens for prompts, so that a prompt of $p$ tokens
+# takes
+#
+# $$\left\lceil \frac{p}{b - d} \right\rceil$$
+#
+# steps. A small budget bounds the gap between tokens, and delays the first one. It also reads the
+# weights once more for each piece, and each piece attends to all of its predecessors' keys again.
+# The budget is the knob between TPOT and TTFT.
+
+# %% [markdown]
+# ### Exercise · Chunked prefill
+
+
+# %% exercise="chunked_prefill" minutes=10 difficulty=1
+def chunked_prefill(pending: list[int], budget: int) -> list[int]:
+    """How many tokens of each sequence pass in this step: at most `budget` in all.
+
+    pending[i] ≥ 1 tokens of sequence i are not computed yet; the oldest sequence is first. The list
+    stays as it is. budget ≥ 0.
+    Those with exactly one pending token get it first, in order, as long as there is budget. What is
+    left goes to the others, in order: each gets all that it needs, or what there still is.
+
+    [1, 30, 1, 9] with a budget of 16 gives [1, 14, 1, 0]; with 40 it gives [1, 30, 1, 8].
+    """
+    ### BEGIN SOLUTION
+    counts = [0] * len(pending)
+    decodes = [i for i, tokens in enumerate(pending) if tokens == 1]
+    prompts = [i for i, tokens in enumerate(pending) if tokens > 1]
+    for i in decodes + prompts:
+        counts[i] = min(pending[i], budget)
+        budget -= counts[i]
+    return counts
+    ### END SOLUTION
+
+
+# %% [markdown]
+# <details><summary>Hint: two passes</summary>
+#
+# Walk over the list twice: once for the entries that are 1, once for the others. In both, give the
+# smaller of what is needed and what is left.
+# </details>
+
+# %% check="chunked_prefill" points=1
+for budget, expected in ((16, [1, 14, 1, 0]), (40, [1, 30, 1, 8]), (1, [1, 0, 0, 0])):
+    counts = chunked_prefill([1, 30, 1, 9], budget)
+    assert counts == expected, (
+        f"with a budget of {budget} pending tokens [1, 30, 1, 9] give {expected}, yours: {counts}"
+    )
+### BEGIN HIDDEN TESTS
+g = checks.generator(2)
+for case in range(60):
+    n = int(torch.randint(0, 9, (), generator=g))
+    pending = torch.randint(1, 12, (n,), generator=g).tolist()
+    pending = [1 if case % 3 and torch.rand((), generator=g) < 0.5 else p for p in pending]
+    budget = int(torch.randint(0, 40, (), generator=g))
+    given = list(pending)
+    counts = chunked_prefill(pending, budget)
+    assert pending == given, "chunked_prefill changes its argument `pending`"
+    # Token by token: the next one always goes to whoever is first in line.
+    line = [i for i in range(n) if given[i] == 1]
+    line += [i for i in range(n) if given[i] > 1 for _ in range(given[i])]
+    served = line[:budget]
+    expected = [served.count(i) for i in range(n)]
+    assert counts == expected, f"{given} with a budget of {budget}: {expected}, yours {counts}"
+# The number of steps that a prompt takes beside decodes.
+for prompt, decodes, budget in ((100, 3, 13), (101, 3, 13), (1, 4, 5), (64, 0, 64)):
+    left, steps = prompt, 0
+    while left and steps < 200:
+        left -= chunked_prefill([left, *[1] * decodes] if left > 1 else [1] * (decodes + 1), budget)[0]
+        steps += 1
+    assert steps == math.ceil(prompt / (budget - decodes)), (
+        f"a prompt of {prompt} beside {decodes} decodes takes {steps} steps of {budget} tokens"
+    )
+### END HIDDEN TESTS
+
+# %% [markdown]
+# ## Memory: sequences and blocks
+#
+# Lesson 30 built the pages; here is what this lesson needs of them, in short form. A `Sequence` is
+# a request on its way. `Blocks` counts: it knows which numbered blocks are free and who uses the
+# others. It holds no tensors. (Its `prefixes` is `None` until [](#prefixes).)
+#
+# A block is taken before its tokens are computed: `admit` takes blocks for a whole waiting text,
+# `grow` for the next token or the next ones of a running text, `release` gives all back. `admit`
+# and `grow` say whether it worked, and take nothing where it did not.
+
+
+# %%
+def greedy(logits: Tensor) -> int:
+    """The likeliest token: logits (vocab,)."""
+    return int(logits.argmax())
+
+
+class Sequence:
+    """One request: its text so far, how much of it is computed, and where that is kept."""
+
+    def __init__(
+        self,
+        id: int,
+        prompt: list[int],
+        max_new: int = 16,
+        stop: int | None = None,
+        choose: Callable[[Tensor], int] = greedy,
+    ):
+        self.id, self.max_new, self.stop, self.choose = id, max_new, stop, choose
+        self.tokens = list(prompt)  # the prompt, and then what was written
+        self.prompt = len(prompt)
+        self.computed = 0  # the first `computed` tokens have their keys and values in memory
+        self.table: list[int] = []  # the blocks in which they are
+
+    @property
+    def pending(self) -> int:
+        return len(self.tokens) - self.computed
+
+
+class Blocks:
+    """`count` blocks for the keys and values of `size` tokens each: who uses which."""
+
+    def __init__(self, count: int, size: int, prefixes=None):
+        self.count, self.size, self.prefixes = count, size, prefixes
+        self.free = list(range(count))
+        self.users = [0] * count  # sequences that use a block, and one more if it is cached
+        self.cached: set[int] = set()  # blocks that `prefixes` holds
+
+    @property
+    def available(self) -> int:
+        """Blocks that could be taken: free ones, and cached ones that no sequence uses."""
+        return len(self.free) + sum(self.users[block] == 1 for block in self.cached)
+
+    def grow(self, sequence: Sequence, tokens: int) -> bool:
+        """Makes the table long enough for the first `tokens` tokens of a sequence, if it can."""
+        needed = -(-tokens // self.size) - len(sequence.table)
+        if needed > self.available:
+            return False
+        if needed > len(self.free):
+            used = {block for block in self.cached if self.users[block] > 1}
+            for block in self.prefixes.evict(needed - len(self.free), used):
+                self.cached.discard(block)
+                self.drop(block)
+        taken, self.free = self.free[: max(needed, 0)], self.free[max(needed, 0) :]
+        for block in taken:
+            self.users[block] += 1
+        sequence.table = sequence.table + taken
+        return True
+
+    def admit(self, sequence: Sequence) -> bool:
+        """Gives a waiting sequence blocks for all of its tokens; those of its beginning that are
+        cached count as computed. Where there are too few blocks it gets none."""
+        if self.prefixes is not None:
+            # At least the last token must pass, or there would be no logits.
+            found = self.prefixes.match(self.keys(sequence.tokens[:-1]))
+            for block in found:
+                self.users[block] += 1
+            sequence.table, sequence.computed = list(found), len(found) * self.size
+        if self.grow(sequence, len(sequence.tokens)):
+            return True
+        self.release(sequence)
+        return False
+
+    def release(self, sequence: Sequence) -> None:
+        """Takes all blocks of a sequence back; none of its tokens is computed any more."""
+        if self.prefixes is not None:  # what was computed is kept for others, as long as it can be
+            keys = self.keys(sequence.tokens[: sequence.computed])
+            known = self.prefixes.insert(keys, sequence.table[: len(keys)])
+            for block in sequence.table[known : len(keys)]:
+                self.cached.add(block)
+                self.users[block] += 1
+        for block in sequence.table:
+            self.drop(block)
+        sequence.table, sequence.computed = [], 0
+
+    def drop(self, block: int) -> None:
+        self.users[block] -= 1
+        if not self.users[block]:
+            self.free.append(block)
+
+    def keys(self, tokens: list[int]) -> list[tuple[int, ...]]:
+        """The tokens of each whole block."""
+        last = len(tokens) - self.size + 1
+        return [tuple(tokens[i : i + self.size]) for i in range(0, last, self.size)]
+
+
+# %% [markdown]
+# ## The scheduler
+#
+# Orca (2022) made the observation on which all servers stand since: the unit of scheduling is not
+# the request, it is the **iteration**. Between two steps any sequence may leave or join, because
+# nothing but its own pages ties it to the others.
+#
+# Then there are three decisions, and the answers here are those of vLLM. *Who runs?* Whoever has
+# been admitted, in order of arrival. *Who is admitted?* The first in the queue, if there is a place
+# in the batch, budget, and memory for its whole text; if the first does not fit, nobody overtakes
+# it. *What if a running text needs a block and there is none?* The **youngest** running sequence
+# gives all of its blocks back and goes to the head of the queue.
+#
+# Why the youngest? Order by age is what makes **starvation** impossible. Consider the oldest
+# request in the system. It is the last that would be preempted, so it is not, as long as any other
+# runs; and alone it fits, for requests that could never fit are refused at the door. With a budget
+# of at least one token for each place in the batch it moves at every step. It ends, the next is
+# oldest, and by induction everybody ends.
+
+# %% [markdown]
+# What becomes of the text that the preempted request has written? It stays. Its tokens so far,
+# prompt and answer, are the prompt of its second life; only keys and values are computed again.
+# This is **recomputation**. The alternative is to copy the blocks to the host's memory and back
+# (swapping). Recomputing $n$ tokens is one prefill, whose tokens are cheap beside decoded ones, and
+# the client notices a pause, nothing else: no token is sent twice and none is drawn again.
+#
+# ### Exercise · The scheduler
+#
+# The scheduler decides and counts; it computes nothing. In the checks nobody else does either: they
+# move `computed` on and append tokens as an engine would.
+
+
+# %% exercise="scheduler" minutes=35 difficulty=3
+class Scheduler:
+    """Decides, step by step, which tokens of which sequences pass through the model.
+
+    Scheduler(blocks, budget, max_running): a step passes at most `budget` tokens, and at most
+    max_running sequences run at a time. ValueError unless 1 ≤ max_running ≤ budget: each running
+    sequence must be able to get its token.
+
+    Attributes: blocks, budget, max_running as given;
+        waiting: the sequences that wait, the next one first (a list or deque);
+        running: a list of the sequences that hold blocks, the oldest first;
+        preemptions: how often a sequence was preempted so far.
+
+    add(sequence): puts a new sequence at the end of `waiting`. ValueError if its prompt and its
+        max_new new tokens together would not fit in all blocks (blocks.count · blocks.size tokens).
+
+    finish(sequence): the sequence is over, or was cancelled. It leaves `running` or `waiting`, and
+        its blocks are released.
+
+    step(): the plan of the next step, a list of pairs (sequence, tokens ≥ 1). The caller moves
+        `computed` on by as many, appends a token to each sequence that has none pending then, and
+        calls finish(…) for those that end. step() itself changes neither tokens nor, but for
+        preemption and admission, `computed`.
+        1. The running sequences get tokens as chunked_prefill says. In order of age, each one that
+           gets some also gets the blocks it needs for them (blocks.grow). Where there are too few,
+           the youngest running sequence is preempted, again and again, until there are enough or
+           the sequence itself has been preempted: the next steps may give it another chance.
+           Preempted: blocks released, first in `waiting`, not in the plan; it keeps its tokens.
+        2. Unless somebody was preempted in this step, waiting sequences are admitted, the first
+           one first, as long as fewer than max_running run, budget is left, and blocks.admit(…)
+           takes it. Each gets as many of its pending tokens as the budget still holds. The first
+           that is not taken ends the step: nobody overtakes.
+        The plan lists running sequences first, then the admitted ones, both in order of age.
+
+    Six blocks of 4 tokens, budget 8, max_running 3; A, B, C with prompts of 10, 3 and 5 tokens:
+        step 1: A 8 (budget used up)        step 2: A 2, B 3, C 3 (of its 5)
+        step 3: A 1, B 1, C 2               step 4: A 1, B 1; B needs a block, C is preempted
+        step 5: A 1, B 1 (A takes the last block but one; C, 6 tokens now, would need two)
+    """
+
+    def __init__(self, blocks: Blocks, budget: int, max_running: int):
+        ### BEGIN SOLUTION
+        if not 1 <= max_running <= budget:
+            raise ValueError(f"{max_running} running sequences with a budget of {budget} tokens")
+        self.blocks, self.budget, self.max_running = blocks, budget, max_running
+        self.waiting: deque[Sequence] = deque()
+        self.running: list[Sequence] = []
+        self.preemptions = 0
+        ### END SOLUTION
+
+    def add(self, sequence: Sequence) -> None:
+        ### BEGIN SOLUTION
+        longest, room = len(sequence.tokens) + sequence.max_new, self.blocks.count * self.blocks.size
+        if longest > room:
+            raise ValueError(f"{longest} tokens, prompt and answer; there is room for {room}")
+        self.waiting.append(sequence)
+        ### END SOLUTION
+
+    def finish(self, sequence: Sequence) -> None:
+        ### BEGIN SOLUTION
+        if sequence in self.running:
+            self.running.remove(sequence)
+            self.blocks.release(sequence)
+        else:
+            self.waiting.remove(sequence)
+        ### END SOLUTION
+
+    def step(self) -> list[tuple[Sequence, int]]:
+        ### BEGIN SOLUTION
+        plan, before = [], self.preemptions
+        pending = [sequence.pending for sequence in self.running]
+        counts = chunked_prefill(pending, self.budget)
+        for sequence, count in list(zip(self.running, counts, strict=True)):
+            if sequence not in self.running:  # preempted, as are all that follow
+                break
+            if count and self.make_room(sequence, sequence.computed + count):
+                plan.append((sequence, count))
+        left = self.budget - sum(count for _, count in plan)
+        while self.preemptions == before and self.waiting and left:
+            if len(self.running) == self.max_running or not self.blocks.admit(self.waiting[0]):
+                break
+            sequence = self.waiting.popleft()
+            self.running.append(sequence)
+            plan.append((sequence, min(sequence.pending, left)))
+            left -= plan[-1][1]
+        return plan
+
+    def make_room(self, sequence: Sequence, tokens: int) -> bool:
+        """Preempts the youngest until the blocks suffice; whether the sequence itself still runs."""
+        while not self.blocks.grow(sequence, tokens):
+            youngest = self.running.pop()
+            self.blocks.release(youngest)
+            self.waiting.appendleft(youngest)
+            self.preemptions += 1
+            if youngest is sequence:
+                return False
+        return True
+        ### END SOLUTION
+
+
+# %% [markdown]
+# <details><summary>Hint: a list that changes while you walk over it</summary>
+#
+# Preempting shortens `running`. Walk over a copy, and look before each sequence whether it is still
+# there. Those that have been planned are older than any victim, so the plan never has to be
+# corrected.
+# </details>
+#
+# <details><summary>Hint: preempting yourself</summary>
+#
+# If the sequence that needs a block is the youngest itself, it is the one to go. Then there is
+# nothing to grow any more: leave the loop without planning it.
+# </details>
+#
+# <details><summary>Hint: chunks need no blocks</summary>
+#
+# `blocks.admit` takes blocks for the whole text, so `grow` finds enough for the pieces of a prompt.
+# It is the decodes that run out: every `size` tokens each of them needs one block more.
+# </details>
+
+
+# %% tags=["support"]
+# Support: what an engine does after a step, and a drive that holds a scheduler to its rules
+def compute(scheduler, plan) -> None:
+    """Moves each sequence on by what the plan says; whoever has nothing pending writes a token."""
+    for sequence, count in plan:
+        sequence.computed += count
+        if sequence.pending == 0:
+            sequence.tokens = [*sequence.tokens, 100 + len(sequence.tokens)]
+            if len(sequence.tokens) - sequence.prompt == sequence.max_new:
+                scheduler.finish(sequence)
+
+
+def names(plan) -> list[tuple[str, int]]:
+    return [("ABCDEFGHIJ"[sequence.id], count) for sequence, count in plan]
+
+
+def requests(g: torch.Generator, count: int, longest: int, written: int, spread: int) -> list:
+    """(step of arrival, sequence), by arrival."""
+    steps = torch.randint(0, spread, (count,), generator=g).sort().values.tolist()
+    lengths = torch.randint(1, longest + 1, (count,), generator=g).tolist()
+    news = torch.randint(1, written + 1, (count,), generator=g).tolist()
+    return [
+        (step, Sequence(i, list(range(length)), new))
+        for i, (step, length, new) in enumerate(zip(steps, lengths, news, strict=True))
+    ]
+
+
+def survivors(ran: list, blocks) -> int:
+    """How many of the running sequences, the oldest first, can stay: the most whose needs are met
+    by the free blocks and those of all the younger ones."""
+    needs = [
+        max(0, math.ceil((s.computed + 1) / blocks.size) - len(s.table)) if s.pending == 1 else 0
+        for s in ran
+    ]
+    held = [len(s.table) for s in ran]
+    return max(
+        m
+        for m in range(len(ran) + 1)
+        if sum(needs[:m]) <= blocks.available + sum(held[m:])
+    )
+
+
+def drive(scheduler, arrivals: list, cancelled: dict[int, int], steps: int) -> dict:
+    """Runs until everybody is done, and raises at the first step that breaks a rule. `cancelled`
+    maps a sequence's id to the step before which it is cancelled."""
+    blocks, everyone = scheduler.blocks, [sequence for _, sequence in arrivals]
+    coming, done, seen = deque(arrivals), set(), {"preempted": 0, "chunks": 0}
+    for step in range(steps):
+        where = f"step {step}: "
+        while coming and coming[0][0] <= step:
+            scheduler.add(coming.popleft()[1])
+        present = {s.id for s in everyone} - {s.id for _, s in coming} - done
+        for id, when in cancelled.items():
+            if when == step and id in present:
+                scheduler.finish(everyone[id])
+                done.add(id)
+                assert not everyone[id].table, where + "a cancelled sequence still holds blocks"
+        ran = list(scheduler.running)
+        texts, pending = {s.id: s.tokens for s in everyone}, {s.id: s.pending for s in ran}
+        stay, counted = survivors(ran, blocks), scheduler.preemptions
+        plan = scheduler.step()
+        running, waiting = list(scheduler.running), list(scheduler.waiting)
+        planned = {s.id: count for s, count in plan}
+        assert len(planned) == len(plan), where + "a sequence is planned twice"
+        assert sum(planned.values()) <= scheduler.budget, where + "the plan exceeds the budget"
+        assert len(running) <= scheduler.max_running, where + "more than max_running run"
+        assert {s.id: s.tokens for s in everyone} == texts, where + "step() changed a text"
+        ids = [s.id for s in [*running, *waiting]]
+        assert ids == sorted(ids), where + f"running and waiting are not in order of age: {ids}"
+        assert set(ids) == {s.id for s in everyone} - {s.id for _, s in coming} - done, (
+            where + "a sequence is neither running nor waiting, or both"
+        )
+        assert [s.id for s, _ in plan] == [s.id for s in running if s.id in planned], (
+            where + "the plan holds one that does not run, or is not in order of age"
+        )
+        for s, count in plan:
+            assert 1 <= count <= s.pending, where + f"{count} of {s.pending} pending tokens"
+            assert len(s.table) * blocks.size >= s.computed + count, where + "too few blocks"
+            seen["chunks"] += count < s.pending
+        held = [block for s in running for block in s.table]
+        assert sorted([*held, *blocks.free]) == list(range(blocks.count)), (
+            where + "blocks are lost, or two sequences hold the same one"
+        )
+        for s in waiting:
+            assert not s.table and not s.computed, where + "a waiting sequence holds blocks"
+        gone = [s for s in ran if s not in running]
+        assert ran[:stay] == [s for s in ran if s in running], (
+            where + f"of {len(ran)} running sequences the {stay} oldest could stay; in your step "
+            f"{len(ran) - len(gone)} stayed"
+        )
+        assert scheduler.preemptions == counted + len(gone), where + "preemptions is wrong"
+        for s in ran[:stay]:
+            assert pending[s.id] > 1 or planned.get(s.id) == 1, where + "a decode gets no token"
+        left = scheduler.budget - sum(planned.values())
+        if gone:
+            assert set(planned) <= {s.id for s in ran}, where + "admitted beside a preemption"
+        elif waiting and left and len(running) < scheduler.max_running:
+            wants = math.ceil(len(waiting[0].tokens) / blocks.size)
+            assert wants > blocks.available, where + "the first in line fits and was left out"
+        for s, count in plan:
+            assert count == s.pending or left == 0, where + "budget is left, and a prompt was cut"
+        assert not ids or ids[0] in planned, where + "the oldest request does not move"
+        seen["preempted"] += len(gone)
+        compute(scheduler, plan)
+        done |= {s.id for s in everyone if len(s.tokens) - s.prompt == s.max_new}
+        if not coming and len(done) == len(everyone):
+            assert len(blocks.free) == blocks.count, "at the end not all blocks are free"
+            assert not scheduler.running and not scheduler.waiting, "somebody is still there"
+            assert scheduler.step() == [], "with nobody there the plan is empty"
+            return seen | {"steps": step + 1}
+    raise AssertionError(f"after {steps} steps {len(everyone) - len(done)} requests are not done")
+
+
+# %% check="scheduler" points=2
+# Memory for everybody: who runs, and in which pieces.
+blocks = Blocks(count=40, size=4)
+scheduler = Scheduler(blocks, budget=8, max_running=3)
+for id, length in enumerate((10, 3, 5, 2)):
+    scheduler.add(Sequence(id, list(range(length)), max_new=3))
+for number, expected in enumerate(
+    (
+        [("A", 8)],
+        [("A", 2), ("B", 3), ("C", 3)],  # D: three run already
+        [("A", 1), ("B", 1), ("C", 2)],
+        [("A", 1), ("B", 1), ("C", 1)],  # A and B write their last token
+        [("C", 1), ("D", 2)],
+    )
+):
+    plan = scheduler.step()
+    assert names(plan) == expected, (
+        f"step {number + 1}: the plan should be {expected}, yours is {names(plan)}"
+    )
+    compute(scheduler, plan)
+### BEGIN HIDDEN TESTS
+g = checks.generator(3)
+for case, (budget, running) in enumerate(((8, 3), (5, 5), (64, 4), (1, 1), (12, 6))):
+    blocks = Blocks(count=400, size=3)
+    arrivals = requests(g, count=14, longest=30, written=9, spread=25)
+    seen = drive(Scheduler(blocks, budget, running), arrivals, {}, steps=900)
+    assert seen["preempted"] == 0, "somebody was preempted though memory is plenty"
+    assert seen["chunks"] or budget == 64, "no prompt was cut, though the budget is small"
+# A full batch and an exhausted budget end admission; a place and budget open it again.
+scheduler = Scheduler(Blocks(count=40, size=4), budget=4, max_running=4)
+for id, length in enumerate((1, 3, 2)):
+    scheduler.add(Sequence(id, list(range(length)), max_new=2))
+plan = scheduler.step()
+assert names(plan) == [("A", 1), ("B", 3)], "the budget is used up to the last token"
+assert [s.id for s in scheduler.waiting] == [2], "with no budget left nobody is admitted"
+### END HIDDEN TESTS
+
+# %% check="scheduler" points=2
+# The example above: memory runs out in step 4.
+blocks = Blocks(count=6, size=4)
+scheduler = Scheduler(blocks, budget=8, max_running=3)
+for id, length in enumerate((10, 3, 5)):
+    scheduler.add(Sequence(id, list(range(length)), max_new=8))
+for number, expected in enumerate(
+    (
+        [("A", 8)],
+        [("A", 2), ("B", 3), ("C", 3)],
+        [("A", 1), ("B", 1), ("C", 2)],
+        [("A", 1), ("B", 1)],
+        [("A", 1), ("B", 1)],
+    )
+):
+    plan = scheduler.step()
+    assert names(plan) == expected, (
+        f"step {number + 1}: the plan should be {expected}, yours is {names(plan)}"
+    )
+    compute(scheduler, plan)
+assert scheduler.preemptions == 1, f"one preemption so far; yours: {scheduler.preemptions}"
+(waiting,) = scheduler.waiting
+assert len(waiting.tokens) == 6, "C keeps its five tokens and the one that it wrote"
+### BEGIN HIDDEN TESTS
+g = checks.generator(4)
+total = 0
+for count, size, budget, running in ((9, 4, 16, 6), (12, 2, 8, 8), (7, 5, 9, 4), (20, 1, 10, 5)):
+    for _ in range(2):
+        longest = count * size // 4
+        arrivals = requests(g, count=12, longest=longest, written=2 * longest, spread=10)
+        scheduler = Scheduler(Blocks(count, size), budget, running)
+        seen = drive(scheduler, arrivals, {}, steps=3000)
+        total += seen["preempted"]
+        assert scheduler.preemptions == seen["preempted"], "preemptions counts otherwise"
+assert total > 20, "these requests are too many for memory, and hardly anybody is preempted"
+# A request that takes all blocks for itself, alone and behind others.
+for arrivals in ([(0, Sequence(0, [1] * 9, 7))], [(0, Sequence(i, [1] * 8, 8)) for i in range(3)]):
+    drive(Scheduler(Blocks(4, 4), 4, 3), arrivals, {}, steps=200)
+### END HIDDEN TESTS
+
+# %% check="scheduler" points=1
+# The door, and leaving early.
+checks.raises(ValueError, Scheduler, Blocks(4, 4), 3, 4, because="4 cannot all get a token of 3")
+scheduler = Scheduler(Blocks(4, 4), 8, 2)
+checks.raises(
+    ValueError,
+    scheduler.add,
+    Sequence(0, [1] * 10, max_new=7),
+    because="17 tokens do not fit in 16 slots, however long it waits",
+)
+assert not list(scheduler.waiting), "a refused sequence is not in the queue"
+### BEGIN HIDDEN TESTS
+checks.raises(ValueError, Scheduler, Blocks(4, 4), 3, 0)
+checks.raises(ValueError, Scheduler, Blocks(4, 4), 0, 0)
+Scheduler(Blocks(4, 4), 3, 3)
+for blocks, size in ((3, 5), (5, 3)):
+    scheduler = Scheduler(Blocks(blocks, size), 4, 2)
+    scheduler.add(Sequence(0, [1] * 9, max_new=6))  # exactly all
+    checks.raises(ValueError, scheduler.add, Sequence(1, [1] * 9, max_new=7))
+    assert (scheduler.budget, scheduler.max_running, scheduler.preemptions) == (4, 2, 0)
+g = checks.generator(5)
+for _ in range(4):
+    arrivals = requests(g, count=16, longest=20, written=12, spread=12)
+    leaving = {i: int(torch.randint(0, 40, (), generator=g)) for i in range(0, 16, 2)}
+    drive(Scheduler(Blocks(14, 3), 10, 5), arrivals, leaving, steps=1500)
+# The middle of the queue, and a running sequence, leave at once.
+blocks = Blocks(10, 2)
+scheduler, everyone = Scheduler(blocks, 6, 2), [Sequence(i, [1] * 3, 4) for i in range(5)]
+for sequence in everyone:
+    scheduler.add(sequence)
+compute(scheduler, scheduler.step())
+scheduler.finish(everyone[3])
+scheduler.finish(everyone[0])
+assert [s.id for s in scheduler.running] == [1], "finish() leaves a running sequence in its place"
+assert [s.id for s in scheduler.waiting] == [2, 4], "finish() takes one out of the queue's middle"
+assert len(blocks.free) == 8, "finish() gives the blocks back"
+### END HIDDEN TESTS
+
+# %% [markdown]
+# ### What the scheduler decides, seen
+#
+# Ten requests of unequal lengths, on your scheduler with a place for four of them. The upper
+# picture forbids admission until the batch is empty, as a **static batch** does; below it is
+# yours. Nothing is computed: what is drawn are plans.
+
+
+# %% tags=["experiment"]
+class Static(Scheduler):
+    """Admits only when nobody runs: a batch begins together, and the next one waits for its end."""
+
+    def step(self) -> list[tuple[Sequence, int]]:
+        if not self.running:
+            return super().step()
+        waiting, self.waiting = self.waiting, deque()
+        plan = super().step()
+        self.waiting.extend(waiting)  # preempted sequences stay before them
+        return plan
+
+
+def timeline(kind: type[Scheduler], lengths: list[tuple[int, int]], **options) -> list:
+    """(step, id, tokens, whether they are of the prompt) of all that a scheduler plans."""
+    scheduler, drawn, step = kind(Blocks(options.pop("count"), 4), **options), [], 0
+    for id, (prompt, new) in enumerate(lengths):
+        scheduler.add(Sequence(id, [0] * prompt, new))
+    while scheduler.running or scheduler.waiting:
+        for sequence, count in (plan := scheduler.step()):
+            drawn.append((step, sequence.id, count, sequence.computed < sequence.prompt))
+            sequence.computed += count
+            if not sequence.pending:
+                sequence.tokens.append(0)
+        for sequence, _ in plan:
+            if len(sequence.tokens) - sequence.prompt >= sequence.max_new:
+                scheduler.finish(sequence)
+        step += 1
+    return drawn
+
+
+lengths = [(12, 4), (9, 22), (20, 6), (6, 9), (14, 5), (8, 12), (24, 3), (5, 18), (10, 7), (7, 5)]
+drawn = {
+    "static": timeline(Static, lengths, count=60, budget=16, max_running=4),
+    "continuous": timeline(Scheduler, lengths, count=60, budget=16, max_running=4),
+    "continuous, with a quarter of the memory": timeline(
+        Scheduler, lengths, count=15, budget=16, max_running=4
+    ),
+}
+written = sum(new for _, new in lengths)
+for name, plan in drawn.items():
+    steps = 1 + max(step for step, *_ in plan)
+    print(f"{name:42} {steps:3} steps, {written / steps:.2f} tokens written in a step")
+
+# %% tags=["experiment", "figure"]
+# Figure: a row is a request, a column is a step; the static batch waits for its longest text
+fig, axes = plt.subplots(
+    3, 1, figsize=(9.5, 7.2), sharex=True, gridspec_kw={"hspace": 0.12}, layout="constrained"
+)
+for ax, (name, plan) in zip(axes, drawn.items(), strict=True):
+    for step, id, count, prefill in plan:
+        color = plot.COLORS[0] if prefill else plot.COLORS[1]
+        ax.barh(id, 1, left=step, height=0.72, color=color, edgecolor="white", linewidth=0.8)
+        if prefill:
+            ax.text(
+                step + 0.5, id, count, ha="center", va="center", fontsize=6.5, color="white"
+            )
+    ax.set(ylabel="request", yticks=range(len(lengths)))
+    ax.set_title(name)
+    ax.invert_yaxis()
+    ax.grid(axis="y", visible=False)
+for color, label in ((plot.COLORS[0], "prompt (number of tokens)"), (plot.COLORS[1], "one decode")):
+    axes[0].barh(0, 0, color=color, label=label)
+axes[0].legend(loc="upper right", fontsize=8)
+axes[-1].set_xlabel("step")
+plot.caption(
+    fig,
+    "Above, gaps in a batch stay empty until its longest text ends. In the middle a free place is "
+    "taken in the next step. Below, memory runs out: the youngest texts stop, wait, and pass "
+    "their tokens again (a second row of dark cells) when there is room.",
+)
+plt.show()
+
+# %% [markdown]
+# ## The engine
+#
+# Now the plan has to be computed. The `Runner` is lesson 30's forward pass in short form: one pass
+# over pieces of any number of texts. All matrix products see one flat list of tokens, so that a
+# chunk of a prompt and fifteen decodes are one matrix. Only attention needs to know which token
+# belongs to whom: each piece writes its keys and values into its own blocks, and reads those of
+# its own table. It returns the logits behind the *last* token of each piece.
+
+
+# %%
+class Runner:
+    """The course's model on paged memory. `passed` counts the tokens that went through it."""
+
+    def __init__(self, model: models.Llama, blocks: int, size: int):
+        self.model, self.size, self.passed = model, size, 0
+        config, weight = model.config, model.embed_tokens.weight
+        shape = config.layers, 2, blocks * size, config.kv_heads, config.head_dim
+        self.memory = torch.zeros(shape, dtype=weight.dtype, device=weight.device)
+
+    @torch.no_grad()
+    def __call__(self, pieces: list[tuple[list[int], int, list[int]]]) -> Tensor:
+        """Logits (len(pieces), vocab) of the token behind each piece: (tokens, how many tokens of
+        the text are computed before them, table). The tokens' keys and values go into memory."""
+        model, device = self.model, self.memory.device
+        counts = [len(tokens) for tokens, _, _ in pieces]
+        self.passed += sum(counts)
+        tokens = torch.tensor([t for piece, _, _ in pieces for t in piece], device=device)
+        slots = [  # of all tokens of each text so far
+            (torch.tensor(table, device=device)[:, None] * self.size + torch.arange(self.size))
+            .flatten()[: start + len(piece)]
+            for piece, start, table in pieces
+        ]
+        new = torch.cat([s[len(s) - n :] for s, n in zip(slots, counts, strict=True)])
+        places = torch.cat([torch.arange(len(s) - n, len(s)) for s, n in zip(slots, counts)])
+        cos, sin = angles(places.to(device), model.config)
+        ones = [i for i, n in enumerate(counts) if n == 1]  # decodes share one attention
+        longest = max((len(slots[i]) for i in ones), default=0)
+        table = torch.stack([F.pad(slots[i], (0, longest - len(slots[i]))) for i in ones]) if ones else 0
+        seen = torch.tensor([[j < len(slots[i]) for j in range(longest)] for i in ones], device=device)
+        ends = torch.tensor(counts, device=device).cumsum(0) - 1
+        x = model.embed_tokens(tokens)
+        for block, (keys, values) in zip(model.layers, self.memory, strict=True):
+            attention, normed = block.self_attn, block.input_layernorm(x)
+            q, k, v = (
+                projection(normed).unflatten(-1, (-1, model.config.head_dim)).transpose(0, 1)[None]
+                for projection in (attention.q_proj, attention.k_proj, attention.v_proj)
+            )  # (1, heads, tokens, head_dim)
+            q = rotate(q, cos, sin)[0]
+            keys[new], values[new] = rotate(k, cos, sin)[0].transpose(0, 1), v[0].transpose(0, 1)
+            out = torch.empty_like(q)
+            if ones:
+                out[:, ends[ones]] = F.scaled_dot_product_attention(
+                    q[:, ends[ones]].transpose(0, 1)[:, :, None],
+                    keys[table].transpose(1, 2),
+                    values[table].transpose(1, 2),
+                    attn_mask=seen[:, None, None],
+                    enable_gqa=True,
+                )[:, :, 0].transpose(0, 1)
+            for i, n in enumerate(counts):
+                if n > 1:
+                    last, own = int(ends[i]) + 1, slots[i]
+                    causal = torch.ones(n, len(own), dtype=torch.bool, device=device)
+                    out[:, last - n : last] = F.scaled_dot_product_attention(
+                        q[None, :, last - n : last],
+                        keys[own].transpose(0, 1)[None],
+                        values[own].transpose(0, 1)[None],
+                        attn_mask=causal.tril(len(own) - n),
+                        enable_gqa=True,
+                    )[0]
+            x = x + attention.o_proj(out.transpose(0, 1).flatten(-2))
+            x = x + block.mlp(block.post_attention_layernorm(x))
+        return F.linear(model.norm(x[ends]), model.embed_tokens.weight)
+
+
+def sampler(temperature: float, seed: int | None = None) -> Callable[[Tensor], int]:
+    """A function of logits (vocab,) that chooses a token, with random numbers of its own: what one
+    request draws does not depend on who else is in the batch."""
+    if temperature == 0:
+        return greedy
+    g = torch.Generator()
+    g.manual_seed(seed) if seed is not None else g.seed()
+    return lambda logits: int(torch.multinomial((logits / temperature).softmax(-1), 1, generator=g))
+
+
+# %% [markdown]
+# A step of the engine is five lines of thought: ask for a plan; cut each sequence's next piece from
+# its tokens; run; move `computed` on; and where a sequence has nothing pending, choose its next
+# token from its logits. Where something is still pending the piece was the middle of a prompt, and
+# its logits predict a token that is known already: nobody looks at them.
+#
+# ### Exercise · The engine
+
+
+# %% exercise="engine" minutes=35 difficulty=3
+class Engine:
+    """A model, its paged memory, a scheduler and samplers: requests go in, tokens come out.
+
+    Engine(model, scheduler): memory for the blocks that scheduler.blocks counts, in a Runner.
+    Attributes: scheduler; runner; limit, the most tokens that a prompt and its answer may have
+        together (all blocks' slots); busy, True while any request waits or runs.
+
+    submit(prompt, max_new=16, stop=None, choose=greedy) → the request's id: a whole number that
+        this engine has given to no other request. The prompt, a list of ids, is copied.
+        ValueError, and no trace, if the prompt is empty, max_new < 1, or len(prompt) + max_new
+        exceeds the limit.
+    step() → the tokens written in one step, as a list of (id, token, reason), in the order of the
+        plan. reason is None while the request goes on; "stop" if the token is its `stop` (which is
+        part of the answer); else "length" if it is the last of max_new. A request with a reason is
+        over: its blocks are free when step() returns. Nobody there: [], and the model is not run.
+        A token is choose(logits) of the request, logits (vocab,); it is called once for each token
+        that is written and never for the middle of a prompt, also if the request was preempted.
+    cancel(id): the request is over, its blocks are free, and no token of it comes out any more. An
+        id that is over already, or was never given, is ignored.
+    """
+
+    def __init__(self, model: models.Llama, scheduler: Scheduler):
+        ### BEGIN SOLUTION
+        blocks = scheduler.blocks
+        self.scheduler, self.runner = scheduler, Runner(model, blocks.count, blocks.size)
+        self.limit = blocks.count * blocks.size
+        self.requests: dict[int, Sequence] = {}
+        self.given = 0
+        ### END SOLUTION
+
+    @property
+    def busy(self) -> bool:
+        ### BEGIN SOLUTION
+        return bool(self.requests)
+        ### END SOLUTION
+
+    def submit(
+        self,
+        prompt: list[int],
+        max_new: int = 16,
+        stop: int | None = None,
+        choose: Callable[[Tensor], int] = greedy,
+    ) -> int:
+        ### BEGIN SOLUTION
+        if not prompt or max_new < 1:
+            raise ValueError(f"a prompt of {len(prompt)} tokens, {max_new} tokens wanted")
+        sequence = Sequence(self.given, prompt, max_new, stop, choose)
+        self.scheduler.add(sequence)
+        self.requests[self.given] = sequence
+        self.given += 1
+        return sequence.id
+        ### END SOLUTION
+
+    def cancel(self, id: int) -> None:
+        ### BEGIN SOLUTION
+        if id in self.requests:
+            self.scheduler.finish(self.requests.pop(id))
+        ### END SOLUTION
+
+    def step(self) -> list[tuple[int, int, str | None]]:
+        ### BEGIN SOLUTION
+        plan = self.scheduler.step()
+        if not plan:
+            return []
+        logits = self.runner(
+            [(s.tokens[s.computed : s.computed + n], s.computed, s.table) for s, n in plan]
+        )
+        events = []
+        for (sequence, count), row in zip(plan, logits, strict=True):
+            sequence.computed += count
+            if sequence.pending:
+                continue
+            token, reason = sequence.choose(row), None
+            sequence.tokens.append(token)
+            if token == sequence.stop:
+                reason = "stop"
+            elif len(sequence.tokens) - sequence.prompt == sequence.max_new:
+                reason = "length"
+            events.append((sequence.id, token, reason))
+            if reason:
+                self.cancel(sequence.id)
+        return events
+        ### END SOLUTION
+
+
+# %% [markdown]
+# <details><summary>Hint: which piece?</summary>
+#
+# `computed` tokens are in memory. The plan's count says how many come next: tokens from `computed`
+# to `computed + count`, the runner's `start` is `computed`. This is the same line for a prompt, a
+# chunk, a decode and the second life of a preempted text.
+# </details>
+#
+# <details><summary>Hint: ending and cancelling</summary>
+#
+# Both are the same for the scheduler. Keep the living requests in a dictionary by their id; whoever
+# is not in it is over.
+# </details>
+
+
+# %% tags=["support"]
+# Support: a small random model in float64, its text one at a time, and an engine around it
+def random_model(seed: int) -> models.Llama:
+    """Two layers, 4 heads on 2 key–value heads, 50 tokens; weights wide enough for varied text."""
+    config = models.Config(
+        vocab_size=50, hidden_size=32, layers=2, heads=4, kv_heads=2, mlp_size=48, context=128
+    )
+    model = models.Llama(config).eval().requires_grad_(False).double()
+    g = checks.generator(seed)
+    for parameter in model.parameters():
+        if parameter.dim() == 2:
+            parameter.copy_(torch.randn(parameter.shape, generator=g) * 0.35)
+    return model
+
+
+def alone(model, prompt: list[int], new: int, stop: int | None = None) -> list[int]:
+    """Greedy text of one request by the library's model, without a cache; it ends at a near tie,
+    where two right ways to compute the logits may choose otherwise."""
+    text = list(prompt)
+    for _ in range(new):
+        logits = model(torch.tensor([text]))[0, -1]
+        first, second = logits.topk(2).values.tolist()
+        if first - second < 1e-6 * logits.abs().max():
+            break
+        text.append(int(logits.argmax()))
+        if text[-1] == stop:
+            break
+    return text[len(prompt) :]
+
+
+def collect(engine, steps: int, texts: dict | None = None) -> dict[int, list]:
+    """Steps until nobody is there: each request's [tokens …, reason]."""
+    texts = {} if texts is None else texts
+    for _ in range(steps):
+        if not engine.busy:
+            return texts
+        for id, token, reason in engine.step():
+            assert texts.get(id, [None])[-1] not in ("stop", "length"), "a token after the end"
+            texts.setdefault(id, []).append(token)
+            if reason is not None:
+                texts[id].append(reason)
+    raise AssertionError(f"after {steps} steps the engine is still busy")
+
+
+def prompts_of(g: torch.Generator, count: int, longest: int) -> list[list[int]]:
+    lengths = torch.randint(1, longest + 1, (count,), generator=g).tolist()
+    return [torch.randint(0, 50, (n,), generator=g).tolist() for n in lengths]
+
+
+# %% check="engine" points=2
+# Every text is the one that the model writes for it alone.
+model = random_model(1)
+engine = Engine(model, Scheduler(Blocks(count=12, size=4), budget=6, max_running=3))
+prompts = [[7, 3, 9, 1, 4, 4, 8, 2], [5], [6, 6, 1]]
+ids = [engine.submit(prompt, max_new=5) for prompt in prompts]
+texts = collect(engine, steps=60)
+for id, prompt in zip(ids, prompts, strict=True):
+    expected = alone(model, prompt, 5)
+    assert texts.get(id, [])[: len(expected)] == expected, (
+        f"after {prompt} the model alone writes {expected}, your engine {texts.get(id)}"
+    )
+### BEGIN HIDDEN TESTS
+g = checks.generator(6)
+preempted = 0
+for seed, (count, size, budget, running) in enumerate(
+    ((60, 4, 64, 8), (60, 4, 7, 7), (16, 3, 9, 6), (50, 1, 8, 5), (9, 5, 5, 5)), start=2
+):
+    model = random_model(seed)
+    engine = Engine(model, Scheduler(Blocks(count, size), budget, running))
+    prompts = prompts_of(g, 9, 14)
+    news = [min(n, engine.limit - len(p)) for n, p in zip((9, 20, 1, 14, 6, 25, 12, 18, 3), prompts)]
+    texts, ids = {}, []
+    for i, (prompt, new) in enumerate(zip(prompts, news, strict=True)):
+        given = list(prompt)
+        ids.append(engine.submit(given, max_new=new))
+        assert given == prompt, "submit changes the prompt that it is given"
+        given.append(1)  # the caller goes on with its own list
+        for _ in range(i % 3):
+            for id, token, reason in engine.step():
+                texts.setdefault(id, []).extend([token] if reason is None else [token, reason])
+    assert len(set(ids)) == 9, "two requests have the same id"
+    collect(engine, 900, texts)
+    for id, prompt, new in zip(ids, prompts, news, strict=True):
+        expected = alone(model, prompt, new)
+        assert texts[id][: len(expected)] == expected, (
+            f"a text differs from the model's own (blocks of {size}, budget {budget})"
+        )
+        assert len(texts[id]) == new + 1, "a request has not written max_new tokens"
+        assert texts[id][-1] == "length", "the last token of max_new has the reason length"
+    free = engine.scheduler.blocks.available
+    assert free == count, f"{count - free} blocks are in use when everybody is done"
+    preempted += engine.scheduler.preemptions
+    least = sum(len(prompt) + new - 1 for prompt, new in zip(prompts, news, strict=True))
+    passed = engine.runner.passed
+    assert passed == least or (engine.scheduler.preemptions and passed > least), (
+        f"{passed} tokens passed through the model; each prompt and each written token but the "
+        f"last passes once: {least}"
+    )
+assert preempted, "these requests are too many for memory, and nobody was preempted"
+### END HIDDEN TESTS
+
+# %% check="engine" points=1
+# How a request ends, and what is refused.
+model = random_model(1)
+engine = Engine(model, Scheduler(Blocks(count=4, size=4), budget=8, max_running=2))
+own = alone(model, [7, 3, 9], 6)
+engine.submit([7, 3, 9], max_new=6, stop=own[2])
+(text,) = collect(engine, steps=20).values()
+end = own.index(own[2]) + 1
+assert text == [*own[:end], "stop"], f"with stop={own[2]} the answer is {own[:end]}, stop; {text}"
+checks.raises(ValueError, engine.submit, [], because="there is nothing to go on from")
+checks.raises(ValueError, engine.submit, [1] * 10, 7, because="17 tokens, and room for 16")
+assert not engine.busy, "a refused request leaves nothing behind"
+### BEGIN HIDDEN TESTS
+assert engine.limit == 16 and engine.step() == [], "limit is 16; without requests step gives []"
+passed = engine.runner.passed
+engine.step()
+assert engine.runner.passed == passed, "the model was run for nobody"
+checks.raises(ValueError, engine.submit, [1, 2], 0)
+checks.raises(ValueError, engine.submit, [1, 2], -3)
+assert not engine.busy and engine.scheduler.blocks.available == 4
+id = engine.submit([1] * 10, 6)  # exactly all
+assert engine.busy is True, "busy is True while a request waits"
+text = collect(engine, steps=20)[id]
+assert len(text) == 7 and text[-1] == "length", "a request as long as memory is taken"
+# The stop token as the very first, and as the last of max_new.
+for new in (1, 2):
+    engine.submit([7, 3, 9], max_new=new, stop=own[new - 1])
+    (text,) = collect(engine, steps=20).values()
+    if own[0] != own[1]:
+        assert text == [*own[:new], "stop"], f"the stop token at place {new} of {new}: {text}"
+# Events come in the order of the plan, and the blocks of a request that is over are free at once.
+engine = Engine(model, Scheduler(Blocks(count=9, size=4), budget=9, max_running=3))
+first, second, third = (engine.submit([5, n], max_new=2 + n) for n in (2, 0, 1))
+events = engine.step()
+assert [id for id, _, _ in events] == [first, second, third], "events are not in the plan's order"
+assert [reason for _, _, reason in events] == [None] * 3, "no reason while a request goes on"
+events = engine.step()
+assert [reason for _, _, reason in events] == [None, "length", None], "the second ends first"
+assert len(engine.scheduler.blocks.free) == 7, "the blocks of a finished request are still in use"
+### END HIDDEN TESTS
+
+# %% check="engine" points=1
+# Leaving early.
+model = random_model(2)
+engine = Engine(model, Scheduler(Blocks(count=8, size=4), budget=8, max_running=2))
+stays, goes, waits = (engine.submit([n, n + 1, n + 2], max_new=6) for n in (10, 20, 30))
+engine.step()
+engine.cancel(goes)
+texts = collect(engine, steps=40)
+assert goes not in texts, "a cancelled request still writes"
+for id, prompt in ((stays, [10, 11, 12]), (waits, [30, 31, 32])):
+    assert texts[id][-1] == "length", f"request {prompt} did not end by itself"
+assert len(engine.scheduler.blocks.free) == 8, "blocks are still in use"
+engine.cancel(goes)
+### BEGIN HIDDEN TESTS
+for id in (stays, waits, 10_000, -1):
+    engine.cancel(id)  # over, or never given: nothing happens
+assert not engine.busy and len(engine.scheduler.blocks.free) == 8
+g = checks.generator(7)
+for _ in range(3):
+    engine = Engine(model, Scheduler(Blocks(count=10, size=3), budget=6, max_running=4))
+    prompts = prompts_of(g, 10, 9)
+    ids = [engine.submit(prompt, max_new=12) for prompt in prompts]
+    leave = {ids[i]: int(torch.randint(0, 30, (), generator=g)) for i in (0, 2, 3, 7, 9)}
+    texts = {}
+    for step in range(400):
+        for id, when in leave.items():
+            if when == step:
+                engine.cancel(id)
+        for id, token, reason in engine.step():
+            assert leave.get(id, step + 1) > step, "a token of a request that was cancelled"
+            texts.setdefault(id, []).append(token)
+    assert not engine.busy and len(engine.scheduler.blocks.free) == 10
+    for id, prompt in zip(ids, prompts, strict=True):
+        expected = alone(model, prompt, 12)
+        expected = expected[: len(texts.get(id, []))] if id in leave else expected
+        assert texts.get(id, [])[: len(expected)] == expected, "a text differs after cancellations"
+### END HIDDEN TESTS
+
+# %% check="engine" points=1
+# Each request chooses with its own function.
+def third(logits: Tensor) -> int:
+    return int(logits.topk(3).indices[2])
+
+
+model = random_model(3)
+engine = Engine(model, Scheduler(Blocks(count=20, size=4), budget=4, max_running=2))
+ids = [engine.submit([1, 2, 3, 4, 5], 1), engine.submit([1, 2, 3, 4, 5], 1, choose=third)]
+texts = collect(engine, steps=20)
+order = model(torch.tensor([[1, 2, 3, 4, 5]]))[0, -1].argsort(descending=True).tolist()
+assert [texts[id][0] for id in ids] == [order[0], order[2]], (
+    f"the likeliest token is {order[0]} and the third {order[2]}; yours: "
+    f"{[texts[id][0] for id in ids]}"
+)
+### BEGIN HIDDEN TESTS
+asked = []
+
+
+def noting(name: int):
+    def choose(logits: Tensor) -> int:
+        assert logits.shape == (50,), f"logits of shape {tuple(logits.shape)} are not (vocab,)"
+        asked.append(name)
+        return (7 * name + 3 * asked.count(name)) % 50
+
+    return choose
+
+
+g = checks.generator(8)
+engine = Engine(model, Scheduler(Blocks(count=10, size=3), budget=5, max_running=5))
+prompts = prompts_of(g, 8, 8)
+ids = [engine.submit(p, max_new=14, choose=noting(n)) for n, p in enumerate(prompts)]
+texts = collect(engine, steps=600)
+assert engine.scheduler.preemptions, "nobody was preempted, though memory is scarce"
+for n, id in enumerate(ids):
+    assert texts[id][:-1] == [(7 * n + 3 * i) % 50 for i in range(1, 15)], (
+        "a request's tokens are not what its own `choose` gave, in order"
+    )
+    assert asked.count(n) == 14, "choose is called once for each token that is written"
+### END HIDDEN TESTS
+
+# %% [markdown]
+# ## Static against continuous, with a real model
+#
+# **Question.** Requests for the course's `small` model arrive at random (a Poisson process: gaps
+# are exponential). Prompts have 10 to 60 tokens; most answers are short and a few are long. Your
+# engine runs twice on the same requests: with your scheduler, and with `Static` on top of it. At
+# which load does it matter, and for which of TTFT and throughput?
+#
+# **Write down your prediction** before you run the cell: at low load; near the highest rate that
+# your scheduler can serve; at a rate beyond it.
+#
+# Time is virtual: the clock moves by the CPU time that each step really takes, and jumps over gaps
+# in which nobody is there. So the cell waits for nobody, and a busy computer disturbs it little.
+
+
+# %% tags=["experiment"]
+def replay(engine: Engine, arrivals: list[float], wanted: list[tuple[list[int], int]]):
+    """Serves requests (prompt, tokens to write) that arrive at these times. The times of each one's
+    tokens, and when the last was written."""
+    clock, coming, times, number = 0.0, deque(enumerate(arrivals)), [[] for _ in arrivals], {}
+    while coming or engine.busy:
+        if not engine.busy:
+            clock = max(clock, coming[0][1])
+        while coming and coming[0][1] <= clock:
+            i, _ = coming.popleft()
+            number[engine.submit(*wanted[i])] = i
+        start = time.process_time()
+        events = engine.step()
+        clock += time.process_time() - start
+        for id, _, _ in events:
+            times[number[id]].append(clock)
+    return times, clock
+
+
+def load(seed: int, count: int) -> tuple[list[float], list[tuple[list[int], int]]]:
+    """Gaps between requests of mean 1, and (prompt, tokens to write) from real text."""
+    draw, pages = random.Random(seed), list(data.documentation().values())
+    gaps = [draw.expovariate(1.0) for _ in range(count)]
+    wanted = []
+    for _ in range(count):
+        words = tokenizer.encode(draw.choice(pages)[:2000])
+        new = draw.choice((4, 6, 8, 10, 12, 48))
+        wanted.append(([tokenizer.eos, *words[: draw.randint(9, 59)]], new))
+    return gaps, wanted
+
+
+threads = torch.get_num_threads()
+torch.set_num_threads(1)
+small, tokenizer = models.load("small", device="cpu")
+gaps, wanted = load(seed=0, count=32)
+kinds = {"continuous": Scheduler, "static": Static}
+served = {name: [] for name in kinds}
+
+
+def serve_all(kind: type[Scheduler], gap: float):
+    arrivals, now = [], 0.0
+    for each in gaps:
+        now += each * gap
+        arrivals.append(now)
+    engine = Engine(small, kind(Blocks(count=120, size=16), budget=64, max_running=8))
+    return arrivals, *replay(engine, arrivals, wanted)
+
+
+serve_all(Scheduler, 0.0)  # the first run warms up
+capacity = len(wanted) / serve_all(Scheduler, 0.0)[2]  # everybody there at once
+loads = (0.3, 0.6, 0.9, 1.5)
+for share in loads:
+    for name, kind in kinds.items():
+        arrivals, times, end = serve_all(kind, 1 / (share * capacity))
+        waits = [ttft(a, t) for a, t in zip(arrivals, times, strict=True)]
+        served[name].append(
+            {
+                "ttft": percentile(waits, 50),
+                "p90": percentile(waits, 90),
+                "tpot": percentile([tpot(t) for t in times], 90),
+                "tokens": sum(map(len, times)) / end,
+                "good": goodput(arrivals, times, 0.15, 0.02, end),
+            }
+        )
+torch.set_num_threads(threads)
+print("load     TTFT median, ms     TTFT 90th, ms      tokens per second")
+print("       continuous   static   cont.    static     cont.    static")
+for i, share in enumerate(loads):
+    a, b = served["continuous"][i], served["static"][i]
+    print(
+        f"{share:4} {1e3 * a['ttft']:10.0f} {1e3 * b['ttft']:10.0f} {1e3 * a['p90']:8.0f} "
+        f"{1e3 * b['p90']:9.0f} {a['tokens']:9.0f} {b['tokens']:9.0f}"
+    )
+
+# %% tags=["experiment", "figure"]
+# Figure: throughput and latency as the load grows
+fig, axes = plt.subplots(1, 2, figsize=(10.5, 3.9))
+for name, marker in (("continuous", "o"), ("static", "s")):
+    rows = served[name]
+    axes[0].plot(
+        [row["tokens"] for row in rows],
+        [1e3 * row["p90"] for row in rows],
+        marker=marker,
+        label=name,
+    )
+    for share, row in zip(loads, rows, strict=True):
+        axes[0].annotate(
+            f"{share}",
+            (row["tokens"], 1e3 * row["p90"]),
+            textcoords="offset points",
+            xytext=(6, -10),
+            fontsize=8,
+        )
+    axes[1].plot(loads, [1e3 * row["ttft"] for row in rows], marker=marker, label=name)
+axes[0].set(yscale="log", xlabel="tokens written per second", ylabel="90th percentile of TTFT, ms")
+axes[0].set_title("throughput and latency")
+axes[0].legend()
+axes[1].set(
+    yscale="log",
+    xlabel="rate of arrival, in rates that continuous batching can serve",
+    ylabel="median TTFT, ms",
+)
+axes[1].set_title("half of all people wait longer than this")
+axes[1].legend()
+plot.caption(
+    fig,
+    "Numbers at the points are the load. The curve that lies lower and further to the right is the "
+    "better server. Both turn upward where requests come faster than they are served.",
+)
+plt.show()
+
+# %% [markdown]
+# Read your run's numbers against your prediction. The static batch loses in two ways: its rows stay
+# empty once their texts are done, so it serves fewer requests a second; and whoever arrives just
+# after a batch began waits for all of it, also at a load at which the model is idle half of the
+# time. The second shows first, at low load. (A static server in practice also waits for a batch to
+# *fill*. Ours begins with whoever is there, which flatters it.)
+
+# %% [markdown]
+# ## The endpoint
+#
+# OpenAI's chat API has become the socket into which everything plugs, so servers speak it: a client
+# written for one model works with yours if its address is changed. A request is a `POST` to
+# `/v1/chat/completions` with JSON; the answer is one JSON object, or, with `"stream": true`,
+# **server-sent events** (SSE): a response that does not end, of lines `data: …` with an empty line
+# behind each.
+#
+# ```
+# data: {"id": "chatcmpl-7", …, "choices": [{"index": 0, "delta": {"role": "assistant", "content": ""}, …}]}
+#
+# data: {"id": "chatcmpl-7", …, "choices": [{"index": 0, "delta": {"content": "def"}, …}]}
+#
+# data: {"id": "chatcmpl-7", …, "choices": [{"index": 0, "delta": {}, "finish_reason": "stop"}]}
+#
+# data: [DONE]
+# ```
+#
+# Three things go wrong in servers that somebody wrote in an hour:
+#
+# 1. **Half characters.** A token is a run of bytes, and "漢" may be three tokens. Decoded one by
+#    one they are three replacement marks. Bytes of an unfinished character must wait for the rest.
+# 2. **Ghosts.** A client that hangs up must take its request with it, or the server writes for
+#    nobody, and its blocks stay taken until the last token.
+# 3. **Silence about mistakes.** A request that cannot be served is a 4xx with a sentence that says
+#    why, in the shape that clients know: `{"error": {"message": …, "type": …, "param": …, "code":
+#    …}}`. A wrong type, an unknown model, a prompt that is too long, a setting that this server
+#    does not know: ignoring it would be a lie.
+
+# %% [markdown]
+# ### Given: the request, the bridge, the server
+#
+# An event loop must never wait for long, and an engine computes. Servers put the engine in a
+# process of its own. Here one task of the loop makes a step (some milliseconds), hands out the
+# tokens, and lets the loop breathe before the next. Submitting and cancelling happen between steps,
+# never during one, and need no lock. That is the `Bridge`.
+#
+# `ChatRequest` is what a client may send. FastAPI checks a body against it and raises
+# `RequestValidationError` before your function is called. `Texts` is what a server needs of a
+# tokenizer. The course's models were not trained to chat: the prompt is the text of all messages
+# behind each other, which the model goes on with.
+
+
+# %%
+class Message(BaseModel):
+    model_config = ConfigDict(extra="forbid", strict=True)
+    role: Literal["system", "user", "assistant"]
+    content: str
+
+
+class ChatRequest(BaseModel):
+    """The body of a request; a field that is not listed here is an error."""
+
+    model_config = ConfigDict(extra="forbid", strict=True)
+    model: str
+    messages: list[Message] = Field(min_length=1)
+    max_tokens: int = Field(16, ge=1)
+    temperature: float = Field(0.0, ge=0, le=2)
+    seed: int | None = Field(None, ge=0, lt=2**63)
+    stream: bool = False
+
+
+def error_response(
+    status: int, message: str, param: str | None = None, code: str | None = None
+) -> JSONResponse:
+    """An error in the shape that OpenAI's clients understand."""
+    kind = "invalid_request_error"
+    body = {"message": message, "type": kind, "param": param, "code": code}
+    return JSONResponse({"error": body}, status_code=status)
+
+
+def token_bytes(tokenizer: models.Tokenizer) -> list[bytes]:
+    """The bytes of each token of a byte-level vocabulary; none for a special token."""
+    plain = [*range(33, 127), *range(161, 173), *range(174, 256)]
+    hidden = [byte for byte in range(256) if byte not in plain]  # written as characters from 256 on
+    byte_of = {chr(byte): byte for byte in plain}
+    byte_of |= {chr(256 + n): byte for n, byte in enumerate(hidden)}
+    special = set(tokenizer.special.values())
+    return [
+        b"" if i in special else bytes(byte_of[c] for c in tokenizer.token(i))
+        for i in range(tokenizer.vocab_size)
+    ]
+
+
+class Texts:
+    """Messages to ids; `bytes`: the bytes of each token; `stop`: the token that ends an answer."""
+
+    def __init__(self, tokenizer: models.Tokenizer):
+        self.tokenizer, self.bytes, self.stop = tokenizer, token_bytes(tokenizer), tokenizer.eos
+
+    def prompt(self, messages: list[Message]) -> list[int]:
+        text = "".join(message.content for message in messages)
+        return [self.stop, *self.tokenizer.encode(text)]
+
+
+class Bridge:
+    """An engine in an event loop: one task steps it and gives each request its tokens."""
+
+    def __init__(self, engine):
+        self.engine, self.queues, self.wake = engine, {}, asyncio.Event()
+
+    @asynccontextmanager
+    async def lifespan(self, app):
+        """For FastAPI(lifespan=…): the task lives as long as the server."""
+        task = asyncio.create_task(self.run())
+        try:
+            yield
+        finally:
+            task.cancel()
+            with suppress(asyncio.CancelledError):
+                await task
+
+    async def run(self) -> None:
+        while True:
+            await self.wake.wait()
+            try:
+                for id, token, reason in self.engine.step():
+                    if id in self.queues:
+                        self.queues[id].put_nowait((token, reason))
+            except Exception as error:  # nobody may wait for an engine that is broken
+                for queue in self.queues.values():
+                    queue.put_nowait(error)
+                self.wake.clear()
+            if not self.engine.busy:
+                self.wake.clear()
+            await asyncio.sleep(0)  # the loop's other work
+
+    def open(self, prompt: list[int], **options) -> int:
+        """Submits a request to the engine (options as of its `submit`); gives the request's id."""
+        id = self.engine.submit(prompt, **options)
+        self.queues[id] = asyncio.Queue()
+        self.wake.set()
+        return id
+
+    async def next(self, id: int) -> tuple[int, str | None]:
+        """Waits for the next token of a request: (token, reason)."""
+        event = await self.queues[id].get()
+        if isinstance(event, Exception):
+            raise event
+        return event
+
+    def close(self, id: int) -> None:
+        """The request is over, whatever became of it. May be called twice."""
+        self.engine.cancel(id)
+        self.queues.pop(id, None)
+
+
+# %% [markdown]
+# ### Exercise · The endpoint
+#
+# How does your code learn that a client has hung up? Starlette (beneath FastAPI) cancels the task
+# that iterates over your generator: at the `await` or `yield` where it stands,
+# `asyncio.CancelledError` is raised. Whatever must happen then belongs into `finally`. A request
+# that is not streamed is not cancelled: its function runs to its end, and so does the request.
+
+
+# %% exercise="endpoint" minutes=35 difficulty=3
+async def stream_chat(
+    bridge: Bridge, texts: Texts, model: str, prompt: list[int], options: dict
+) -> AsyncIterator[str]:
+    """Answers one request as server-sent events: an async generator of strings, each "data: ", one
+    line of JSON (or [DONE]), and an empty line.
+
+    Submits the request with bridge.open(prompt, **options) when it is first asked for an event, and
+    calls bridge.close(id) however it ends: by itself, by an exception, or because the client has
+    hung up.
+
+    Events: a chunk whose delta is {"role": "assistant", "content": ""}; one with {"content": text}
+    for each new piece of text (never an empty one), as soon as it is there; one with the delta {}
+    and the finish_reason "stop" or "length"; then [DONE].
+    A chunk: {"id": "chatcmpl-" and the request's id, "object": "chat.completion.chunk", "created":
+    seconds since 1970 as a whole number, "model": model, "choices": [{"index": 0, "delta": …,
+    "finish_reason": None but in the last chunk}]}; id and created are the same in all of them.
+
+    Text is that of the tokens' bytes, texts.bytes[token], read as UTF-8. Bytes of an unfinished
+    character wait for the rest of it. Bytes that are no UTF-8, and a character that is unfinished
+    at the end, become U+FFFD, as in bytes.decode("utf-8", "replace"). texts.stop has no text.
+    """
+    ### BEGIN SOLUTION
+    decoder = codecs.getincrementaldecoder("utf-8")("replace")
+    id = bridge.open(prompt, **options)
+    created = int(time.time())
+
+    def event(delta: dict, reason: str | None = None) -> str:
+        chunk = {
+            "id": f"chatcmpl-{id}",
+            "object": "chat.completion.chunk",
+            "created": created,
+            "model": model,
+            "choices": [{"index": 0, "delta": delta, "finish_reason": reason}],
+        }
+        return f"data: {json.dumps(chunk)}\n\n"
+
+    try:
+        yield event({"role": "assistant", "content": ""})
+        reason = None
+        while reason is None:
+            token, reason = await bridge.next(id)
+            piece = b"" if token == texts.stop else texts.bytes[token]
+            if text := decoder.decode(piece, final=reason is not None):
+                yield event({"content": text})
+        yield event({}, reason)
+        yield "data: [DONE]\n\n"
+    finally:
+        bridge.close(id)
+    ### END SOLUTION
+
+
+def make_app(engine, texts: Texts, model: str) -> FastAPI:
+    """An application with POST /v1/chat/completions, which answers a ChatRequest.
+
+    The engine (submit, step, cancel, busy, limit as in Engine) is driven by a Bridge, whose
+    lifespan is the application's.
+
+    200: with stream, the events of stream_chat, media type text/event-stream. Without, one object
+        {"id": "chatcmpl-" and the request's id, "object": "chat.completion", "created", "model",
+        "choices": [{"index": 0, "message": {"role": "assistant", "content": the whole text},
+        "finish_reason": …}], "usage": {"prompt_tokens", "completion_tokens" (texts.stop counts),
+        "total_tokens"}}. Text, created and model as in stream_chat; the bridge is told when it is
+        over, too.
+    The engine gets texts.prompt(messages), max_new=max_tokens, stop=texts.stop and
+        choose=sampler(temperature, seed).
+    Errors are error_response(…) with a message for people:
+        400, param the offending field, for a body that is no ChatRequest (RequestValidationError):
+            the field as in the body, by dots, such as "max_tokens" or "messages.0.role"; None where
+            it is no JSON at all. The message contains the field's name and what is wrong with it.
+        404, param "model", code "model_not_found": another model is asked for. The message names
+            both.
+        400, param "messages", code "context_length_exceeded": prompt and max_tokens together exceed
+            engine.limit. The message tells that limit. Nothing is submitted.
+    """
+    ### BEGIN SOLUTION
+    bridge = Bridge(engine)
+    app = FastAPI(lifespan=bridge.lifespan)
+
+    @app.exception_handler(RequestValidationError)
+    async def refuse(request: fastapi.Request, error: RequestValidationError) -> JSONResponse:
+        first = error.errors()[0]
+        place = [str(part) for part in first["loc"][1:]]  # the first says that it is the body
+        field = None if first["type"] == "json_invalid" else ".".join(place) or None
+        return error_response(400, f"{field or 'the body'}: {first['msg']}", field)
+
+    @app.post("/v1/chat/completions")
+    async def chat(body: ChatRequest):
+        if body.model != model:
+            message = f"there is no model {body.model!r} here, only {model!r}"
+            return error_response(404, message, "model", "model_not_found")
+        prompt = texts.prompt(body.messages)
+        if len(prompt) + body.max_tokens > engine.limit:
+            message = (
+                f"the prompt's {len(prompt)} tokens and max_tokens = {body.max_tokens} exceed the "
+                f"{engine.limit} tokens that fit"
+            )
+            return error_response(400, message, "messages", "context_length_exceeded")
+        choose = sampler(body.temperature, body.seed)
+        options = {"max_new": body.max_tokens, "stop": texts.stop, "choose": choose}
+        if body.stream:
+            events = stream_chat(bridge, texts, model, prompt, options)
+            return StreamingResponse(events, media_type="text/event-stream")
+        id, pieces, reason, written = bridge.open(prompt, **options), [], None, 0
+        try:
+            while reason is None:
+                token, reason = await bridge.next(id)
+                written += 1
+                pieces.append(b"" if token == texts.stop else texts.bytes[token])
+        finally:
+            bridge.close(id)
+        text = b"".join(pieces).decode("utf-8", "replace")
+        return {
+            "id": f"chatcmpl-{id}",
+            "object": "chat.completion",
+            "created": int(time.time()),
+            "model": model,
+            "choices": [
+                {
+                    "index": 0,
+                    "message": {"role": "assistant", "content": text},
+                    "finish_reason": reason,
+                }
+            ],
+            "usage": {
+                "prompt_tokens": len(prompt),
+                "completion_tokens": written,
+                "total_tokens": len(prompt) + written,
+            },
+        }
+
+    return app
+    ### END SOLUTION
+
+
+# %% [markdown]
+# <details><summary>Hint: half a character</summary>
+#
+# `codecs.getincrementaldecoder("utf-8")("replace")` makes an object whose `decode(bytes)` gives the
+# characters that are complete and keeps the rest; `decode(bytes, final=True)` gives up on the rest.
+# </details>
+#
+# <details><summary>Hint: where does the error's field stand?</summary>
+#
+# `error.errors()` is a list of dictionaries with "loc", "msg" and "type". "loc" is a tuple such as
+# `("body", "messages", 0, "role")`. For broken JSON the type is "json_invalid", and what follows
+# "body" is a position in the text, no field.
+# </details>
+#
+# <details><summary>Hint: handlers</summary>
+#
+# `@app.exception_handler(RequestValidationError)` registers a function (request, error) whose
+# response is sent in place of FastAPI's own 422. Return `error_response(…)` from the route for the
+# other errors: what is no model of yours is sent as it is.
+# </details>
+
+# %% [markdown]
+# ### Running it
+#
+# uvicorn runs an application. In a notebook it gets a thread; `serving` is a block that starts the
+# server, waits until it listens, and at the end, also after an error in the block, sets the
+# server's own flag and waits until the thread is gone. Port 0 asks the system for a free one.
+
+
+# %%
+class Server:
+    """A uvicorn server in a thread, at a port of this computer or at a UNIX socket (`path`)."""
+
+    def __init__(self, app, path: str | None = None):
+        place = {"uds": path} if path else {"host": "127.0.0.1", "port": 0}
+        quiet = {"log_config": None, "log_level": "critical", "access_log": False}
+        self.server = uvicorn.Server(
+            uvicorn.Config(app, **place, **quiet, ws="none", timeout_graceful_shutdown=2)
+        )
+        self.error: BaseException | None = None
+        self.thread = threading.Thread(target=self.run, daemon=True)
+        self.thread.start()
+        while not self.server.started and self.thread.is_alive():
+            time.sleep(0.005)
+        if not self.server.started:
+            raise RuntimeError(f"the server did not start: {self.error!r}")
+
+    def run(self) -> None:
+        torch.set_num_threads(1)
+        try:
+            self.server.run()
+        except BaseException as error:  # uvicorn ends with SystemExit if the application fails
+            self.error = error
+
+    @property
+    def port(self) -> int:
+        return self.server.servers[0].sockets[0].getsockname()[1]
+
+    def stop(self) -> None:
+        self.server.should_exit = True
+        self.thread.join()
+
+
+@contextmanager
+def serving(app):
+    """Serves an application while the block runs; gives the address."""
+    server = Server(app)
+    try:
+        yield f"http://127.0.0.1:{server.port}"
+    finally:
+        server.stop()
+
+
+# %% tags=["support"]
+# Support: an engine that reads from a script, its texts, and a server for checks
+class Script:
+    """An engine without a model: each request is answered by the text in its prompt, a byte a step,
+    again and again; the token 256 ends it. Slow enough that a client can hang up in the middle."""
+
+    limit = 4000
+
+    def __init__(self, ends: bool, pause: float):
+        self.ends, self.pause, self.log, self.living = ends, pause, [], {}
+
+    @property
+    def busy(self) -> bool:
+        return bool(self.living)
+
+    def submit(self, prompt, max_new=16, stop=None, choose=greedy) -> int:
+        entry = {"prompt": list(prompt), "max_new": max_new, "stop": stop, "written": 0}
+        entry["drawn"] = [choose(torch.linspace(0, 2, 9)) for _ in range(24)]
+        entry["cancelled"] = 0
+        self.log.append(entry)
+        self.living[len(self.log) + 40] = entry
+        return len(self.log) + 40
+
+    def cancel(self, id: int) -> None:
+        if id - 41 in range(len(self.log)):
+            self.log[id - 41]["cancelled"] += 1
+        self.living.pop(id, None)
+
+    def step(self) -> list:
+        time.sleep(self.pause)
+        events = []
+        for id, entry in [*self.living.items()]:
+            text = entry["prompt"]
+            done = self.ends and entry["written"] == len(text)
+            token = 256 if done else text[entry["written"] % len(text)]
+            if token == 255:  # a byte that no text has: this engine breaks here
+                raise RuntimeError("the engine broke")
+            entry["written"] += 1
+            reason = "stop" if done else "length" if entry["written"] == entry["max_new"] else None
+            events.append((id, token, reason))
+            if reason:
+                del self.living[id]
+        return events
+
+
+class ByteTexts:
+    """A token is a byte; 256 ends an answer."""
+
+    bytes, stop = [*(bytes([i]) for i in range(256)), b"<end>"], 256
+
+    def prompt(self, messages) -> list[int]:
+        """Content as UTF-8; a character from U+F700 on stands for one raw byte."""
+        text = "".join(message.content for message in messages)
+        return [b for c in text for b in ([ord(c) - 0xF700] if "\uf700" <= c < "\uf800" else c.encode())]
+
+
+SERVERS: dict[str, tuple[Server, Script]] = {}
+
+
+@checks.measured
+def start_script(make: Callable, ends: bool, pause: float) -> str:
+    """Starts a server where the learner's code runs; gives its place."""
+    engine = Script(ends, pause)
+    app = make(engine, ByteTexts(), "script")
+    if hasattr(socket, "AF_UNIX") and sys.platform != "win32":
+        path = os.path.join(tempfile.mkdtemp(prefix="llm40-"), "http")
+        server = Server(app, path)
+    else:
+        server = Server(app)
+        path = f"127.0.0.1:{server.port}"
+    SERVERS[path] = server, engine
+    return path
+
+
+@checks.measured
+def look_at(path: str) -> list[dict]:
+    """What the engine of a server was asked for."""
+    return SERVERS[path][1].log
+
+
+@checks.measured
+def stop_script(path: str) -> tuple[bool, int]:
+    """Stops it: whether its thread is gone, and how many requests are still open."""
+    server, engine = SERVERS.pop(path)
+    server.stop()
+    if os.path.exists(path):
+        os.remove(path)
+    if os.path.isdir(os.path.dirname(path)):
+        os.rmdir(os.path.dirname(path))
+    return not server.thread.is_alive(), len(engine.living)
+
+
+@contextmanager
+def scripted(make: Callable, ends: bool = True, pause: float = 0.0):
+    """A client of an application around a Script, and a function that looks at the engine."""
+    path = start_script(make, ends, pause)
+    try:
+        with checks.reachable(path) as own:
+            if ":" in own and not os.path.exists(own):
+                client = httpx.Client(base_url=f"http://{own}", timeout=5)
+            else:
+                client = httpx.Client(
+                    transport=httpx.HTTPTransport(uds=own), base_url="http://llm40", timeout=5
+                )
+            with client:
+                yield client, lambda: look_at(path)
+    finally:
+        stop_script(path)
+
+
+def ask(client: httpx.Client, content: str, **fields) -> httpx.Response:
+    body = {"model": "script", "messages": [{"role": "user", "content": content}]} | fields
+    return client.post("/v1/chat/completions", json=body)
+
+
+def chunks_of(response: httpx.Response) -> list[dict]:
+    """The JSON of a stream's events, whose form is looked at."""
+    assert response.status_code == 200, f"status {response.status_code}: {response.text[:200]}"
+    kind = response.headers["content-type"]
+    assert kind.startswith("text/event-stream"), f"a stream of type {kind}, not text/event-stream"
+    assert response.text.endswith("\n\n"), "an event ends with an empty line"
+    events = response.text.removesuffix("\n\n").split("\n\n")
+    for event in events:
+        assert event.startswith("data: ") and "\n" not in event, f"no event of one line: {event!r}"
+    assert events[-1] == "data: [DONE]", f"the last event is {events[-1]!r}, not data: [DONE]"
+    return [json.loads(event.removeprefix("data: ")) for event in events[:-1]]
+
+
+def eventually(true: Callable[[], bool], seconds: float = 3.0) -> bool:
+    end = time.monotonic() + seconds
+    while not true():
+        if time.monotonic() > end:
+            return False
+        time.sleep(0.02)
+    return True
+
+
+# %% check="endpoint" points=2
+with scripted(make_app) as (client, look):
+    chunks = chunks_of(ask(client, "héllo", stream=True, max_tokens=20))
+deltas = [chunk["choices"][0]["delta"] for chunk in chunks]
+assert deltas[0] == {"role": "assistant", "content": ""}, f"the first delta is {deltas[0]}"
+assert deltas[-1] == {}, f"the last delta is {deltas[-1]}, not {{}}"
+pieces = [delta.get("content") for delta in deltas[1:-1]]
+assert pieces == ["h", "é", "l", "l", "o"], (
+    f'"héllo" comes in six tokens, the "é" in two: five pieces of text; yours: {pieces}'
+)
+reasons = [chunk["choices"][0]["finish_reason"] for chunk in chunks]
+assert reasons == [None] * 6 + ["stop"], f"the last chunk alone has a finish_reason: {reasons}"
+### BEGIN HIDDEN TESTS
+cases = [
+    ("a", 9, "a", "stop"),
+    ("漢字🙂 ok", 99, "漢字🙂 ok", "stop"),
+    ("漢字🙂 ok", 5, "漢\ufffd", "length"),  # cut within a character
+    ("x漢", 3, "x\ufffd", "length"),
+    ("a\uf7ffb".replace("\uf7ff", "\uf7fe"), 9, "a\ufffdb", "stop"),  # 0xFE is no UTF-8
+    ("\uf7e6\uf7bcz", 9, "\ufffdz", "stop"),  # two of three bytes, and then something else
+    ('"\\\n\x00', 9, '"\\\n\x00', "stop"),
+    ("abc", 3, "abc", "length"),
+]
+with scripted(make_app) as (client, look):
+    for content, most, text, reason in cases:
+        chunks = chunks_of(ask(client, content, stream=True, max_tokens=most))
+        assert len({(c["id"], c["created"], c["model"], c["object"]) for c in chunks}) == 1
+        assert chunks[0]["object"] == "chat.completion.chunk" and chunks[0]["model"] == "script"
+        assert type(chunks[0]["created"]) is int and abs(chunks[0]["created"] - time.time()) < 60
+        for chunk in chunks:
+            (choice,) = chunk["choices"]
+            assert choice["index"] == 0 and "finish_reason" in choice
+        assert chunks[0]["choices"][0]["delta"] == {"role": "assistant", "content": ""}
+        contents = [chunk["choices"][0]["delta"]["content"] for chunk in chunks[1:-1]]
+        assert all(contents), "a chunk with an empty piece of text"
+        assert "".join(contents) == text, f"{content!r}: {''.join(contents)!r} is not {text!r}"
+        assert chunks[-1]["choices"][0] == {"index": 0, "delta": {}, "finish_reason": reason}
+    assert len({c["id"] for c in [chunks[0]]}) == 1 and chunks[0]["id"].startswith("chatcmpl-")
+    log = look()
+    assert chunks[0]["id"] == f"chatcmpl-{len(log) + 40}", "the id is chatcmpl- and the request's"
+    assert [entry["max_new"] for entry in log] == [most for _, most, *_ in cases]
+    assert {entry["stop"] for entry in log} == {256}, "the engine is told the stop token"
+    assert bytes(log[1]["prompt"]).decode() == "漢字🙂 ok", "the prompt is texts.prompt(messages)"
+# Text comes when it is there, not all at the end.
+with scripted(make_app, ends=False, pause=0.01) as (client, look):
+    body = {"model": "script", "messages": [{"role": "user", "content": "ab"}], "stream": True}
+    body["max_tokens"] = 150
+    with client.stream("POST", "/v1/chat/completions", json=body) as response:
+        for line in response.iter_lines():
+            if '"content": "a"' in line or '"content":"a"' in line:
+                break
+        written = look()[0]["written"]
+    assert written < 75, "the first piece of text came when most of the answer was written"
+### END HIDDEN TESTS
+
+# %% check="endpoint" points=1
+# An answer in one piece, and how the engine is asked.
+with scripted(make_app) as (client, look):
+    response = ask(client, "héllo", max_tokens=20)
+    assert response.status_code == 200, f"status {response.status_code}: {response.text[:200]}"
+    answer = response.json()
+    assert answer["choices"][0]["message"] == {"role": "assistant", "content": "héllo"}, answer
+    assert answer["usage"] == {"prompt_tokens": 6, "completion_tokens": 7, "total_tokens": 13}, (
+        f"six bytes in; six bytes and the stop token out; yours: {answer['usage']}"
+    )
+### BEGIN HIDDEN TESTS
+    (choice,) = answer["choices"]
+    assert choice["index"] == 0 and choice["finish_reason"] == "stop"
+    assert answer["object"] == "chat.completion" and answer["model"] == "script"
+    assert answer["id"] == "chatcmpl-41" and abs(answer["created"] - time.time()) < 60
+    answer = ask(client, "漢字", max_tokens=4).json()
+    assert answer["choices"][0]["message"]["content"] == "漢\ufffd"
+    assert answer["choices"][0]["finish_reason"] == "length"
+    assert answer["usage"] == {"prompt_tokens": 6, "completion_tokens": 4, "total_tokens": 10}
+    several = [{"role": "system", "content": "ab"}, {"role": "user", "content": "c"}]
+    for stream in (False, True):
+        for temperature, seed in ((0.0, 3), (0.7, 3), (2.0, 11)):
+            fields = {"temperature": temperature, "seed": seed, "stream": stream}
+            assert ask(client, "", messages=several, **fields).status_code == 200
+            entry = look()[-1]
+            assert entry["prompt"] == [97, 98, 99], "all messages belong to the prompt"
+            assert entry["max_new"] == 16, "max_tokens is 16 where it is not given"
+            choose = sampler(temperature, seed)
+            expected = [choose(torch.linspace(0, 2, 9)) for _ in range(24)]
+            assert entry["drawn"] == expected, "`choose` is not sampler(temperature, seed)"
+    assert eventually(lambda: all(entry["cancelled"] for entry in look())), (
+        "the bridge is not told that a request is over: call close"
+    )
+# A request waits for its turn with the others, and an engine that breaks is no endless silence.
+with scripted(make_app) as (client, look):
+    for stream in (True, False):
+        try:
+            response = ask(client, "ab\uf7ffc", stream=stream, max_tokens=9)
+            assert stream or response.status_code == 500, "the engine broke, and the answer is 200"
+            assert "[DONE]" not in response.text, "the engine broke, and the stream ends as if well"
+        except httpx.RemoteProtocolError:
+            pass  # a stream that breaks off
+        assert eventually(lambda: look()[-1]["cancelled"] > 0), "close is not called after an error"
+### END HIDDEN TESTS
+
+# %% check="endpoint" points=1
+# A client that hangs up takes its request with it.
+with scripted(make_app, ends=False, pause=0.005) as (client, look):
+    body = {"model": "script", "messages": [{"role": "user", "content": "abc"}], "stream": True}
+    with client.stream("POST", "/v1/chat/completions", json=body | {"max_tokens": 3000}) as response:
+        for number, _ in enumerate(response.iter_lines()):
+            if number == 6:
+                break
+    assert eventually(lambda: look()[0]["cancelled"] > 0), (
+        "the client is gone, and after 3 seconds the engine still writes for it"
+    )
+    assert look()[0]["written"] < 2000, "the request was cancelled only at its end"
+### BEGIN HIDDEN TESTS
+    # Others are not disturbed.
+    with client.stream("POST", "/v1/chat/completions", json=body | {"max_tokens": 3000}) as response:
+        lines = response.iter_lines()
+        for _ in range(4):
+            next(lines)
+        answer = ask(client, "xyz", max_tokens=7).json()
+        assert answer["choices"][0]["message"]["content"] == "xyzxyzx"
+        next(lines)
+    assert eventually(lambda: look()[1]["cancelled"] > 0)
+    assert look()[2]["written"] == 7
+    # At once, before the first event.
+    for _ in range(3):
+        with suppress(httpx.ReadTimeout):
+            client.post(
+                "/v1/chat/completions",
+                json=body | {"max_tokens": 3000},
+                timeout=httpx.Timeout(5, read=0.01),
+            )
+    assert eventually(lambda: all(e["cancelled"] or e["written"] == e["max_new"] for e in look()))
+### END HIDDEN TESTS
+
+# %% check="endpoint" points=1
+# What cannot be served is a 4xx that says why.
+with scripted(make_app) as (client, look):
+    for fields, status, param in (
+        ({"max_tokens": 0}, 400, "max_tokens"),
+        ({"model": "gpt-oss"}, 404, "model"),
+        ({"messages": [{"role": "user", "content": "a" * 3990}]}, 400, "messages"),
+    ):
+        response = ask(client, "abc", **fields)
+        assert response.status_code == status, f"{str(fields)[:50]}: {response.status_code}"
+        error = response.json()["error"]
+        assert error["param"] == param, f"{str(fields)[:50]}: param {error['param']}, not {param}"
+        assert error["type"] == "invalid_request_error" and error["message"], f"{error}"
+### BEGIN HIDDEN TESTS
+    bad = [
+        ({"max_tokens": -5}, "max_tokens"),
+        ({"max_tokens": "12"}, "max_tokens"),
+        ({"max_tokens": 2.5}, "max_tokens"),
+        ({"temperature": 2.1}, "temperature"),
+        ({"temperature": None}, "temperature"),
+        ({"messages": []}, "messages"),
+        ({"messages": "abc"}, "messages"),
+        ({"messages": [{"role": "robot", "content": "a"}]}, "messages.0.role"),
+        ({"messages": [{"role": "user", "content": "a"}, {"role": "user"}]}, "messages.1.content"),
+        ({"n": 2}, "n"),
+        ({"stream": "yes"}, "stream"),
+        ({"model": 7}, "model"),
+    ]
+    for fields, param in bad:
+        for stream in (False, True):
+            response = ask(client, "abc", **({"stream": stream} | fields))
+            assert response.status_code == 400, f"{fields}: status {response.status_code}"
+            error = response.json()["error"]
+            assert set(error) == {"message", "type", "param", "code"}, f"the error holds {error}"
+            assert error["param"] == param, f"{fields}: param {error['param']}, not {param}"
+            assert param in error["message"] and len(error["message"]) > len(param) + 5, (
+                f"{fields}: the message {error['message']!r} does not say what is wrong with {param}"
+            )
+            assert error["code"] is None
+    for raw in (b"{", b"", b'{"model": "script", "messages": [', b"[1, 2]", b'"abc"', b"null"):
+        response = client.post(
+            "/v1/chat/completions", content=raw, headers={"Content-Type": "application/json"}
+        )
+        assert response.status_code == 400, f"{raw!r}: status {response.status_code}"
+        assert response.json()["error"]["param"] is None, f"{raw!r}: no field is at fault"
+        assert response.json()["error"]["message"]
+    surrogate = b'{"model": "script", "messages": [{"role": "user", "content": "\\ud800"}]}'
+    response = client.post(
+        "/v1/chat/completions", content=surrogate, headers={"Content-Type": "application/json"}
+    )
+    assert response.status_code == 400, f"half a surrogate pair: status {response.status_code}"
+    nan = b'{"model": "script", "messages": [{"role": "user", "content": "a"}], "temperature": NaN}'
+    response = client.post(
+        "/v1/chat/completions", content=nan, headers={"Content-Type": "application/json"}
+    )
+    assert response.status_code == 400, f"a temperature of NaN: status {response.status_code}"
+    for stream in (False, True):
+        response = ask(client, "a" * 3000, max_tokens=1001, stream=stream)
+        error = response.json()["error"]
+        assert response.status_code == 400 and error["code"] == "context_length_exceeded"
+        assert "4000" in error["message"], f"{error['message']!r} does not tell the limit, 4000"
+        response = ask(client, "abc", model="gpt-oss", stream=stream)
+        error = response.json()["error"]
+        assert response.status_code == 404 and error["code"] == "model_not_found"
+        assert "gpt-oss" in error["message"] and "script" in error["message"], error["message"]
+    assert not look(), "a bad request was submitted to the engine"
+    assert ask(client, "a" * 3000, max_tokens=1000).status_code == 200, "exactly the limit fits"
+    assert ask(client, "abc").status_code == 200, "after bad requests good ones are served"
+    assert client.get("/v1/other").status_code == 404
+### END HIDDEN TESTS
