@@ -94,7 +94,7 @@ from fastapi.exceptions import RequestValidationError
 from fastapi.responses import JSONResponse, StreamingResponse
 from llm40 import checks, data, models, plot
 from llm40.models.llama import angles, rotate
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, ConfigDict, Field, field_validator
 from torch import Tensor
 
 plt = plot.plt
@@ -1496,6 +1496,13 @@ class Message(BaseModel):
     role: Literal["system", "user", "assistant"]
     content: str
 
+    @field_validator("content")
+    @classmethod
+    def is_text(cls, content: str) -> str:
+        if any("\ud800" <= c <= "\udfff" for c in content):  # JSON can write half a character
+            raise ValueError("half of a surrogate pair is no text")
+        return content
+
 
 class ChatRequest(BaseModel):
     """The body of a request; a field that is not listed here is an error."""
@@ -1515,6 +1522,7 @@ def error_response(
     """An error in the shape that OpenAI's clients understand."""
     kind = "invalid_request_error"
     body = {"message": message, "type": kind, "param": param, "code": code}
+    body = {k: v and v.encode("utf-8", "backslashreplace").decode() for k, v in body.items()}
     return JSONResponse({"error": body}, status_code=status)
 
 
@@ -1572,7 +1580,8 @@ class Bridge:
                 self.wake.clear()
             if not self.engine.busy:
                 self.wake.clear()
-            await asyncio.sleep(0)  # the loop's other work
+            for _ in range(4):  # the loop's other work; a cancellation takes it several rounds
+                await asyncio.sleep(0)
 
     def open(self, prompt: list[int], **options) -> int:
         """Submits a request to the engine (options as of its `submit`); gives the request's id."""
@@ -1864,7 +1873,8 @@ class ByteTexts:
     def prompt(self, messages) -> list[int]:
         """Content as UTF-8; a character from U+F700 on stands for one raw byte."""
         text = "".join(message.content for message in messages)
-        return [b for c in text for b in ([ord(c) - 0xF700] if "\uf700" <= c < "\uf800" else c.encode())]
+        raw = {c: [ord(c) - 0xF700] for c in text if "\uf700" <= c < "\uf800"}
+        return [byte for c in text for byte in raw.get(c, c.encode())]
 
 
 SERVERS: dict[str, tuple[Server, Script]] = {}
@@ -2128,16 +2138,24 @@ with scripted(make_app) as (client, look):
         assert response.status_code == 400, f"{raw!r}: status {response.status_code}"
         assert response.json()["error"]["param"] is None, f"{raw!r}: no field is at fault"
         assert response.json()["error"]["message"]
-    surrogate = b'{"model": "script", "messages": [{"role": "user", "content": "\\ud800"}]}'
+    start = b'{"model": "script", "messages": [{"role": "user", "content": "'
+    for rest, param in (
+        (b'\\ud800"}]}', "messages.0.content"),
+        (b'a"}], "temperature": NaN}', "temperature"),
+        (b'a"}], "max_tokens": 1e999}', "max_tokens"),
+    ):
+        response = client.post(
+            "/v1/chat/completions",
+            content=start + rest,
+            headers={"Content-Type": "application/json"},
+        )
+        assert response.status_code == 400, f"…{rest!r}: status {response.status_code}"
+        assert response.json()["error"]["param"] == param, f"…{rest!r}: {response.text}"
+    odd = start + b'a"}], "\\ud800": 1}'  # a field that cannot even be named
     response = client.post(
-        "/v1/chat/completions", content=surrogate, headers={"Content-Type": "application/json"}
+        "/v1/chat/completions", content=odd, headers={"Content-Type": "application/json"}
     )
-    assert response.status_code == 400, f"half a surrogate pair: status {response.status_code}"
-    nan = b'{"model": "script", "messages": [{"role": "user", "content": "a"}], "temperature": NaN}'
-    response = client.post(
-        "/v1/chat/completions", content=nan, headers={"Content-Type": "application/json"}
-    )
-    assert response.status_code == 400, f"a temperature of NaN: status {response.status_code}"
+    assert response.status_code == 400, f"half a surrogate pair as a field: {response.status_code}"
     for stream in (False, True):
         response = ask(client, "a" * 3000, max_tokens=1001, stream=stream)
         error = response.json()["error"]
@@ -2152,3 +2170,964 @@ with scripted(make_app) as (client, look):
     assert ask(client, "abc").status_code == 200, "after bad requests good ones are served"
     assert client.get("/v1/other").status_code == 404
 ### END HIDDEN TESTS
+
+# %% [markdown]
+# ### The real client
+#
+# Now the server that you built, with the model that you know, and the client that everybody uses.
+# `openai.OpenAI` needs an address; a key it sends, and nobody looks at it.
+
+# %% tags=["experiment"]
+before = threading.active_count()
+engine = Engine(small, Scheduler(Blocks(count=64, size=16), budget=64, max_running=8))
+with serving(make_app(engine, Texts(tokenizer), "small")) as address:
+    client = openai.OpenAI(base_url=f"{address}/v1", api_key="none", max_retries=0, timeout=20)
+    hello = [{"role": "user", "content": "class Queue:\n    def __init__(self):\n"}]
+    print("streamed:")
+    for chunk in client.chat.completions.create(
+        model="small", messages=hello, max_tokens=40, stream=True
+    ):
+        print(chunk.choices[0].delta.content or "", end="")
+    print("\n\nin one piece, sampled:")
+    answer = client.chat.completions.create(
+        model="small", messages=hello, max_tokens=24, temperature=0.8, seed=1
+    )
+    print(answer.choices[0].message.content)
+    print(answer.usage)
+    print("\nfour at once, one of which hangs up:")
+    streams = [
+        client.chat.completions.create(
+            model="small",
+            messages=[{"role": "user", "content": f"def {name}(self, "}],
+            max_tokens=200 if name == "leave" else 12,
+            stream=True,
+        )
+        for name in ("close", "leave", "open", "seek")
+    ]
+    next(iter(streams[1]))
+    streams[1].close()
+    for stream in (streams[0], *streams[2:]):
+        print(repr("".join(chunk.choices[0].delta.content or "" for chunk in stream)))
+    print("\nrefused:")
+    for fields in ({"max_tokens": 5000}, {"temperature": 3}, {"model": "large"}, {"top_p": 0.9}):
+        try:
+            client.chat.completions.create(**{"model": "small", "messages": hello} | fields)
+        except openai.APIStatusError as error:
+            print(error.status_code, error.body["message"], f"(param {error.body['param']})")
+    client.close()
+    while engine.busy:
+        time.sleep(0.01)
+    blocks, port = engine.scheduler.blocks, int(address.rpartition(":")[2])
+with socket.socket() as probe:
+    refused = probe.connect_ex(("127.0.0.1", port)) != 0
+print(
+    f"\nblocks free: {len(blocks.free)} of {blocks.count}; threads more than before: "
+    f"{threading.active_count() - before}; port closed: {refused}"
+)
+
+# %% [markdown]
+# The last line matters as much as the text. Nobody's blocks are left, the one who hung up
+# included; no thread and no port survives the block. (The model continues text, and it is small:
+# do not ask it anything.)
+
+# %% [markdown]
+# ## Prefixes that many share {#prefixes}
+#
+# A chat sends its whole history with every turn. An agent's thousand requests begin with the same
+# page of instructions. Keys and values of a token depend on nothing but the tokens up to it, so
+# equal beginnings have equal blocks. Lesson 30 finds them by hashing each block with all that comes
+# before. SGLang keeps them in a **radix tree**: an edge carries a *run* of keys, and two texts
+# share the path from the root to the place where they part.
+#
+# ```
+#                      ┌─ "ane"
+#        ┌─ "om" ──────┤
+# ── "r" ┤             └─ "ulus"          romane, romulus, ruber, rubicon
+#        └─ "ub" ─┬─ "er"
+#                 └─ "icon"
+# ```
+#
+# In a server a key is one block's tokens, `(17, 4, 99, 5)`, and its value is the block's number. A
+# tree that maps sequences of *anything* is easier to think about and to check, so yours does.
+#
+# Finding is a walk. Inserting is a walk, and one new edge for the rest. Where the walk ends
+# *within* an edge, the edge is split in two. Memory is finite, so values are evicted, and only from
+# the ends: a block without those before it is worthless. Among the ends the one that was **least
+# recently used** goes first. A block that a running request uses must stay, and since who uses a
+# block uses all before it, whatever stands above stays too.
+
+# %% [markdown]
+# ### Exercise · The radix tree
+
+
+# %% exercise="radix_cache" minutes=35 difficulty=3 path="more"
+class RadixCache:
+    """A map from sequences of keys to sequences of values, which shares equal beginnings.
+
+    keys: a list, tuple or string of anything hashable. values: as many; all values that are held
+    at a time are different and hashable. Both are read, not kept and not changed.
+
+    match(keys) → the list of values of the longest beginning of `keys` that is held ([] if none).
+    insert(keys, values) → how many of the keys, from the beginning, were held already. Those keep
+        the values that they had; the rest is held from now on, with the values given. ValueError if
+        there are not as many values as keys.
+    evict(count, used=frozenset()) → a list of up to `count` values that are held no more, in the
+        order in which they went. Each time, of the values at an end (no value is held behind them)
+        that are not in the set `used`, the one that was least recently used goes. Fewer than
+        `count` if no more can go.
+    len(cache): how many values are held.
+    edges() → the number of keys on each edge of the tree, in any order. No edge is empty; a run
+        of keys at which nothing ends and nothing parts is one edge, not many. (What match or insert
+        has split may stay split.)
+
+    Used: a call of match or insert uses the values on its path, all of them at once: what match
+    returns; for insert what it found and what it added. Values further along the same edge are not
+    used by it.
+    """
+
+    ### BEGIN SOLUTION
+    class Node:
+        def __init__(self, keys, values, parent, used):
+            self.keys, self.values, self.parent, self.used = keys, values, parent, used
+            self.children = {}
+
+    def __init__(self):
+        self.root, self.clock = self.Node([], [], None, 0), 0
+
+    def walk(self, keys):
+        """The node at which the longest beginning that is held ends, and its length."""
+        self.clock += 1
+        node, done = self.root, 0
+        while done < len(keys) and keys[done] in node.children:
+            child, n = node.children[keys[done]], 0
+            while n < min(len(child.keys), len(keys) - done) and child.keys[n] == keys[done + n]:
+                n += 1
+            node, done = self.split(child, n), done + n
+            node.used = self.clock
+        return node, done
+
+    def split(self, node, n):
+        """The node that holds the first n keys of this one's edge: it, or a new one above it."""
+        if n == len(node.keys):
+            return node
+        upper = self.Node(node.keys[:n], node.values[:n], node.parent, node.used)
+        node.parent.children[node.keys[0]] = upper
+        node.keys, node.values, node.parent = node.keys[n:], node.values[n:], upper
+        upper.children[node.keys[0]] = node
+        return upper
+
+    def nodes(self):
+        todo = [*self.root.children.values()]
+        while todo:
+            yield (node := todo.pop())
+            todo += node.children.values()
+
+    ### END SOLUTION
+
+    def match(self, keys) -> list:
+        ### BEGIN SOLUTION
+        node, _ = self.walk(keys)
+        values = []
+        while node is not self.root:
+            values = node.values + values
+            node = node.parent
+        return values
+        ### END SOLUTION
+
+    def insert(self, keys, values) -> int:
+        ### BEGIN SOLUTION
+        if len(keys) != len(values):
+            raise ValueError(f"{len(keys)} keys and {len(values)} values")
+        node, done = self.walk(keys)
+        if done < len(keys):
+            node.children[keys[done]] = self.Node(
+                list(keys[done:]), list(values[done:]), node, self.clock
+            )
+        return done
+        ### END SOLUTION
+
+    def evict(self, count: int, used: set = frozenset()) -> list:
+        ### BEGIN SOLUTION
+        evicted = []
+        ends = [(node.used, id(node), node) for node in self.nodes() if not node.children]
+        heapq.heapify(ends)
+        while ends and len(evicted) < count:
+            _, _, node = heapq.heappop(ends)
+            first = node.keys[0]
+            while node.values and node.values[-1] not in used and len(evicted) < count:
+                evicted.append(node.values.pop())
+                node.keys.pop()
+            parent = node.parent
+            if not node.values:
+                del parent.children[first]
+                if not parent.children and parent is not self.root:
+                    heapq.heappush(ends, (parent.used, id(parent), parent))
+        return evicted
+        ### END SOLUTION
+
+    def __len__(self) -> int:
+        ### BEGIN SOLUTION
+        return sum(self.edges())
+        ### END SOLUTION
+
+    def edges(self) -> list[int]:
+        ### BEGIN SOLUTION
+        return [len(node.keys) for node in self.nodes()]
+        ### END SOLUTION
+
+
+# %% [markdown]
+# <details><summary>Hint: a node</summary>
+#
+# Let a node own the edge that leads to it: its keys, their values, its parent, the time of its last
+# use, and a dictionary from the *first* key of each child's edge to the child. No two children
+# begin alike, so one look-up says where to go on.
+# </details>
+#
+# <details><summary>Hint: split where the walk ends</summary>
+#
+# If only n of an edge's keys agree, put a new node above with the first n of them, and leave the
+# rest, with the children, to the old one. Do it in match as well as in insert: then "used" is a
+# mark on whole nodes, and insert only ever adds a child.
+# </details>
+#
+# <details><summary>Hint: evict from the end of an edge</summary>
+#
+# A leaf loses its last value first. When it is empty it leaves its parent's dictionary (under the
+# key that was its first: remember it in time), and the parent may have become a leaf.
+# </details>
+
+
+# %% tags=["support"]
+# Support: the same map as a plain dictionary of all beginnings
+class AllPrefixes:
+    """Slow and obvious: every beginning that is held, its value, and when it was last used."""
+
+    def __init__(self):
+        self.held, self.clock = {}, 0
+
+    def longest(self, keys) -> int:
+        self.clock += 1
+        n = 0
+        while n < len(keys) and tuple(keys[: n + 1]) in self.held:
+            n += 1
+            self.held[tuple(keys[:n])][1] = self.clock
+        return n
+
+    def match(self, keys) -> list:
+        return [self.held[tuple(keys[: i + 1])][0] for i in range(self.longest(keys))]
+
+    def insert(self, keys, values) -> int:
+        n = self.longest(keys)
+        for i in range(n, len(keys)):
+            self.held[tuple(keys[: i + 1])] = [values[i], self.clock]
+        return n
+
+    def evict(self, count: int, used: set) -> list:
+        gone = []
+        while len(gone) < count:
+            inner = {beginning[:-1] for beginning in self.held}
+            ends = [
+                (when, beginning, value)
+                for beginning, (value, when) in self.held.items()
+                if beginning not in inner and value not in used
+            ]
+            if not ends:
+                break
+            _, beginning, value = min(ends, key=lambda end: end[0])
+            del self.held[beginning]
+            gone.append(value)
+        return gone
+
+
+# %% check="radix_cache" points=2
+cache = RadixCache()
+assert cache.match("rome") == [] and len(cache) == 0, "an empty cache holds nothing"
+assert cache.insert("romane", [0, 1, 2, 3, 4, 5]) == 0, "nothing of romane was held before"
+found = cache.insert("romulus", [10, 11, 12, 13, 14, 15, 16])
+assert found == 3, f'"rom" of romulus is held already: insert gives 3, yours {found}'
+values = cache.match("romulans")
+assert values == [0, 1, 2, 13, 14], (
+    f"romulans: rom from the first word, ul from the second: [0, 1, 2, 13, 14]; yours: {values}"
+)
+assert len(cache) == 10, f"6 + 4 values are held, yours: {len(cache)}"
+### BEGIN HIDDEN TESTS
+for keys, expected in (
+    ("", []),
+    ("r", [0]),
+    ("rom", [0, 1, 2]),
+    ("romane", [0, 1, 2, 3, 4, 5]),
+    ("romanesque", [0, 1, 2, 3, 4, 5]),
+    ("x", []),
+    (["r", "o"], [0, 1]),
+    (("r", "o", "x"), [0, 1]),
+):
+    assert cache.match(keys) == expected, f"{keys!r}: {cache.match(keys)}, not {expected}"
+checks.raises(ValueError, cache.insert, "rub", [1, 2])
+checks.raises(ValueError, cache.insert, "rub", [1, 2, 3, 4])
+assert cache.match("rub") == [0] and cache.insert("", []) == 0
+g = checks.generator(9)
+for letters in (2, 3):
+    cache, slow, fresh = RadixCache(), AllPrefixes(), 0
+    for _ in range(120):
+        length = int(torch.randint(0, 9, (), generator=g))
+        keys = torch.randint(0, letters, (length,), generator=g).tolist()
+        if torch.rand((), generator=g) < 0.5:
+            values = list(range(fresh, fresh + length))
+            fresh += length
+            given = list(keys), list(values)
+            assert cache.insert(keys, values) == slow.insert(keys, values), f"insert({keys})"
+            assert (keys, values) == given, "insert changes its arguments"
+            keys.append(7), values.append(7)  # the caller goes on with its own lists
+        else:
+            assert cache.match(keys) == slow.match(keys), f"match({keys})"
+        assert len(cache) == len(slow.held), "len is not the number of values"
+# Long texts in few edges.
+cache = RadixCache()
+base = torch.randint(0, 1000, (300,), generator=g).tolist()
+for n in range(20):
+    keys = base[: 10 * n + 5] + torch.randint(1000, 2000, (50,), generator=g).tolist()
+    cache.insert(keys, [(n, i) for i in range(len(keys))])
+lengths = cache.edges()
+assert sum(lengths) == len(cache) and all(lengths), f"edges are {lengths}, len is {len(cache)}"
+assert len(lengths) <= 40, f"20 texts make {len(lengths)} edges: a run of keys is one edge"
+### END HIDDEN TESTS
+
+# %% check="radix_cache" points=2
+cache = RadixCache()
+cache.insert("abcd", [1, 2, 3, 4])
+cache.insert("abxy", [11, 12, 13, 14])  # holds 13 and 14 behind a and b
+cache.match("abc")
+gone = cache.evict(3)
+assert gone == [4, 14, 13], (
+    f"4 was used first of all, then x and y, then a, b and c: evict(3) gives [4, 14, 13], yours {gone}"
+)
+gone = cache.evict(5, used={2})
+assert gone == [3], f"3 is an end; 2 is used, and 1 stands before it: [3]; yours: {gone}"
+### BEGIN HIDDEN TESTS
+assert cache.match("abcd") == [1, 2] and len(cache) == 2
+assert cache.evict(0) == [] and cache.evict(9) == [2, 1] and len(cache) == 0
+assert cache.evict(1) == [] and cache.edges() == []
+assert cache.insert("ab", [5, 6]) == 0 and cache.match("abc") == [5, 6], "an emptied tree is usable"
+g = checks.generator(10)
+for letters, longest in ((2, 7), (3, 6), (2, 12)):
+    cache, slow, fresh = RadixCache(), AllPrefixes(), 0
+    for _ in range(150):
+        length = int(torch.randint(0, longest, (), generator=g))
+        keys = torch.randint(0, letters, (length,), generator=g).tolist()
+        what = float(torch.rand((), generator=g))
+        if what < 0.45:
+            values = list(range(fresh, fresh + length))
+            fresh += length
+            assert cache.insert(keys, values) == slow.insert(keys, values), "insert after evictions"
+        elif what < 0.7:
+            assert cache.match(keys) == slow.match(keys), "match after evictions"
+        else:
+            used = {value for value, _ in slow.held.values() if torch.rand((), generator=g) < 0.15}
+            count, given = int(torch.randint(0, 6, (), generator=g)), set(used)
+            gone, expected = cache.evict(count, used), slow.evict(count, used)
+            assert gone == expected, f"evicted {gone}, not {expected}"
+            assert used == given, "evict changes the set `used`"
+        assert len(cache) == len(slow.held) == sum(cache.edges()), "len after evictions"
+        assert all(cache.edges()), "an empty edge is left"
+### END HIDDEN TESTS
+
+# %% check="radix_cache" points=1
+# With the blocks: what one request computed, the next one begins with.
+blocks = Blocks(count=8, size=4, prefixes=RadixCache())
+first, second = Sequence(0, list(range(10))), Sequence(1, [*range(9), 77, 78])
+assert blocks.admit(first) and first.computed == 0, "nothing is known at first"
+first.computed = 10
+blocks.release(first)
+assert blocks.admit(second), "there is room"
+assert second.computed == 8, f"two whole blocks are the same: 8 tokens; yours: {second.computed}"
+### BEGIN HIDDEN TESTS
+model = random_model(4)
+g = checks.generator(11)
+blocks = Blocks(count=12, size=3, prefixes=RadixCache())
+runner, least = Runner(model, 12, 3), 0
+known = set()
+for turn in range(14):
+    chat = torch.randint(0, 2, (int(torch.randint(1, 30, (), generator=g)),), generator=g).tolist()
+    sequence = Sequence(turn, chat)
+    assert blocks.admit(sequence), "memory suffices for one request at a time: evict what is cached"
+    start = sequence.computed
+    assert start < len(chat), "the last token must pass"
+    least += len(chat) - start
+    logits = runner([(chat[start:], start, sequence.table)])[0]
+    expected = model(torch.tensor([chat]))[0, -1]
+    checks.close(logits, expected, what="logits behind a prefix from the cache", rtol=1e-8)
+    sequence.computed = len(chat)
+    blocks.release(sequence)
+    assert blocks.available == 12, "all blocks are free or cached"
+    assert len(blocks.free) + len(blocks.prefixes) == 12, "a block is lost, or evicted and not free"
+assert runner.passed == least
+### END HIDDEN TESTS
+
+# %% [markdown]
+# ### What a chat saves
+#
+# Ten turns with the server: each sends the whole conversation so far, and the model adds twelve
+# tokens. Counted are the tokens that pass through the model, with your tree and without.
+
+# %% tags=["experiment"]
+talk = "".join(data.documentation()["compound"].split("\n\n")[:40]).split(". ")
+passed, texts_equal = {}, []
+for name, prefixes in (("no prefix cache", None), ("radix tree", RadixCache())):
+    engine = Engine(small, Scheduler(Blocks(64, 16, prefixes), budget=128, max_running=4))
+    history, passed[name], answers = [tokenizer.eos], [], []
+    for turn in range(10):
+        history += tokenizer.encode(talk[turn] + ". ")
+        already = engine.runner.passed
+        engine.submit(history, max_new=12)
+        while engine.busy:
+            answers += [token for _, token, _ in engine.step()]
+        history += answers[-12:]
+        passed[name].append(engine.runner.passed - already)
+    texts_equal.append(answers)
+saved = 1 - sum(passed["radix tree"]) / sum(passed["no prefix cache"])
+print(f"tokens through the model: {passed}")
+print(f"saved: {saved:.0%}; the same answers: {texts_equal[0] == texts_equal[1]}")
+
+# %% tags=["experiment", "figure"]
+# Figure: without a prefix cache each turn pays for all turns before it
+fig, ax = plt.subplots(figsize=(7.5, 3.4))
+turns = torch.arange(1, 11)
+ax.bar(turns - 0.2, passed["no prefix cache"], 0.4, label="no prefix cache", color=plot.COLORS[5])
+ax.bar(turns + 0.2, passed["radix tree"], 0.4, label="radix tree", color=plot.COLORS[2])
+ax.set(xlabel="turn of the chat", ylabel="tokens through the model", xticks=turns.tolist())
+ax.grid(axis="x", visible=False)
+ax.legend()
+plot.caption(
+    fig,
+    "A turn's own tokens are the dark bars: its new text, its answer, and what does not fill a "
+    "block. The light ones grow with the whole conversation.",
+)
+plt.show()
+
+# %% [markdown]
+# ## Output that always parses
+#
+# Programs that call a model want JSON, not prose about JSON. Asking politely works often. A
+# **constrained decoder** makes it certain: at each step, tokens after which the text could no
+# longer become a valid one get the logit $-\infty$.
+#
+# Which tokens are those? Let the valid texts be described by a finite **automaton** over bytes:
+# from a state, each byte leads to one further state or to none. A token is a run of bytes. It is
+# allowed in a state if all of its bytes can be read, one after another; where they lead is the
+# state after the token. Both facts depend on the state and the token alone, so a table of states ×
+# vocabulary, computed once, is all that a step needs: one row, one `masked_fill`. The stop token is
+# allowed where the text is complete. JSON with free nesting needs a stack besides; the libraries
+# (xgrammar, llguidance, outlines) spend their ingenuity on keeping such masks cheap for
+# vocabularies of a hundred thousand tokens.
+#
+# Does the answer remain the model's? At each step it is the model's distribution, cut to what is
+# allowed and made to sum to 1. Over the whole text that is *not* the model's distribution given
+# that the text is valid, for a step does not know how likely the model thinks it is to finish
+# well from here. One of the questions below puts numbers to it.
+
+# %% [markdown]
+# `machine` builds automata for texts of parts: fixed bytes, runs of so many characters of a set,
+# and choices. State 0 is the first; the end is the one state without a way on.
+
+
+# %%
+def machine(parts: list) -> list[dict[int, int]]:
+    """An automaton, {byte: next state} for each state, for a text made of these parts: bytes are
+    themselves, (characters, least, most) is a run of them, a list of bytes is a choice. The bytes
+    with which a part begins must not go on a run before it, and choices begin differently."""
+    states: list[dict[int, int]] = [{}]  # built from the end; the last one made is the first
+    for part in reversed(parts):
+        end = len(states) - 1
+        if isinstance(part, bytes):
+            for byte in reversed(part):
+                states.append({byte: len(states) - 1})
+        elif isinstance(part, list):
+            edges = {}
+            for choice in part:
+                following = end
+                for byte in reversed(choice[1:]):
+                    states.append({byte: following})
+                    following = len(states) - 1
+                edges[choice[0]] = following
+            states.append(edges)
+        else:
+            characters, least, most = part
+            for n in reversed(range(most)):
+                following = end if n == most - 1 else len(states) - 1
+                edges = dict(states[end]) if n >= least else {}
+                states.append(edges | dict.fromkeys(characters, following))
+    last = len(states) - 1
+    return [{byte: last - to for byte, to in edges.items()} for edges in reversed(states)]
+
+
+LETTERS, DIGITS = b"abcdefghijklmnopqrstuvwxyz_", b"0123456789"
+RECORD = machine(  # such as {"name": "queue", "line": 12, "async": false}
+    [
+        b'{"name": "',
+        (LETTERS, 1, 16),
+        b'", "line": ',
+        (DIGITS[1:], 1, 1),
+        (DIGITS, 0, 2),
+        b', "async": ',
+        [b"true", b"false"],
+        b"}",
+    ]
+)
+
+# %% [markdown]
+# ### Exercise · Token masks
+
+
+# %% exercise="constrained" minutes=25 difficulty=2 path="more"
+def token_masks(
+    automaton: list[dict[int, int]], accepting: set[int], vocabulary: list[bytes], stop: int
+) -> tuple[Tensor, Tensor]:
+    """What may come in each state, and where it leads: (allowed, after).
+
+    automaton[state][byte] is the next state; a byte that is missing leads nowhere. vocabulary[token]
+    are the token's bytes.
+    allowed (states, tokens), bool: whether all bytes of the token can be read from the state on, one
+        after another. A token without bytes is never allowed. The token `stop`, whatever its
+        bytes, is allowed in the states of `accepting` and in no other.
+    after (states, tokens), int64: the state that the token leads to; the same state for `stop`; -1
+        where the token is not allowed.
+    The arguments stay as they are.
+    """
+    ### BEGIN SOLUTION
+    after = torch.full((len(automaton), len(vocabulary)), -1)
+    for start in range(len(automaton)):
+        for token, text in enumerate(vocabulary):
+            state = start if text else -1
+            for byte in text:
+                state = automaton[state].get(byte, -1)
+                if state < 0:
+                    break
+            after[start, token] = state
+        after[start, stop] = start if start in accepting else -1
+    return after >= 0, after
+    ### END SOLUTION
+
+
+class Constrained:
+    """A `choose` for the engine that keeps a text within an automaton.
+
+    Constrained(allowed, after, choose=greedy): begins in state 0. A call with logits (vocab,), of any
+    floating dtype, gives choose(…) of the logits with -inf for each token that the present state does
+    not allow, and moves on to the state after it. The logits stay as they are, and the masked ones
+    have their dtype. ValueError, before choose is called, in a state that allows nothing.
+    """
+
+    def __init__(self, allowed: Tensor, after: Tensor, choose: Callable[[Tensor], int] = greedy):
+        ### BEGIN SOLUTION
+        self.allowed, self.after, self.choose, self.state = allowed, after, choose, 0
+        ### END SOLUTION
+
+    def __call__(self, logits: Tensor) -> int:
+        ### BEGIN SOLUTION
+        allowed = self.allowed[self.state]
+        if not allowed.any():
+            raise ValueError(f"state {self.state} allows no token")
+        token = self.choose(torch.where(allowed, logits, -math.inf))
+        self.state = int(self.after[self.state, token])
+        return token
+        ### END SOLUTION
+
+
+# %% [markdown]
+# <details><summary>Hint: one token</summary>
+#
+# Keep a current state; replace it by `automaton[state].get(byte)` for each byte; give up at the
+# first None. 70 states × 4,096 tokens are 300,000 such walks, nearly all of which end at their
+# first byte.
+# </details>
+#
+# <details><summary>Hint: minus infinity</summary>
+#
+# `logits.masked_fill(~allowed, -inf)` makes a new tensor. A large negative number in place of the
+# infinity is a bug that waits for a logit that is larger still.
+# </details>
+
+
+# %% check="constrained" points=2
+# Texts "ab", "abab", …: state 0 wants an a, state 1 a b, state 2 is like 0 and may be the end.
+automaton = [{97: 1}, {98: 2}, {97: 1}]
+vocabulary = [b"a", b"b", b"ab", b"ba", b"", b"<end>"]
+allowed, after = checks.parts(token_masks(automaton, {2}, vocabulary, 5), "allowed", "after")
+checks.close(
+    allowed.long(),
+    torch.tensor([[1, 0, 1, 0, 0, 0], [0, 1, 0, 1, 0, 0], [1, 0, 1, 0, 0, 1]]),
+    what="allowed, as numbers",
+    hint='"ba" can be read in state 1: its b leads to 2, and the a on to 1',
+)
+checks.close(
+    after,
+    torch.tensor([[1, -1, 2, -1, -1, -1], [-1, 2, -1, 1, -1, -1], [1, -1, 2, -1, -1, 2]]),
+    what="after",
+)
+### BEGIN HIDDEN TESTS
+assert allowed.dtype == torch.bool and after.dtype == torch.int64
+import re
+
+g = checks.generator(12)
+pattern = rb'\{"name": "[a-z_]{1,16}", "line": [1-9][0-9]{0,2}, "async": (true|false)\}'
+pieces = [b'{"', b'{"name', b'": "', b'", "line": ', b', "async', b'": ', b"false}", b'": "x', b"}}"]
+vocabulary = [bytes([i]) for i in range(256)] + pieces + [b"", b"a" * 17, b"_" * 16, b'1", ']
+vocabulary += [bytes(torch.randint(97, 123, (3,), generator=g).tolist()) for _ in range(20)]
+order = torch.randperm(len(vocabulary), generator=g).tolist()
+vocabulary, stop = [vocabulary[i] for i in order], order.index(257)  # its bytes could be read
+given = [dict(edges) for edges in RECORD], list(vocabulary)
+end = {len(RECORD) - 1}
+allowed, after = token_masks(RECORD, end, vocabulary, stop)
+assert given == (RECORD, vocabulary) and end == {len(RECORD) - 1}, "an argument was changed"
+assert allowed.shape == after.shape == (len(RECORD), len(vocabulary))
+assert torch.equal(allowed, after >= 0), "after is -1 exactly where a token is not allowed"
+column = [s in end for s in range(len(RECORD))]
+assert allowed[:, stop].tolist() == column, "stop is allowed in accepting states, and only there"
+# Random walks by tokens: every text that reaches the end is what the expression describes.
+for _ in range(60):
+    state, text = 0, b""
+    while not allowed[state, stop]:
+        token = int(torch.multinomial(allowed[state].double(), 1, generator=g))
+        text += vocabulary[token]
+        state = int(after[state, token])
+    assert re.fullmatch(pattern, text), f"{text!r} came out, and is not of the form"
+    assert int(after[state, stop]) == state
+# And the other way: a valid text can be written in any pieces that are tokens.
+for name, line in ((b"queue", b"7"), (b"a" * 16, b"120"), (b"_", b"99")):
+    text = b'{"name": "' + name + b'", "line": ' + line + b', "async": false}'
+    for _ in range(10):
+        state, at = 0, 0
+        while at < len(text):
+            fits = [
+                t for t, b in enumerate(vocabulary) if b and t != stop and text.startswith(b, at)
+            ]
+            assert all(allowed[state, t] for t in fits), f"a piece of {text!r} is not allowed"
+            token = fits[int(torch.randint(0, len(fits), (), generator=g))]
+            state, at = int(after[state, token]), at + len(vocabulary[token])
+        assert state in end
+### END HIDDEN TESTS
+
+# %% check="constrained" points=1
+allowed = torch.tensor([[True, False, True, False], [False, False, False, True]])
+after = torch.tensor([[0, -1, 1, -1], [-1, -1, -1, 1]])
+choose = Constrained(allowed, after)
+logits = torch.tensor([1.0, 9.0, 2.0, 9.0])
+with checks.unchanged(logits=logits):
+    tokens = [choose(logits), choose(logits)]
+assert tokens == [2, 3], f"token 2 in state 0, and only 3 in state 1; yours: {tokens}"
+### BEGIN HIDDEN TESTS
+seen = []
+
+
+def last_finite(masked: Tensor) -> int:
+    seen.append(masked.clone())
+    return int(masked.isfinite().nonzero()[-1])
+
+
+for dtype in (torch.float64, torch.float32, torch.bfloat16):
+    seen.clear()
+    logits = torch.tensor([-3e38, 9.0, -1e30, 5.0], dtype=dtype)
+    choose, other = Constrained(allowed, after, last_finite), Constrained(allowed, after)
+    with checks.unchanged(logits=logits, allowed=allowed, after=after):
+        assert [choose(logits), choose(logits)] == [2, 3], "choose is not the one that was given"
+        assert other(logits) == 2, "a small logit that is allowed beats any that is not"
+        assert other(torch.tensor([0.0, 0.0, -9.0, 0.0], dtype=dtype)) == 3, "state 1 allows only 3"
+    infinite = -math.inf
+    for masked, expected in zip(
+        seen, ([-3e38, infinite, -1e30, infinite], [infinite] * 3 + [5.0]), strict=True
+    ):
+        checks.close(masked, torch.tensor(expected, dtype=dtype), what="masked logits", dtype=dtype)
+stuck = Constrained(torch.tensor([[True], [False]]), torch.tensor([[1], [-1]]), last_finite)
+stuck(torch.zeros(1))
+seen.clear()
+checks.raises(ValueError, stuck, torch.zeros(1), because="state 1 allows nothing")
+assert not seen, "choose was called for a state that allows nothing"
+### END HIDDEN TESTS
+
+# %% [markdown]
+# ### With and without
+#
+# **Question.** `small` was never taught to write JSON. Of sixteen answers after a prompt that asks
+# for it by example, how many parse without the mask, and how many with it? What will the names look
+# like? Write down a guess.
+
+# %% tags=["experiment"]
+torch.set_num_threads(1)
+vocabulary = token_bytes(tokenizer)
+allowed, after = token_masks(RECORD, {len(RECORD) - 1}, vocabulary, tokenizer.eos)
+share = allowed.sum(1).double()
+print(
+    f"{len(RECORD)} states; tokens allowed in a state: {int(share.min())} to {int(share.max())} of "
+    f"{len(vocabulary)}; states that allow only one: {int((share == 1).sum())}"
+)
+example = '{"name": "get_item", "line": 27, "async": false}\n'
+engine = Engine(small, Scheduler(Blocks(count=120, size=16), budget=64, max_running=16))
+parsed = {}
+for kind in ("free", "constrained"):
+    texts = {}
+    for n in range(16):
+        draw = sampler(0.8, seed=n)
+        choose = draw if kind == "free" else Constrained(allowed, after, draw)
+        prompt = [tokenizer.eos, *tokenizer.encode(f"# async def run_{n}(self):\n# {example}# ")]
+        texts[engine.submit(prompt, max_new=60, stop=tokenizer.eos, choose=choose)] = []
+    while engine.busy:
+        for id, token, _ in engine.step():
+            texts[id].append(token)
+    written = [
+        b"".join(vocabulary[token] for token in tokens).decode("utf-8", "replace")
+        for tokens in texts.values()
+    ]
+    parsed[kind] = 0
+    for text in written:
+        with suppress(ValueError):
+            parsed[kind] += set(json.loads(text)) == {"name", "line", "async"}
+    print(f"\n{kind}: {parsed[kind]} of 16 parse. The first three:")
+    print(*(repr(text[:75]) for text in written[:3]), sep="\n")
+torch.set_num_threads(threads)
+
+# %% [markdown]
+# The form is certain, the content is the model's: a mask cannot make a small model know a line
+# number. States that allow a single token need no model at all. Servers write those tokens without
+# a pass, or pass them all at once like a prompt ("jump-forward" decoding in SGLang).
+
+# %% [markdown]
+# ## Prefill apart from decode
+#
+# A prefill is limited by arithmetic, a decode by memory traffic (lesson 28), and on one device
+# each disturbs the other. Chunks make the disturbance small; they do not end it. **Disaggregated**
+# serving gives them different devices: one worker computes prompts and first tokens, sends the
+# blocks over, and another decodes. What was scheduling becomes two queues in a row, which can be
+# reasoned about.
+#
+# Take the first. Prompts of equal length take $D$ seconds each and arrive at random, $R$ a second.
+# That is the queue that textbooks call M/D/1. Its worker is busy for a share $\rho = RD$ of the
+# time. Whoever arrives waits for the rest of the prompt at work, on average $D/2$ if there is one,
+# and then for $L$ whole prompts in line: $W = \rho D/2 + L D$. In a steady state the line holds
+# what arrives during one wait, $L = R W$ (Little's law). So $W = \rho D / 2 + \rho W$, and
+#
+# $$\mathrm{TTFT} = D + W = D + \frac{R D^2}{2(1 - \rho)}.$$
+#
+# At half load a first token waits for half a prefill, at 90 percent for four and a half.
+
+# %% [markdown]
+# ### Exercise · Two workers, two queues
+
+
+# %% exercise="disaggregated" minutes=25 difficulty=2 path="more"
+def disaggregated(
+    arrivals: list[float],
+    prompts: list[int],
+    outputs: list[int],
+    prefill_time: Callable[[int], float],
+    transfer_time: Callable[[int], float],
+    step_time: Callable[[int], float],
+) -> list[list[float]]:
+    """When each request's tokens come out of a prefill worker and a decode worker: a list of times
+    for each request, in order.
+
+    Request i arrives at arrivals[i] ≥ 0 (ascending; of equals the first goes first), has a prompt of
+    prompts[i] tokens, and writes outputs[i] ≥ 1 tokens.
+    The prefill worker takes one prompt at a time, in order of arrival, for prefill_time(prompts[i])
+        seconds. At the end the request's first token comes out. If it writes more, its blocks then
+        travel for transfer_time(prompts[i]) seconds, beside all else, and it is ready.
+    The decode worker makes one step after another. A step takes step_time(n) > 0 seconds, where n ≥ 1
+        requests take part: all that are ready when the step begins (at that moment counts) and are
+        not over. At its end each of them gets a token. The next step begins at once; if nobody is
+        there, as soon as the next request is ready.
+
+    Two requests at 0 and 1, prompts 3 and 1, outputs 2 and 3, with prefill_time(p) = p, transfer_time
+    0.5, step_time(n) = n: the prompts end at 3 and 4. The first is ready at 3.5 and steps alone until
+    4.5, its end. The second is ready at 4.5 and steps until 5.5 and 6.5:
+    [[3, 4.5], [4, 5.5, 6.5]].
+    """
+    ### BEGIN SOLUTION
+    free, ready, times = 0.0, [], []
+    for i, arrival in enumerate(arrivals):
+        free = max(free, arrival) + prefill_time(prompts[i])
+        times.append([free])
+        if outputs[i] > 1:
+            heapq.heappush(ready, (free + transfer_time(prompts[i]), i))
+    clock, running = 0.0, []
+    while ready or running:
+        if not running:
+            clock = max(clock, ready[0][0])
+        while ready and ready[0][0] <= clock:
+            running.append(heapq.heappop(ready)[1])
+        clock += step_time(len(running))
+        for i in running:
+            times[i].append(clock)
+        running = [i for i in running if len(times[i]) < outputs[i]]
+    return times
+    ### END SOLUTION
+
+
+# %% [markdown]
+# <details><summary>Hint: one worker after the other</summary>
+#
+# The decode worker never delays the prefill worker. So compute all first tokens in one loop, then
+# play the decode worker's steps. A long prompt's blocks travel longer than a short one's: who is
+# ready first need not be who was prefilled first.
+# </details>
+
+# %% check="disaggregated" points=2
+times = disaggregated([0, 1], [3, 1], [2, 3], lambda p: p, lambda p: 0.5, lambda n: n)
+checks.close(times[0], [3.0, 4.5], what="times of the first request", rtol=1e-9)
+checks.close(times[1], [4.0, 5.5, 6.5], what="times of the second request", rtol=1e-9)
+### BEGIN HIDDEN TESTS
+def by_the_clock(arrivals, prompts, outputs, prefill, transfer, step):
+    """The same in whole seconds, second by second: what ends, what is ready, what begins."""
+    count, times = len(arrivals), [[] for _ in arrivals]
+    line, working, prefill_end, ready, batch, step_end = [], None, 0, {}, [], 0
+    for now in range(3000):
+        line += [i for i in range(count) if arrivals[i] == now]
+        if working is not None and prefill_end == now:
+            times[working].append(float(now))
+            if outputs[working] > 1:
+                ready[working] = now + transfer(prompts[working])
+            working = None
+        if batch and step_end == now:
+            for i in batch:
+                times[i].append(float(now))
+            batch = []
+        while working is None and line:
+            working = line.pop(0)
+            prefill_end = now + prefill(prompts[working])
+        if not batch:
+            batch = [i for i, at in ready.items() if at <= now and len(times[i]) < outputs[i]]
+            step_end = now + (step(len(batch)) if batch else 0)
+    return times
+
+
+g = checks.generator(13)
+for count, spread in ((1, 1), (6, 5), (9, 60), (12, 30)):
+    for _ in range(3):
+        arrivals = torch.randint(0, spread, (count,), generator=g).sort().values.tolist()
+        prompts = torch.randint(1, 9, (count,), generator=g).tolist()
+        outputs = torch.randint(1, 7, (count,), generator=g).tolist()
+        given = list(arrivals), list(prompts), list(outputs)
+        costs = (lambda p: p + 1, lambda p: (3 * p) % 7, lambda n: 2 + n // 2)
+        times = disaggregated(arrivals, prompts, outputs, *costs)
+        assert given == (arrivals, prompts, outputs), "an argument was changed"
+        expected = by_the_clock(arrivals, prompts, outputs, *costs)
+        assert [len(t) for t in times] == outputs, "request i writes outputs[i] tokens"
+        for i in range(count):
+            checks.close(times[i], expected[i], what=f"times of request {i} of {count}", rtol=1e-9)
+assert disaggregated([], [], [], *costs) == [], "no requests, no times"
+### END HIDDEN TESTS
+
+# %% check="disaggregated" points=1
+# The queue of the formula, from 20,000 random arrivals.
+g = checks.generator(14)
+for rate, seconds in ((0.5, 1.0), (2.0, 0.35)):
+    gaps = -torch.log1p(-torch.rand(20_000, generator=g, dtype=torch.float64)) / rate
+    arrivals = gaps.cumsum(0).tolist()
+    ones = [1] * 20_000
+    times = disaggregated(
+        arrivals, ones, ones, lambda p, s=seconds: s, lambda p: 0.0, lambda n: 1.0
+    )
+    waits = [t[0] - a for a, t in zip(arrivals, times, strict=True)]
+    mean = sum(waits) / len(waits)
+    assert min(waits) >= seconds - 1e-9, "a first token came before its prefill could be done"
+### BEGIN HIDDEN TESTS
+    closed = seconds + rate * seconds**2 / (2 * (1 - rate * seconds))
+    checks.number(mean, closed, to=0.1, what=f"the mean TTFT at {rate} a second")
+### END HIDDEN TESTS
+
+# %% [markdown]
+# ### Two machines: both for everything, or one for each?
+#
+# The fair comparison has the same machines. *Colocated*: two workers, each with every second
+# request, each doing whole prefills first and decode steps otherwise. *Disaggregated*: yours. The
+# costs are those of a model of some ten billion parameters on a large GPU, rounded: 0.2 ms for a
+# token of a prompt, 20 ms and 0.2 ms for each text in a decode step, 10 ms for a transfer. Prompts
+# have 200 to 1,400 tokens, answers 20 to 150. The TTFT limit is one second. The TPOT limit is 40 ms
+# on the left, and 100 ms on the right.
+#
+# **Write down** which of the two wins on the left, which on the right, and why.
+
+
+# %% tags=["experiment"]
+def colocated(arrivals, prompts, outputs, prefill_time, step_time) -> list[list[float]]:
+    """One worker for both: a prompt that waits goes before the next decode step."""
+    clock, coming, times, running = 0.0, deque(range(len(arrivals))), [[] for _ in arrivals], []
+    while coming or running:
+        if not running:
+            clock = max(clock, arrivals[coming[0]])
+        if coming and arrivals[coming[0]] <= clock:
+            now = [coming.popleft()]
+            clock += prefill_time(prompts[now[0]])
+            running += now
+        else:
+            now = running
+            clock += step_time(len(running))
+        for i in now:
+            times[i].append(clock)
+        running = [i for i in running if len(times[i]) < outputs[i]]
+    return times
+
+
+def prefill_cost(tokens: int) -> float:
+    return 0.2e-3 * tokens
+
+
+def step_cost(batch: int) -> float:
+    return 20e-3 + 0.2e-3 * batch
+
+
+def both(rate: float, seed: int, limits: list[float]) -> dict[str, list[float]]:
+    """Goodput of 400 requests, for each TPOT limit."""
+    draw, now, arrivals, prompts, outputs = random.Random(seed), 0.0, [], [], []
+    for _ in range(400):
+        now += draw.expovariate(rate)
+        arrivals.append(now)
+        prompts.append(draw.randint(200, 1400))
+        outputs.append(draw.randint(20, 150))
+    apart = disaggregated(
+        arrivals, prompts, outputs, prefill_cost, lambda tokens: 10e-3, step_cost
+    )
+    together = [[] for _ in arrivals]
+    for worker in (0, 1):
+        together[worker::2] = colocated(
+            arrivals[worker::2], prompts[worker::2], outputs[worker::2], prefill_cost, step_cost
+        )
+    return {
+        name: [goodput(arrivals, times, 1.0, limit, now) for limit in limits]
+        for name, times in (("colocated", together), ("disaggregated", apart))
+    }
+
+
+rates, limits = [1, 2, 3, 4, 5, 6, 7, 8, 10, 12], [0.04, 0.1]
+results = {rate: [both(rate, seed, limits) for seed in range(5)] for rate in rates}
+for side, limit in enumerate(limits):
+    print(f"TPOT within {1e3 * limit:.0f} ms: best goodput over all rates, by seed")
+    for name in ("colocated", "disaggregated"):
+        best = [max(results[rate][seed][name][side] for rate in rates) for seed in range(5)]
+        print(f"  {name:14}", *(f"{value:5.1f}" for value in best))
+
+# %% tags=["experiment", "figure"]
+# Figure: goodput of two machines, shared or apart, under a strict and a loose limit
+fig, axes = plt.subplots(1, 2, figsize=(10.5, 3.8), sharey=True)
+for side, (ax, limit) in enumerate(zip(axes, limits, strict=True)):
+    for name, marker in (("colocated", "s"), ("disaggregated", "o")):
+        values = [[r[name][side] for r in results[rate]] for rate in rates]
+        (line,) = ax.plot(rates, [sum(v) / 5 for v in values], marker=marker, label=name)
+        ax.fill_between(rates, *zip(*((min(v), max(v)) for v in values)), alpha=0.15)
+    ax.plot([0, 9], [0, 9], color="#999999", linestyle=":", linewidth=1)
+    ax.set(xlabel="requests that arrive per second")
+    ax.set_title(f"TPOT within {1e3 * limit:.0f} ms")
+axes[0].set_ylabel("goodput, requests per second")
+axes[0].legend()
+plot.caption(
+    fig,
+    "The dotted line is 'all of them'. A curve leaves it where the first requests miss a limit and "
+    "falls where the queue grows without end. Lines are means of five draws, shades their range.",
+)
+plt.show()
+
+# %% [markdown]
+# Read both panels. A strict limit on TPOT is what colocated decodes cannot keep: every prompt that
+# somebody else sends stands in their way. A loose one forgives that, and then one prefill worker
+# saturates while two would not have: at 800 tokens a prompt takes 0.16 s, so a single worker ends
+# at some six a second. Splitting the machines two to two or three to one moves that point, which is
+# why disaggregation is for fleets, with a ratio that follows the traffic.
