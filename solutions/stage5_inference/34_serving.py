@@ -1383,7 +1383,7 @@ def load(seed: int, count: int) -> tuple[list[float], list[tuple[list[int], int]
 threads = torch.get_num_threads()
 torch.set_num_threads(1)
 small, tokenizer = models.load("small", device="cpu")
-gaps, wanted = load(seed=0, count=32)
+gaps, wanted = load(seed=0, count=20)
 kinds = {"continuous": Scheduler, "static": Static}
 served = {name: [] for name in kinds}
 
@@ -1397,9 +1397,9 @@ def serve_all(kind: type[Scheduler], gap: float):
     return arrivals, *replay(engine, arrivals, wanted)
 
 
-serve_all(Scheduler, 0.0)  # the first run warms up
+replay(Engine(small, Scheduler(Blocks(20, 16), 64, 8)), [0.0] * 3, wanted[:3])  # warms up
 capacity = len(wanted) / serve_all(Scheduler, 0.0)[2]  # everybody there at once
-loads = (0.3, 0.6, 0.9, 1.5)
+loads = (0.3, 0.7, 1.1, 3.0)
 for share in loads:
     for name, kind in kinds.items():
         arrivals, times, end = serve_all(kind, 1 / (share * capacity))
@@ -2218,7 +2218,7 @@ before = threading.active_count()
 engine = Engine(small, Scheduler(Blocks(count=64, size=16), budget=64, max_running=8))
 with serving(make_app(engine, Texts(tokenizer), "small")) as address:
     client = openai.OpenAI(base_url=f"{address}/v1", api_key="none", max_retries=0, timeout=20)
-    hello = [{"role": "user", "content": "class Queue:\n    def __init__(self):\n"}]
+    hello = [{"role": "user", "content": 'def read(self, size=-1):\n    """'}]
     print("streamed:")
     for chunk in client.chat.completions.create(
         model="small", messages=hello, max_tokens=40, stream=True
@@ -2234,7 +2234,7 @@ with serving(make_app(engine, Texts(tokenizer), "small")) as address:
     streams = [
         client.chat.completions.create(
             model="small",
-            messages=[{"role": "user", "content": f"def {name}(self, "}],
+            messages=[{"role": "user", "content": f"def {name}(self"}],
             max_tokens=200 if name == "leave" else 12,
             stream=True,
         )
@@ -2615,7 +2615,7 @@ for name, prefixes in (("no prefix cache", None), ("radix tree", RadixCache())):
     engine = Engine(small, Scheduler(Blocks(64, 16, prefixes), budget=128, max_running=4))
     history, passed[name], answers = [tokenizer.eos], [], []
     for turn in range(10):
-        history += tokenizer.encode(talk[turn] + ". ")
+        history += tokenizer.encode(talk[turn] + ". ")[:25]
         already = engine.runner.passed
         engine.submit(history, max_new=12)
         while engine.busy:
@@ -2929,7 +2929,8 @@ for kind in ("free", "constrained"):
     parsed[kind] = 0
     for text in written:
         with suppress(ValueError):
-            parsed[kind] += set(json.loads(text)) == {"name", "line", "async"}
+            value = json.loads(text)
+            parsed[kind] += type(value) is dict and [*value] == ["name", "line", "async"]
     print(f"\n{kind}: {parsed[kind]} of 16 parse. The first three:")
     print(*(repr(text[:75]) for text in written[:3]), sep="\n")
 torch.set_num_threads(threads)
