@@ -1505,7 +1505,15 @@ for budget, marker in ((512, "o"), (64, "s"), (16, "^")):
         moments, [1e3 * gap for gap in gaps], marker=marker, markersize=4, label=f"budget {budget}"
     )
 axes[0].axvline(0.05, color="#999999", linewidth=1)
-axes[0].text(0.052, axes[0].get_ylim()[1] * 0.93, "the prompt arrives", fontsize=8)
+axes[0].text(
+    0.047,
+    axes[0].get_ylim()[1] * 0.95,
+    "the prompt arrives",
+    fontsize=8,
+    rotation=90,
+    ha="right",
+    va="top",
+)
 axes[0].set(xlabel="seconds", ylabel="time since the token before, ms")
 axes[0].set_title("a stream beside a long prompt")
 axes[0].legend()
