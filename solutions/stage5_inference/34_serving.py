@@ -502,10 +502,10 @@ class Scheduler:
            the youngest running sequence is preempted, again and again, until there are enough or
            the sequence itself has been preempted: the next steps may give it another chance.
            Preempted: blocks released, first in `waiting`, not in the plan; it keeps its tokens.
-        2. Unless somebody was preempted in this step, waiting sequences are admitted, the first
-           one first, as long as fewer than max_running run, budget is left, and blocks.admit(…)
-           takes it. Each gets as many of its pending tokens as the budget still holds. The first
-           that is not taken ends the step: nobody overtakes.
+        2. Waiting sequences are admitted, the first one first, as long as fewer than max_running
+           run, budget is left, and blocks.admit(…) takes it. Each gets as many of its pending
+           tokens as the budget still holds. The first that is not taken ends the step: nobody
+           overtakes. (Whoever was preempted in this step is first, and does not fit.)
         The plan lists running sequences first, then the admitted ones, both in order of age.
 
     Six blocks of 4 tokens, budget 8, max_running 3; A, B, C with prompts of 10, 3 and 5 tokens:
@@ -546,16 +546,16 @@ class Scheduler:
 
     def step(self) -> list[tuple[Sequence, int]]:
         ### BEGIN SOLUTION
-        plan, before = [], self.preemptions
+        plan = []
         pending = [sequence.pending for sequence in self.running]
         counts = chunked_prefill(pending, self.budget)
         for sequence, count in list(zip(self.running, counts, strict=True)):
             if sequence not in self.running:  # preempted, as are all that follow
                 break
-            if count and self.make_room(sequence, sequence.computed + count):
+            if self.make_room(sequence, sequence.computed + count):
                 plan.append((sequence, count))
         left = self.budget - sum(count for _, count in plan)
-        while self.preemptions == before and self.waiting and left:
+        while self.waiting and left:
             if len(self.running) == self.max_running or not self.blocks.admit(self.waiting[0]):
                 break
             sequence = self.waiting.popleft()
@@ -688,9 +688,7 @@ def drive(scheduler, arrivals: list, cancelled: dict[int, int], steps: int) -> d
         for s in ran[:stay]:
             assert pending[s.id] > 1 or planned.get(s.id) == 1, where + "a decode gets no token"
         left = scheduler.budget - sum(planned.values())
-        if gone:
-            assert set(planned) <= {s.id for s in ran}, where + "admitted beside a preemption"
-        elif waiting and left and len(running) < scheduler.max_running:
+        if waiting and left and len(running) < scheduler.max_running:
             wants = math.ceil(len(waiting[0].tokens) / blocks.size)
             assert wants > blocks.available, where + "the first in line fits and was left out"
         for s, count in plan:
@@ -1126,19 +1124,24 @@ def random_model(seed: int) -> models.Llama:
     return model
 
 
-def alone(model, prompt: list[int], new: int, stop: int | None = None) -> list[int]:
-    """Greedy text of one request by the library's model, without a cache; it ends at a near tie,
-    where two right ways to compute the logits may choose otherwise."""
+def alone(model, prompt: list[int], new: int) -> list[int]:
+    """Greedy text of one request by the library's model, without a cache."""
     text = list(prompt)
     for _ in range(new):
-        logits = model(torch.tensor([text]))[0, -1]
-        first, second = logits.topk(2).values.tolist()
-        if first - second < 1e-6 * logits.abs().max():
-            break
-        text.append(int(logits.argmax()))
-        if text[-1] == stop:
-            break
+        text.append(int(model(torch.tensor([text]))[0, -1].argmax()))
     return text[len(prompt) :]
+
+
+def check_text(model, prompt: list[int], text: list[int], where: str = "") -> None:
+    """Each token is the likeliest after all before it: one pass over the whole. Where two are
+    within rounding of each other, either will do."""
+    logits = model(torch.tensor([[*prompt, *text]]))[0, len(prompt) - 1 : -1]
+    lacks = logits.max(-1).values - logits[torch.arange(len(text)), torch.tensor(text)]
+    wrong = (lacks > 1e-6 * logits.abs().max()).nonzero()[:, 0].tolist()
+    assert not wrong, (
+        f"{where}after {len(prompt)} tokens of a prompt and {wrong[0]} of its answer the model "
+        f"alone writes {int(logits[wrong[0]].argmax())}, your engine {text[wrong[0]]}"
+    )
 
 
 def collect(engine, steps: int, texts: dict | None = None) -> dict[int, list]:
@@ -1168,8 +1171,8 @@ prompts = [[7, 3, 9, 1, 4, 4, 8, 2], [5], [6, 6, 1]]
 ids = [engine.submit(prompt, max_new=5) for prompt in prompts]
 texts = collect(engine, steps=60)
 for who, prompt in zip(ids, prompts, strict=True):
-    expected = alone(model, prompt, 5)
-    assert texts.get(who, [])[: len(expected)] == expected, (
+    expected = [*alone(model, prompt, 5), "length"]
+    assert texts.get(who) == expected, (
         f"after {prompt} the model alone writes {expected}, your engine {texts.get(who)}"
     )
 ### BEGIN HIDDEN TESTS
@@ -1197,12 +1200,9 @@ for seed, (count, size, budget, running) in enumerate(
     assert len(set(ids)) == 9, "two requests have the same id"
     collect(engine, 900, texts)
     for who, prompt, new in zip(ids, prompts, news, strict=True):
-        expected = alone(model, prompt, new)
-        assert texts[who][: len(expected)] == expected, (
-            f"a text differs from the model's own (blocks of {size}, budget {budget})"
-        )
         assert len(texts[who]) == new + 1, "a request has not written max_new tokens"
         assert texts[who][-1] == "length", "the last token of max_new has the reason length"
+        check_text(model, prompt, texts[who][:-1], f"blocks of {size}, budget {budget}: ")
     free = engine.scheduler.blocks.available
     assert free == count, f"{count - free} blocks are in use when everybody is done"
     preempted += engine.scheduler.preemptions
@@ -1293,9 +1293,10 @@ for _ in range(3):
     assert not engine.busy
     assert len(engine.scheduler.blocks.free) == 10
     for who, prompt in zip(ids, prompts, strict=True):
-        expected = alone(model, prompt, 12)
-        expected = expected[: len(texts.get(who, []))] if who in leave else expected
-        assert texts.get(who, [])[: len(expected)] == expected, "a text differs after cancellations"
+        text = texts.get(who, [])
+        assert len(text) == 12 or who in leave, "a request has not written max_new tokens"
+        if text:
+            check_text(model, prompt, text, "beside requests that were cancelled: ")
 ### END HIDDEN TESTS
 
 
@@ -2224,6 +2225,7 @@ with scripted(make_app) as (client, look):
         ({"stream": "yes"}, "stream"),
         ({"model": 7}, "model"),
     ]
+    told = set()
     for fields, param in bad:
         for stream in (False, True):
             response = ask(client, "abc", **({"stream": stream} | fields))
@@ -2231,10 +2233,12 @@ with scripted(make_app) as (client, look):
             error = response.json()["error"]
             assert set(error) == {"message", "type", "param", "code"}, f"the error holds {error}"
             assert error["param"] == param, f"{fields}: param {error['param']}, not {param}"
-            told = error["message"].replace(param, "", 1)
-            assert len(told) < len(error["message"]), f"{fields}: the message is {told!r}"
-            assert len(told) > 5, f"{fields}: the message does not say what is wrong with {param}"
+            assert param in error["message"], f"{fields}: the message does not name {param}"
+            told.add(error["message"])
             assert error["code"] is None
+    assert len(told) > len({param for _, param in bad}), (
+        "max_tokens = -5 and max_tokens = '12' get the same message: say what is wrong"
+    )
     for raw in (b"{", b"", b'{"model": "script", "messages": [', b"[1, 2]", b'"abc"', b"null"):
         response = client.post(
             "/v1/chat/completions", content=raw, headers={"Content-Type": "application/json"}
@@ -3365,8 +3369,8 @@ checks.number(answer, 9 / 19, what="distorted", mistakes={"both valid": 0.09, "t
 # is often half done. Thrashing: everybody who is admitted grows, memory fills, the youngest is
 # thrown out, comes back as soon as a block is free, is thrown out again, and each time its tokens
 # are computed for nothing. Admission with a reserve (a share of blocks kept free, or the expected
-# answer length), a lower limit of running requests, and not admitting in steps that preempt all
-# help; so does telling clients "no" early (429), which is admission control one level up.
+# answer length) and a lower limit of running requests help; so does telling clients "no" early
+# (429), which is admission control one level up.
 
 # %% [markdown]
 # **Open question 3.** First come, first served: somebody sends a prompt of 100,000 tokens. Who

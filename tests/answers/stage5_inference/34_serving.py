@@ -174,10 +174,6 @@ def chunked_prefill(pending, budget):
 - self.preemptions += 1
 + pass
 
-# %% wrong="scheduler" because="admits beside a preemption"
-- while self.preemptions == before and self.waiting and left:
-+ while self.waiting and left:
-
 # %% wrong="scheduler" because="later ones overtake the first that does not fit"
 - if len(self.running) == self.max_running or not self.blocks.admit(self.waiting[0]):
 -     break
@@ -189,8 +185,8 @@ def chunked_prefill(pending, budget):
 + self.waiting.remove(sequence)
 
 # %% wrong="scheduler" because="admits one sequence a step"
-- while self.preemptions == before and self.waiting and left:
-+ if self.preemptions == before and self.waiting and left:
+- while self.waiting and left:
++ for _ in [0] * bool(self.waiting and left):
 
 # %% wrong="scheduler" because="one more than max_running"
 - if len(self.running) == self.max_running or not self.blocks.admit(self.waiting[0]):
@@ -213,12 +209,8 @@ def chunked_prefill(pending, budget):
 + left = self.budget
 
 # %% wrong="scheduler" because="static: admits only when nobody runs"
-- while self.preemptions == before and self.waiting and left:
-+ while self.preemptions == before and self.waiting and left and not pending:
-
-# %% wrong="scheduler" because="the plan holds sequences without tokens"
-- if count and self.make_room(sequence, sequence.computed + count):
-+ if self.make_room(sequence, sequence.computed + count):
+- while self.waiting and left:
++ while self.waiting and left and not pending:
 
 # %% wrong="scheduler" because="a sequence that was preempted by an older one is planned"
 - if sequence not in self.running:  # preempted, as are all that follow
