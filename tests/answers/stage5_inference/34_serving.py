@@ -887,7 +887,7 @@ def make_app(engine, texts, model):
 
 # %% wrong="radix_cache" because="one value at most"
 - while len(evicted) < count:
-+ if count:
++ for _ in [0] * bool(count):
 
 # %% wrong="radix_cache" because="a leaf any of whose values is in use stays whole"
 - ends = [n for n in self.nodes() if not n.children and n.values[-1] not in used]
