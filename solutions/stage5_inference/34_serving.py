@@ -1876,9 +1876,8 @@ class Server:
     def __init__(self, app, path: str | None = None):
         place = {"uds": path} if path else {"host": "127.0.0.1", "port": 0}
         quiet = {"log_config": None, "log_level": "critical", "access_log": False}
-        self.server = uvicorn.Server(
-            uvicorn.Config(app, **place, **quiet, ws="none", timeout_graceful_shutdown=2)
-        )
+        quiet |= {"ws": "none", "lifespan": "on", "timeout_graceful_shutdown": 2}
+        self.server = uvicorn.Server(uvicorn.Config(app, **place, **quiet))
         self.error: BaseException | None = None
         self.thread = threading.Thread(target=self.run, daemon=True)
         self.thread.start()
