@@ -253,8 +253,8 @@ for nothing in (0.0, -1.0):
 # ## A budget of tokens
 #
 # A step with many tokens takes longer. Whoever waits for the next token of a stream waits for the
-# whole step, and so for everybody's prompt in it. A prompt of 8,000 tokens in one step is a silence
-# of a second for all others: the **generation stall**.
+# whole step, and so for everybody's prompt in it. A prompt of 8,000 tokens in one step can be a
+# silence of a second for all others: the **generation stall**.
 #
 # Sarathi-Serve (2024) puts a **token budget** on the step. First every decode gets its one token,
 # for those streams must not stop. What is left of the budget goes to prompts, cut to fit. A budget
@@ -474,7 +474,7 @@ class Blocks:
 # move `computed` on and append tokens as an engine would.
 
 
-# %% exercise="scheduler" minutes=35 difficulty=3
+# %% exercise="scheduler" minutes=40 difficulty=3
 class Scheduler:
     """Decides, step by step, which tokens of which sequences pass through the model.
 
@@ -1172,6 +1172,7 @@ model = random_model(1)
 engine = Engine(model, Scheduler(Blocks(count=12, size=4), budget=6, max_running=3))
 prompts = [[7, 3, 9, 1, 4, 4, 8, 2], [5], [6, 6, 1]]
 ids = [engine.submit(prompt, max_new=5) for prompt in prompts]
+checks.kind(ids[0], int, what="the id of a request")
 texts = collect(engine, steps=60)
 for who, prompt in zip(ids, prompts, strict=True):
     expected = [*alone(model, prompt, 5), "length"]
@@ -1705,7 +1706,7 @@ class Bridge:
 # that is not streamed is not cancelled: its function runs to its end, and so does the request.
 
 
-# %% exercise="endpoint" minutes=35 difficulty=3
+# %% exercise="endpoint" minutes=45 difficulty=3
 async def stream_chat(
     bridge: Bridge, texts: Texts, model: str, prompt: list[int], options: dict
 ) -> AsyncIterator[str]:
@@ -3044,9 +3045,10 @@ torch.set_num_threads(threads)
 #
 # Take the first. Prompts of equal length take $D$ seconds each and arrive at random, $R$ a second.
 # That is the queue that textbooks call M/D/1. Its worker is busy for a share $\rho = RD$ of the
-# time. Whoever arrives waits for the rest of the prompt at work, on average $D/2$ if there is one,
-# and then for $L$ whole prompts in line: $W = \rho D/2 + L D$. In a steady state the line holds
-# what arrives during one wait, $L = R W$ (Little's law). So $W = \rho D / 2 + \rho W$, and
+# time. Whoever arrives at random finds the average state: the rest of the prompt at work, which is
+# $D/2$ if there is one, and then $L$ whole prompts in line: $W = \rho D/2 + L D$. In a steady state
+# the line holds what arrives during one wait, $L = R W$ (Little's law). So
+# $W = \rho D / 2 + \rho W$, and
 #
 # $$\mathrm{TTFT} = D + W = D + \frac{R D^2}{2(1 - \rho)}.$$
 #
@@ -3313,12 +3315,14 @@ def questions() -> dict[str, float | int]:
 
 # %% check="questions" points=1
 answer = questions()["idle"]
+checks.kind(answer, float, what="idle")
 ### BEGIN HIDDEN TESTS
 checks.number(answer, 240 / 400, what="idle", mistakes={"the share that is used": 0.4})
 ### END HIDDEN TESTS
 
 # %% check="questions" points=1
 answer = questions()["memory"]
+checks.kind(answer, int, what="memory")
 ### BEGIN HIDDEN TESTS
 checks.number(
     answer,
@@ -3332,6 +3336,7 @@ checks.number(
 
 # %% check="questions" points=1
 answer = questions()["chunks"]
+checks.kind(answer, int, what="chunks")
 ### BEGIN HIDDEN TESTS
 checks.number(
     answer, 11, to=0, what="chunks", mistakes={"as if nobody decoded": 8, "a step too few": 10}
@@ -3340,6 +3345,7 @@ checks.number(
 
 # %% check="questions" points=1
 answer = questions()["resumed"]
+checks.kind(answer, int, what="resumed")
 ### BEGIN HIDDEN TESTS
 checks.number(
     answer, 420, to=0, what="resumed", mistakes={"the prompt alone": 300, "the answer alone": 120}
@@ -3348,6 +3354,7 @@ checks.number(
 
 # %% check="questions" points=1
 answer = questions()["queue"]
+checks.kind(answer, float, what="queue")
 ### BEGIN HIDDEN TESTS
 checks.number(
     answer, 0.6, what="queue", mistakes={"the wait alone": 0.4, "memoryless prefills": 1.0}
@@ -3356,6 +3363,7 @@ checks.number(
 
 # %% check="questions" points=1
 answer = questions()["distorted"]
+checks.kind(answer, float, what="distorted")
 ### BEGIN HIDDEN TESTS
 checks.number(answer, 9 / 19, what="distorted", mistakes={"both valid": 0.09, "the mask's": 0.9})
 ### END HIDDEN TESTS
