@@ -446,13 +446,13 @@ class Blocks:
 # ## The scheduler
 #
 # Orca (2022) made the observation on which all servers stand since: the unit of scheduling is not
-# the request, it is the **iteration**. Between two steps any sequence may leave or join, because
+# the request, it is the *iteration*. Between two steps any sequence may leave or join, because
 # nothing but its own pages ties it to the others.
 #
 # Then there are three decisions, and the answers here are those of vLLM. *Who runs?* Whoever has
 # been admitted, in order of arrival. *Who is admitted?* The first in the queue, if there is a place
 # in the batch, budget, and memory for its whole text; if the first does not fit, nobody overtakes
-# it. *What if a running text needs a block and there is none?* The **youngest** running sequence
+# it. *What if a running text needs a block and there is none?* The *youngest* running sequence
 # gives all of its blocks back and goes to the head of the queue.
 #
 # Why the youngest? Order by age is what makes **starvation** impossible. Consider the oldest
@@ -1407,7 +1407,7 @@ for n, text in enumerate(texts):
 # engine runs twice on the same requests: with your scheduler, and with `Static` on top of it. At
 # which load does it matter, and for which of TTFT and throughput?
 #
-# **Write down your prediction** before you run the cell: at low load; near the highest rate that
+# *Write down your prediction* before you run the cell: at low load; near the highest rate that
 # your scheduler can serve; at a rate beyond it.
 #
 # Time is virtual: the clock moves by the CPU time that each step really takes, and jumps over gaps
@@ -2436,6 +2436,8 @@ print(
 #
 # In a server a key is one block's tokens, `(17, 4, 99, 5)`, and its value is the block's number. A
 # tree that maps sequences of *anything* is easier to think about and to check, so yours does.
+# (Where requests use different adapters, the same tokens have other keys and values: then the
+# adapter belongs into the key.)
 #
 # Finding is a walk. Inserting is a walk, and one new edge for the rest. Where the walk ends
 # *within* an edge, the edge is split in two. Memory is finite, so values are evicted, and only from
@@ -3246,7 +3248,7 @@ for rate, seconds in ((0.5, 1.0), (2.0, 0.35)):
 # have 200 to 1,400 tokens, answers 20 to 150. The TTFT limit is one second. The TPOT limit is 30 ms
 # on the left, and 100 ms on the right.
 #
-# **Write down** which of the two wins on the left, which on the right, and why.
+# *Write down* which of the two wins on the left, which on the right, and why.
 
 
 # %% tags=["experiment"]
