@@ -641,9 +641,9 @@ def delta_rule_chunked(q, k, v, beta, chunk, log_decay=None, state=None):
 # %% wrong="chunk_kernel" because="keys don't fade on the way into the state"
 - k = (k * tl.exp2(total - sums)[:, None]).to(v.dtype)
 
-# %% wrong="chunk_kernel" because="the state kept in half precision"
+# %% wrong="chunk_kernel" because="the state rounded to the inputs' dtype after each chunk"
 - state = tl.dot(tl.trans(k), v, state * tl.exp2(total), input_precision="ieee")
-+ state = tl.dot(tl.trans(k), v, state * tl.exp2(total), input_precision="ieee").to(tl.float16).to(tl.float32)
++ state = tl.dot(tl.trans(k), v, state * tl.exp2(total), input_precision="ieee").to(v.dtype).to(tl.float32)
 
 # %% wrong="chunk_kernel" because="the row stride of q for k"
 - k = load_rows(k_ptr, start, seq, k_row, 0, D_K, CHUNK, BLOCK_K)
