@@ -528,10 +528,10 @@ best = sizes[min(range(len(sizes)), key=lambda i: chunk_seconds[i])]
 print(f"fastest here: chunks of {best}; fewest FLOPs: chunks of 1")
 
 # %% [markdown]
-# **What came out.** The fewest FLOPs are at the left end, where the time is worst: steps, not
-# arithmetic, are paid for there. Up to $C \approx d_k$ the pairs inside a chunk cost no more than
-# the products with the state, so larger chunks are nearly free; beyond that the square begins. On a
-# GPU it is the same with other constants, and chunks of 64 or 128 are usual.
+# **What came out.** The fewest FLOPs are at the left end, and the time is far from its best there:
+# steps, not arithmetic, are paid for. Up to $C \approx d_k$ the pairs inside a chunk cost no more
+# than the products with the state, so larger chunks are nearly free; beyond that the square begins.
+# On a GPU it is the same with other constants, and chunks of 64 or 128 are usual.
 
 # %% [markdown]
 # ## What is kept: bytes of a state against bytes of a cache
@@ -1167,7 +1167,8 @@ for ax, (name, lines) in zip(axes, errors.items(), strict=False):
     )
     ax.axhline(1, color="#888888", linewidth=1, linestyle=":")
     ax.set_ylim(0.2, 60)
-    ax.legend(fontsize=8, loc="upper right" if ax is axes[0] else "center right")
+    ax.legend(fontsize=8, loc="upper right")
+axes[1].get_legend().remove()
 plot.heatmap(
     (real_k @ real_k.mT)[0, 0, :48, :48],
     xlabel="token",
@@ -1617,8 +1618,8 @@ for ax, matrix, title in zip(
 plot.caption(
     fig,
     "Left: keys of a page of documentation look alike, so the entries below the diagonal are large "
-    "and positive. Right: what a token writes is its own value minus those of the tokens just "
-    "before it; what lies further back has been subtracted by them.",
+    "and positive. Right: what a token writes is its own value minus, mostly, that of the token just "
+    "before it, in whose write older values have been subtracted already.",
 )
 plt.show()
 
