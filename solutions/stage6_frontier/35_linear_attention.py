@@ -35,7 +35,7 @@
 # %% [markdown]
 # ## Core ideas
 #
-# - **Three orders** of one product: parallel (all pairs of tokens), recurrent (one state, token by
+# - *Three orders* of one product: parallel (all pairs of tokens), recurrent (one state, token by
 #   token), chunked (pairs inside a chunk, a state between chunks).
 # - **Decay**: the state fades a little with each token, so that old entries make room. By a fixed
 #   number for each head (RetNet), or by numbers that the token chooses (GLA, Mamba-2).
@@ -56,7 +56,7 @@
 # `(batch, heads, d_k, d_v)`. Decays and β have one more axis than the tokens have: `(batch, heads,
 # seq, 1)`, or `(batch, heads, seq, d_k)` for a decay of each channel.
 #
-# **No function here scales by $1/\sqrt{d_k}$ or normalizes a key.** Libraries do both inside;
+# *No function here scales by $1/\sqrt{d_k}$ or normalizes a key.* Libraries do both inside;
 # here the caller does, where it matters.
 
 # %%
@@ -538,7 +538,7 @@ print(f"fastest here: chunks of {best}; fewest FLOPs: chunks of 1")
 #
 # Decoding is limited by the bytes that each step reads (lesson 28). Per layer, a KV cache holds
 # $2 H_{kv} D\, n$ numbers after $n$ tokens; a state holds $H\, d_k\, d_v$, always. The state is
-# read **and written** at each token, and is usually kept in float32, since it sums over the whole
+# read *and written* at each token, and is usually kept in float32, since it sums over the whole
 # text; the cache is kept in two bytes.
 #
 # So there is a length below which the cache is the smaller one. With $H$ heads of size $D$ each
@@ -704,7 +704,7 @@ plt.show()
 # A softmax has this problem much less: $e^{k_i\cdot q}$ lets the best match tower over the rest.
 # That is what was given away with the exponential.
 #
-# Two remedies follow, and each is a term in an update rule: **forget** what is old, and **erase**
+# Two remedies follow, and each is a term in an update rule: *forget* what is old, and *erase*
 # before writing. A third is to bring the exponential back.
 
 # %% [markdown]
@@ -916,7 +916,7 @@ plt.show()
 # The first matrix has the eigenvalue $1 - \beta\|k\|^2$ along $k$ and 1 across it: keys of length 1
 # and $\beta \in (0, 1)$ keep it in $(0, 1)$, and the state cannot grow from it.
 #
-# The order is a convention that matters: **the decay comes first**, then the erasure reads the
+# The order is a convention that matters: *the decay comes first*, then the erasure reads the
 # faded state. Decays are handed over as logarithms, for a reason that chunks will show.
 #
 # ### Exercise · The update
@@ -937,8 +937,8 @@ def state_update(
     q, k: (batch, heads, d_k); v: (batch, heads, d_v), any floating format.
     log_decay: ln α, (batch, heads, 1) for the whole state or (batch, heads, d_k) for its rows;
         None: nothing fades.
-    beta: (batch, heads, 1). The state's entry under k, as it is after fading, is moved to v by the
-        share β. None: nothing is erased, and v is added whole.
+    beta: (batch, heads, 1). With S' for the state after fading, the new state is
+        S' + β k (v − S'ᵀk)ᵀ. None: nothing is erased, and it is S' + k vᵀ.
 
     Computed in the state's dtype, and the new state is in it. o = (new state)ᵀ q: (batch, heads,
     d_v), in v's dtype. Keys are taken as they are; their length need not be 1.
@@ -1203,9 +1203,9 @@ plt.show()
 # %% [markdown]
 # ## Chunks that fade
 #
-# Training needs the chunked form of all six. First decay alone. Let
+# Training needs the chunked form of all six models of [](#update). First decay alone. Let
 # $c_i = \sum_{m\le i}\ln\alpha_m$ be the sum of the log-decays from the chunk's first token to
-# token $i$, **inclusive**. What token $j$ wrote fades with each later token, so at token $i$ it is
+# token $i$, *inclusive*. What token $j$ wrote fades with each later token, so at token $i$ it is
 # down by $e^{c_i - c_j}$; what was there before the chunk by $e^{c_i}$:
 #
 # $$o_i = S^\top (q_i\circ e^{c_i}) + \sum_{j\le i} A_{ij}\, v_j, \qquad
@@ -1940,7 +1940,7 @@ assert all(bool(g.isfinite().all()) for g in gradients), "a gradient is not fini
 #
 # **Multi-query associative recall** (Arora et al. 2023) asks for what a memory is for. A sequence
 # tells pairs of a key and a value, and then asks for the values of all keys in another order. Here
-# there are 16 keys, and half of them are told **again** later, with a new value; the last one
+# there are 16 keys, and half of them are told *again* later, with a new value; the last one
 # counts.
 #
 # One layer, one head, four ways to remember: softmax attention (with a learned slope over distance,
@@ -2094,7 +2094,7 @@ plt.show()
 # 1. **`tl.dot` wants two operands of one dtype.** In half precision cast the second operand of each
 #    product; sums are float32. For float32, `input_precision="ieee"`.
 # 2. **exp2.** Multiply the log-decays by $\log_2 e$ once, and use `tl.exp2` throughout.
-# 3. **The last chunk** hangs over the end. What lies there loads as 0: a key of 0 writes nothing,
+# 3. **The last chunk.** It hangs over the end. What lies there loads as 0: a key of 0 writes nothing,
 #    and a log-decay of 0 fades nothing. The state after the last chunk is right without a mask.
 #
 # Here the decay is one number a head and token, as in RetNet and Mamba-2; zeros give plain linear
@@ -2543,7 +2543,8 @@ plot.caption(
 plt.show()
 
 # %% [markdown]
-# What production kernels do beyond yours: they compute the states of all chunks in one kernel and
+# Yours goes forward only; training needs the gradient too, by a kernel that walks back over the
+# chunks. What production kernels do beyond yours: they compute the states of all chunks in one kernel and
 # the outputs in another, so that chunks run in parallel too (two passes over memory for more
 # programs); and for the delta rule they invert the small triangular matrices in blocks of 16, on
 # tensor cores.
