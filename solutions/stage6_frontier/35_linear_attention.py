@@ -1618,8 +1618,8 @@ for ax, matrix, title in zip(
 plot.caption(
     fig,
     "Left: keys of a page of documentation look alike, so the entries below the diagonal are large "
-    "and positive. Right: what a token writes is its own value minus, mostly, that of the token just "
-    "before it, in whose write older values have been subtracted already.",
+    "and positive. Right: what a token writes is its own value minus, mostly, that of the token "
+    "just before it, in whose write older values have been subtracted already.",
 )
 plt.show()
 
@@ -2094,8 +2094,8 @@ plt.show()
 # 1. **`tl.dot` wants two operands of one dtype.** In half precision cast the second operand of each
 #    product; sums are float32. For float32, `input_precision="ieee"`.
 # 2. **exp2.** Multiply the log-decays by $\log_2 e$ once, and use `tl.exp2` throughout.
-# 3. **The last chunk.** It hangs over the end. What lies there loads as 0: a key of 0 writes nothing,
-#    and a log-decay of 0 fades nothing. The state after the last chunk is right without a mask.
+# 3. **The last chunk.** It hangs over the end. What lies there loads as 0: a key of 0 writes
+#    nothing, and a log-decay of 0 fades nothing. The state after it is right without a mask.
 #
 # Here the decay is one number a head and token, as in RetNet and Mamba-2; zeros give plain linear
 # attention. Loads and stores are given.
@@ -2544,10 +2544,9 @@ plt.show()
 
 # %% [markdown]
 # Yours goes forward only; training needs the gradient too, by a kernel that walks back over the
-# chunks. What production kernels do beyond yours: they compute the states of all chunks in one kernel and
-# the outputs in another, so that chunks run in parallel too (two passes over memory for more
-# programs); and for the delta rule they invert the small triangular matrices in blocks of 16, on
-# tensor cores.
+# chunks. Production kernels compute the states of all chunks in one kernel and the outputs in
+# another, so that chunks run in parallel too (two passes over memory for more programs). For the
+# delta rule they invert the small triangular matrices in blocks of 16, on tensor cores.
 
 # %% [markdown]
 # ## Key questions
