@@ -1400,8 +1400,10 @@ def gated_linear_attention(
     state: (batch, heads, d_k, d_v), float32 (float64 for float64 inputs), not changed; None: zeros.
 
     Returns (o, state), o in v's dtype, the state in float32 or float64, as `state_update` would
-    give them token by token. However fast the decay, nothing is NaN or infinite. At most 45
-    operations of PyTorch that make a tensor for each chunk, and 45 besides.
+    give them token by token. However fast the decay, nothing is NaN or infinite. Work is counted,
+    for n chunks: at most 45·n + 45 operations of PyTorch that make a tensor, and no tensor of more
+    elements than the largest of these: an input, a state for each chunk, the pairs of tokens inside
+    all chunks (times d_k where each channel has a decay).
     """
     ### BEGIN SOLUTION
     dtype = v.dtype
@@ -1504,6 +1506,10 @@ checks.close(o[:, :, -1], recent[0][:, :, -1].float(), what="the last o, from th
 checks.close(state, recent[1].float(), what="the state, from the last 12 tokens")
 operations = sum(made.shapes.values())
 assert operations <= 45 * 4 + 45, f"{operations} tensors are made for 4 chunks; 225 may be"
+assert made.largest <= 2 * 4 * 64**2, (
+    f"one of your tensors has {made.largest} elements; the pairs inside 4 chunks of 2 heads are "
+    f"{2 * 4 * 64**2}, all pairs {2 * 256**2}"
+)
 ### BEGIN HIDDEN TESTS
 for channels, fastest in ((1, -30.0), (4, -30.0), (4, -0.2)):
     log_decay = fastest * torch.rand(1, 2, 256, channels, generator=gen).to(profile.device)
@@ -1513,6 +1519,8 @@ for channels, fastest in ((1, -30.0), (4, -30.0), (4, -0.2)):
             results.append(gated_linear_attention(q, k, v, log_decay, chunk))
         operations = sum(made.shapes.values())
         assert operations <= 45 * n + 45, f"{operations} tensors are made for {n} chunks"
+        limit = max(2 * n * chunk**2 * channels, 2 * n * 4 * 4, 2 * n * chunk * 4)
+        assert made.largest <= limit, f"a tensor has {made.largest} elements; {limit} are enough"
     exact = gated_linear_attention(q.double(), k.double(), v.double(), log_decay.double(), 1)
     for o, state in results:
         hint = f"Log-decays down to {fastest:g}, {channels} a token."
@@ -1805,8 +1813,10 @@ def delta_rule_chunked(
     state: (batch, heads, d_k, d_v), float32 (float64 for float64 inputs), not changed; None: zeros.
 
     Returns (o, state), o in v's dtype, the state in float32 or float64, as `state_update` would
-    give them token by token. However fast the decay, nothing is NaN or infinite. At most 75
-    operations of PyTorch that make a tensor for each chunk, and 75 besides.
+    give them token by token. However fast the decay, nothing is NaN or infinite. Work is counted,
+    for n chunks: at most 75·n + 75 operations of PyTorch that make a tensor, and no tensor of more
+    elements than the largest of these: an input, d_k + d_v numbers for each token, a state for each
+    chunk, the pairs of tokens inside all chunks (times d_k where each channel has a decay).
     """
     ### BEGIN SOLUTION
     dtype = v.dtype
@@ -1903,6 +1913,10 @@ with checks.allocations() as made:
 assert float(state.norm(dim=(-1, -2)).max()) < float(v.norm(dim=-1).max()) * 4, "the state grows"
 operations = sum(made.shapes.values())
 assert operations <= 75 * 4 + 75, f"{operations} tensors are made for 4 chunks; 375 may be"
+assert made.largest <= 2 * 4 * 64**2, (
+    f"one of your tensors has {made.largest} elements; the pairs inside 4 chunks of 2 heads are "
+    f"{2 * 4 * 64**2}, all pairs {2 * 256**2}"
+)
 whole = delta_rule_chunked(q, k, v, beta, 256)
 checks.close(o, whole[0], what="o in chunks of 64, beside one chunk", rtol=1e-4)
 checks.close(state, whole[1], what="the state in chunks of 64, beside one chunk", rtol=1e-4)
@@ -1926,6 +1940,8 @@ for channels, fastest in ((None, 0.0), (1, -20.0), (4, -20.0), (4, -0.2)):
             o, last = delta_rule_chunked(q, k, v, beta, chunk, log_decay)
         operations = sum(made.shapes.values())
         assert operations <= 75 * n + 75, f"{operations} tensors are made for {n} chunks"
+        limit = max(2 * n * chunk**2 * (channels or 1), 2 * n * 4 * 4, 2 * n * chunk * 8)
+        assert made.largest <= limit, f"a tensor has {made.largest} elements; {limit} are enough"
         hint = f"{channels or 'No'} decays a token, down to {fastest:g}, chunks of {chunk}."
         limit = 1e-3 if fastest < -1 else 1e-4
         checks.relative_l2(o, torch.stack(rows, 2), limit, what="o", hint=hint)

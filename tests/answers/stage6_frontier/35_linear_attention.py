@@ -441,6 +441,10 @@ def decayed_scores(a: Tensor, b: Tensor, log_decay: Tensor) -> Tensor:
 - for q_c, k_c, v_c, g_c in chunks(chunk, q, k, v, log_decay):
 + for q_c, k_c, v_c, g_c in chunks(1, q, k, v, log_decay):
 
+# %% wrong="gated_linear_attention" because="the whole sequence as one chunk"
+- for q_c, k_c, v_c, g_c in chunks(chunk, q, k, v, log_decay):
++ for q_c, k_c, v_c, g_c in chunks(q.shape[2], q, k, v, log_decay):
+
 # %% wrong="gated_linear_attention" because="o stays float32"
 - return torch.cat(outputs, dim=2).to(dtype), state
 + return torch.cat(outputs, dim=2), state
@@ -576,6 +580,10 @@ def wy_factors(k: Tensor, v: Tensor, beta: Tensor, log_decay: Tensor) -> tuple[T
 - for q_c, k_c, v_c, b_c, g_c in chunks(chunk, q, k, v, beta, log_decay):
 + for q_c, k_c, v_c, b_c, g_c in chunks(1, q, k, v, beta, log_decay):
 
+# %% wrong="delta_rule_chunked" because="the whole sequence as one chunk"
+- for q_c, k_c, v_c, b_c, g_c in chunks(chunk, q, k, v, beta, log_decay):
++ for q_c, k_c, v_c, b_c, g_c in chunks(q.shape[2], q, k, v, beta, log_decay):
+
 # %% wrong="delta_rule_chunked" because="state_update in a loop"
 def delta_rule_chunked(q, k, v, beta, chunk, log_decay=None, state=None):
     return delta_rule_recurrent(q, k, v, beta, log_decay, state)
@@ -592,7 +600,7 @@ def delta_rule_chunked(q, k, v, beta, chunk, log_decay=None, state=None):
 def delta_rule_chunked(q, k, v, beta, chunk, log_decay=None, state=None):
     dtype = v.dtype
     if log_decay is None:
-        log_decay = torch.zeros_like(k)
+        log_decay = torch.zeros_like(beta)
     q, k, v, beta, log_decay = wide(q, k, v, beta, log_decay)
     if state is None:
         state = empty_state(k, v)
@@ -609,6 +617,25 @@ def delta_rule_chunked(q, k, v, beta, chunk, log_decay=None, state=None):
         rest = (g_c.sum(2, keepdim=True) - g_c.cumsum(2)).exp()
         state = faded[:, :, -1, :, None] * state + (k_c * rest).mT @ u
     return torch.cat(o, 2).to(dtype), state
+
+# %% right="delta_rule_chunked" because="the factors of all chunks at once, padded"
+def delta_rule_chunked(q, k, v, beta, chunk, log_decay=None, state=None):
+    dtype, seq = v.dtype, q.shape[2]
+    log_decay = torch.zeros_like(beta) if log_decay is None else log_decay
+    parts = wide(q, k, v, beta, log_decay)
+    q, k, v, beta, g = (
+        F.pad(t, (0, 0, 0, -seq % chunk)).unflatten(2, (-1, chunk)) for t in parts
+    )
+    state = empty_state(k[:, :, 0], v[:, :, 0]) if state is None else state
+    w, u = wy_factors(k, v, beta, g)
+    inside, sums = decayed_scores(q, k, g), g.cumsum(-2)
+    faded_q, faded_k = q * sums.exp(), k * (sums[..., -1:, :] - sums).exp()
+    outputs = []
+    for n in range(q.shape[2]):
+        new = u[:, :, n] - w[:, :, n] @ state
+        outputs.append(faded_q[:, :, n] @ state + inside[:, :, n] @ new)
+        state = sums[:, :, n, -1:].exp().mT * state + faded_k[:, :, n].mT @ new
+    return torch.cat(outputs, 2)[:, :, :seq].to(dtype), state
 
 # %% wrong="chunk_kernel" because="drops the state between chunks"
 - state = tl.dot(tl.trans(k), v, state * tl.exp2(total), input_precision="ieee")
