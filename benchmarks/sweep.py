@@ -326,6 +326,40 @@ PAGED = [
 ]
 
 
+# --- 35: gated linear attention in chunks -----------------------------------------------------------------------------
+
+CHUNK_LENGTHS = (1, 2, 15, 16, 17, 31, 33, 47, 64, 65)
+CHUNK_SHAPES = ((1, 2, 16, 16, 16, 16), (2, 1, 24, 40, 32, 16), (1, 1, 5, 7, 16, 32), (2, 3, 33, 20, 64, 16))
+
+
+def chunk_inputs(
+    batch: int, heads: int, seq: int, d_k: int, d_v: int, chunk: int, block: int, dtype: torch.dtype
+) -> tuple:
+    """q, k, v as views of (batch, seq, heads, ·), log-decays, a state, and (CHUNK, BLOCK_V), 0 for the lesson's own."""
+    q, k, v = (
+        drawn(batch, seq, heads, n, dtype=dtype, seed=i, scale=scale).transpose(1, 2)
+        for i, (n, scale) in enumerate(((d_k, 1.0), (d_k, d_k**-0.5), (d_v, 1.0)))
+    )
+    log_decay = -0.1 * drawn(batch, heads, seq, dtype=torch.float32, seed=3).abs()
+    state = drawn(batch, heads, d_k, d_v, dtype=torch.float32, seed=4)
+    return q, k, v, log_decay, state, (chunk, block) if chunk else None
+
+
+def chunk_ours(lesson: SimpleNamespace, q, k, v, log_decay, state, blocks) -> Named:
+    o, last = lesson.chunk_attention(q, k, v, log_decay, state, blocks)
+    return {"o": o, "state": last}
+
+
+def chunk_plain(q, k, v, log_decay, state, blocks) -> Named:
+    """All pairs at once; products in the dtype of q, decays in that of the log-decays."""
+    sums = log_decay.cumsum(-1)
+    later = torch.ones(sums.shape[-1], sums.shape[-1], dtype=torch.bool, device=q.device).tril()
+    faded = (sums[..., :, None] - sums[..., None, :]).masked_fill(~later, -math.inf).exp().to(q.dtype)
+    left, state = sums.exp()[..., None].to(q.dtype), state.to(q.dtype)
+    o = (q @ k.mT * faded) @ v + (q * left) @ state
+    return {"o": o, "state": (k * faded[..., -1, :, None]).mT @ v + left[..., -1:, :] * state}
+
+
 FAMILIES = [
     Family(
         "SwiGLU", "03", [(3, 13), (2, 129)], [(100, 1000), (1, 1), (33, 14336), (4096, 4097)], [(4, 14336)],
@@ -376,6 +410,15 @@ FAMILIES = [
             (64, 1, 128, 1, 2, (257, 300)), (28, 4, 256, 32, None, (12_345, 16)),
         ],
         [(32, 8, 128, page, None, (64, 8192)) for page in (16, 64)], paged_inputs, paged_ours, paged_plain,
+    ),
+    Family(
+        "chunked linear attention", "35",
+        [(batch, heads, seq, *sizes) for batch, heads, *sizes in CHUNK_SHAPES for seq in CHUNK_LENGTHS],
+        [
+            (2, 4, 1000, 128, 128, 0, 0), (1, 2, 4096, 128, 128, 0, 0), (1, 3, 777, 64, 64, 0, 0),
+            (1, 2, 2048, 80, 96, 0, 0), (1, 2, 300, 256, 128, 0, 0), (1, 2, 1, 128, 128, 0, 0),
+        ],
+        [(1, 2, 256, D, D, 0, 0) for D in (64, 128)], chunk_inputs, chunk_ours, chunk_plain,
     ),
 ]  # fmt: skip
 
