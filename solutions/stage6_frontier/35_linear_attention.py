@@ -1359,7 +1359,7 @@ for channels in (1, 4):
         exact = row_by_row(a, b, log_decay)
         hint = f"Log-decays down to {fastest:g}, {channels} a token."
         # A difference of sums of thousands has an error of about 1e-3 in float32.
-        limit = 1e-5 if fastest > -1 else 2e-3
+        limit = 1e-5 if fastest > -1 else 1e-3
         checks.close(found, exact.float(), what="scores", hint=hint, rtol=limit)
         for name, g in zip("ab", torch.autograd.grad(found.sum(), given), strict=False):
             assert bool(g.isfinite().all()), f"the gradient of {name} is not finite. {hint}"
@@ -1768,7 +1768,7 @@ for channels in (1, 8):
         w, u = wy_factors(k, v, beta, log_decay)
     state = checks.randn(2, 8, 3, generator=gen)
     exact = written(k, v, beta, log_decay, state)
-    checks.close(u - w @ state, exact.float(), what="U − W·S with fast decays", rtol=2e-3)
+    checks.close(u - w @ state, exact.float(), what="U − W·S with fast decays", rtol=3e-4)
     operations = sum(made.shapes.values())
     assert operations <= 40, f"{operations} tensors are made for 64 tokens; 40 may be"
 ### END HIDDEN TESTS
@@ -1943,9 +1943,8 @@ for channels, fastest in ((None, 0.0), (1, -20.0), (4, -20.0), (4, -0.2)):
         limit = max(2 * n * chunk**2 * (channels or 1), 2 * n * 4 * 4, 2 * n * chunk * 8)
         assert made.largest <= limit, f"a tensor has {made.largest} elements; {limit} are enough"
         hint = f"{channels or 'No'} decays a token, down to {fastest:g}, chunks of {chunk}."
-        limit = 1e-3 if fastest < -1 else 1e-4
-        checks.relative_l2(o, torch.stack(rows, 2), limit, what="o", hint=hint)
-        checks.relative_l2(last, state, limit, what="the state", hint=hint)
+        checks.relative_l2(o, torch.stack(rows, 2), 1e-4, what="o", hint=hint)
+        checks.relative_l2(last, state, 1e-4, what="the state", hint=hint)
 q, k, v, log_decay = q[:, :, :64], k[:, :, :64], v[:, :, :64], -20 * torch.ones_like(k[:, :, :64])
 leaves = [t.clone().requires_grad_() for t in (q, k, v, beta[:, :, :64], log_decay)]
 o, _ = delta_rule_chunked(*leaves[:4], 64, leaves[4])
@@ -2463,14 +2462,14 @@ for fastest in (-30.0, -1.0, 0.0):
     hint = f"Log-decays down to {fastest:g}."
     checks.relative_l2(o, exact, limit, what="o", hint=hint)
     checks.relative_l2(state, last, limit, what="the state", hint=hint)
-# A state of large entries that fades slowly: kept in half precision it would drift.
+# 25 chunks without decay: in float32 nothing is lost, rounded after each chunk it drifts.
 q, k, v = drawn(gen, 1, 1, 400, 16, 16, torch.float16)
 v = (v.float() + 3).half()
-g = torch.full((1, 1, 400), -0.002, device=profile.device)
+g = torch.zeros(1, 1, 400, device=profile.device)
 o, state = chunk_attention(q, k, v, g, blocks=(16, 16))
 exact, last = all_pairs(q, k, v, g)
-checks.relative_l2(state, last, 4e-4, what="the state after 25 chunks in float16",
-                   hint="The state stays float32 in the loop.")  # fmt: skip
+hint = "The state stays float32 in the loop."
+checks.relative_l2(state, last, 2e-5, what="the state after 25 chunks in float16", hint=hint)
 checks.relative_l2(o, exact, 1e-3, what="o over 25 chunks in float16")
 # Several blocks of columns and a head dimension that is no power of two, in float16.
 q, k, v = drawn(gen, 2, 2, 40, 24, 40, torch.float16)
