@@ -1,0 +1,736 @@
+# ---
+# jupyter:
+#   jupytext:
+#     text_representation:
+#       extension: .py
+#       format_name: percent
+#   kernelspec:
+#     display_name: Python 3
+#     language: python
+#     name: python3
+#   llm40:
+#     builds: >-
+#       A model's weights in 8, 4 and 3 bits: rounding, SmoothQuant, GPTQ, AWQ, rotations, training
+#       with rounded weights, and a Triton kernel that multiplies with packed 4-bit weights.
+#     gpu: "The kernel at full size, beside cuBLAS in bfloat16 and PyTorch's own int4 product."
+# ---
+
+# %% [markdown]
+# ## The problem: every token reads every weight
+#
+# To write one token, a model reads all of its weights once. A model of 70 billion parameters in
+# bfloat16 is 140 GB; at 4.8 TB/s, the memory speed of an H200, that takes 29 milliseconds, and
+# nothing that happens in the arithmetic units makes it faster. (Lesson 28 derives this: decode is
+# limited by bytes, not by FLOPs.) It also needs two such GPUs to hold them.
+#
+# In 4 bits the same weights are 35 GB and a bit: they fit on one GPU, and are read in a quarter of
+# the time. The arithmetic may stay as it is. A kernel loads four bits, turns them into a bfloat16
+# number in a register, and multiplies.
+#
+# What four bits cost is the subject of this lesson. Sixteen levels have to stand for all the weights
+# that share a scale. The nearest level is off by up to half a step, and 256 of these errors add up
+# in each output. The methods differ in where they put the levels, and in what they do about the
+# error once it is made.
+
+# %% [markdown]
+# ## Core ideas
+#
+# - **Quantization** stores a number as a small whole number, its **code**, and a **scale** that many
+#   numbers share. Few numbers to a scale (a **group**) mean small steps and many scales.
+# - Weights are easy: they are known beforehand and spread evenly. Activations are hard: some
+#   channels are far larger than the rest (**outliers**), and a shared scale follows the largest.
+# - Three answers to outliers: keep them in full precision (LLM.int8), move them into the weights
+#   (SmoothQuant), turn the coordinates until there are none (rotations).
+# - Round-to-nearest minimizes the error of each weight. What matters is the error of the *output*.
+#   GPTQ lets later weights make up for the errors of earlier ones; AWQ protects the weights that meet
+#   large inputs.
+# - Where all of that is not enough, train with rounded weights (**quantization-aware training**).
+#
+# "W4A16" means weights in 4 bits, activations in 16; "W8A8" both in 8.
+#
+# | symbol | in code | is |
+# |---|---|---|
+# | $W$ | `weight`, `w` | a matrix `(rows, columns)`, as in `nn.Linear`: the product is $XW^\top$ |
+# | $X$ | `x` | inputs `(tokens, columns)` |
+# | $b$ | `bits` | bits of a code |
+# | $\Delta$, $z$ | `scale`, `zero` | size of a step; the code that means 0 |
+# | $\hat w$ | | a weight as it is read back |
+
+# %%
+import math
+from collections.abc import Callable, Sequence
+
+import torch
+import torch.nn.functional as F
+from llm40 import checks, data, models, plot, profile, tl, triton
+from llm40.kernels import autotuned
+from torch import Tensor, nn
+
+plt = plot.plt
+
+
+# %% tags=["support"]
+# Support: normal numbers on the CPU, and rounding by hand: one number at a time, in Python
+def normal(*shape: int, **options) -> Tensor:
+    """As checks.randn, on the CPU, with a GPU too."""
+    return checks.randn(*shape, **options).cpu()
+
+
+def ranges(shape: tuple[int, int], group) -> list[list[list[tuple[int, int]]]]:
+    """The places (row, column) that share a scale: [row of scales][column of scales][place]."""
+    rows, columns = shape
+    if group == "tensor":
+        return [[[(i, j) for i in range(rows) for j in range(columns)]]]
+    size = columns if group == "channel" else group
+    return [
+        [[(i, j) for j in range(start, start + size)] for start in range(0, columns, size)]
+        for i in range(rows)
+    ]
+
+
+def by_hand(w: Tensor, bits: int, group, symmetric: bool = False):
+    """(codes, scale, zero, tie) of a matrix, float64; tie: the number lies between two codes."""
+    values = w.double().tolist()
+    cut = ranges(tuple(w.shape), group)
+    codes, tie = torch.zeros(w.shape, dtype=torch.long), torch.zeros(w.shape, dtype=torch.bool)
+    scale = torch.zeros(len(cut), len(cut[0]), dtype=torch.float64)
+    zero = torch.zeros(len(cut), len(cut[0]), dtype=torch.long)
+    for a, line in enumerate(cut):
+        for b, places in enumerate(line):
+            held = [values[i][j] for i, j in places]
+            if symmetric:
+                top = 2 ** (bits - 1) - 1
+                step, z, least = max(map(abs, held)) / top, 0, -top
+            else:
+                top, least = 2**bits - 1, 0
+                step = (max(*held, 0.0) - min(*held, 0.0)) / top
+                z = 0 if step == 0 else round(-min(*held, 0.0) / step)
+                if step and abs(abs(-min(*held, 0.0) / step - z) - 0.5) < 1e-4:
+                    tie[[i for i, _ in places], [j for _, j in places]] = True
+            step = step or 1.0
+            scale[a, b], zero[a, b] = step, z
+            for (i, j), value in zip(places, held, strict=True):
+                codes[i, j] = min(max(round(value / step) + z, least), top)
+                tie[i, j] |= abs(abs(value / step - round(value / step)) - 0.5) < 1e-4
+    return codes, scale, zero, tie
+
+
+def spread(t: Tensor, w: Tensor) -> Tensor:
+    """Scales or zero points, repeated to the shape of the matrix w."""
+    rows, columns = (n // m for n, m in zip(w.shape, t.shape, strict=True))
+    return t.repeat_interleave(rows, 0).repeat_interleave(columns, 1)
+
+
+def read_back(w: Tensor, bits: int, group, symmetric: bool = False) -> Tensor:
+    """What becomes of a matrix, float64."""
+    codes, scale, zero, _ = by_hand(w, bits, group, symmetric)
+    return (codes - spread(zero, w)) * spread(scale, w)
+
+
+# %% [markdown]
+# ## Rounding with a zero {#affine}
+#
+# A group of weights spans $[\text{low}, \text{high}]$. **Affine** (asymmetric) quantization lays
+# $2^b$ levels over it, $\Delta$ apart:
+#
+# $$\Delta = \frac{\text{high} - \text{low}}{2^b - 1}, \qquad z = \mathrm{round}\Big(\frac{-\text{low}}{\Delta}\Big), \qquad
+# c = \mathrm{round}\Big(\frac{w}{\Delta}\Big) + z, \qquad \hat w = \Delta\,(c - z).$$
+#
+# The **zero point** $z$ is a code, a whole number, so that $w = 0$ comes back as exactly 0. That
+# matters: zeros are special (padding, pruned weights, a ReLU's outputs), and a zero that comes back
+# as 0.01 adds the same small error to every sum it takes part in. For $z$ to be one of the codes,
+# the range must contain 0; so take $\text{low} = \min(0, \min w)$ and
+# $\text{high} = \max(0, \max w)$.
+#
+# **The error is at most $\Delta/2$.** Inside, because $w/\Delta$ is rounded to the nearest whole
+# number. At the ends one has to look: rounding $z$ shifts the levels by up to half a step. With
+# $-\text{low}/\Delta = z + \delta$, $|\delta| \le \frac12$, the levels run from
+# $\text{low} + \delta\Delta$ to $\text{high} + \delta\Delta$. The end that sticks out does so by
+# $|\delta|\Delta \le \Delta/2$, and is clamped to the last level. So the bound holds there too.
+#
+# **Who shares a scale?** All numbers of the matrix (*per tensor*), a row (*per channel*: a row of
+# `nn.Linear.weight` makes one output channel), or $G$ consecutive numbers of a row (*per group*).
+# Scales must not vary along the summed axis within one integer product, but a kernel that
+# dequantizes before it multiplies may have as many groups as it likes.
+#
+# ### Exercise · Codes, scale, zero point
+
+
+# %% exercise="affine" minutes=18 difficulty=2
+def quantize_affine(
+    w: Tensor, bits: int, group: str | int = "channel"
+) -> tuple[Tensor, Tensor, Tensor]:
+    """A matrix as codes, scales and zero points.
+
+    w: (rows, columns), any floating format, finite, magnitudes up to 1e30 and, where not 0, at
+        least 1e-30; unchanged. bits: 1 to 8.
+    group: which numbers share a range. "tensor": all. "channel": those of a row. A whole number:
+        so many consecutive numbers of a row. ValueError where it does not divide columns.
+
+    Returns (codes, scale, zero). codes: like w, uint8, from 0 to 2**bits − 1. scale and zero: one
+    for each range: (1, 1) for "tensor", (rows, 1) for "channel", (rows, columns // group)
+    otherwise; scale float32 (float64 for float64 w), zero uint8.
+
+    In a range, low is its smallest number or 0, high its largest or 0, whichever is further out;
+    scale = (high − low) / (2**bits − 1), zero = round(−low / scale), and a code is round(w / scale)
+    + zero, clamped to what codes can be. round is torch.round. Computed in float32 (float64 for
+    float64 w). A range of zeros has scale 1 and zero 0.
+
+    bits=2, the row (−1, 0, 0.5, 2): scale 1, zero 1, codes 0, 1, 1, 3 (0.5 is rounded to even).
+    """
+    ### BEGIN SOLUTION
+    rows, columns = w.shape
+    if isinstance(group, int) and (group < 1 or columns % group):
+        raise ValueError(f"groups of {group} do not fill rows of {columns}")
+    wide = w.to(torch.promote_types(w.dtype, torch.float32))
+    size = {"tensor": (1, 1, -1), "channel": (rows, 1, columns)}.get(group, (rows, -1, group))
+    cut = wide.reshape(size)
+    low, high = cut.amin(-1, keepdim=True).clamp(max=0), cut.amax(-1, keepdim=True).clamp(min=0)
+    scale = (high - low) / (2**bits - 1)
+    scale = torch.where(scale == 0, 1, scale)
+    zero = torch.round(-low / scale)
+    codes = (torch.round(cut / scale) + zero).clamp(0, 2**bits - 1)
+    return codes.reshape(w.shape).to(torch.uint8), scale[..., 0], zero[..., 0].to(torch.uint8)
+    ### END SOLUTION
+
+
+def dequantize(codes: Tensor, scale: Tensor, zero: Tensor | None = None) -> Tensor:
+    """The numbers that codes stand for, scale · (code − zero), in scale's format.
+
+    codes: (rows, columns), uint8 or int8. scale: (1, 1), (rows, 1) or (rows, n) with n dividing
+    columns: then each scale holds for columns / n consecutive codes of its row. zero: uint8, of
+    scale's shape; None means 0. Nothing is changed.
+    """
+    ### BEGIN SOLUTION
+    cut = codes.unflatten(1, (scale.shape[1], -1)).to(scale.dtype)
+    if zero is not None:
+        cut = cut - zero[..., None].to(scale.dtype)
+    return (cut * scale[..., None]).flatten(1)
+    ### END SOLUTION
+
+
+# %% [markdown]
+# <details><summary>Hint: three groupings, one code</summary>
+#
+# Make the numbers that share a range the last axis: `reshape(1, 1, -1)` for the tensor,
+# `reshape(rows, -1, group)` otherwise. Then minimum and maximum go over the last axis, with
+# `keepdim=True`, and everything broadcasts.
+# </details>
+#
+# <details><summary>Hint: 3 − 5 = 254</summary>
+#
+# Codes are uint8, which has no negative numbers. Convert before you subtract.
+# </details>
+
+# %% check="affine" points=2
+w = torch.tensor([[-1.0, 0.0, 0.5, 2.0], [0.0, 3.0, 6.0, 2.0]])
+codes, scale, zero = checks.parts(quantize_affine(w, bits=2), "codes", "scale", "zero")
+checks.close(scale, torch.tensor([[1.0], [2.0]]), what="scale", dtype=torch.float32)
+checks.close(zero, torch.tensor([[1], [0]], dtype=torch.uint8), what="zero", dtype=torch.uint8)
+checks.close(
+    codes,
+    torch.tensor([[0, 1, 1, 3], [0, 2, 3, 1]], dtype=torch.uint8),
+    what="codes",
+    dtype=torch.uint8,
+    hint="3 / 2 lies in the middle, and torch.round takes the even code, 2.",
+)
+checks.close(
+    dequantize(codes, scale, zero),
+    torch.tensor([[-1.0, 0.0, 0.0, 2.0], [0.0, 4.0, 6.0, 2.0]]),
+    what="dequantize",
+    dtype=torch.float32,
+)
+### BEGIN HIDDEN TESTS
+gen = checks.generator(1)
+for bits, group in [(8, "tensor"), (4, "channel"), (3, 8), (1, 4), (2, 1), (5, 24), (8, 6)]:
+    for dtype in (torch.float64, torch.float32, torch.float16, torch.bfloat16):
+        w = normal(5, 24, generator=gen, scale=3.0).to(dtype)
+        w[1] += 2  # one row far from 0, on its right
+        w[2] = -w[2].abs() - 5  # one that is negative throughout
+        w[3] *= 1e-3
+        w = w.T.contiguous().T  # not contiguous
+        with checks.unchanged(w=w):
+            codes, scale, zero = checks.parts(
+                quantize_affine(w, bits, group), "codes", "scale", "zero"
+            )
+        right, step, z, tie = by_hand(w, bits, group)
+        where = f"{bits} bits, group {group!r}, w in {dtype}."
+        kept = torch.promote_types(dtype, torch.float32)
+        checks.close(scale, step.to(kept), what="scale", dtype=kept, hint=where)
+        assert codes.dtype == zero.dtype == torch.uint8, "codes and zero are uint8"
+        assert codes.shape == w.shape, f"codes have shape {tuple(codes.shape)}, w {tuple(w.shape)}"
+        wrong = (codes.long() - right).abs() * ~tie
+        assert not wrong.any(), (
+            f"{int((wrong > 0).sum())} of {wrong.numel()} codes are wrong, the first at "
+            f"{wrong.nonzero()[0].tolist()}. {where} Is all of it computed in {kept}?"
+        )
+        checks.close(
+            spread(zero, w)[~tie].long(), spread(z, w)[~tie], what="zero", hint=where
+        )
+        back = dequantize(codes, scale, zero)
+        checks.close(
+            back,
+            spread(scale, w) * (codes.long() - spread(zero, w).long()),
+            what="dequantize",
+            dtype=kept,
+            hint=where,
+        )
+        # The law of the section: off by half a step at most.
+        off = (back.double() - w.double()).abs() / spread(step, w)
+        assert float(off.max()) <= 0.50001, (
+            f"a number is off by {float(off.max()):.3f} steps; half a step is the most. {where}"
+        )
+### END HIDDEN TESTS
+
+# %% check="affine" points=1
+# Groups of two: each row has two ranges. Zeros stay zeros.
+w = torch.tensor([[0.0, 3.0, -30.0, 0.0], [0.0, 0.0, 5.0, 5.0]])
+codes, scale, zero = quantize_affine(w, 2, group=2)
+checks.close(scale, torch.tensor([[1.0, 10.0], [1.0, 5 / 3]]), what="scale in groups of two")
+checks.close(zero.long(), torch.tensor([[0, 3], [0, 0]]), what="zero in groups of two")
+checks.close(dequantize(codes, scale, zero), w, what="dequantize in groups of two")
+### BEGIN HIDDEN TESTS
+for group, size in (("tensor", (1, 1)), ("channel", (3, 1)), (4, (3, 2)), (1, (3, 8))):
+    zeros = torch.zeros(3, 8)
+    codes, scale, zero = quantize_affine(zeros, 4, group)
+    checks.close(scale, torch.ones(size), what=f"scale of zeros, group {group!r}")
+    checks.close(zero.long(), torch.zeros(size).long(), what="zero of zeros")
+    checks.close(dequantize(codes, scale, zero), zeros, what="zeros")
+gen = checks.generator(2)
+for bits in (1, 2, 3, 5, 8):
+    for center in (-40.0, -3.0, 0.3, 7.0, 1000.0):
+        w = normal(4, 16, generator=gen) + center
+        w[:, 3], w[:, 9] = 0.0, -0.0
+        for group in ("tensor", "channel", 8):
+            found = dequantize(*quantize_affine(w, bits, group))
+            assert not found[:, [3, 9]].any(), (
+                f"0 comes back as {float(found[:, 3].abs().max()):.3g} ({bits} bits, numbers "
+                f"around {center:g}): the zero point is a whole number, and 0 lies in the range"
+            )
+for tiny in (1e-30, 1e30):
+    w = normal(2, 8, generator=gen).clamp(0.1) * tiny
+    found = dequantize(*quantize_affine(w, 8))
+    checks.close(found, read_back(w, 8, "channel"), what=f"numbers near {tiny:g}", rtol=1e-2)
+constant = torch.full((2, 6), 0.7)
+found = dequantize(*quantize_affine(-constant, 3))
+checks.close(found, -constant, what="a range of equal numbers")
+for wrong in (5, 7, 0, -4):
+    checks.raises(
+        ValueError, quantize_affine, torch.ones(2, 12), 4, wrong, because=f"{wrong} of 12 columns"
+    )
+whole = torch.arange(256, dtype=torch.uint8).view(2, 128)
+found = dequantize(whole, torch.full((2, 1), 0.5), torch.full((2, 1), 200, dtype=torch.uint8))
+checks.close(found, (torch.arange(256.0).view(2, 128) - 200) / 2, what="codes below zero's code")
+signed = torch.tensor([[-128, -1, 0, 127]], dtype=torch.int8)
+for dtype in (torch.float64, torch.float16):
+    found = dequantize(signed, torch.tensor([[0.5, 2.0]], dtype=dtype))
+    checks.close(
+        found,
+        torch.tensor([[-64.0, -0.5, 0.0, 254.0]], dtype=dtype),
+        what=f"int8 codes, no zero, scale in {dtype}",
+        dtype=dtype,
+    )
+### END HIDDEN TESTS
+
+# %% [markdown]
+# ### Symmetric
+#
+# **Symmetric** quantization has no zero point: $c = \mathrm{round}(w/\Delta)$ with
+# $\Delta = \max|w|/(2^{b-1} - 1)$. Codes run from $-127$ to $127$ in 8 bits; the pattern for
+# $-128$ stays unused, so that $-w$ has the negated code of $w$. A product of two symmetric matrices
+# needs only integer sums: $\sum_k \Delta_x c^x_k\,\Delta_w c^w_k = \Delta_x\Delta_w \sum_k c^x_k
+# c^w_k$. With zero points three correction terms would join in.
+#
+# Weights of a trained layer are nearly symmetric around 0, so at 8 bits nothing is lost. At 2 bits
+# it leaves three of four levels.
+#
+# ### Exercise · Without a zero point
+
+
+# %% exercise="symmetric" minutes=8 difficulty=1
+def quantize_symmetric(
+    w: Tensor, bits: int, group: str | int = "channel"
+) -> tuple[Tensor, Tensor]:
+    """A matrix as signed codes and scales: `quantize_affine` without a zero point.
+
+    w, group, the scales' shape and format, the format of the computation, and ValueError as there.
+    bits: 2 to 8. Returns (codes, scale): codes like w, int8, from −q to q with q = 2**(bits−1) − 1;
+    scale = max|w| / q of a range, 1 where all are 0. A code is torch.round(w / scale).
+
+    bits=3, the row (−6, 1, 3, 5): scale 2, codes −3, 0, 2, 2 (0.5, 1.5 and 2.5 go to even).
+    """
+    ### BEGIN SOLUTION
+    rows, columns = w.shape
+    if isinstance(group, int) and (group < 1 or columns % group):
+        raise ValueError(f"groups of {group} do not fill rows of {columns}")
+    wide = w.to(torch.promote_types(w.dtype, torch.float32))
+    size = {"tensor": (1, 1, -1), "channel": (rows, 1, columns)}.get(group, (rows, -1, group))
+    cut, q = wide.reshape(size), 2 ** (bits - 1) - 1
+    scale = cut.abs().amax(-1, keepdim=True) / q
+    scale = torch.where(scale == 0, 1, scale)
+    codes = torch.round(cut / scale).clamp(-q, q)
+    return codes.reshape(w.shape).to(torch.int8), scale[..., 0]
+    ### END SOLUTION
+
+
+# %% [markdown]
+# <details><summary>Hint: what changes</summary>
+#
+# The reshaping is that of [](#affine). One number describes a range now: its largest magnitude.
+# </details>
+
+# %% check="symmetric" points=1
+w = torch.tensor([[-6.0, 1.0, 3.0, 5.0], [0.0, 0.0, 0.0, 0.0]])
+codes, scale = checks.parts(quantize_symmetric(w, bits=3), "codes", "scale")
+checks.close(
+    scale,
+    torch.tensor([[2.0], [1.0]]),
+    what="scale",
+    dtype=torch.float32,
+    mistakes={"2**bits − 1 steps": torch.tensor([[6 / 7], [1.0]])},
+)
+checks.close(
+    codes,
+    torch.tensor([[-3, 0, 2, 2], [0, 0, 0, 0]], dtype=torch.int8),
+    what="codes",
+    dtype=torch.int8,
+)
+### BEGIN HIDDEN TESTS
+gen = checks.generator(3)
+for bits, group in [(8, "tensor"), (4, "channel"), (3, 8), (2, 4), (5, 1), (8, 24)]:
+    for dtype in (torch.float64, torch.float32, torch.float16, torch.bfloat16):
+        w = normal(5, 24, generator=gen, scale=3.0).to(dtype)
+        w[1] += 2
+        w[2] = -w[2].abs() - 5
+        w = w.T.contiguous().T
+        with checks.unchanged(w=w):
+            codes, scale = checks.parts(quantize_symmetric(w, bits, group), "codes", "scale")
+        right, step, _, tie = by_hand(w, bits, group, symmetric=True)
+        where = f"{bits} bits, group {group!r}, w in {dtype}."
+        kept = torch.promote_types(dtype, torch.float32)
+        checks.close(scale, step.to(kept), what="scale", dtype=kept, hint=where)
+        assert codes.dtype == torch.int8, f"codes are int8, yours are {codes.dtype}"
+        assert codes.shape == w.shape, f"codes have shape {tuple(codes.shape)}, w {tuple(w.shape)}"
+        wrong = (codes.long() - right).abs() * ~tie
+        assert not wrong.any(), (
+            f"{int((wrong > 0).sum())} of {wrong.numel()} codes are wrong, the first at "
+            f"{wrong.nonzero()[0].tolist()}. {where}"
+        )
+        again, _ = quantize_symmetric(-w, bits, group)
+        checks.close(again.long(), -codes.long(), what="the codes of −w", hint=where)
+for wrong in (5, 0):
+    checks.raises(ValueError, quantize_symmetric, torch.ones(2, 12), 4, wrong)
+### END HIDDEN TESTS
+
+# %% [markdown]
+# ### What a finer scale buys
+#
+# The next cells take one real matrix of the course's `small` model and round it with your
+# functions. **Write down first:** at 3 bits, do groups of 32 halve the error of one scale per
+# matrix? And does it matter whether there is a zero point?
+
+# %% tags=["experiment"]
+threads = torch.get_num_threads()
+torch.set_num_threads(1)  # small matrices: a second thread would cost more than it brings
+small, tokenizer = models.load("small", device="cpu")
+small.requires_grad_(False)
+held_out, training = (
+    data.split(data.documentation())[side] | data.split(data.source_code())[side] for side in (1, 0)
+)
+
+
+def texts(documents: dict[str, str], count: int, length: int) -> Tensor:
+    """The beginnings of `count` documents, spread over all that are long enough."""
+    long = [text for text in documents.values() if len(text) > 6 * length]
+    chosen = [long[i * len(long) // count] for i in range(count)]
+    ids = [[tokenizer.eos, *tokenizer.encode(text[: 12 * length])] for text in chosen]
+    return torch.tensor([line[:length] for line in ids])
+
+
+def relative(value: Tensor, exact: Tensor) -> float:
+    return 100 * float((value - exact).norm() / exact.norm())
+
+
+def rounded(w: Tensor, bits: int, group) -> Tensor:
+    return dequantize(*quantize_affine(w, bits, group))
+
+
+matrix = small.layers[2].mlp.up_proj.weight
+widths = [2, 3, 4, 5, 6, 8]
+errors = {
+    f"{name}, {kind}": [relative(dequantize(*quantize(matrix, b, group)), matrix) for b in widths]
+    for name, group in (("per tensor", "tensor"), ("per row", "channel"), ("groups of 32", 32))
+    for kind, quantize in (("affine", quantize_affine), ("symmetric", quantize_symmetric))
+}
+print("error in % of the matrix's norm:")
+for name, line in errors.items():
+    print(f"  {name:24}", "  ".join(f"{b} bits {e:5.1f}" for b, e in zip(widths, line, strict=True)))
+
+# %% tags=["experiment", "figure"]
+# Figure: the levels that three kinds of scale lay over the same weights
+fig, axes = plt.subplots(1, 2, figsize=(11.5, 4.2), width_ratios=[1.35, 1])
+row = int(matrix.abs().amax(1).argmin())  # a quiet row, which suffers from the others most
+shown = matrix[row, :64]
+for place, (name, group) in enumerate(
+    (("per tensor", "tensor"), ("per row", "channel"), ("groups of 32", 32))
+):
+    codes, scale, zero = quantize_affine(matrix, 3, group)
+    base = 2 - place
+    for part in range(2 if group == 32 else 1):
+        held = (row if scale.shape[0] > 1 else 0, part)
+        levels = float(scale[held]) * (torch.arange(8) - int(zero[held]))
+        ends = (32 * part, 32 * part + 32) if group == 32 else (0, 64)
+        low, high = float(shown.min()) * 1.15, float(shown.max()) * 1.15
+        for level in levels.tolist():
+            if low <= level <= high:
+                y = base + 0.85 * (level - low) / (high - low)
+                axes[0].plot(ends, [y, y], color="#999999", linewidth=1, linestyle="-")
+    back = dequantize(codes, scale, zero)[row, :64]
+    for values, marker, color, size in ((shown, ".", plot.COLORS[2], 18), (back, "o", plot.COLORS[1], 14)):
+        heights = base + 0.85 * (values - low) / (high - low)
+        filled = color if marker == "." else "none"
+        axes[0].scatter(range(64), heights, s=size, marker=marker, color=filled, edgecolors=color)
+axes[0].set_yticks([2.42, 1.42, 0.42], ["per tensor", "per row", "groups\nof 32"])
+axes[0].set(xlabel=f"column (row {row} of the matrix)", ylim=(-0.1, 3))
+axes[0].set_title("64 weights (dots) on levels of 3 bits (lines)")
+axes[0].grid(False)
+plot.curves(
+    widths,
+    errors,
+    logy=True,
+    xlabel="bits",
+    ylabel="% error of the matrix",
+    title="all of the matrix",
+    ax=axes[1],
+)
+axes[1].legend(fontsize=8)
+plot.caption(
+    fig,
+    "Left: a quiet row of a real matrix, and where its weights (black) land (orange rings). One "
+    "scale for the matrix leaves this row two or three of eight levels; its own range uses all; "
+    "two ranges of 32 fit closer still. Right: each bit halves the error; below 4 bits the scheme "
+    "matters as much as a bit does, and symmetric levels lose the more the fewer there are.",
+)
+plt.show()
+
+# %% [markdown]
+# ## Outliers {#outliers}
+#
+# Now round the *inputs* too. Then the product itself can run on the GPU's integer units, at twice
+# the rate of bfloat16: W8A8. Each token (a row of $X$) gets a scale, known only when the token is
+# there.
+#
+# This works until models grow. Dettmers et al. (2022) found that from about 6.7 billion parameters
+# on a few hidden channels, the same in all layers and nearly all tokens, carry values up to 20 times
+# as large as the rest. With a scale that follows the outlier, 127 steps over $[-60, 60]$, an ordinary
+# value of 0.3 becomes 0 or 1 steps. The model's quality collapses.
+#
+# **LLM.int8** splits the sum by columns. With $O$ the columns in which some input reaches a
+# threshold (6 in the paper):
+#
+# $$XW^\top = \underbrace{\sum_{k\in O} X_{:k}W_{:k}^\top}_{\text{floating point}} \;+\; \underbrace{\mathrm{diag}(\Delta^x)\Big(\sum_{k\notin O} C^x_{:k}\,(C^w_{:k})^\top\Big)\mathrm{diag}(\Delta^w)}_{\text{8-bit codes, sums of whole numbers}}.$$
+#
+# $\Delta^x$ has one scale a token, $\Delta^w$ one an output: neither varies along the summed axis,
+# so both come out of the sum. In the paper 0.1 % of the columns are outliers; splitting them off
+# costs time, which is why the next two methods get rid of them beforehand.
+#
+# ### Exercise · LLM.int8, in short
+
+
+# %% exercise="llm_int8" minutes=12 difficulty=2 path="more"
+def llm_int8_matmul(x: Tensor, w: Tensor, threshold: float = 6.0) -> Tensor:
+    """x @ w.T in 8 bits, but for the columns that hold outliers.
+
+    x: (tokens, columns), w: (rows, columns), one floating format; unchanged. Returns (tokens,
+    rows), in that format, computed in float32 (float64 for float64).
+    A column of x with a magnitude of `threshold` or more in any token is an outlier. Its products,
+    in all tokens, take x and w as they are. All other columns are rounded as by
+    `quantize_symmetric` with 8 bits: each token of x with a scale from its ordinary columns alone,
+    and each row of w with a scale from its whole row (w is rounded once, before x is known).
+    Either kind of column may be missing.
+    """
+    ### BEGIN SOLUTION
+    work = torch.promote_types(x.dtype, torch.float32)
+    wide, weight = x.to(work), w.to(work)
+    outlier = (wide.abs() >= threshold).any(dim=0)
+    kept = wide[:, outlier] @ weight[:, outlier].T
+    w_codes, w_scale = quantize_symmetric(weight, 8)
+    x_codes, x_scale = quantize_symmetric(wide.masked_fill(outlier, 0), 8)
+    sums = x_codes.to(torch.int32) @ w_codes.to(torch.int32).T
+    return (kept + sums.to(work) * x_scale * w_scale.T).to(x.dtype)
+    ### END SOLUTION
+
+
+# %% [markdown]
+# <details><summary>Hint: leaving columns out</summary>
+#
+# A column of zeros adds nothing to a sum and nothing to a largest magnitude. Setting the outliers
+# of a copy of x to 0 is enough; nothing has to be cut out.
+# </details>
+
+# %% check="llm_int8" points=2
+x = torch.tensor([[1.27, 0.40, 60.0], [0.0, 2.54, -1.0]])
+w = torch.tensor([[1.27, 0.0, 0.5], [0.3, -2.54, 0.0]])
+y = llm_int8_matmul(x, w)
+checks.close(
+    y,
+    torch.tensor([[1.27 * 1.27 + 30.0, 1.27 * 0.30 - 0.40 * 2.54], [-0.5, -2.54 * 2.54]]),
+    what="a product with one outlier column",
+    dtype=torch.float32,
+    mistakes={
+        "rounding the outlier with the rest": torch.tensor([[31.6, -0.9], [0.0, -6.4]]),
+    },
+    hint="Each number here is a whole number of steps once the outlier is out of the way.",
+)
+
+
+### BEGIN HIDDEN TESTS
+def int8_by_hand(x, w, threshold):
+    """In float64, with the codes of `by_hand`: w's from whole rows."""
+    big = (x.double().abs() >= threshold).any(0)
+    ordinary = x.double().clone()
+    ordinary[:, big] = 0
+    exact = x.double()[:, big] @ w.double()[:, big].T
+    return exact + read_back(ordinary, 8, "channel", True) @ read_back(w, 8, "channel", True).T
+
+
+gen = checks.generator(4)
+for tokens, columns, rows, threshold in [(5, 24, 7, 6.0), (3, 16, 4, 2.5), (1, 9, 1, 6.0)]:
+    for dtype in (torch.float64, torch.float32, torch.float16, torch.bfloat16):
+        x = normal(tokens, columns, generator=gen)
+        w = normal(rows, columns, generator=gen, scale=0.3)
+        x[:, 3] *= 40
+        x[0, 5] = -threshold  # exactly at the threshold, and negative: an outlier
+        w[:, 3] *= 5  # w's range comes from the whole row
+        x, w = x.to(dtype), w.to(dtype)
+        expected = int8_by_hand(x, w, threshold)
+        with checks.unchanged(x=x, w=w):
+            y = llm_int8_matmul(x, w, threshold)
+        # One code that a tie turns costs a step of x or of w.
+        checks.close(
+            y,
+            expected.to(dtype),
+            what="the product",
+            dtype=dtype,
+            rtol={torch.bfloat16: 1e-2, torch.float16: 3e-3}.get(dtype, 1e-5),
+            hint=f"{tokens} tokens, {columns} columns, threshold {threshold}, {dtype}.",
+        )
+x, w = normal(4, 12, generator=gen), normal(3, 12, generator=gen)
+checks.close(llm_int8_matmul(x, w, 0.0), x @ w.T, what="the product with outliers only")
+few = int8_by_hand(x, w, 100.0)
+checks.close(llm_int8_matmul(x, w, 100.0), few.float(), what="the product without outliers")
+checks.close(
+    llm_int8_matmul(torch.zeros(2, 12), w), torch.zeros(2, 3), what="the product of zeros"
+)
+### END HIDDEN TESTS
+
+# %% [markdown]
+# ## SmoothQuant: move them into the weights {#smoothquant}
+#
+# For any positive $s$, one number a column,
+#
+# $$XW^\top = \big(X\,\mathrm{diag}(s)^{-1}\big)\,\big(W\,\mathrm{diag}(s)\big)^\top .$$
+#
+# The product is the same, and the difficulty has moved: divide the loud channels of $X$, multiply
+# the same columns of $W$. How far? With $m^x_j = \max_t |X_{tj}|$ and $m^w_j = \max_i |W_{ij}|$,
+# SmoothQuant (Xiao et al. 2022) takes
+#
+# $$s_j = \frac{(m^x_j)^{\alpha}}{(m^w_j)^{1-\alpha}}, \qquad\text{so that}\qquad
+# \frac{m^x_j}{s_j} = (m^x_j m^w_j)^{1-\alpha}, \qquad m^w_j s_j = (m^x_j m^w_j)^{\alpha}.$$
+#
+# At $\alpha = 1$ all channels of the inputs are equally loud and the weights have got everything; at
+# $\alpha = 0$ the other way round. At $\alpha = \frac12$ both sides have the same range in every
+# channel, $\sqrt{m^x_j m^w_j}$.
+#
+# It costs nothing when the model runs. The inputs come out of an RMSNorm, whose last step is to
+# multiply by a gain for each channel: divide the gains by $s$, once. Everything that reads the same
+# normed input (the query, key and value matrices) must share one $s$; its $m^w_j$ is the largest
+# over all of them.
+#
+# ### Exercise · The scales, and where they go
+
+
+# %% exercise="smoothquant" minutes=10 difficulty=2
+def smoothquant_scales(x_absmax: Tensor, weights: Sequence[Tensor], alpha: float = 0.5) -> Tensor:
+    """s of SmoothQuant, for all matrices that read the same inputs.
+
+    x_absmax: (columns,), the largest magnitude of each channel of the inputs. weights: one or more
+    matrices (any rows, columns). alpha: 0 to 1. All of one floating format, as the result.
+    Returns (columns,): x_absmax**alpha / w_absmax**(1 − alpha), where w_absmax is the largest
+    magnitude in a column of all weights, but at least 1e-5; and no s below 1e-5.
+    """
+    ### BEGIN SOLUTION
+    w_absmax = torch.cat(list(weights)).abs().amax(dim=0).clamp(min=1e-5)
+    return (x_absmax**alpha / w_absmax ** (1 - alpha)).clamp(min=1e-5)
+    ### END SOLUTION
+
+
+def smooth(gain: Tensor, weights: Sequence[Tensor], s: Tensor) -> tuple[Tensor, list[Tensor]]:
+    """The gain (columns,) of an RMSNorm and the matrices that read its output, with s moved from
+    the one into the others: new tensors. The function that they compute together is the same.
+    """
+    ### BEGIN SOLUTION
+    return gain / s, [w * s for w in weights]
+    ### END SOLUTION
+
+
+# %% [markdown]
+# <details><summary>Hint: which axis</summary>
+#
+# s belongs to columns, the axis that is summed over. w is (rows, columns), so `w * s` scales
+# columns; the largest magnitude of a column is over dim 0.
+# </details>
+
+# %% check="smoothquant" points=1
+x_absmax = torch.tensor([16.0, 1.0, 4.0])
+q, k = torch.tensor([[0.25, -1.0, 0.5], [0.1, 0.2, 0.3]]), torch.tensor([[-1.0, 0.5, -4.0]])
+s = smoothquant_scales(x_absmax, [q, k])
+checks.close(
+    s,
+    torch.tensor([4.0, 1.0, 1.0]),
+    what="s for alpha 1/2",
+    mistakes={"the first matrix only": torch.tensor([8.0, 1.0, 8.0**0.5])},
+    hint="The largest magnitudes of the weights' columns are 1, 1 and 4.",
+)
+gain, smoothed = checks.parts(smooth(torch.tensor([2.0, 3.0, 5.0]), [q, k], s), "gain", "weights")
+checks.close(gain, torch.tensor([0.5, 3.0, 5.0]), what="the gain after smooth")
+checks.close(smoothed[0][0], torch.tensor([1.0, -1.0, 0.5]), what="a weight row after smooth")
+### BEGIN HIDDEN TESTS
+gen = checks.generator(5)
+for alpha in (0.0, 0.2, 0.5, 0.85, 1.0):
+    for dtype in (torch.float32, torch.float64):
+        x = normal(50, 6, generator=gen).to(dtype) * torch.tensor([1, 80, 0.3, 2, 5, 9], dtype=dtype)
+        weights = [normal(rows, 6, generator=gen).to(dtype) * 0.1 for rows in (4, 2, 7)]
+        gain = normal(6, generator=gen).to(dtype)
+        m_x = x.abs().amax(0)
+        with checks.unchanged(m_x, *weights):
+            s = smoothquant_scales(m_x, weights, alpha)
+        assert s.dtype == dtype, f"s is {s.dtype} for tensors of {dtype}"
+        with checks.unchanged(gain, s, *weights):
+            new_gain, new = smooth(gain, weights, s)
+        assert new_gain.dtype == new[0].dtype == dtype, f"smooth keeps {dtype}"
+        # By its definition: the ranges of both sides are powers of their product.
+        both = m_x.double() * torch.cat(weights).double().abs().amax(0)
+        left, right = (m_x / s).double(), torch.cat(list(new)).double().abs().amax(0)
+        where = f"alpha {alpha}."
+        checks.close(left, both ** (1 - alpha), what="x_absmax / s", rtol=1e-4, atol=0, hint=where)
+        checks.close(right, both**alpha, what="the new w_absmax", rtol=1e-4, atol=0, hint=where)
+        normed = F.rms_norm(x, (6,))
+        for w, moved in zip(weights, new, strict=True):
+            checks.close(
+                (normed * new_gain) @ moved.T,
+                (normed * gain) @ w.T,
+                what="what norm and matrix compute together",
+                rtol=1e-5 if dtype == torch.float32 else 1e-12,
+                hint=where,
+            )
+dead = torch.tensor([0.0, 4.0, 1.0])
+s = smoothquant_scales(dead, [torch.tensor([[1.0, 0.0, 2.0]])], 0.5)
+checks.close(
+    s,
+    torch.tensor([1e-5, 2 / 1e-5**0.5, 0.5**0.5]),
+    what="s of a channel that is 0 in x, then of one that is 0 in w",
+    rtol=1e-4,
+    atol=0,
+)
+### END HIDDEN TESTS
