@@ -586,27 +586,30 @@ checks.close(
 
 ### BEGIN HIDDEN TESTS
 def int8_by_hand(x, w, threshold):
-    """In float64, with the codes of `by_hand`: w's from whole rows."""
+    """(product in float64 with the codes of `by_hand`, w's from whole rows; is any code unclear?)"""
     big = (x.double().abs() >= threshold).any(0)
     ordinary = x.double().clone()
     ordinary[:, big] = 0
     exact = x.double()[:, big] @ w.double()[:, big].T
-    return exact + read_back(ordinary, 8, "channel", True) @ read_back(w, 8, "channel", True).T
+    x_hat, w_hat = (read_back(t, 8, "channel", True) for t in (ordinary, w))
+    unclear = any(bool(by_hand(t, 8, "channel", True)[3].any()) for t in (ordinary, w))
+    return exact + x_hat @ w_hat.T, unclear
 
 
 gen = checks.generator(4)
 for tokens, columns, rows, threshold in [(5, 24, 7, 6.0), (3, 16, 4, 2.5), (1, 9, 1, 6.0)]:
     for dtype in (torch.float64, torch.float32, torch.float16, torch.bfloat16):
-        x = normal(tokens, columns, generator=gen)
-        w = normal(rows, columns, generator=gen, scale=0.3)
-        x[:, 3] *= 40
-        x[0, 5] = -threshold  # exactly at the threshold, and negative: an outlier
-        w[:, 3] *= 5  # w's range comes from the whole row
-        x, w = x.to(dtype), w.to(dtype)
-        expected = int8_by_hand(x, w, threshold)
+        tied = True
+        while tied:  # until no number lies between two codes
+            x = normal(tokens, columns, generator=gen)
+            w = normal(rows, columns, generator=gen, scale=0.3)
+            x[:, 3] *= 40
+            x[0, 5] = -threshold  # exactly at the threshold, and negative: an outlier
+            w[:, 3] *= 5  # w's range comes from the whole row
+            x, w = x.to(dtype), w.to(dtype)
+            expected, tied = int8_by_hand(x, w, threshold)
         with checks.unchanged(x=x, w=w):
             y = llm_int8_matmul(x, w, threshold)
-        # One code that a tie turns costs a step of x or of w.
         checks.close(
             y,
             expected.to(dtype),
@@ -617,8 +620,9 @@ for tokens, columns, rows, threshold in [(5, 24, 7, 6.0), (3, 16, 4, 2.5), (1, 9
         )
 x, w = normal(4, 12, generator=gen), normal(3, 12, generator=gen)
 checks.close(llm_int8_matmul(x, w, 0.0), x @ w.T, what="the product with outliers only")
-few = int8_by_hand(x, w, 100.0)
-checks.close(llm_int8_matmul(x, w, 100.0), few.float(), what="the product without outliers")
+few, _ = int8_by_hand(x, w, 100.0)
+found = llm_int8_matmul(x, w, 100.0)
+checks.close(found, few.float(), what="the product without outliers", rtol=1e-2)
 checks.close(
     llm_int8_matmul(torch.zeros(2, 12), w), torch.zeros(2, 3), what="the product of zeros"
 )
@@ -732,5 +736,324 @@ checks.close(
     what="s of a channel that is 0 in x, then of one that is 0 in w",
     rtol=1e-4,
     atol=0,
+)
+### END HIDDEN TESTS
+
+# %% [markdown]
+# ## GPTQ: later weights make up for earlier ones {#gptq}
+#
+# Rounding to nearest minimizes $\lVert \hat W - W\rVert$. The model feels
+# $\lVert X(\hat W - W)^\top\rVert$. Take one row $w$ of $W$ $(n)$ and a change $d$ $(n)$ of it. The
+# output's squared error is a quadratic form,
+#
+# $$\lVert X d\rVert^2 \propto d^\top H d, \qquad H = \tfrac{2}{T}\, X^\top X \quad (n, n),$$
+#
+# with $T$ tokens; $H$ is the Hessian of the mean squared error, the same for every row. If two inputs
+# rise and fall together, an error in one weight can be undone in the other. **Optimal brain
+# quantization** does that: round one weight, then move all the others that are still free to where
+# they compensate best.
+#
+# **One step.** Round weight 0: $d_0 = \hat w_0 - w_0$ is fixed, the others $R$ are free. Minimize
+# $d^\top H d$ over $d_R$: the gradient $2(H_{R0}d_0 + H_{RR}d_R)$ is zero at
+# $d_R = -H_{RR}^{-1}H_{R0}\,d_0$. The inverse of a matrix in blocks says what that is: from
+# $H H^{-1} = I$, column 0, rows $R$: $H_{R0}(H^{-1})_{00} + H_{RR}(H^{-1})_{R0} = 0$. So
+#
+# $$d_R = \frac{(H^{-1})_{R0}}{(H^{-1})_{00}}\; d_0 .$$
+#
+# **All steps.** After weight 0, weights $1 \dots n-1$ are left, and their problem has the Hessian
+# $H_{FF}$, the lower right part. Its inverse is needed next, then that of a part of it, and so on:
+# $n$ inversions. The step that saves them: factor $H^{-1} = U^\top U$ once, with $U$ upper
+# triangular (a Cholesky factorization). Then for $F = \{i, \dots, n-1\}$
+#
+# $$H_{FF}^{-1} = U_{FF}^\top\, U_{FF}.$$
+#
+# *Proof.* $H = U^{-1}U^{-\top}$. The rows $F$ of the upper triangular $U^{-1}$ are zero outside the
+# columns $F$, so $H_{FF} = (U^{-1})_{FF}\,(U^{-1})_{FF}^\top$; and $(U^{-1})_{FF} = (U_{FF})^{-1}$,
+# again because $U$ is triangular. Invert. ∎ The first row of $U_{FF}^\top U_{FF}$ is
+# $U_{ii}\,U_{i,F}$, and its first entry $U_{ii}^2$. So step $i$ reads
+#
+# $$e_i = \frac{w_i - \hat w_i}{U_{ii}}, \qquad w_j \leftarrow w_j - e_i\,U_{ij} \quad (j > i).$$
+
+# %% [markdown]
+# ### All rows at once, in blocks {#blocks}
+#
+# Every row has the same $H$, so GPTQ (Frantar et al. 2022) takes the columns of all rows in the same
+# order: $e_i$ becomes a column of rows, the update an outer product. One outer product a column is
+# all memory traffic and no arithmetic: each reads and writes the rest of $W$. Add up what a column
+# receives in the end,
+#
+# $$w_j - \sum_{i<j} e_i U_{ij},$$
+#
+# and the order does not matter. So take a **block** of columns; inside, update column by column.
+# Columns to the right of it wait, and get the whole block in one matrix product,
+# $W_{:,\text{right}} \mathrel{-}= E\,U_{\text{block},\text{right}}$. *Blocked equals unblocked*, to
+# rounding.
+#
+# Three details decide whether that is true of an implementation.
+#
+# - **Scales of groups** are taken when a group begins, from the weights *as they then are*. The
+#   authors' code takes them from a copy that lacks the updates of the block so far, so its results
+#   depend on the block size. Here they do not.
+# - **Damping**: $H$ can be singular (fewer tokens than columns; a channel that is always 0). Add one
+#   percent of its mean diagonal to the diagonal.
+# - **Dead columns**: where $H_{jj} = 0$, the input never was anything but 0. The weight says nothing;
+#   set it to 0, so that it does not widen its group's range.
+#
+# In September 2026 a GPTQ in use was found to index its buffer of errors by the column of the matrix
+# in place of the column of the block (mlx-lm, issue 1878). Nothing crashed: from the second block on
+# the errors went nowhere, and the codes were those of a worse method.
+#
+# ### Exercise · GPTQ
+
+
+# %% exercise="gptq" minutes=30 difficulty=3
+def layer_hessian(x: Tensor) -> Tensor:
+    """H = 2/tokens · xᵀx of the inputs x (tokens, columns), any floating format: float64."""
+    ### BEGIN SOLUTION
+    wide = x.double()
+    return 2 / len(wide) * wide.T @ wide
+    ### END SOLUTION
+
+
+def gptq(
+    weight: Tensor, hessian: Tensor, bits: int, group: int, block: int = 128, damp: float = 0.01
+) -> tuple[Tensor, Tensor, Tensor]:
+    """GPTQ: (codes, scale, zero) as `quantize_affine` returns them, with errors compensated.
+
+    weight: (rows, columns), any floating format; hessian: (columns, columns), symmetric, as
+        `layer_hessian` returns it, not 0; both unchanged. Everything is computed in float64; scale
+        is returned in float32 (in float64 for float64 weights).
+    group: columns to a scale; it divides columns. block: columns to a block; the last may be
+        shorter. One of group and block divides the other. ValueError where it is not so.
+
+    First: the weights of a column whose hessian diagonal is 0 count as 0. Then damp times the mean
+    of the diagonal, as given, is added to the diagonal, U is the upper triangle with UᵀU = H⁻¹, and
+    the columns are taken from left to right. Where a group begins, its scale and zero are those
+    that `quantize_affine` gives for its columns as they are by then. A column's codes are
+    round(w / scale) + zero, clamped, and its error moves to all columns on its right, as above. A
+    block changes the columns beyond it in one product. The result does not depend on `block`.
+
+    bits=2, group=3, damp=0, hessian ((2, 1.5, 0), (1.5, 2, 0), (0, 0, 2)), the row (1.4, 2.4, 3):
+    scale 1, zero 0. 1.4 becomes 1; of the missing 0.4, the second weight takes over 0.3 and becomes
+    2.7. Codes 1, 3, 3.
+    """
+    ### BEGIN SOLUTION
+    rows, columns = weight.shape
+    if group < 1 or block < 1 or columns % group or (block % group and group % block):
+        raise ValueError(f"{columns} columns, groups of {group}, blocks of {block}")
+    diagonal = hessian.double().diagonal()
+    w = weight.double().masked_fill(diagonal == 0, 0)
+    damped = hessian.double() + damp * diagonal.mean() * torch.eye(columns).to(w)
+    u = torch.linalg.cholesky(torch.linalg.inv(damped), upper=True)
+    codes = torch.empty_like(weight, dtype=torch.uint8)
+    scale, zero = w.new_empty(rows, columns // group), codes.new_empty(rows, columns // group)
+    for start in range(0, columns, block):
+        end = min(start + block, columns)
+        errors = w.new_empty(rows, end - start)
+        for j in range(start, end):
+            g = j // group
+            if j % group == 0:
+                _, scale[:, g : g + 1], zero[:, g : g + 1] = quantize_affine(
+                    w[:, j : j + group], bits
+                )
+            code = torch.round(w[:, j] / scale[:, g]) + zero[:, g]
+            codes[:, j] = code.clamp(0, 2**bits - 1)
+            back = (codes[:, j].double() - zero[:, g]) * scale[:, g]
+            errors[:, j - start] = (w[:, j] - back) / u[j, j]
+            w[:, j + 1 : end] -= errors[:, j - start, None] * u[j, j + 1 : end]
+        w[:, end:] -= errors @ u[start:end, end:]
+    return codes, scale.to(torch.promote_types(weight.dtype, torch.float32)), zero
+    ### END SOLUTION
+
+
+# %% [markdown]
+# <details><summary>Hint: U in two lines</summary>
+#
+# `torch.linalg.inv` of the damped Hessian, then `torch.linalg.cholesky(…, upper=True)`. The other
+# order, a factor of H inverted, is a lower triangle and another matrix.
+# </details>
+#
+# <details><summary>Hint: where a group's columns are up to date</summary>
+#
+# If block is a multiple of group, a group lies inside one block, whose columns you update at once.
+# If group is a multiple of block, a group begins where a block begins, and all blocks before have
+# been applied to everything on their right.
+# </details>
+#
+# <details><summary>Hint: two kinds of index</summary>
+#
+# The buffer of a block's errors has a column for each column of the block: `j − start`. W and U are
+# indexed by j.
+# </details>
+
+
+# %% tags=["support"]
+# Support: GPTQ by solving a least-squares problem at every column
+def gptq_by_solving(weight, hessian, bits, group, damp=0.01):
+    """(codes, scale, zero) in float64, without a factorization and without updates.
+
+    Before column j, the free columns j … are those that minimize (v − w) H (v − w)ᵀ with the
+    rounded ones fixed: solved for anew, from the original weights.
+    """
+    n = weight.shape[1]
+    diagonal = hessian.double().diagonal()
+    w = weight.double().clone()
+    w[:, diagonal == 0] = 0
+    h = hessian.double() + damp * float(diagonal.mean()) * torch.eye(n, dtype=torch.float64)
+    back = torch.zeros_like(w)
+    codes = torch.zeros(w.shape, dtype=torch.long)
+    scales, zeros = [], []
+    for j in range(n):
+        moved = (back[:, :j] - w[:, :j]) @ h[:j, j:]
+        now = w[:, j:] - torch.linalg.solve(h[j:, j:], moved.T).T
+        if j % group == 0:
+            low = now[:, :group].amin(1).clamp(max=0)
+            high = now[:, :group].amax(1).clamp(min=0)
+            step = (high - low) / (2**bits - 1)
+            step[step == 0] = 1
+            scales.append(step)
+            zeros.append(torch.round(-low / step))
+        codes[:, j] = (torch.round(now[:, 0] / scales[-1]) + zeros[-1]).clamp(0, 2**bits - 1)
+        back[:, j] = (codes[:, j] - zeros[-1]) * scales[-1]
+    return codes, torch.stack(scales, 1), torch.stack(zeros, 1).long()
+
+
+def related(tokens: int, columns: int, generator: torch.Generator, own: float = 0.3) -> Tensor:
+    """Inputs whose channels go together: mixtures of a few sources, and some noise of their own."""
+    sources = normal(tokens, max(2, columns // 4), generator=generator)
+    mixed = sources @ normal(sources.shape[1], columns, generator=generator)
+    return mixed + own * normal(tokens, columns, generator=generator)
+
+
+# %% check="gptq" points=2
+h = layer_hessian(torch.tensor([[1.0, 2.0], [3.0, 0.0], [0.0, 1.0]]))
+checks.close(
+    h,
+    torch.tensor([[20 / 3, 4 / 3], [4 / 3, 10 / 3]], dtype=torch.float64),
+    what="layer_hessian",
+    dtype=torch.float64,
+)
+h = torch.tensor([[2.0, 1.5, 0.0], [1.5, 2.0, 0.0], [0.0, 0.0, 2.0]])
+codes, scale, zero = checks.parts(
+    gptq(torch.tensor([[1.4, 2.4, 3.0]]), h, bits=2, group=3, block=3, damp=0.0),
+    "codes",
+    "scale",
+    "zero",
+)
+checks.close(scale, torch.tensor([[1.0]]), what="scale", dtype=torch.float32)
+checks.close(
+    codes.long(),
+    torch.tensor([[1, 3, 3]]),
+    what="codes",
+    mistakes={"rounding to nearest": torch.tensor([[1, 2, 3]])},
+    hint="The second weight has become 2.7 when its turn comes.",
+)
+### BEGIN HIDDEN TESTS
+gen = checks.generator(6)
+for rows, columns, bits, group, block in [(3, 12, 3, 12, 12), (5, 24, 4, 8, 24), (4, 16, 2, 4, 16)]:
+    w = normal(rows, columns, generator=gen, dtype=torch.float64)
+    x = related(60, columns, gen).double()
+    h = layer_hessian(x.float())
+    checks.close(
+        h, 2 * torch.einsum("ti,tj->ij", x, x) / 60, what="layer_hessian", dtype=torch.float64, rtol=1e-6
+    )
+    with checks.unchanged(weight=w, hessian=h):
+        codes, scale, zero = gptq(w, h, bits, group, block)
+    right, step, z = gptq_by_solving(w, h, bits, group)
+    where = f"{columns} columns, {bits} bits, groups of {group}, one block."
+    assert codes.dtype == zero.dtype == torch.uint8, "codes and zero are uint8"
+    checks.close(scale, step, what="scale", dtype=torch.float64, rtol=1e-8, hint=where)
+    checks.close(zero.long(), z, what="zero", hint=where)
+    checks.close(codes.long(), right, what="codes", hint=where)
+# Inputs that have nothing to do with each other: nothing to compensate, rounding to nearest.
+w = normal(4, 8, generator=gen, dtype=torch.float64)
+h = torch.diag(torch.linspace(0.5, 9, 8, dtype=torch.float64))
+codes, scale, zero = gptq(w, h, 3, 4)
+right, step, z, _ = by_hand(w, 3, 4)
+checks.close(codes.long(), right, what="codes for a diagonal hessian", hint="U is diagonal, too.")
+checks.close(zero.long(), z, what="zero for a diagonal hessian")
+### END HIDDEN TESTS
+
+# %% check="gptq" points=2
+# Blocked equals unblocked: whatever the block is, the codes are the same.
+gen = checks.generator(7)
+w = normal(3, 16, generator=gen, dtype=torch.float64)
+h = layer_hessian(related(50, 16, gen))
+whole, _, _ = gptq(w, h, bits=3, group=4, block=16)
+for block in (4, 8, 2, 1):
+    codes, _, _ = gptq(w, h, bits=3, group=4, block=block)
+    checks.close(codes, whole, what=f"codes with blocks of {block} (16 columns, groups of 4)")
+### BEGIN HIDDEN TESTS
+for rows, columns, bits, group in [(5, 24, 3, 8), (2, 36, 4, 12), (3, 20, 2, 20)]:
+    w = normal(rows, columns, generator=gen, dtype=torch.float64)
+    h = layer_hessian(related(80, columns, gen))
+    right, step, z = gptq_by_solving(w, h, bits, group)
+    blocks = [b for b in (1, 2, 4, 8, 12, 24, 40, 128) if b % group == 0 or group % b == 0]
+    for block in blocks:
+        with checks.unchanged(weight=w, hessian=h):
+            codes, scale, zero = gptq(w, h, bits, group, block)
+        where = f"{columns} columns, groups of {group}, blocks of {block}."
+        checks.close(scale, step, what="scale", dtype=torch.float64, rtol=1e-8, hint=where)
+        checks.close(zero.long(), z, what="zero", hint=where)
+        checks.close(codes.long(), right, what="codes", hint=where)
+    checks.raises(ValueError, gptq, w, h, bits, 7, because=f"7 of {columns} columns")
+ones = torch.ones(2, 24)
+checks.raises(ValueError, gptq, ones, torch.eye(24), 4, 8, 12, because="8 and 12: no multiples")
+checks.raises(ValueError, gptq, ones, torch.eye(24), 4, 0, 12)
+checks.raises(ValueError, gptq, ones, torch.eye(24), 4, 8, 0)
+# The work: columns beyond the block are touched once a block, not once a column.
+w = normal(48, 192, generator=gen, dtype=torch.float64)
+h = layer_hessian(related(400, 192, gen))
+with checks.moved() as work:
+    gptq(w, h, 4, 16, block=16)
+once_a_column = sum(3 * 48 * (192 - j) * 8 for j in range(192))
+assert work.total <= 0.8 * once_a_column, (
+    f"{work.total / 1e6:.1f} MB are read and written; updating the whole rest of the matrix after "
+    f"each column takes {once_a_column / 1e6:.1f} MB: let the columns beyond the block wait"
+)
+### END HIDDEN TESTS
+
+# %% check="gptq" points=1
+# A channel that is always 0, damping, formats, and what all this is for: a smaller output error.
+gen = checks.generator(8)
+x = related(200, 16, gen)
+x[:, 5] = 0
+w = normal(6, 16, generator=gen)
+w[:, 5] = 50.0
+codes, scale, zero = gptq(w, layer_hessian(x), bits=3, group=8)
+assert float(scale.max()) < 5, (
+    f"the largest scale is {float(scale.max()):.1f}: a weight whose input is always 0 must not "
+    "widen its group's range"
+)
+### BEGIN HIDDEN TESTS
+right, step, z = gptq_by_solving(w, layer_hessian(x), 3, 8)
+checks.close(scale, step.float(), what="scale with a dead column", dtype=torch.float32)
+checks.close(codes.long(), right, what="codes with a dead column")
+few = related(5, 16, gen)  # fewer tokens than columns: singular without damping
+for damp in (0.01, 0.1, 1.0):
+    wide = w.double()
+    codes, scale, zero = gptq(wide, layer_hessian(few), 4, 8, 8, damp)
+    right, step, z = gptq_by_solving(wide, layer_hessian(few), 4, 8, damp)
+    checks.close(scale, step, what=f"scale, damp {damp}", rtol=1e-6, dtype=torch.float64)
+    checks.close(codes.long(), right, what=f"codes, damp {damp}, five tokens")
+for dtype in (torch.float16, torch.bfloat16):
+    half, x = normal(4, 16, generator=gen).to(dtype), related(100, 16, gen).to(dtype)
+    h = layer_hessian(x)
+    checks.close(h, 2 * x.double().T @ x.double() / 100, what=f"layer_hessian of {dtype}", rtol=1e-9)
+    codes, scale, zero = gptq(half, h.float(), 3, 4)
+    right, step, z = gptq_by_solving(half, h.float(), 3, 4)
+    checks.close(scale, step.float(), what=f"scale for {dtype}", dtype=torch.float32)
+    checks.close(codes.long(), right, what=f"codes for {dtype}")
+wins = []
+for _ in range(4):
+    x = related(300, 32, gen, own=0.1)
+    w = normal(8, 32, generator=gen)
+    compensated = dequantize(*gptq(w, layer_hessian(x), 3, 16))
+    nearest = read_back(w, 3, 16)
+    error, plain = (float((x.double() @ (v.double() - w).T).norm()) for v in (compensated, nearest))
+    wins.append(error / plain)
+assert sum(wins) / 4 < 0.75, (
+    f"on related inputs your output error is {sum(wins) / 4:.2f} times that of rounding to nearest; "
+    "below 0.75 is easy to reach"
 )
 ### END HIDDEN TESTS
