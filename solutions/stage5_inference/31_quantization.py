@@ -122,9 +122,18 @@ def spread(t: Tensor, w: Tensor) -> Tensor:
 
 
 def read_back(w: Tensor, bits: int, group, symmetric: bool = False) -> Tensor:
-    """What becomes of a matrix, float64."""
-    codes, scale, zero, _ = by_hand(w, bits, group, symmetric)
-    return (codes - spread(zero, w)) * spread(scale, w)
+    """What becomes of a matrix, float64: each number goes to the nearest of its range's levels."""
+    size = {"tensor": w.numel(), "channel": w.shape[1]}.get(group, group)
+    cut = w.double().reshape(-1, size, 1)
+    low, high = cut.amin(1, keepdim=True).clamp(max=0), cut.amax(1, keepdim=True).clamp(min=0)
+    if symmetric:
+        high = torch.maximum(high, -low)
+        levels = torch.linspace(-1, 1, 2**bits - 1, dtype=torch.float64) * high
+    else:
+        step = (high - low).clamp(min=1e-300) / (2**bits - 1)
+        levels = (torch.arange(2**bits) - torch.round(-low / step)) * step
+    nearest = (cut - levels).abs().argmin(-1, keepdim=True)
+    return torch.take_along_dim(levels, nearest, -1).reshape(w.shape)
 
 
 # %% [markdown]
@@ -1055,5 +1064,646 @@ for _ in range(4):
 assert sum(wins) / 4 < 0.75, (
     f"on related inputs your output error is {sum(wins) / 4:.2f} times that of rounding to nearest; "
     "below 0.75 is easy to reach"
+)
+### END HIDDEN TESTS
+
+# %% [markdown]
+# ## AWQ: protect the weights that meet large inputs {#awq}
+#
+# The error of one output is $\sum_j x_j(\hat w_j - w_j)$: a weight's error counts as much as its
+# input is large. About one percent of the columns meet inputs much larger than the others. Keeping
+# these in 16 bits would help, and no kernel likes it. AWQ (Lin et al. 2023) *scales* them instead.
+#
+# Multiply column $j$ by $s_j$ before rounding and divide after:
+# $\hat w_j = \Delta'\,\mathrm{round}(w_j s_j/\Delta')/s_j$. The error of rounding is uniform on
+# $\pm\frac12$ whatever is rounded, so column $j$'s error is on average
+# $\frac14\Delta'/s_j$ in place of $\frac14\Delta$. As long as one group's largest weight does not
+# grow, $\Delta' \approx \Delta$, and the error of column $j$ is divided by $s_j$. Too large an $s_j$
+# makes its column the largest of the group, $\Delta'$ grows, and everybody else pays.
+#
+# So search. AWQ takes $s_j = m_j^\alpha$ with $m_j$ the mean magnitude of input channel $j$,
+# tries $\alpha = 0, 0.05, \dots, 0.95$, rounds with each, and keeps the one with the smallest output
+# error. $s$ is divided by $\sqrt{\max s\cdot\min s}$, which leaves most of the weights about where
+# they were.
+#
+# $\alpha = 0$ is $s = 1$: rounding to nearest. It is one of the candidates. So on the inputs on which
+# it was searched, AWQ is **never worse than rounding to nearest**. That is not a tendency but a law;
+# GPTQ has no such law. ($1/s$ ends in the norm's gain, as SmoothQuant's does.)
+#
+# ### Exercise · Search
+
+
+# %% exercise="awq" minutes=15 difficulty=2
+def awq_search(
+    weight: Tensor, x: Tensor, bits: int, group: int, grid: int = 20
+) -> tuple[Tensor, float]:
+    """The scales of AWQ for one matrix: (s, alpha).
+
+    weight: (rows, columns); x: (tokens, columns), its inputs; any floating formats, both unchanged.
+    Computed in float64. Candidates: alpha = i / grid for i = 0 … grid − 1. Each has scales s
+    (columns,): the mean magnitude of each channel of x to the power alpha, but at least 1e-4, then
+    divided by the root of (largest s · smallest s). weight · s is rounded with `quantize_affine`,
+    read back, and divided by s; the candidate's error is the sum of squares of the change in x @
+    weight.T. Returns the s, float32 (float64 for float64 weights), and the alpha, a float, of the
+    candidate with the smallest error; of equally good ones, the smallest alpha.
+
+    grid=1 gives s = 1 and alpha = 0.
+    """
+    ### BEGIN SOLUTION
+    w, x = weight.double(), x.double()
+    magnitude = x.abs().mean(dim=0)
+    best = None
+    for i in range(grid):
+        s = (magnitude ** (i / grid)).clamp(min=1e-4)
+        s = s / torch.sqrt(s.max() * s.min())
+        back = dequantize(*quantize_affine(w * s, bits, group)) / s
+        error = float((x @ (back - w).T).square().sum())
+        if best is None or error < best[0]:
+            best = error, s, i / grid
+    return best[1].to(torch.promote_types(weight.dtype, torch.float32)), best[2]
+    ### END SOLUTION
+
+
+# %% [markdown]
+# <details><summary>Hint: what is compared</summary>
+#
+# The output, not the weights: `x @ (back − w).T`. And `back` is divided by s again, so that it can
+# be compared with w.
+# </details>
+
+
+# %% tags=["support"]
+# Support: the error of each of AWQ's candidates
+def awq_errors(weight, x, bits, group, grid=20) -> tuple[list[float], list[Tensor]]:
+    """One squared output error and one s for each alpha, in float64."""
+    w, x = weight.double(), x.double()
+    errors, scales = [], []
+    for alpha in (i / grid for i in range(grid)):
+        s = torch.tensor([max(float(c.abs().mean()) ** alpha, 1e-4) for c in x.T]).double()
+        s = s * (float(s.max()) * float(s.min())) ** -0.5
+        change = (read_back(w * s, bits, group) - w * s) / s
+        errors.append(float((change @ (x.T @ x) * change).sum()))
+        scales.append(s)
+    return errors, scales
+
+
+# %% check="awq" points=2
+gen = checks.generator(9)
+w, x = normal(4, 8, generator=gen), normal(40, 8, generator=gen)
+x[:, 2] *= 30
+s, alpha = checks.parts(awq_search(w, x, bits=3, group=8, grid=1), "s", "alpha")
+checks.close(s, torch.ones(8), what="s of a grid with alpha = 0 alone", dtype=torch.float32)
+checks.close(alpha, 0.0, what="alpha of a grid of one")
+s, alpha = awq_search(w, x, bits=3, group=8)
+errors, scales = awq_errors(w, x, 3, 8)
+checks.close(
+    s,
+    scales[round(alpha * 20)].float(),
+    what="s for your alpha",
+    hint="mean magnitude ** alpha, over the root of largest · smallest",
+)
+### BEGIN HIDDEN TESTS
+for rows, columns, bits, group, grid, dtype in [
+    (5, 16, 3, 16, 20, torch.float64),
+    (3, 24, 4, 8, 20, torch.float32),
+    (6, 16, 2, 4, 7, torch.float64),
+    (4, 12, 3, 12, 40, torch.bfloat16),
+    (2, 8, 5, 4, 20, torch.float16),
+]:
+    for loud in (25.0, 3.0):
+        w = (normal(rows, columns, generator=gen) * 0.2).to(dtype)
+        x = normal(30, columns, generator=gen)
+        x[:, 1] *= loud
+        x[:, 6] *= loud / 2
+        x = x + 0.4
+        x = x.to(dtype)
+        with checks.unchanged(weight=w, x=x):
+            s, alpha = checks.parts(awq_search(w, x, bits, group, grid), "s", "alpha")
+        errors, scales = awq_errors(w, x, bits, group, grid)
+        checks.kind(alpha, float, what="alpha")
+        kept = torch.promote_types(dtype, torch.float32)
+        where = f"{rows} × {columns}, {bits} bits, groups of {group}, grid {grid}, {dtype}."
+        best = min(range(grid), key=errors.__getitem__)
+        index = round(alpha * grid)
+        assert index in range(grid) and abs(alpha - index / grid) < 1e-9, f"alpha is {alpha}. {where}"
+        assert errors[index] <= errors[best] * (1 + 1e-9), (
+            f"alpha {alpha:.3f} has {errors[index] / errors[best]:.3f} times the squared output "
+            f"error of alpha {best / grid:.3f}. {where}"
+        )
+        checks.close(s, scales[index].to(kept), what="s", dtype=kept, rtol=1e-5, hint=where)
+x[:, 3] = 0.0  # a dead channel
+s, alpha = awq_search(w, x, 3, 4)
+errors, scales = awq_errors(w, x, 3, 4)
+best = min(range(20), key=errors.__getitem__)
+checks.close(errors[round(alpha * 20)], errors[best], what="the error with a dead channel")
+checks.close(s, scales[round(alpha * 20)].float(), what="s with a dead channel")
+whole = torch.tensor([[0.0, 3.0, -4.0, 8.0]])  # every candidate is exact where nothing is rounded
+s, alpha = awq_search(torch.zeros(2, 4), whole, 4, 4)
+checks.close(alpha, 0.0, what="alpha where all are equally good", hint="Then the smallest.")
+### END HIDDEN TESTS
+
+# %% check="awq" points=1
+# Never worse than rounding to nearest, on any input.
+gen = checks.generator(10)
+for bits in (2, 3, 4):
+    w, x = normal(6, 16, generator=gen), normal(25, 16, generator=gen, scale=2.0)
+    s, alpha = awq_search(w, x, bits, 8)
+    change = (read_back(w * s, bits, 8) / s - w) @ x.double().T
+    plain = (read_back(w, bits, 8) - w) @ x.double().T
+    assert float(change.norm()) <= float(plain.norm()) * (1 + 1e-5), (
+        f"{bits} bits: your s has {float(change.norm() / plain.norm()):.3f} times the output error "
+        "of rounding to nearest, which was among the candidates"
+    )
+### BEGIN HIDDEN TESTS
+gains = []
+for trial in range(6):
+    w = normal(8, 32, generator=gen)
+    x = normal(40, 32, generator=gen)
+    x[:, trial :: 8] *= 12.0  # a few loud channels
+    s, alpha = awq_search(w, x, 3, 16)
+    change = (read_back(w * s, 3, 16) / s - w) @ x.double().T
+    plain = (read_back(w, 3, 16) - w) @ x.double().T
+    gains.append(float(change.norm() / plain.norm()))
+    assert gains[-1] <= 1 + 1e-5, f"worse than rounding to nearest by {gains[-1]:.3f}"
+    assert alpha > 0, "with loud channels some alpha above 0 wins"
+assert sum(gains) / 6 < 0.85, (
+    f"with loud channels your output error is {sum(gains) / 6:.2f} times that of rounding to "
+    "nearest; below 0.85 is easy to reach"
+)
+### END HIDDEN TESTS
+
+# %% [markdown]
+# ## Rotations: turn until no channel is loud {#rotation}
+#
+# SmoothQuant stretches the axes. One can also turn them. For an orthogonal $Q$ $(n, n)$,
+#
+# $$XW^\top = (XQ)\,(WQ)^\top, \qquad\text{since } QQ^\top = I .$$
+#
+# Take for $Q$ a **Hadamard matrix** over its root: entries $\pm 1/\sqrt n$. Sylvester's are made by
+# doubling,
+#
+# $$H_1 = (1), \qquad H_{2n} = \begin{pmatrix} H_n & H_n\\ H_n & -H_n\end{pmatrix}, \qquad H_n H_n^\top = nI .$$
+#
+# A lone outlier $a$ in one channel becomes $\pm a/\sqrt n$ in *all* of them. In general an output is
+# a sum of $n$ inputs with random-looking signs, so it is nearly normal, and the largest of $n$
+# normal numbers is about $\sqrt{2\ln n}$ standard deviations: 3.3 for $n = 256$, whatever the
+# channels were before. The norm of a token is unchanged, so the range shrinks.
+#
+# **Cost.** Doubling is also the algorithm: apply $H_n$ to both halves, then add and subtract. That
+# is $\log_2 n$ steps of $n$ additions, the fast Walsh–Hadamard transform, in place of $n^2$
+# multiplications. And most rotations cost nothing at all. RMSNorm divides by a token's norm, which
+# $Q$ leaves alone; with its gain folded into the next matrix, it commutes with $Q$. So the whole
+# residual stream can be turned once by turning the weights that write to and read from it (QuaRot,
+# Ashkboos et al. 2024). Only in front of the down projection, behind SwiGLU, a rotation must be run.
+#
+# Widths that are no power of two are turned in blocks: 704 = 11 · 64.
+#
+# ### Exercise · The fast transform
+
+
+# %% exercise="rotate" minutes=12 difficulty=2
+def rotate(x: Tensor, size: int) -> Tensor:
+    """x with each block of `size` consecutive numbers of its last axis multiplied by H / √size.
+
+    x: (…, n), any floating format and layout; unchanged. H is Sylvester's Hadamard matrix of that
+    size. Returns a new tensor of x's shape and format, computed in float32 (float64 for float64),
+    by log2(size) rounds of additions and subtractions: no matrix, no matrix product. ValueError
+    unless size is a power of two (1 is one) that divides n.
+
+    size=2: (3, 1, 2, 2) becomes (4, 2, 4, 0) / √2.
+    """
+    ### BEGIN SOLUTION
+    n = x.shape[-1]
+    if size < 1 or size & (size - 1) or n % size:
+        raise ValueError(f"blocks of {size} do not fill rows of {n}, or {size} is no power of two")
+    y = x.to(torch.promote_types(x.dtype, torch.float32))
+    half = 1
+    while half < size:
+        first, second = y.unflatten(-1, (-1, 2, half)).unbind(-2)
+        y = torch.stack([first + second, first - second], dim=-2).flatten(-3)
+        half *= 2
+    return (y / math.sqrt(size)).to(x.dtype)
+    ### END SOLUTION
+
+
+# %% [markdown]
+# <details><summary>Hint: a round</summary>
+#
+# In round $r$ numbers that are $2^r$ apart meet: `unflatten(-1, (-1, 2, 2**r))` makes pairs (first
+# half, second half) of an axis of two. They become sum and difference, in the same places.
+# </details>
+
+# %% check="rotate" points=2
+x = torch.tensor([3.0, 1.0, 2.0, 2.0])
+checks.close(
+    rotate(x, 2) * math.sqrt(2), torch.tensor([4.0, 2.0, 4.0, 0.0]), what="blocks of 2, times √2"
+)
+checks.close(
+    rotate(x, 4) * 2,
+    torch.tensor([8.0, 2.0, 0.0, 2.0]),
+    what="a block of 4, times 2",
+    hint="Rows of H: + + + +, + − + −, + + − −, + − − +.",
+)
+checks.close(rotate(rotate(x, 4), 4), x, what="turned twice: H is its own inverse")
+### BEGIN HIDDEN TESTS
+gen = checks.generator(11)
+
+
+def hadamard(n):
+    """By its closed form: the sign is the parity of the ones that both indices have."""
+    return torch.tensor([[(-1.0) ** (i & j).bit_count() for j in range(n)] for i in range(n)]).double()
+
+
+for shape, size in [((3, 8), 8), ((2, 3, 24), 8), ((5, 64), 64), ((2, 6), 1), ((44,), 4), ((0, 4), 4)]:
+    for dtype in (torch.float64, torch.float32, torch.float16, torch.bfloat16):
+        x = normal(*shape, generator=gen).to(dtype)
+        if x.dim() == 2:
+            x = x.T.contiguous().T
+        with (
+            checks.unchanged(x=x),
+            checks.forbidden(
+                "matmul", "mm", "bmm", "linear", "einsum", "tensordot", because="H is not formed"
+            ),
+        ):
+            y = rotate(x, size)
+        q = hadamard(size) / math.sqrt(size)
+        expected = (x.double().unflatten(-1, (-1, size)) @ q).flatten(-2)
+        where = f"shape {shape}, blocks of {size}, {dtype}."
+        checks.close(y, expected.to(dtype), what="the rotated x", dtype=dtype, hint=where)
+x = normal(4, 1024, generator=gen).to(torch.float16)
+y = rotate(x, 1024)
+exact = (x.double() @ hadamard(1024) / 32).half()
+checks.close(y, exact, what="float16, blocks of 1024", dtype=torch.float16, rtol=6e-4)
+big = torch.full((1, 512), 20_000.0, dtype=torch.float16)
+found = rotate(big, 512)[0, 1:]
+checks.close(found, torch.zeros(511).half(), what="float16 whose sums pass 65,504", atol=1.0)
+w, x = normal(5, 24, generator=gen), normal(7, 24, generator=gen)
+checks.close(rotate(x, 8) @ rotate(w, 8).T, x @ w.T, what="the product of turned x and turned w")
+with checks.allocations() as made:
+    rotate(normal(2, 4096, generator=gen), 4096)
+assert made.largest <= 4 * 2 * 4096, (
+    f"one of your tensors has {made.largest} elements, x has 8192: no matrix H is needed"
+)
+for size in (3, 6, 0, -2, 16):
+    checks.raises(ValueError, rotate, torch.ones(2, 24), size, because=f"24 numbers, size {size}")
+### END HIDDEN TESTS
+
+# %% [markdown]
+# ## Four bits with an exponent {#fp4}
+#
+# Lesson 18 built small floats and the MX formats. Their use for weights and activations in four
+# bits: a code is an **E2M1** number, one of $0, \frac12, 1, 1\frac12, 2, 3, 4, 6$ with a sign. Its
+# levels are denser near 0, where most weights are. What differs is the scale.
+#
+# - **MXFP4**: blocks of 32, the scale a power of two, $2^{\lfloor\log_2 m\rfloor - 2}$ for a largest
+#   magnitude $m$. So $m$ lands in $[4, 8)$, and what is above 6 is clipped.
+# - **NVFP4**: blocks of 16, the scale an E4M3 number, so that $m$ lands close to 6. E4M3 ends at 448
+#   and at $2^{-9}$, so a second scale, one float32 number $t$ for the whole tensor, shifts the
+#   blocks' scales into its range: $t = M/(448\cdot 6)$, with $M$ the largest magnitude of all.
+#
+# Newer GPUs multiply both natively.
+#
+# ### Exercise · Two kinds of scale
+
+
+# %% exercise="fp4" minutes=18 difficulty=2 path="more"
+def quantize_fp4(x: Tensor, kind: str) -> tuple[Tensor, Tensor]:
+    """x in MXFP4 or NVFP4: (levels, scale), both float32; levels · scale is what is read back.
+
+    x: (rows, columns), float32 or bfloat16, finite; unchanged. kind: "mx" (blocks of 32 along the
+    last axis) or "nv" (blocks of 16); ValueError for another kind, or where the block does not
+    divide columns.
+    scale: (rows, columns // block). levels: like x, in ±{0, 0.5, 1, 1.5, 2, 3, 4, 6}: x / scale
+    rounded to the nearest of them, in the middle between two of them to the one whose last bit is 0
+    (0, 1, 2, 4), beyond ±6 to ±6.
+    "mx": scale = 2**(floor(log2(m)) − 2), m the block's largest magnitude.
+    "nv": scale = t · e, t = M / (448 · 6) with M the largest magnitude of x, and e = (m / 6) / t
+        rounded to E4M3 (torch.float8_e4m3fn).
+    A block whose m is 0, or whose e becomes 0, has levels 0 and scale 0. No m is below 1e-30.
+
+    "mx", a block with m = 7: scale 1; 7 becomes 6, 2.5 becomes 2, 0.75 becomes 1.
+    """
+    ### BEGIN SOLUTION
+    block = {"mx": 32, "nv": 16}.get(kind)
+    if block is None or x.shape[1] % block:
+        raise ValueError(f"{kind!r} blocks and rows of {x.shape[1]}")
+    cut = x.float().unflatten(1, (-1, block))
+    m = cut.abs().amax(-1, keepdim=True)
+    if kind == "mx":
+        scale = torch.ldexp(torch.ones_like(m), torch.frexp(m).exponent - 3)
+    else:
+        t = m.max() / (448 * 6)
+        e = (m / 6 / t).clamp(max=448).nan_to_num(0).to(torch.float8_e4m3fn)
+        scale = e.float() * t
+    scale = torch.where(m == 0, 0, scale)
+    size = torch.where(scale > 0, cut / scale, 0).abs().clamp(max=6)
+    # Steps of 1/2 up to 2, of 1 up to 4, of 2 up to 6: torch.round takes even multiples.
+    step = torch.where(size < 2, 0.5, torch.where(size < 4, 1.0, 2.0))
+    levels = torch.copysign(torch.round(size / step) * step, cut)
+    return levels.flatten(1), scale[..., 0]
+    ### END SOLUTION
+
+
+# %% [markdown]
+# <details><summary>Hint: floor of a logarithm</summary>
+#
+# `torch.log2` rounds, and at powers of two that can be off by one. `torch.frexp` gives the exponent
+# exactly: m = f · 2**e with f in [½, 1), so that floor(log2 m) = e − 1.
+# </details>
+#
+# <details><summary>Hint: rounding to uneven levels</summary>
+#
+# Between two powers of two the levels are even: steps of ½ below 2, of 1 below 4, of 2 above.
+# `torch.round(size / step) * step` takes the even multiple in the middle, which is the level whose
+# last bit is 0.
+# </details>
+
+# %% check="fp4" points=1
+x = torch.zeros(1, 32)
+x[0, :8] = torch.tensor([7.0, 2.5, 0.75, -0.25, -5.0, 3.5, -1.75, 1.25])
+levels, scale = checks.parts(quantize_fp4(x, "mx"), "levels", "scale")
+checks.close(scale, torch.tensor([[1.0]]), what="the scale of MXFP4, m = 7", dtype=torch.float32)
+checks.close(
+    levels[0, :8],
+    torch.tensor([6.0, 2.0, 1.0, 0.0, -4.0, 4.0, -2.0, 1.0]),
+    what="levels",
+    hint="2.5 lies between 2 and 3, and 2 has the even last bit; 0.75 between 0.5 and 1.",
+)
+
+
+### BEGIN HIDDEN TESTS
+def fp4_by_hand(x, kind):
+    """(levels, scale) in Python's own numbers; E4M3 from the list of all its values."""
+    grid = [0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0]
+    block = 32 if kind == "mx" else 16
+    e4m3 = sorted(
+        {m * 2.0**-9 for m in range(8)}
+        | {(8 + m) * 2.0 ** (e - 10) for e in range(1, 16) for m in range(8) if (e, m) != (15, 7)}
+    )
+
+    def nearest(value, values):
+        distance = min(abs(v - value) for v in values)
+        return [i for i, v in enumerate(values) if abs(v - value) <= distance * (1 + 1e-6)]
+
+    levels, scale = torch.zeros(x.shape), torch.zeros(x.shape[0], x.shape[1] // block)
+    t = float(x.abs().max()) / (448 * 6)
+    for i in range(x.shape[0]):
+        for b in range(scale.shape[1]):
+            held = x[i, b * block : (b + 1) * block].tolist()
+            m = max(map(abs, held))
+            if m == 0:
+                continue
+            if kind == "mx":
+                s = 2.0 ** (math.floor(math.log2(m)) - 2)
+            else:
+                s = t * e4m3[next(k for k in nearest(m / 6 / t, e4m3) if k % 2 == 0 or len(
+                    nearest(m / 6 / t, e4m3)) == 1)]
+            scale[i, b] = s
+            for j, value in enumerate(held):
+                if s:
+                    found = nearest(min(abs(value) / s, 6.0), grid)
+                    k = found[0] if len(found) == 1 else next(k for k in found if k % 2 == 0)
+                    levels[i, b * block + j] = math.copysign(grid[k], value)
+    return levels, scale
+
+
+gen = checks.generator(12)
+for kind in ("mx", "nv"):
+    for dtype in (torch.float32, torch.bfloat16):
+        x = normal(6, 64, generator=gen) * torch.tensor([1.0, 1e-3, 30, 1e4, 1e-12, 2])[:, None]
+        x[5] = torch.tensor([0.0, 0.25, 0.75, 1.25, 1.75, 2.5, 3.5, 5.0]).repeat(8)
+        x[5, ::17], x[2, :32] = 6.0, 0.0
+        if kind == "nv":
+            x[3] *= 1e-3  # so that row 5's blocks have a scale of their own range
+        x = x.to(dtype)
+        with checks.unchanged(x=x):
+            levels, scale = checks.parts(quantize_fp4(x, kind), "levels", "scale")
+        right, s = fp4_by_hand(x.float(), kind)
+        where = f"{kind!r}, {dtype}."
+        checks.close(scale, s, what="scale", dtype=torch.float32, rtol=1e-6, atol=0, hint=where)
+        checks.close(levels, right, what="levels", dtype=torch.float32, rtol=0, atol=0, hint=where)
+    x = torch.zeros(2, 64)
+    levels, scale = quantize_fp4(x, kind)
+    checks.close(levels, x, what=f"levels of zeros, {kind!r}")
+    for m in (1.0, 2.0**-20, 2.0**40, 1.99999):
+        x[0, 3], x[1, 40] = m, -m
+        levels, scale = quantize_fp4(x, kind)
+        right, s = fp4_by_hand(x, kind)
+        checks.close(scale, s, what=f"{kind!r}, scale of a block with m = {m}", rtol=1e-6)
+        checks.close(levels, right, what=f"{kind!r}, levels of a block with m = {m}")
+checks.raises(ValueError, quantize_fp4, torch.ones(1, 48), "mx")
+checks.raises(ValueError, quantize_fp4, torch.ones(1, 24), "nv")
+checks.raises(ValueError, quantize_fp4, torch.ones(1, 32), "fp4")
+### END HIDDEN TESTS
+
+# %% [markdown]
+# ## Training with rounded weights {#qat}
+#
+# All methods so far take a finished model. **Quantization-aware training** lets it adapt: round in
+# every forward pass, compute the loss with what is left, and train. The weights that the optimizer
+# moves stay in full precision, since its steps are far smaller than $\Delta$. They gather until
+# one of them tips a code.
+#
+# The derivative of rounding is 0 almost everywhere, so the gradient would be 0. The
+# **straight-through estimator** (Bengio et al. 2013) pretends that rounding is the identity:
+#
+# $$\hat w = Q(w) \quad\text{forward}, \qquad \frac{\partial \hat w}{\partial w} := 1 \quad\text{backward}.$$
+#
+# It is a biased gradient of a step function, and a fair one of the slope through its steps. In
+# code, `w + (Q(w) - w).detach()` has value $Q(w)$ and gradient 1. Almost: in floating point
+# $w + (Q(w) - w)$ is not quite $Q(w)$, and a weight that is off its level by one last bit is no code
+# that a kernel could store. The exercise asks for the levels themselves.
+#
+# OpenAI's gpt-oss (MXFP4) and Moonshot's Kimi K2 Thinking (INT4 in groups of 32) were shipped after
+# such training, of the experts' weights.
+#
+# ### Exercise · Round forward, pass through backward
+
+
+# %% exercise="qat" minutes=15 difficulty=2
+def fake_quantize(w: Tensor, bits: int, group: str | int = "channel") -> Tensor:
+    """What is read back of w, with the gradient of the identity.
+
+    w: (rows, columns), any floating format; unchanged. The value is exactly
+    dequantize(*quantize_symmetric(w, bits, group)), to the last bit, in w's format; the gradient
+    that arrives goes to w as it is.
+    """
+    ### BEGIN SOLUTION
+    back = dequantize(*quantize_symmetric(w.detach(), bits, group)).to(w.dtype)
+    return back + (w - w.detach())
+    ### END SOLUTION
+
+
+def qat_forward(model: nn.Module, x: Tensor, bits: int, group: str | int = "channel") -> Tensor:
+    """model(x), as if the weight of each nn.Linear in the model were fake_quantize(weight, bits,
+    group): gradients reach the model's own parameters. All else (biases, embeddings, norms) is used
+    as it is, and the model is not changed: not its parameters, and not its parts either.
+    """
+    ### BEGIN SOLUTION
+    weights = {
+        f"{name}.weight": fake_quantize(layer.weight, bits, group)
+        for name, layer in model.named_modules()
+        if isinstance(layer, nn.Linear)
+    }
+    return torch.func.functional_call(model, weights, (x,))
+    ### END SOLUTION
+
+
+# %% [markdown]
+# <details><summary>Hint: a zero with a gradient</summary>
+#
+# `w - w.detach()` is exactly 0 and has the gradient of w.
+# </details>
+#
+# <details><summary>Hint: other weights for one call</summary>
+#
+# `torch.func.functional_call(model, {"0.weight": …}, (x,))` runs the model with these tensors in
+# place of its own, and puts nothing into it. `named_modules` gives the names.
+# </details>
+
+
+# %% tags=["support"]
+# Support: a small model with two linear layers, an embedding and a norm
+class Small(nn.Module):
+    """Tokens (batch, seq) → (batch, seq, 5)."""
+
+    def __init__(self, generator: torch.Generator, width: int = 12) -> None:
+        super().__init__()
+        self.embed = nn.Embedding(20, width)
+        self.up = nn.Linear(width, 24)
+        self.norm = nn.LayerNorm(24)
+        self.blocks = nn.ModuleList([nn.Linear(24, 5, bias=False)])
+        with torch.no_grad():
+            for parameter in self.parameters():
+                parameter.copy_(torch.randn(parameter.shape, generator=generator) * 0.5)
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        return self.blocks[0](self.norm(F.silu(self.up(self.embed(tokens)))))
+
+
+def replaced(model: Small, bits: int, group) -> Small:
+    """A copy of the model with the weights of its linear layers read back from their codes."""
+    twin = Small(torch.Generator().manual_seed(0)).to(model.embed.weight.dtype)
+    twin.load_state_dict(model.state_dict())
+    with torch.no_grad():
+        for layer in (twin.up, twin.blocks[0]):
+            layer.weight.copy_(read_back(layer.weight.detach(), bits, group, symmetric=True))
+    return twin
+
+
+# %% check="qat" points=1
+w = torch.tensor([[-6.0, 1.5, 3.5, 4.0]], requires_grad=True)
+y = fake_quantize(w, bits=3)
+checks.close(y.detach(), torch.tensor([[-6.0, 2.0, 4.0, 4.0]]), what="the value")
+[grad] = torch.autograd.grad(y, w, torch.tensor([[1.0, -2.0, 3.0, 0.5]]))
+checks.close(
+    grad,
+    torch.tensor([[1.0, -2.0, 3.0, 0.5]]),
+    what="the gradient of w",
+    hint="It passes through as if nothing had been rounded.",
+)
+### BEGIN HIDDEN TESTS
+gen = checks.generator(13)
+for bits, group in [(3, "channel"), (4, 8), (2, "tensor"), (8, 4)]:
+    for dtype in (torch.float32, torch.float64, torch.float16, torch.bfloat16):
+        w = normal(5, 24, generator=gen, scale=0.3).to(dtype).requires_grad_()
+        with checks.kept(w):
+            y = fake_quantize(w, bits, group)
+        where = f"{bits} bits, group {group!r}, {dtype}."
+        codes, scale, _, tie = by_hand(w.detach(), bits, group, symmetric=True)
+        kept = torch.promote_types(dtype, torch.float32)
+        assert y.dtype == dtype, f"the value is {y.dtype} for w in {dtype}"
+        expected = (codes.to(kept) * spread(scale.to(kept), w)).to(dtype)
+        checks.close(y.detach()[~tie], expected[~tie], what="the value", hint=where)
+        # Numbers of one code are one number, to the last bit: count them.
+        rows = [y.detach()] if group == "tensor" else y.detach().reshape(-1, 24 if group == "channel" else group)
+        most = max(len(row.flatten().unique()) for row in rows)
+        assert most <= 2**bits - 1, (
+            f"a range holds {most} different numbers, and {bits} bits have {2**bits - 1} levels: "
+            f"in floating point w + (q − w) is not q. {where}"
+        )
+        arrives = normal(5, 24, generator=gen).to(dtype)
+        [grad] = torch.autograd.grad(y, w, arrives)
+        checks.close(grad, arrives, what="the gradient", dtype=dtype, hint=where)
+zeros = torch.zeros(2, 4, requires_grad=True)
+y = fake_quantize(zeros, 3)
+checks.close(torch.autograd.grad(y.sum(), zeros)[0], torch.ones(2, 4), what="the gradient at 0")
+### END HIDDEN TESTS
+
+# %% check="qat" points=2
+gen = checks.generator(14)
+model, tokens = Small(gen), torch.tensor([[1, 5, 7], [0, 19, 3]])
+with checks.kept(model):
+    y = qat_forward(model, tokens, bits=3, group=6)
+checks.close(
+    y,
+    replaced(model, 3, 6)(tokens),
+    what="the output with weights of 3 bits",
+    mistakes={"weights that are not rounded": model(tokens)},
+)
+### BEGIN HIDDEN TESTS
+for bits, group, dtype in [(2, "channel", torch.float32), (4, 12, torch.float64), (3, "tensor", torch.float32)]:
+    model = Small(gen).to(dtype).train(bits == 2)
+    tokens = torch.randint(0, 20, (3, 4), generator=gen)
+    arrives = normal(3, 4, 5, generator=gen).to(dtype)
+    model.embed.weight.grad = torch.full_like(model.embed.weight, 7.0)  # a stale one
+    with checks.kept(model):
+        y = qat_forward(model, tokens, bits, group)
+    twin = replaced(model, bits, group)
+    where = f"{bits} bits, group {group!r}, {dtype}."
+    checks.close(y, twin(tokens), what="the output", dtype=dtype, rtol=1e-4, hint=where)
+    # Straight through: the gradients are those of the rounded model, at its rounded weights.
+    found = torch.autograd.grad(y, list(model.parameters()), arrives, allow_unused=True)
+    expected = torch.autograd.grad(twin(tokens), list(twin.parameters()), arrives)
+    for (name, _), g, e in zip(twin.named_parameters(), found, expected, strict=True):
+        assert g is not None, f"no gradient reaches {name}. {where}"
+        checks.close(g, e, what=f"the gradient of {name}", rtol=1e-3, hint=where)
+lone = nn.Linear(4, 2)
+seen = torch.tensor([[1.0, -2.0, 0.5, 3.0]])
+rounded_weight = read_back(lone.weight.detach(), 2, "channel", True).float()
+checks.close(
+    qat_forward(nn.Sequential(lone), seen, 2),
+    F.linear(seen, rounded_weight, lone.bias),
+    what="a model of one layer",
+    rtol=1e-4,
+)
+### END HIDDEN TESTS
+
+# %% check="qat" points=1
+# A toy, at 2 bits: training with rounded weights must end well below rounding afterwards.
+gen = checks.generator(15)
+teacher, student = Small(gen), Small(gen)
+tokens = torch.arange(20).view(1, 20)
+goal = teacher(tokens).detach()
+start = float(F.mse_loss(qat_forward(student, tokens, bits=2, group=12), goal))
+moved = student.up.weight.detach().clone()
+optimizer = torch.optim.Adam(student.parameters(), lr=1e-2)
+for _ in range(40):
+    loss = F.mse_loss(qat_forward(student, tokens, bits=2, group=12), goal)
+    optimizer.zero_grad()
+    loss.backward()
+    optimizer.step()
+assert not torch.equal(student.up.weight, moved), "training moves the weights in full precision"
+assert float(loss) < 0.6 * start, (
+    f"the loss went from {start:.3f} to {float(loss):.3f} in 40 steps: does a gradient reach the "
+    "weights?"
+)
+### BEGIN HIDDEN TESTS
+full = Small(gen)
+twin = Small(torch.Generator().manual_seed(1))
+twin.load_state_dict(full.state_dict())
+losses = []
+for model, rounds in ((full, False), (twin, True)):
+    optimizer = torch.optim.Adam(model.parameters(), lr=1e-2)
+    for _ in range(120):
+        y = qat_forward(model, tokens, 2, 12) if rounds else model(tokens)
+        loss = F.mse_loss(y, goal)
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+    losses.append(float(F.mse_loss(replaced(model, 2, 12)(tokens), goal)))
+assert losses[1] < 0.7 * losses[0], (
+    f"rounded to 2 bits at the end, the model trained with rounded weights has loss "
+    f"{losses[1]:.3f}, the one trained without {losses[0]:.3f}"
 )
 ### END HIDDEN TESTS
