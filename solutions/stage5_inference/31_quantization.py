@@ -1707,3 +1707,433 @@ assert losses[1] < 0.7 * losses[0], (
     f"{losses[1]:.3f}, the one trained without {losses[0]:.3f}"
 )
 ### END HIDDEN TESTS
+
+# %% [markdown]
+# ## Eight codes in a word {#packing}
+#
+# Memory has no 4-bit numbers. Eight codes share an int32 **word**: the code in bits $4i$ to $4i+3$
+# (a nibble) is $(\text{word} \gg 4i)\ \&\ 15$. Two orders are in use.
+#
+# ```
+# bits       28–31  24–27  20–23  16–19  12–15   8–11   4–7    0–3
+# "gptq"        7      6      5      4      3      2      1      0      which of the eight codes
+# "awq"         7      5      3      1      6      4      2      0
+# ```
+#
+# AWQ's order looks odd and has a reason: codes 0 and 1 stand 16 bits apart, in the lower and upper
+# half of the word. One mask, `0x000F000F`, cuts out both, each in the place of one half of a pair
+# of float16 numbers. A few more bit operations make two float16 numbers at once, in the right order.
+# A checkpoint read in the wrong order gives a model that runs and writes nonsense.
+#
+# ### Exercise · Pack and unpack
+
+# %%
+ORDERS = {"gptq": (0, 1, 2, 3, 4, 5, 6, 7), "awq": (0, 2, 4, 6, 1, 3, 5, 7)}
+
+
+# %% exercise="packing" minutes=10 difficulty=1
+def pack_int4(codes: Tensor, order: str = "gptq") -> Tensor:
+    """Codes from 0 to 15, eight to a word.
+
+    codes: (…, n), uint8, any layout; unchanged. Returns (…, n // 8), int32: bits 4i to 4i + 3 of a
+    word hold code number ORDERS[order][i] of its eight consecutive codes. ValueError where 8 does
+    not divide n.
+    "gptq": the codes 1, 0, …, 0 give the word 1; 0, 1, 0, …, 0 give 16; 0, …, 0, 8 give −2**31.
+    """
+    ### BEGIN SOLUTION
+    if codes.shape[-1] % 8:
+        raise ValueError(f"{codes.shape[-1]} codes do not fill words of eight")
+    eights = codes.unflatten(-1, (-1, 8)).to(torch.int32)
+    words = torch.zeros_like(eights[..., 0])
+    for i, k in enumerate(ORDERS[order]):
+        words = words | (eights[..., k] << (4 * i))
+    return words
+    ### END SOLUTION
+
+
+def unpack_int4(words: Tensor, order: str = "gptq") -> Tensor:
+    """The codes (…, 8·m), uint8, of packed words (…, m), int32: the inverse of pack_int4."""
+    ### BEGIN SOLUTION
+    nibbles = torch.stack([(words >> (4 * i)) & 15 for i in range(8)], dim=-1)
+    back = [ORDERS[order].index(k) for k in range(8)]
+    return nibbles[..., back].flatten(-2).to(torch.uint8)
+    ### END SOLUTION
+
+
+# %% [markdown]
+# <details><summary>Hint: uint8 has eight bits</summary>
+#
+# `codes << 12` in uint8 is 0. Convert to int32 first.
+# </details>
+#
+# <details><summary>Hint: the way back</summary>
+#
+# Nibble i goes to place ORDERS[order][i]. To fill place k, find the nibble i that goes there.
+# </details>
+
+# %% check="packing" points=1
+codes = torch.tensor([[1, 0, 0, 0, 0, 0, 0, 0, 3, 2, 0, 0, 0, 0, 0, 8]], dtype=torch.uint8)
+words = pack_int4(codes)
+checks.close(
+    words,
+    torch.tensor([[1, 3 + 2 * 16 - 2**31]], dtype=torch.int32),
+    what="two words",
+    dtype=torch.int32,
+    hint="Code 7 stands in the highest bits, the sign bit among them.",
+)
+checks.close(unpack_int4(words), codes, what="unpack_int4", dtype=torch.uint8)
+ramp = torch.arange(8, dtype=torch.uint8)
+checks.close(
+    pack_int4(ramp, "awq"),
+    torch.tensor([0x75316420], dtype=torch.int32),
+    what='0, 1, … 7 in the order "awq"',
+    mistakes={
+        "the inverse order": torch.tensor([0x73625140], dtype=torch.int32),
+        'the order "gptq"': torch.tensor([0x76543210], dtype=torch.int32),
+    },
+)
+checks.close(unpack_int4(pack_int4(ramp, "awq"), "awq"), ramp, what='unpack_int4, "awq"')
+### BEGIN HIDDEN TESTS
+gen = checks.generator(16)
+orders = {"gptq": [0, 1, 2, 3, 4, 5, 6, 7], "awq": [0, 2, 4, 6, 1, 3, 5, 7]}
+for shape in [(3, 40), (8,), (2, 5, 16), (4, 0), (0, 8)]:
+    for order, places in orders.items():
+        codes = torch.randint(0, 16, shape, generator=gen).to(torch.uint8)
+        if len(shape) == 2:
+            codes = codes.T.contiguous().T
+        with checks.unchanged(codes=codes):
+            words = pack_int4(codes, order)
+        plain = codes.reshape(-1, 8).tolist()
+        numbers = [sum(eight[k] * 16**i for i, k in enumerate(places)) for eight in plain]
+        expected = torch.tensor([n - 2**32 if n >= 2**31 else n for n in numbers], dtype=torch.int32)
+        expected = expected.reshape(*shape[:-1], shape[-1] // 8)
+        where = f"shape {shape}, order {order!r}."
+        checks.close(words, expected, what="the words", dtype=torch.int32, hint=where)
+        with checks.unchanged(words=expected):
+            found = unpack_int4(expected, order)
+        checks.close(found, codes, what="unpack_int4", dtype=torch.uint8, hint=where)
+checks.raises(ValueError, pack_int4, torch.zeros(2, 12, dtype=torch.uint8))
+### END HIDDEN TESTS
+
+# %% [markdown]
+# ## The kernel: dequantize in registers {#kernel}
+#
+# To dequantize into memory and then multiply would read 4 bits and write and read 16: worse than no
+# quantization. The kernel loads words, makes numbers of them in registers, and multiplies.
+#
+# With few tokens $M$ in a batch, a product does $2M$ FLOPs for each weight. At half a byte a weight
+# that is $4M$ FLOPs a byte; an H200's bfloat16 units and memory are in balance at 206. So up to a
+# batch of 50 the bytes decide, and the four bits are worth up to 3.8 times (the scales count too).
+# Far beyond that, dequantizing is extra work and bfloat16 weights win.
+#
+# What the kernel does for one tile of $Y = X\hat W^\top$:
+#
+# 1. **A word is loaded once.** `words` $(N, K/8)$ is packed along $K$. A tile of (BLOCK_N, BLOCK_W)
+#    words holds eight times as many codes.
+# 2. **Nibble by nibble.** For $i = 0 \dots 7$, `(words >> 4·i) & 15` is a tile of codes of the
+#    columns $k = 8\cdot\text{word} + i$. They meet every eighth column of $x$. The sum over $k$ may
+#    be taken in any order, so eight small products do what one large one would.
+# 3. **The group of a column** is $k$ // GROUP. A tile may hold several groups, and a group several
+#    tiles. A scale for each word serves all its eight codes, since GROUP is a multiple of 8.
+# 4. **Transposed.** The weights are the *first* operand of `tl.dot`: on a Hopper GPU that one may
+#    come from registers, and its 64 rows fit the tensor cores; the few tokens are the second.
+#
+# Point 3 has a history. In 2026 the W4A16 kernels of three serving systems took the scale of a
+# tile's first column for all of it. That is right as long as a tile lies in one group. With
+# another tile size nothing failed: the model repeated tool calls and left tasks unfinished (vLLM,
+# pull request 39705, found so by a user).
+#
+# ### Exercise · W4A16
+#
+# A program's pointers, the tile of sums and the store are given. Write the loop over the words.
+
+
+# %% exercise="w4a16_kernel" minutes=25 difficulty=3
+@triton.jit
+def w4a16_kernel(
+    x_ptr, words_ptr, scale_ptr, zero_ptr, y_ptr, x_row, words_row, scale_row, zero_row, y_row,
+    n_tokens, n_out, n_words, GROUP: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+    BLOCK_W: tl.constexpr,
+):  # fmt: skip
+    """One tile of y = x @ w.T, w = scale · (code − zero), with w in words of eight 4-bit codes.
+
+    x: (n_tokens, K), float32 or half, K = 8 · n_words; y: (n_tokens, n_out), of x's format.
+    words: (n_out, n_words), int32, order "gptq": bits 4i to 4i + 3 of word j hold the code of
+        column 8j + i. scale: (n_out, K / GROUP), x's format; zero: the same, uint8, 0 to 15: column
+        k belongs to group k // GROUP. GROUP is a multiple of 8 and divides K.
+    Every tensor has rows of its own stride (x_row, …); numbers of a row lie side by side.
+
+    Grid: (⌈n_out / BLOCK_N⌉, ⌈n_tokens / BLOCK_M⌉). Powers of two: BLOCK_M tokens, BLOCK_N outputs,
+    BLOCK_W words, each at least 16. A tile of words may be smaller or larger than a group, and a
+    group may begin inside it. w is computed in float32 and rounded to x's format; sums are float32.
+    A program loads each of its words once, and nothing outside the tensors.
+    """
+    outs = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
+    tokens = tl.program_id(1) * BLOCK_M + tl.arange(0, BLOCK_M)
+    # Where the rows begin: (BLOCK_N, 1) for the weights, (1, BLOCK_M) for the inputs.
+    out_rows, token_rows = outs[:, None].to(tl.int64), tokens[None, :].to(tl.int64)
+    words_ptrs, x_ptrs = words_ptr + out_rows * words_row, x_ptr + token_rows * x_row
+    scale_ptrs, zero_ptrs = scale_ptr + out_rows * scale_row, zero_ptr + out_rows * zero_row
+
+    acc = tl.zeros((BLOCK_N, BLOCK_M), tl.float32)  # yᵀ: the weights are the first operand
+    # The loop over tiles of words, which brings acc up to date:
+    ### BEGIN SOLUTION
+    for start in range(0, n_words, BLOCK_W):
+        at = start + tl.arange(0, BLOCK_W)
+        inside = at < n_words
+        known = (outs < n_out)[:, None] & inside[None, :]
+        words = tl.load(words_ptrs + at[None, :], mask=known, other=0)
+        group = at * 8 // GROUP  # of each word: a tile may hold several
+        scale = tl.load(scale_ptrs + group[None, :], mask=known, other=0.0).to(tl.float32)
+        zero = tl.load(zero_ptrs + group[None, :], mask=known, other=0).to(tl.float32)
+        for i in tl.static_range(8):
+            codes = (words >> (4 * i)) & 15  # >> copies the sign bit of int32; & drops it
+            w = ((codes.to(tl.float32) - zero) * scale).to(x_ptr.dtype.element_ty)
+            x = tl.load(
+                x_ptrs + (8 * at + i)[:, None],
+                mask=inside[:, None] & (tokens < n_tokens)[None, :],
+                other=0.0,
+            )
+            acc = tl.dot(w, x, acc, input_precision="ieee")
+    ### END SOLUTION
+
+    y_ptrs = y_ptr + token_rows * y_row + outs[:, None]
+    inside = (outs < n_out)[:, None] & (tokens < n_tokens)[None, :]
+    tl.store(y_ptrs, acc.to(y_ptr.dtype.element_ty), mask=inside)
+
+
+# %% [markdown]
+# <details><summary>Hint: shapes in the loop</summary>
+#
+# With `at = start + tl.arange(0, BLOCK_W)`: words, scale and zero are (BLOCK_N, BLOCK_W), from
+# `words_ptrs + at[None, :]`; a tile of x is (BLOCK_W, BLOCK_M), from `x_ptrs + columns[:, None]`.
+# Their `tl.dot` is (BLOCK_N, BLOCK_M).
+# </details>
+#
+# <details><summary>Hint: a loop of eight</summary>
+#
+# `for i in tl.static_range(8)` is unrolled, so that `i` is a constant of the compiled code.
+# </details>
+#
+# <details><summary>Hint: a type error on a GPU that the interpreter does not show</summary>
+#
+# Both operands of `tl.dot` have one format: `.to(x_ptr.dtype.element_ty)` for the weights.
+# </details>
+
+# %%
+# (BLOCK_N, BLOCK_W, warps, pipeline stages) to choose from; the interpreter takes the first.
+CONFIGS = tuple(
+    triton.Config({"BLOCK_N": n, "BLOCK_W": w}, num_warps=warps, num_stages=stages)
+    for n, w, warps, stages in [
+        (64, 16, 4, 4),
+        (64, 32, 4, 3),
+        (128, 16, 4, 4),
+        (128, 32, 8, 3),
+        (64, 64, 8, 2),
+    ]
+)
+
+
+def w4a16(x, words, scale, zero, group, blocks=None, y=None):
+    """x (tokens, K) times the transpose of a packed weight (rows, K): (tokens, rows).
+
+    words (rows, K / 8), scale and zero (rows, K / group): see w4a16_kernel. blocks: (BLOCK_M,
+    BLOCK_N, BLOCK_W), or None for the fastest of CONFIGS.
+    """
+    n_tokens, n_out, n_words = len(x), len(words), words.shape[1]
+    if y is None:
+        y = torch.empty(n_tokens, n_out, dtype=x.dtype, device=x.device)
+    tensors = x, words, scale, zero, y
+    sizes = *(t.stride(0) for t in tensors), n_tokens, n_out, n_words
+
+    def grid(meta):
+        return triton.cdiv(n_out, meta["BLOCK_N"]), triton.cdiv(n_tokens, meta["BLOCK_M"])
+
+    if blocks is None:
+        some = min(64, max(16, triton.next_power_of_2(n_tokens)))
+        tuned = autotuned(w4a16_kernel, CONFIGS, ("n_out", "n_words", "GROUP"), bucket=(some,))
+        tuned[grid](*tensors, *sizes, GROUP=group, BLOCK_M=some)
+    else:
+        tile = dict(zip(("BLOCK_M", "BLOCK_N", "BLOCK_W"), blocks, strict=True))
+        w4a16_kernel[grid](*tensors, *sizes, GROUP=group, **tile)
+    return y
+
+
+# %% tags=["support"]
+# Support: packed weights at random, their product in float64, and the kernel among canaries
+def packed(rows, inner, group, generator, dtype=torch.float32):
+    """(words, scale, zero, w): random codes and zero points, and in float64 what they mean."""
+    codes = torch.randint(0, 16, (rows, inner), generator=generator)
+    zero = torch.randint(0, 16, (rows, inner // group), generator=generator)
+    scale = checks.randn(rows, inner // group, generator=generator, dtype=dtype).abs() * 0.1 + 0.02
+    shifts = torch.tensor([16**i for i in range(8)])
+    words = (codes.view(rows, -1, 8) * shifts).sum(-1)  # as unsigned numbers
+    words = torch.where(words >= 2**31, words - 2**32, words).to(torch.int32)
+    where = profile.device
+    w = (codes - zero.repeat_interleave(group, 1)).to(where) * scale.double().repeat_interleave(group, 1)
+    return words.to(where), scale, zero.to(torch.uint8).to(where), w
+
+
+def among_canaries(x, words, scale, zero, group, blocks):
+    """w4a16, each tensor in a buffer of its own with NaN (the largest integer) around its rows."""
+    y = torch.full((len(x), len(words)), math.nan, dtype=x.dtype, device=x.device)
+    tensors = {"x": x, "words": words, "scale": scale, "zero": zero, "y": y}
+    with checks.buffers(**tensors, written=("y",)) as held:
+        w4a16(held.x, held.words, held.scale, held.zero, group, blocks, held.y)
+    return held.y.clone()
+
+
+@checks.measured
+def far_rows(kernel) -> tuple[set, set, list[int]]:
+    """What the kernel reads and writes with rows 2³⁰ elements apart, in bytes, and where x, words,
+    scale, zero and y begin. Interpreter only: no memory is touched."""
+    x, y, scale = (torch.zeros(1) for _ in range(3))
+    words, zero = torch.zeros(1, dtype=torch.int32), torch.zeros(1, dtype=torch.uint8)
+    with checks.traffic(dry=True) as seen:
+        kernel[1, 1](
+            x, words, scale, zero, y, *[2**30] * 5, 5, 6, 4, GROUP=16, BLOCK_M=16, BLOCK_N=16,
+            BLOCK_W=16,
+        )  # fmt: skip
+    return set(seen.read), set(seen.written), [t.data_ptr() for t in (x, words, scale, zero, y)]
+
+
+# %% check="w4a16_kernel" points=2
+# One tile of 16 outputs and 16 words, so 128 columns, in groups of 32: four groups in a tile.
+gen = checks.generator(17)
+words, scale, zero, w = packed(16, 128, 32, gen)
+x = checks.randn(3, 128, generator=gen)
+with checks.launches() as launched, checks.compiled():
+    y = w4a16(x, words, scale, zero, 32, blocks=(16, 16, 16))
+codes = w / scale.double().repeat_interleave(32, 1) + zero.repeat_interleave(32, 1)
+first = (codes - zero[:, :1]) * scale[:, :1].double()
+shuffled = w.view(16, 16, 8)[..., [0, 4, 1, 5, 2, 6, 3, 7]].reshape(16, 128)
+checks.relative_l2(
+    y,
+    x.double() @ w.T,
+    2e-6,
+    what="y",
+    mistakes={
+        "leaving out the zero point": x.double()
+        @ (codes * scale.double().repeat_interleave(32, 1)).T,
+        "using the first group's scale and zero for the whole tile": x.double() @ first.T,
+        "the order of AWQ's nibbles": x.double() @ shuffled.T,
+    },
+)
+assert launched.programs == 1, "one tile of outputs and one of tokens are one program"
+### BEGIN HIDDEN TESTS
+gen = checks.generator(18)
+for tokens, rows, inner, group, blocks in [
+    (1, 40, 256, 64, (16, 16, 16)),  # several tiles to a sum, two groups in each
+    (21, 37, 72, 24, (16, 16, 16)),  # everything ragged; groups begin inside a tile
+    (5, 20, 640, 320, (16, 32, 16)),  # a group of several tiles and a half
+    (33, 17, 88, 8, (32, 16, 32)),  # a scale for every word
+    (2, 18, 264, 264, (16, 16, 16)),  # one group
+]:
+    words, scale, zero, w = packed(rows, inner, group, gen)
+    x = checks.randn(tokens, inner, generator=gen)
+    with (
+        checks.launches() as launched,
+        checks.forbidden("mm", "matmul", "bmm", "linear", "einsum"),
+    ):
+        y = among_canaries(x, words, scale, zero, group, blocks)
+    assert launched.kernels["w4a16_kernel"] == 1, "the kernel was not launched, or more than once"
+    checks.relative_l2(
+        y,
+        x.double() @ w.T,
+        2e-6,
+        what="y",
+        hint=f"{tokens} tokens, {rows} outputs, K = {inner}, groups of {group}, (BLOCK_M, BLOCK_N, "
+        f"BLOCK_W) = {blocks}, NaN between the rows and around the tensors.",
+    )
+### END HIDDEN TESTS
+
+# %% check="w4a16_kernel" points=2
+# K is no multiple of the tile: 9 words in tiles of 16. Beyond a row's end lie NaN, which no mask of
+# the weights alone keeps out of a product.
+gen = checks.generator(19)
+words, scale, zero, w = packed(20, 72, 24, gen)
+x = checks.randn(4, 72, generator=gen)
+with checks.compiled():
+    y = among_canaries(x, words, scale, zero, 24, (16, 16, 16))
+checks.relative_l2(
+    y,
+    x.double() @ w.T,
+    2e-6,
+    what="y with a ragged tile of words",
+    hint="0 · NaN is NaN: mask x too, at 8 · n_words columns.",
+)
+### BEGIN HIDDEN TESTS
+gen = checks.generator(20)
+for tokens, rows, inner, group in [(17, 33, 136, 8), (3, 16, 400, 80), (16, 50, 8, 8)]:
+    words, scale, zero, w = packed(rows, inner, group, gen)
+    x = checks.randn(tokens, inner, generator=gen)
+    guards = [checks.guarded(t, row_pad=p) for t, p in ((x, 3), (words, 5), (scale, 1), (zero, 2))]
+    target = checks.guarded(torch.zeros(tokens, rows, device=x.device), row_pad=7, what="y")
+    w4a16(*(guard.tensor for guard in guards), group, (16, 16, 16), target.tensor)
+    for guard in (*guards, target):
+        guard.intact()
+    where = f"{tokens} tokens, {rows} outputs, K = {inner}, groups of {group}."
+    checks.relative_l2(target.tensor.clone(), x.double() @ w.T, 2e-6, what="y", hint=where)
+    if profile.interpret:
+        words, x = words.contiguous(), x.contiguous()
+        with checks.traffic() as seen:
+            w4a16(x, words, scale, zero, group, (16, 16, 16))
+        tiles = -(-tokens // 16)
+        assert seen.within(words) <= words.numel() * tiles, (
+            f"{seen.within(words)} words are loaded where {words.numel() * tiles} are enough: load "
+            "a tile of words once, and cut the eight codes out of it. " + where
+        )
+        due = x.numel() * -(-rows // 16)
+        assert seen.within(x) <= due, (
+            f"{seen.within(x)} numbers of x are loaded, {due} are enough. {where}"
+        )
+if profile.interpret:
+    found, written, (x, words, scale, zero, y) = far_rows(w4a16_kernel)
+    far = 2**30
+    expected = {x + 4 * (m * far + k) for m in range(5) for k in range(32)}
+    expected |= {words + 4 * (n * far + k) for n in range(6) for k in range(4)}
+    expected |= {scale + 4 * (n * far + k) for n in range(6) for k in range(2)}
+    expected |= {zero + n * far + k for n in range(6) for k in range(2)}
+    assert found == expected and written == {
+        y + 4 * (m * far + n) for m in range(5) for n in range(6)
+    }, (
+        "rows 2³⁰ elements apart: read or written in the wrong place. Is a row 64 bits wide before "
+        "it is multiplied by its stride?"
+    )
+### END HIDDEN TESTS
+
+# %% check="w4a16_kernel" points=1
+# Half precision: weights are rounded once, and sums are float32.
+gen = checks.generator(21)
+words, scale, zero, w = packed(16, 256, 32, gen, dtype=torch.float16)
+x = (checks.randn(4, 256, generator=gen) + 0.5).half()
+with checks.compiled():
+    y = w4a16(x, words, scale, zero, 32, blocks=(16, 16, 16))
+assert y.dtype == torch.float16, f"y has dtype {y.dtype} for x in float16"
+checks.relative_l2(y, x.double() @ w.half().double().T, 4e-4, what="y in float16")
+### BEGIN HIDDEN TESTS
+halves = [torch.float16] if profile.interpret else [torch.float16, torch.bfloat16]
+for dtype in halves:
+    words, scale, zero, w = packed(16, 2048, 128, gen, dtype=dtype)
+    x = (checks.randn(2, 2048, generator=gen) * 0.1 + 1).to(dtype)
+    zero.fill_(15)  # every weight is negative: partial sums grow to thousands of steps
+    w = torch.zeros_like(w)
+    for i in range(8):
+        w[:, i::8] = ((words.double() // 1).long() >> (4 * i) & 15).double() - 15
+    w = (w * scale.double().repeat_interleave(128, 1)).to(dtype).double()
+    y = w4a16(x, words, scale, zero, 128, blocks=(16, 16, 32))
+    assert y.dtype == dtype, f"y has dtype {y.dtype} for x in {dtype}"
+    checks.relative_l2(
+        y,
+        x.double() @ w.T,
+        4e-4 if dtype == torch.float16 else 3e-3,
+        what=f"y for K = 2048 in {dtype}",
+        hint="Sums are float32, and (code − zero) · scale is, before it is rounded.",
+    )
+words, scale, zero, w = packed(16, 64, 32, gen)
+x = checks.randn(2, 64, generator=gen) * 1e4
+x[1] *= 1e-8
+y = w4a16(x, words, scale, zero, 32, blocks=(16, 16, 16))
+for i in range(2):
+    checks.relative_l2(y[i], x[i].double() @ w.T, 2e-6, what=f"y for inputs near {1e4 if i == 0 else 1e-4:g}")
+### END HIDDEN TESTS
