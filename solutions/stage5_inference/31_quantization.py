@@ -27,23 +27,23 @@
 # the time. The arithmetic may stay as it is. A kernel loads four bits, turns them into a bfloat16
 # number in a register, and multiplies.
 #
-# What four bits cost is the subject of this lesson. Sixteen levels have to stand for all the weights
-# that share a scale. The nearest level is off by up to half a step, and 256 of these errors add up
-# in each output. The methods differ in where they put the levels, and in what they do about the
-# error once it is made.
+# What four bits cost is the subject of this lesson. Sixteen levels have to stand for all the
+# weights that share a scale. The nearest level is off by up to half a step, and 256 of these errors
+# add up in each output. The methods differ in where they put the levels, and in what they do about
+# the error once it is made.
 
 # %% [markdown]
 # ## Core ideas
 #
-# - **Quantization** stores a number as a small whole number, its **code**, and a **scale** that many
-#   numbers share. Few numbers to a scale (a **group**) mean small steps and many scales.
+# - **Quantization** stores a number as a small whole number, its **code**, and a **scale** that
+#   many numbers share. Few numbers to a scale (a **group**) mean small steps and many scales.
 # - Weights are easy: they are known beforehand and spread evenly. Activations are hard: some
 #   channels are far larger than the rest (**outliers**), and a shared scale follows the largest.
 # - Three answers to outliers: keep them in full precision (LLM.int8), move them into the weights
 #   (SmoothQuant), turn the coordinates until there are none (rotations).
 # - Round-to-nearest minimizes the error of each weight. What matters is the error of the *output*.
-#   GPTQ lets later weights make up for the errors of earlier ones; AWQ protects the weights that meet
-#   large inputs.
+#   GPTQ lets later weights make up for the errors of earlier ones; AWQ protects the weights that
+#   meet large inputs.
 # - Where all of that is not enough, train with rounded weights (**quantization-aware training**).
 #
 # "W4A16" means weights in 4 bits, activations in 16; "W8A8" both in 8.
@@ -142,20 +142,21 @@ def read_back(w: Tensor, bits: int, group, symmetric: bool = False) -> Tensor:
 # A group of weights spans $[\text{low}, \text{high}]$. **Affine** (asymmetric) quantization lays
 # $2^b$ levels over it, $\Delta$ apart:
 #
-# $$\Delta = \frac{\text{high} - \text{low}}{2^b - 1}, \qquad z = \mathrm{round}\Big(\frac{-\text{low}}{\Delta}\Big), \qquad
+# $$\Delta = \frac{\text{high} - \text{low}}{2^b - 1}, \qquad
+# z = \mathrm{round}\Big(\frac{-\text{low}}{\Delta}\Big), \qquad
 # c = \mathrm{round}\Big(\frac{w}{\Delta}\Big) + z, \qquad \hat w = \Delta\,(c - z).$$
 #
 # The **zero point** $z$ is a code, a whole number, so that $w = 0$ comes back as exactly 0. That
 # matters: zeros are special (padding, pruned weights, a ReLU's outputs), and a zero that comes back
 # as 0.01 adds the same small error to every sum it takes part in. For $z$ to be one of the codes,
-# the range must contain 0; so take $\text{low} = \min(0, \min w)$ and
-# $\text{high} = \max(0, \max w)$.
+# the range must contain 0; so take $\text{low} = \min(0, \min w)$ and $\text{high} = \max(0, \max
+# w)$.
 #
 # **The error is at most $\Delta/2$.** Inside, because $w/\Delta$ is rounded to the nearest whole
 # number. At the ends one has to look: rounding $z$ shifts the levels by up to half a step. With
-# $-\text{low}/\Delta = z + \delta$, $|\delta| \le \frac12$, the levels run from
-# $\text{low} + \delta\Delta$ to $\text{high} + \delta\Delta$. The end that sticks out does so by
-# $|\delta|\Delta \le \Delta/2$, and is clamped to the last level. So the bound holds there too.
+# $-\text{low}/\Delta = z + \delta$, $|\delta| \le \frac12$, the levels run from $\text{low} +
+# \delta\Delta$ to $\text{high} + \delta\Delta$. The end that sticks out does so by $|\delta|\Delta
+# \le \Delta/2$, and is clamped to the last level. So the bound holds there too.
 #
 # **Who shares a scale?** All numbers of the matrix (*per tensor*), a row (*per channel*: a row of
 # `nn.Linear.weight` makes one output channel), or $G$ consecutive numbers of a row (*per group*).
@@ -342,11 +343,11 @@ for dtype in (torch.float64, torch.float16):
 # %% [markdown]
 # ### Symmetric
 #
-# **Symmetric** quantization has no zero point: $c = \mathrm{round}(w/\Delta)$ with
-# $\Delta = \max|w|/(2^{b-1} - 1)$. Codes run from $-127$ to $127$ in 8 bits; the pattern for
-# $-128$ stays unused, so that $-w$ has the negated code of $w$. A product of two symmetric matrices
-# needs only integer sums: $\sum_k \Delta_x c^x_k\,\Delta_w c^w_k = \Delta_x\Delta_w \sum_k c^x_k
-# c^w_k$. With zero points three correction terms would join in.
+# **Symmetric** quantization has no zero point: $c = \mathrm{round}(w/\Delta)$ with $\Delta =
+# \max|w|/(2^{b-1} - 1)$. Codes run from $-127$ to $127$ in 8 bits; the pattern for $-128$ stays
+# unused, so that $-w$ has the negated code of $w$. A product of two symmetric matrices needs only
+# integer sums: $\sum_k \Delta_x c^x_k\,\Delta_w c^w_k = \Delta_x\Delta_w \sum_k c^x_k c^w_k$. With
+# zero points three correction terms would join in.
 #
 # Weights of a trained layer are nearly symmetric around 0, so at 8 bits nothing is lost. At 2 bits
 # it leaves three of four levels.
@@ -478,11 +479,8 @@ for name, line in errors.items():
 fig, axes = plt.subplots(1, 2, figsize=(11.5, 4.2), width_ratios=[1.35, 1])
 row = int(matrix.abs().amax(1).argmin())  # a quiet row, which suffers from the others most
 shown = matrix[row, :64]
-for place, (name, group) in enumerate(
-    (("per tensor", "tensor"), ("per row", "channel"), ("groups of 32", 32))
-):
+for base, group in ((2, "tensor"), (1, "channel"), (0, 32)):
     codes, scale, zero = quantize_affine(matrix, 3, group)
-    base = 2 - place
     for part in range(2 if group == 32 else 1):
         held = (row if scale.shape[0] > 1 else 0, part)
         levels = float(scale[held]) * (torch.arange(8) - int(zero[held]))
@@ -516,10 +514,11 @@ plot.curves(
 axes[1].legend(fontsize=8)
 plot.caption(
     fig,
-    "Left: a quiet row of a real matrix, and where its weights (black) land (orange rings). One "
-    "scale for the matrix leaves this row two or three of eight levels; its own range uses all; "
-    "two ranges of 32 fit closer still. Right: each bit halves the error; below 4 bits the scheme "
-    "matters as much as a bit does, and symmetric levels lose the more the fewer there are.",
+    "Left: the quietest row of a real matrix, and where its weights (black) land (orange rings). "
+    "One scale for the matrix sends all of them to 0; its own range uses the levels; two ranges "
+    "of 32 fit closer still. Right: each bit halves the error. A scale for each row is worth about "
+    "one bit, groups of 32 a part of a bit more, and symmetric levels lose the more the fewer "
+    "there are.",
 )
 plt.show()
 
@@ -531,9 +530,9 @@ plt.show()
 # there.
 #
 # This works until models grow. Dettmers et al. (2022) found that from about 6.7 billion parameters
-# on a few hidden channels, the same in all layers and nearly all tokens, carry values up to 20 times
-# as large as the rest. With a scale that follows the outlier, 127 steps over $[-60, 60]$, an ordinary
-# value of 0.3 becomes 0 or 1 steps. The model's quality collapses.
+# on a few hidden channels, the same in all layers and nearly all tokens, carry values up to 20
+# times as large as the rest. With a scale that follows the outlier, 127 steps over $[-60, 60]$, an
+# ordinary value of 0.3 becomes 0 or 1 steps. The model's quality collapses.
 #
 # **LLM.int8** splits the sum by columns. With $O$ the columns in which some input reaches a
 # threshold (6 in the paper):
@@ -596,7 +595,7 @@ checks.close(
 
 ### BEGIN HIDDEN TESTS
 def int8_by_hand(x, w, threshold):
-    """(product in float64 with the codes of `by_hand`, w's from whole rows; is any code unclear?)"""
+    """(product in float64 with rounded x and w, w's scales from whole rows; any unclear code?)"""
     big = (x.double().abs() >= threshold).any(0)
     ordinary = x.double().clone()
     ordinary[:, big] = 0
@@ -650,8 +649,8 @@ checks.close(llm_int8_matmul(torch.zeros(2, 12), w), torch.zeros(2, 3), what="th
 # $$s_j = \frac{(m^x_j)^{\alpha}}{(m^w_j)^{1-\alpha}}, \qquad\text{so that}\qquad
 # \frac{m^x_j}{s_j} = (m^x_j m^w_j)^{1-\alpha}, \qquad m^w_j s_j = (m^x_j m^w_j)^{\alpha}.$$
 #
-# At $\alpha = 1$ all channels of the inputs are equally loud and the weights have got everything; at
-# $\alpha = 0$ the other way round. At $\alpha = \frac12$ both sides have the same range in every
+# At $\alpha = 1$ all channels of the inputs are equally loud and the weights have got everything;
+# at $\alpha = 0$ the other way round. At $\alpha = \frac12$ both sides have the same range in every
 # channel, $\sqrt{m^x_j m^w_j}$.
 #
 # It costs nothing when the model runs. The inputs come out of an RMSNorm, whose last step is to
@@ -752,21 +751,21 @@ checks.close(
 # %% [markdown]
 # ## GPTQ: later weights make up for earlier ones {#gptq}
 #
-# Rounding to nearest minimizes $\lVert \hat W - W\rVert$. The model feels
-# $\lVert X(\hat W - W)^\top\rVert$. Take one row $w$ of $W$ $(n)$ and a change $d$ $(n)$ of it. The
-# output's squared error is a quadratic form,
+# Rounding to nearest minimizes $\lVert \hat W - W\rVert$. The model feels $\lVert X(\hat W -
+# W)^\top\rVert$. Take one row $w$ of $W$ $(n)$ and a change $d$ $(n)$ of it. The output's squared
+# error is a quadratic form,
 #
 # $$\lVert X d\rVert^2 \propto d^\top H d, \qquad H = \tfrac{2}{T}\, X^\top X \quad (n, n),$$
 #
-# with $T$ tokens; $H$ is the Hessian of the mean squared error, the same for every row. If two inputs
-# rise and fall together, an error in one weight can be undone in the other. **Optimal brain
+# with $T$ tokens; $H$ is the Hessian of the mean squared error, the same for every row. If two
+# inputs rise and fall together, an error in one weight can be undone in the other. **Optimal brain
 # quantization** does that: round one weight, then move all the others that are still free to where
 # they compensate best.
 #
 # **One step.** Round weight 0: $d_0 = \hat w_0 - w_0$ is fixed, the others $R$ are free. Minimize
-# $d^\top H d$ over $d_R$: the gradient $2(H_{R0}d_0 + H_{RR}d_R)$ is zero at
-# $d_R = -H_{RR}^{-1}H_{R0}\,d_0$. The inverse of a matrix in blocks says what that is: from
-# $H H^{-1} = I$, column 0, rows $R$: $H_{R0}(H^{-1})_{00} + H_{RR}(H^{-1})_{R0} = 0$. So
+# $d^\top H d$ over $d_R$: the gradient $2(H_{R0}d_0 + H_{RR}d_R)$ is zero at $d_R =
+# -H_{RR}^{-1}H_{R0}\,d_0$. The inverse of a matrix in blocks says what that is: from $H H^{-1} =
+# I$, column 0, rows $R$: $H_{R0}(H^{-1})_{00} + H_{RR}(H^{-1})_{R0} = 0$. So
 #
 # $$d_R = \frac{(H^{-1})_{R0}}{(H^{-1})_{00}}\; d_0 .$$
 #
@@ -787,10 +786,10 @@ checks.close(
 # %% [markdown]
 # ### All rows at once, in blocks {#blocks}
 #
-# Every row has the same $H$, so GPTQ (Frantar et al. 2022) takes the columns of all rows in the same
-# order: $e_i$ becomes a column of rows, the update an outer product. One outer product a column is
-# all memory traffic and no arithmetic: each reads and writes the rest of $W$. Add up what a column
-# receives in the end,
+# Every row has the same $H$, so GPTQ (Frantar et al. 2022) takes the columns of all rows in the
+# same order: $e_i$ becomes a column of rows, the update an outer product. One outer product a
+# column is all memory traffic and no arithmetic: each reads and writes the rest of $W$. Add up what
+# a column receives in the end,
 #
 # $$w_j - \sum_{i<j} e_i U_{ij},$$
 #
@@ -804,14 +803,14 @@ checks.close(
 # - **Scales of groups** are taken when a group begins, from the weights *as they then are*. The
 #   authors' code takes them from a copy that lacks the updates of the block so far, so its results
 #   depend on the block size. Here they do not.
-# - **Damping**: $H$ can be singular (fewer tokens than columns; a channel that is always 0). Add one
-#   percent of its mean diagonal to the diagonal.
-# - **Dead columns**: where $H_{jj} = 0$, the input never was anything but 0. The weight says nothing;
-#   set it to 0, so that it does not widen its group's range.
+# - **Damping**: $H$ can be singular (fewer tokens than columns; a channel that is always 0). Add
+#   one percent of its mean diagonal to the diagonal.
+# - **Dead columns**: where $H_{jj} = 0$, the input never was anything but 0. The weight says
+#   nothing; set it to 0, so that it does not widen its group's range.
 #
-# In September 2026 a GPTQ in use was found to index its buffer of errors by the column of the matrix
-# in place of the column of the block (mlx-lm, issue 1878). Nothing crashed: from the second block on
-# the errors went nowhere, and the codes were those of a worse method.
+# In September 2026 a GPTQ in use was found to index its buffer of errors by the column of the
+# matrix in place of the column of the block (mlx-lm, issue 1878). Nothing crashed: from the second
+# block on the errors went nowhere, and the codes were those of a worse method.
 #
 # ### Exercise · GPTQ
 
@@ -1069,8 +1068,8 @@ for _ in range(4):
     error, plain = (float((x.double() @ (v.double() - w).T).norm()) for v in (compensated, nearest))
     wins.append(error / plain)
 assert sum(wins) / 4 < 0.75, (
-    f"on related inputs your output error is {sum(wins) / 4:.2f} times that of rounding to nearest; "
-    "below 0.75 is easy to reach"
+    f"on related inputs your output error is {sum(wins) / 4:.2f} times that of rounding to "
+    "nearest; below 0.75 is easy to reach"
 )
 ### END HIDDEN TESTS
 
@@ -1081,21 +1080,21 @@ assert sum(wins) / 4 < 0.75, (
 # input is large. About one percent of the columns meet inputs much larger than the others. Keeping
 # these in 16 bits would help, and no kernel likes it. AWQ (Lin et al. 2023) *scales* them instead.
 #
-# Multiply column $j$ by $s_j$ before rounding and divide after:
-# $\hat w_j = \Delta'\,\mathrm{round}(w_j s_j/\Delta')/s_j$. The error of rounding is uniform on
-# $\pm\frac12$ whatever is rounded, so column $j$'s error is on average
-# $\frac14\Delta'/s_j$ in place of $\frac14\Delta$. As long as one group's largest weight does not
-# grow, $\Delta' \approx \Delta$, and the error of column $j$ is divided by $s_j$. Too large an $s_j$
-# makes its column the largest of the group, $\Delta'$ grows, and everybody else pays.
+# Multiply column $j$ by $s_j$ before rounding and divide after: $\hat w_j =
+# \Delta'\,\mathrm{round}(w_j s_j/\Delta')/s_j$. The error of rounding is uniform on $\pm\frac12$
+# whatever is rounded, so column $j$'s error is on average $\frac14\Delta'/s_j$ in place of
+# $\frac14\Delta$. As long as one group's largest weight does not grow, $\Delta' \approx \Delta$,
+# and the error of column $j$ is divided by $s_j$. Too large an $s_j$ makes its column the largest
+# of the group, $\Delta'$ grows, and everybody else pays.
 #
-# So search. AWQ takes $s_j = m_j^\alpha$ with $m_j$ the mean magnitude of input channel $j$,
-# tries $\alpha = 0, 0.05, \dots, 0.95$, rounds with each, and keeps the one with the smallest output
+# So search. AWQ takes $s_j = m_j^\alpha$ with $m_j$ the mean magnitude of input channel $j$, tries
+# $\alpha = 0, 0.05, \dots, 0.95$, rounds with each, and keeps the one with the smallest output
 # error. $s$ is divided by $\sqrt{\max s\cdot\min s}$, which leaves most of the weights about where
 # they were.
 #
-# $\alpha = 0$ is $s = 1$: rounding to nearest. It is one of the candidates. So on the inputs on which
-# it was searched, AWQ is **never worse than rounding to nearest**. That is not a tendency but a law;
-# GPTQ has no such law. ($1/s$ ends in the norm's gain, as SmoothQuant's does.)
+# $\alpha = 0$ is $s = 1$: rounding to nearest. It is one of the candidates. So on the inputs on
+# which it was searched, AWQ is **never worse than rounding to nearest**. That is not a tendency but
+# a law; GPTQ has no such law. ($1/s$ ends in the norm's gain, as SmoothQuant's does.)
 #
 # ### Exercise · Search
 
@@ -1192,9 +1191,8 @@ for rows, columns, bits, group, grid, dtype in [
         where = f"{rows} × {columns}, {bits} bits, groups of {group}, grid {grid}, {dtype}."
         best = min(range(grid), key=errors.__getitem__)
         index = round(alpha * grid)
-        assert index in range(grid) and abs(alpha - index / grid) < 1e-9, (
-            f"alpha is {alpha}. {where}"
-        )
+        assert index in range(grid), f"alpha is {alpha}. {where}"
+        checks.close(alpha, index / grid, what="alpha, a multiple of 1 / grid", hint=where)
         assert errors[index] <= errors[best] * (1 + 1e-9), (
             f"alpha {alpha:.3f} has {errors[index] / errors[best]:.3f} times the squared output "
             f"error of alpha {best / grid:.3f}. {where}"
@@ -1253,8 +1251,8 @@ assert sum(gains) / 6 < 0.85, (
 #
 # $$H_1 = (1), \qquad H_{2n} = \begin{pmatrix} H_n & H_n\\ H_n & -H_n\end{pmatrix}, \qquad H_n H_n^\top = nI .$$
 #
-# A lone outlier $a$ in one channel becomes $\pm a/\sqrt n$ in *all* of them. In general an output is
-# a sum of $n$ inputs with random-looking signs, so it is nearly normal, and the largest of $n$
+# A lone outlier $a$ in one channel becomes $\pm a/\sqrt n$ in *all* of them. In general an output
+# is a sum of $n$ inputs with random-looking signs, so it is nearly normal, and the largest of $n$
 # normal numbers is about $\sqrt{2\ln n}$ standard deviations: 3.3 for $n = 256$, whatever the
 # channels were before. The norm of a token is unchanged, so the range shrinks.
 #
@@ -1263,7 +1261,8 @@ assert sum(gains) / 6 < 0.85, (
 # multiplications. And most rotations cost nothing at all. RMSNorm divides by a token's norm, which
 # $Q$ leaves alone; with its gain folded into the next matrix, it commutes with $Q$. So the whole
 # residual stream can be turned once by turning the weights that write to and read from it (QuaRot,
-# Ashkboos et al. 2024). Only in front of the down projection, behind SwiGLU, a rotation must be run.
+# Ashkboos et al. 2024). Only in front of the down projection, behind SwiGLU, a rotation must be
+# run.
 #
 # Widths that are no power of two are turned in blocks: 704 = 11 · 64.
 #
@@ -1372,8 +1371,8 @@ for size in (3, 6, 0, -2, 16):
 # The input of a down projection, $\mathrm{silu}(\text{gate})\cdot\text{up}$, is a product, and
 # products have long tails. The next cells feed text to the model and keep what enters every linear
 # layer; the rest of the lesson uses it. Then both sides of each down projection are rounded to 4
-# bits, each token and each row with one scale: as they are, after SmoothQuant, after your rotation in
-# blocks of 64. **Write down first:** which of the two helps more here, and why?
+# bits, each token and each row with one scale: as they are, after SmoothQuant, after your rotation
+# in blocks of 64. **Write down first:** which of the two helps more here, and why?
 
 # %% tags=["experiment"]
 linears = {name: part for name, part in small.named_modules() if isinstance(part, nn.Linear)}
@@ -1438,8 +1437,8 @@ plot.caption(
     fig,
     "Left: 80 tokens; each has a few channels far above its mean size, and they are other channels "
     "from token to token. A scale for a channel cannot follow them. Middle: after the rotation no "
-    "number stands out, with the same norm for each token. Right: the rotation takes about "
-    "half of the error away, SmoothQuant little of it.",
+    "number stands out (a loud block of 64 stays a loud block), with the same norm for each token. "
+    "Right: the rotation takes about half of the error away, SmoothQuant little of it.",
 )
 plt.show()
 
@@ -1455,10 +1454,10 @@ plt.show()
 # bits: a code is an **E2M1** number, one of $0, \frac12, 1, 1\frac12, 2, 3, 4, 6$ with a sign. Its
 # levels are denser near 0, where most weights are. What differs is the scale.
 #
-# - **MXFP4**: blocks of 32, the scale a power of two, $2^{\lfloor\log_2 m\rfloor - 2}$ for a largest
-#   magnitude $m$. So $m$ lands in $[4, 8)$, and what is above 6 is clipped.
-# - **NVFP4**: blocks of 16, the scale an E4M3 number, so that $m$ lands close to 6. E4M3 ends at 448
-#   and at $2^{-9}$, so a second scale, one float32 number $t$ for the whole tensor, shifts the
+# - **MXFP4**: blocks of 32, the scale a power of two, $2^{\lfloor\log_2 m\rfloor - 2}$ for a
+#   largest magnitude $m$. So $m$ lands in $[4, 8)$, and what is above 6 is clipped.
+# - **NVFP4**: blocks of 16, the scale an E4M3 number, so that $m$ lands close to 6. E4M3 ends at
+#   448 and at $2^{-9}$, so a second scale, one float32 number $t$ for the whole tensor, shifts the
 #   blocks' scales into its range: $t = M/(448\cdot 6)$, with $M$ the largest magnitude of all.
 #
 # Newer GPUs multiply both natively.
@@ -1607,13 +1606,18 @@ checks.raises(ValueError, quantize_fp4, torch.ones(1, 32), "fp4")
 # %% [markdown]
 # ## Experiment: a model in 4 and in 3 bits {#experiment}
 #
-# All linear layers of `small` (82 percent of its parameters; the embedding stays as it is), in groups
-# of 64, which divide both 256 and 704. The inputs from above, of twelve training documents, are the
-# calibration set; the loss is measured on other, held-out documents. NF4 is lesson 25's: sixteen
-# levels at the quantiles of a normal distribution, times the largest magnitude of a block of 64.
+# All linear layers of `small` (82 percent of its parameters; the embedding stays as it is), in
+# groups of 64, which divide both 256 and 704. The inputs from above, of twelve training documents,
+# are the calibration set; the model is judged on other, held-out documents. NF4 is lesson 25's:
+# sixteen levels at the quantiles of a normal distribution, times the largest magnitude of a block
+# of 64.
 #
-# **Write down first:** of the loss that rounding to nearest costs at 4 bits, which share do GPTQ
-# and AWQ get back? And at 3 bits?
+# On two thousand tokens the loss is a coarse judge: small changes help some tokens and harm others,
+# and the loss can even fall by luck. The divergence KL(model ‖ rounded model) of the predictions is
+# 0 when nothing has changed and positive otherwise; it sees every change. The table prints both.
+#
+# **Write down first:** of the divergence that rounding to nearest causes at 4 bits, which share do
+# GPTQ and AWQ take away? And of the squared output error of the layers?
 
 # %% tags=["experiment"]
 NF4 = torch.tensor(
@@ -1624,11 +1628,15 @@ hessians = {name: layer_hessian(x) for name, x in inputs.items()}
 judged = texts(held_out, 6, 320)
 
 
-def loss_with(weights: dict[str, Tensor], tokens: Tensor = judged) -> float:
-    """Nats a token of `small` with these weights in place of its own, on held-out text."""
+def predictions(weights: dict[str, Tensor], tokens: Tensor = judged) -> Tensor:
+    """Log-probabilities of each next token by `small` with these weights in place of its own."""
     named = {f"{name}.weight": w for name, w in weights.items()}
-    logits = torch.func.functional_call(small, named, (tokens[:, :-1],))
-    return float(F.cross_entropy(logits.transpose(1, 2), tokens[:, 1:]))
+    return torch.func.functional_call(small, named, (tokens[:, :-1],)).log_softmax(-1)
+
+
+def divergence(before: Tensor, after: Tensor) -> float:
+    """KL(before ‖ after), nats a token: 0 where the predictions are the same."""
+    return float((before.exp() * (before - after)).sum(-1).mean())
 
 
 def nearest(name: str, bits: int, group: str | int = 64) -> Tensor:
@@ -1666,47 +1674,46 @@ runs = {
     "INT3, GPTQ": (with_gptq, 3, 3 + 19 / 64),
     "INT3, AWQ": (with_awq, 3, 3 + 19 / 64),
 }
-full = loss_with({})
-print(f"{'':14} bits    MB   nats   lost  output error (nearest = 1)")
-print(
-    f"{'float16':14} 16.00 {sum(p.weight.numel() for p in linears.values()) * 2e-6:5.1f}  {full:.3f}"
-)
-quantized, losses, output = {}, {}, {}
-for name, (method, bits, size) in runs.items():
+original = predictions({})
+print(f"{'':14} bits    MB   loss    KL    output error (nearest = 1)")
+size = sum(part.weight.numel() for part in linears.values()) / 8e6
+loss = float(F.nll_loss(original.transpose(1, 2), judged[:, 1:]))
+print(f"{'float16':14} 16.00 {16 * size:5.1f}  {loss:.3f}")
+quantized, lost, output = {}, {}, {}
+for name, (method, bits, width) in runs.items():
     made = {
         layer: nearest(layer, 8, "channel") if bits == 8 else method(layer, bits)
         for layer in linears
     }
-    losses[name], quantized[name] = loss_with(made), made
+    after = predictions(made)
+    quantized[name], lost[name] = made, divergence(original, after)
     output[name] = sum(
         float((inputs[layer][::16] @ (w - linears[layer].weight).T).square().sum())
         for layer, w in made.items()
     )
+    loss = float(F.nll_loss(after.transpose(1, 2), judged[:, 1:]))
     ratio = output[name] / output.get(f"INT{bits}, nearest", output[name])
-    megabytes = sum(w.numel() for w in made.values()) * size / 8e6
-    print(
-        f"{name:14} {size:5.2f} {megabytes:5.1f}  {losses[name]:.3f}  {losses[name] - full:+.3f}  "
-        f"{ratio:.2f}"
-    )
+    print(f"{name:14} {width:5.2f} {width * size:5.1f}  {loss:.3f}  {lost[name]:.4f}  {ratio:.2f}")
 
 # %% tags=["experiment", "figure"]
 # Figure: what each method loses, where GPTQ puts its error, and AWQ's search
 fig, axes = plt.subplots(1, 3, figsize=(13, 3.7), width_ratios=[1.05, 1, 1])
 names = [name for name in runs if name != "INT8, per row"]
 for i, name in enumerate(names):
-    lost = losses[name] - full
     axes[0].barh(
         i,
-        lost,
+        lost[name],
         color=plot.COLORS[5 if "4" in name else 0],
         edgecolor="black",
-        hatch="" if "nearest" in name else "//" if "GPTQ" in name else "..",
+        hatch={"INT4, AWQ": "..", "INT3, AWQ": "..", "NF4": "xx"}.get(
+            name, "//" * ("GPTQ" in name)
+        ),
     )
-    axes[0].annotate(f" {lost:+.3f}", (max(lost, 0), i), va="center", fontsize=8)
+    axes[0].annotate(f" {lost[name]:.3f}", (lost[name], i), va="center", fontsize=8)
 axes[0].set_yticks(range(len(names)), names, fontsize=8)
 axes[0].invert_yaxis()
 axes[0].margins(x=0.2)
-axes[0].set(xlabel="nats a token lost, held out")
+axes[0].set(xlabel="KL from the model, nats a token, held out")
 axes[0].set_title("what rounding costs", fontsize=10)
 axes[0].grid(False, axis="y")
 
@@ -1755,60 +1762,67 @@ plot.caption(
 plt.show()
 
 # %% [markdown]
-# **What came out.** In 8 bits nothing is lost that this text could show. At 4 bits rounding to
-# nearest costs a few hundredths of a nat, and GPTQ gets a good part of that back; at 3 bits it gets
-# back less of much more. AWQ lowers the output error of every layer, as it must, and hardly any of it
-# reaches the loss; at 3 bits the loss may even be higher than with rounding to nearest. Two reasons.
-# The law is about one layer's output on its calibration inputs, not about the loss of the model. And
-# AWQ needs loud channels: in this small model most are alike (the figure's minima lie close below
-# 1), while in models of billions a few are not.
+# **What came out.** 8 bits change next to nothing. At 4 and at 3 bits GPTQ has less than half of
+# the squared output error of rounding to nearest, and takes a good third or more of the divergence
+# away. AWQ's output error is smaller too, layer for layer, as it must be, but only by a few
+# percent, and the predictions gain nothing; at 3 bits they can be further off than with rounding to
+# nearest. Two reasons. AWQ's law is about a layer's output on the calibration inputs, not about the
+# model. And AWQ lives on loud channels, of which this model has few (the minima on the right lie
+# not far below 1); models of billions of parameters have them. NF4 needs no zero point and is a
+# little worse than INT4 with one.
 #
 # ### Which matrices hurt?
 #
 # Round one matrix at a time, to 2 bits so that it shows, and leave the other 48 as they are.
 
-# %% tags=["experiment", "figure"]
-# Figure: the loss of rounding one matrix alone to 2 bits
-kinds = [name.removeprefix("layers.0.") for name in linears if name.startswith("layers.0.")]
+# %% tags=["experiment"]
 short = judged[:2, :161]
-before = loss_with({}, short)
+undisturbed = predictions({}, short)
+
+
+def harm(weights: dict[str, Tensor]) -> float:
+    return divergence(undisturbed, predictions(weights, short))
+
+
+kinds = [name.removeprefix("layers.0.") for name in linears if name.startswith("layers.0.")]
 hurt = torch.tensor(
     [
         [
-            loss_with({name: nearest(name, 2)}, short) - before
+            harm({name: nearest(name, 2)})
             for name in (f"layers.{layer}.{kind}" for layer in range(len(small.layers)))
         ]
         for kind in kinds
     ]
 )
+print(f"all matrices in 2 bits: {harm({name: nearest(name, 2) for name in linears}):.2f}")
+print(f"sum of the table:       {float(hurt.sum()):.2f}")
+
+# %% tags=["experiment", "figure"]
+# Figure: the harm of rounding one matrix alone to 2 bits
 ax = plot.heatmap(
     1000 * hurt,
     xlabel="layer",
     ylabel="",
     title="one matrix in 2 bits",
-    unit="thousandths of a nat lost",
+    unit="divergence, thousandths of a nat",
     yticks=[kind.split(".")[1] for kind in kinds],
-    center=0,
     annotate=".0f",
 )
 plot.caption(
     ax.figure,
-    "Held-out loss with a single matrix rounded to nearest in groups of 64. Most matrices can be "
-    "spared; a few can't. Real recipes give those more bits.",
+    "KL divergence of the predictions when a single matrix is rounded to nearest in groups of 64. "
+    "The down projections of the first and the last layer and the last layer's values hurt most, "
+    "many others hardly. Recipes give the few more bits.",
 )
 plt.show()
-print(
-    f"all matrices in 2 bits: {loss_with({n: nearest(n, 2) for n in linears}, short) - before:+.2f}"
-)
-print(f"sum of the table:       {float(hurt.sum()):+.2f}")
 
 # %% [markdown]
 # ## Training with rounded weights {#qat}
 #
 # All methods so far take a finished model. **Quantization-aware training** lets it adapt: round in
 # every forward pass, compute the loss with what is left, and train. The weights that the optimizer
-# moves stay in full precision, since its steps are far smaller than $\Delta$. They gather until
-# one of them tips a code.
+# moves stay in full precision, since its steps are far smaller than $\Delta$. They gather until one
+# of them tips a code.
 #
 # The derivative of rounding is 0 almost everywhere, so the gradient would be 0. The
 # **straight-through estimator** (Bengio et al. 2013) pretends that rounding is the identity:
@@ -1816,8 +1830,8 @@ print(f"sum of the table:       {float(hurt.sum()):+.2f}")
 # $$\hat w = Q(w) \quad\text{forward}, \qquad \frac{\partial \hat w}{\partial w} := 1 \quad\text{backward}.$$
 #
 # It is a biased gradient of a step function, and a fair one of the slope through its steps. In
-# code, `w + (Q(w) - w).detach()` has value $Q(w)$ and gradient 1. Almost: in floating point
-# $w + (Q(w) - w)$ is not quite $Q(w)$, and a weight that is off its level by one last bit is no code
+# code, `w + (Q(w) - w).detach()` has value $Q(w)$ and gradient 1. Almost: in floating point $w +
+# (Q(w) - w)$ is not quite $Q(w)$, and a weight that is off its level by one last bit is no code
 # that a kernel could store. The exercise asks for the levels themselves.
 #
 # OpenAI's gpt-oss (MXFP4) and Moonshot's Kimi K2 Thinking (INT4 in groups of 32) were shipped after
@@ -2134,8 +2148,8 @@ plt.show()
 #
 # AWQ's order looks odd and has a reason: codes 0 and 1 stand 16 bits apart, in the lower and upper
 # half of the word. One mask, `0x000F000F`, cuts out both, each in the place of one half of a pair
-# of float16 numbers. A few more bit operations make two float16 numbers at once, in the right order.
-# A checkpoint read in the wrong order gives a model that runs and writes nonsense.
+# of float16 numbers. A few more bit operations make two float16 numbers at once, in the right
+# order. A checkpoint read in the wrong order gives a model that runs and writes nonsense.
 #
 # ### Exercise · Pack and unpack
 
@@ -2253,9 +2267,9 @@ checks.raises(ValueError, pack_int4, torch.zeros(2, 12, dtype=torch.uint8))
 #    come from registers, and its 64 rows fit the tensor cores; the few tokens are the second.
 #
 # Point 3 has a history. In 2026 the W4A16 kernels of three serving systems took the scale of a
-# tile's first column for all of it. That is right as long as a tile lies in one group. With
-# another tile size nothing failed: the model repeated tool calls and left tasks unfinished (vLLM,
-# pull request 39705, found so by a user).
+# tile's first column for all of it. That is right as long as a tile lies in one group. With another
+# tile size nothing failed: the model repeated tool calls and left tasks unfinished (vLLM, pull
+# request 39705, found so by a user).
 #
 # ### Exercise · W4A16
 #
@@ -2510,12 +2524,10 @@ if profile.interpret:
     expected |= {words + 4 * (n * far + k) for n in range(6) for k in range(4)}
     expected |= {scale + 4 * (n * far + k) for n in range(6) for k in range(2)}
     expected |= {zero + n * far + k for n in range(6) for k in range(2)}
-    assert found == expected and written == {
-        y + 4 * (m * far + n) for m in range(5) for n in range(6)
-    }, (
-        "rows 2³⁰ elements apart: read or written in the wrong place. Is a row 64 bits wide before "
-        "it is multiplied by its stride?"
-    )
+    hint = "Is a row 64 bits wide before it is multiplied by its stride?"
+    assert found == expected, f"rows 2³⁰ elements apart: read in the wrong place. {hint}"
+    expected = {y + 4 * (m * far + n) for m in range(5) for n in range(6)}
+    assert written == expected, f"rows 2³⁰ elements apart: written in the wrong place. {hint}"
 ### END HIDDEN TESTS
 
 # %% check="w4a16_kernel" points=1
@@ -2559,9 +2571,9 @@ for i in range(2):
 # %% [markdown]
 # ## On the hardware
 #
-# A layer of 8192 × 8192, as in a model of 70 billion parameters, in groups of 128. On a GPU the next
-# cell measures your kernel beside cuBLAS in bfloat16 and PyTorch's own int4 product. On a CPU it
-# shows the arithmetic: the time that the bytes take, and the time that the FLOPs take.
+# A layer of 8192 × 8192, as in a model of 70 billion parameters, in groups of 128. On a GPU the
+# next cell measures your kernel beside cuBLAS in bfloat16 and PyTorch's own int4 product. On a CPU
+# it shows the arithmetic: the time that the bytes take, and the time that the FLOPs take.
 
 
 # %% tags=["experiment", "figure"]
@@ -2615,19 +2627,25 @@ if profile.name == "gpu" and not profile.interpret:
     lines |= {name: [f[name] for f in found] for name in found[0]}
     for m, f in zip(batches, found, strict=True):
         print(f"{m:4} tokens: " + ", ".join(f"{name} {us:.1f} µs" for name, us in f.items()))
-ax = plot.curves(
+_, ax = plt.subplots(figsize=(7, 3.6))
+plot.curves(
     batches,
     lines,
+    ax=ax,
     logx=True,
     logy=True,
     xlabel="tokens in the batch",
     ylabel="microseconds (8192 × 8192)",
-    title=f"one product on {torch.cuda.get_device_name() if profile.name == 'gpu' else 'an H200, by arithmetic'}",
+    title="one product on "
+    + (torch.cuda.get_device_name() if profile.name == "gpu" else "an H200, by arithmetic"),
 )
+ax.set_yticks([8, 16, 32, 64], ["8", "16", "32", "64"])
+ax.set_xticks(batches, [str(m) for m in batches])
+ax.minorticks_off()
 plot.caption(
     ax.figure,
-    "Flat while the bytes decide, rising once the FLOPs do. Four bits win by the ratio of the bytes "
-    "on the flat part; the lines meet where both are limited by the same FLOPs.",
+    "Flat while the bytes decide, rising once the FLOPs do. Four bits win by the ratio of the "
+    "bytes on the flat part; the lines meet where both are limited by the same FLOPs.",
 )
 plt.show()
 
@@ -2736,10 +2754,10 @@ checks.number(answer, 50, what="steps", hint="0.35 / 0.2 = 1.75 has code 2; the 
 # for each column of $X$, which would solve the problem of loud channels at once?
 
 # %% [markdown] answer="scale-axis"
-# Columns of $X$ are what is summed over. In $\sum_k \Delta_k c^x_k c^w_k$ a scale that depends on $k$
-# does not come out of the sum, so each term would need a multiplication in floating point, and the
-# integer units are of no use. Scales of tokens and rows are constant in each sum. (SmoothQuant puts
-# the column's scale into the weights beforehand, which is allowed because it is done once.)
+# Columns of $X$ are what is summed over. In $\sum_k \Delta_k c^x_k c^w_k$ a scale that depends on
+# $k$ does not come out of the sum, so each term would need a multiplication in floating point, and
+# the integer units are of no use. Scales of tokens and rows are constant in each sum. (SmoothQuant
+# puts the column's scale into the weights beforehand, which is allowed because it is done once.)
 
 # %% [markdown]
 # **2.** AWQ and SmoothQuant both multiply columns of $W$ by $s$ and divide those of $X$. What does
@@ -2760,12 +2778,12 @@ checks.number(answer, 50, what="steps", hint="0.35 / 0.2 = 1.75 has code 2; the 
 # The Hessian comes from calibration text: with few tokens or other text, errors move into
 # directions that are quiet there and not elsewhere. And each layer's error is weighed alike in all
 # output directions, while the loss cares for few of them; layers also get inputs that rounding
-# before them has changed. (That is why implementations quantize layer by layer, with inputs from the
-# layers that are already rounded.)
+# before them has changed. (That is why implementations quantize layer by layer, with inputs from
+# the layers that are already rounded.)
 
 # %% [markdown]
-# **4.** A server decodes 256 sequences at once, on a GPU like the one above. Which weights would you
-# give it: 4 bits with the kernel of this lesson, or 8-bit floats with 8-bit activations?
+# **4.** A server decodes 256 sequences at once, on a GPU like the one above. Which weights would
+# you give it: 4 bits with the kernel of this lesson, or 8-bit floats with 8-bit activations?
 
 # %% [markdown] answer="large-batches"
 # At 256 tokens FLOPs decide, not bytes: dequantizing to bfloat16 makes the product no faster than
@@ -2783,8 +2801,9 @@ checks.number(answer, 50, what="steps", hint="0.35 / 0.2 = 1.75 has code 2; the 
 # - Frantar, Ashkboos, Hoefler, Alistarh 2022, *GPTQ*, arXiv:2210.17323: section 3, all three steps.
 #   `IST-DASLab/gptq`, `gptq.py`, takes a group's scale from weights without the block's updates,
 #   and sets the Hessian of a dead column to 1 before it takes the mean for the damping.
-# - Lin, Tang, Tang, Yang, Dang, Han 2023, *AWQ*, arXiv:2306.00978: section 3.2. `mit-han-lab/llm-awq`,
-#   `awq/quantize/auto_scale.py`: the grid, the floor of 1e-4, the normalization.
+# - Lin, Tang, Tang, Yang, Dang, Han 2023, *AWQ*, arXiv:2306.00978: section 3.2.
+#   `mit-han-lab/llm-awq`, `awq/quantize/auto_scale.py`: the grid, the floor of 1e-4, the
+#   normalization.
 # - Ashkboos et al. 2024, *QuaRot*, arXiv:2404.00456: section 4, which rotations are free.
 # - Rouhani et al. 2023, *Microscaling Data Formats for Deep Learning*, arXiv:2310.10537: the MX
 #   formats.
