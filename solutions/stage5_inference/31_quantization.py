@@ -285,7 +285,7 @@ for bits, group in [(8, "tensor"), (4, "channel"), (3, 8), (1, 4), (2, 1), (5, 2
         )
         # The law of the section: off by half a step at most.
         off = (back.double() - w.double()).abs() / spread(step, w)
-        assert float(off.max()) <= 0.50001, (
+        assert float(off.max()) <= 0.5005, (
             f"a number is off by {float(off.max()):.3f} steps; half a step is the most. {where}"
         )
 ### END HIDDEN TESTS
@@ -319,6 +319,14 @@ for tiny in (1e-30, 1e30):
     w = normal(2, 8, generator=gen).clamp(0.1) * tiny
     found = dequantize(*quantize_affine(w, 8))
     checks.close(found, read_back(w, 8, "channel"), what=f"numbers near {tiny:g}", rtol=1e-2)
+for bits in (1, 2, 3, 4, 8):  # a range that lies evenly around 0: its zero point is a tie
+    top = (2**bits - 1) / 2
+    w = torch.tensor([[-top, 0.0, top, 0.25 * top]])
+    codes, scale, zero = quantize_affine(w, bits)
+    right, step, z, _ = by_hand(w, bits, "channel")
+    where = f"the row {w[0].tolist()} in {bits} bits: {top} / 1 + {int(z)} passes the last code"
+    checks.close(codes.long(), right, what="codes", hint=where)
+    checks.close(zero.long(), z, what="zero", hint=where)
 constant = torch.full((2, 6), 0.7)
 found = dequantize(*quantize_affine(-constant, 3))
 checks.close(found, -constant, what="a range of equal numbers")
@@ -1232,7 +1240,6 @@ for trial in range(6):
     plain = (read_back(w, 3, 16) - w) @ x.double().T
     gains.append(float(change.norm() / plain.norm()))
     assert gains[-1] <= 1 + 1e-5, f"worse than rounding to nearest by {gains[-1]:.3f}"
-    assert alpha > 0, "with loud channels some alpha above 0 wins"
 assert sum(gains) / 6 < 0.85, (
     f"with loud channels your output error is {sum(gains) / 6:.2f} times that of rounding to "
     "nearest; below 0.85 is easy to reach"
@@ -1532,7 +1539,11 @@ checks.close(
 
 ### BEGIN HIDDEN TESTS
 def fp4_by_hand(x, kind):
-    """(levels, scale) in Python's own numbers; E4M3 from the list of all its values."""
+    """(levels, scale, clear) in Python's own numbers; E4M3 from the list of all its values.
+
+    clear is False where a number lies between two: there float32 may go either way. In MXFP4,
+    whose scales are powers of two, nothing is rounded on the way, and everything is clear.
+    """
     grid = [0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0]
     block = 32 if kind == "mx" else 16
     e4m3 = sorted(
@@ -1541,10 +1552,13 @@ def fp4_by_hand(x, kind):
     )
 
     def nearest(value, values):
-        distance = min(abs(v - value) for v in values)
-        return [i for i, v in enumerate(values) if abs(v - value) <= distance * (1 + 1e-6)]
+        """(value, is it clear): the even index of two that are equally near."""
+        order = sorted(range(len(values)), key=lambda i: (abs(values[i] - value), i % 2))
+        best, second = (abs(values[i] - value) for i in order[:2])
+        return values[order[0]], second - best > 1e-5 * value
 
-    levels, scale = torch.zeros(x.shape), torch.zeros(x.shape[0], x.shape[1] // block)
+    levels, clear = torch.zeros(x.shape), torch.ones(x.shape, dtype=torch.bool)
+    scale = torch.zeros(x.shape[0], x.shape[1] // block)
     t = float(x.abs().max()) / (448 * 6)
     for i in range(x.shape[0]):
         for b in range(scale.shape[1]):
@@ -1552,26 +1566,22 @@ def fp4_by_hand(x, kind):
             m = max(map(abs, held))
             if m == 0:
                 continue
+            known = True
             if kind == "mx":
                 s = 2.0 ** (math.floor(math.log2(m)) - 2)
             else:
-                s = (
-                    t
-                    * e4m3[
-                        next(
-                            k
-                            for k in nearest(m / 6 / t, e4m3)
-                            if k % 2 == 0 or len(nearest(m / 6 / t, e4m3)) == 1
-                        )
-                    ]
-                )
+                e, known = nearest(m / 6 / t, e4m3)
+                s = t * e
             scale[i, b] = s
             for j, value in enumerate(held):
+                k = b * block + j
                 if s:
-                    found = nearest(min(abs(value) / s, 6.0), grid)
-                    k = found[0] if len(found) == 1 else next(k for k in found if k % 2 == 0)
-                    levels[i, b * block + j] = math.copysign(grid[k], value)
-    return levels, scale
+                    size, sure = nearest(min(abs(value) / s, 6.0), grid)
+                    levels[i, k] = math.copysign(size, value)
+                    clear[i, k] = kind == "mx" or (sure and known)
+                else:
+                    clear[i, k] = known
+    return levels, scale, clear
 
 
 gen = checks.generator(12)
@@ -1585,17 +1595,23 @@ for kind in ("mx", "nv"):
         x = x.to(dtype)
         with checks.unchanged(x=x):
             levels, scale = checks.parts(quantize_fp4(x, kind), "levels", "scale")
-        right, s = fp4_by_hand(x.float(), kind)
+        right, s, clear = fp4_by_hand(x.float(), kind)
         where = f"{kind!r}, {dtype}."
-        checks.close(scale, s, what="scale", dtype=torch.float32, rtol=1e-6, atol=0, hint=where)
-        checks.close(levels, right, what="levels", dtype=torch.float32, rtol=0, atol=0, hint=where)
+        assert levels.dtype == scale.dtype == torch.float32, (
+            f"levels and scale are float32. {where}"
+        )
+        assert scale.shape == s.shape, f"scale has shape {tuple(scale.shape)}. {where}"
+        known = clear.unflatten(1, (s.shape[1], -1)).any(-1)
+        checks.close(scale[known], s[known], what="scale", rtol=1e-6, atol=0, hint=where)
+        checks.close(levels[clear], right[clear], what="levels", rtol=0, atol=0, hint=where)
     x = torch.zeros(2, 64)
     levels, scale = quantize_fp4(x, kind)
     checks.close(levels, x, what=f"levels of zeros, {kind!r}")
+    checks.close(scale, torch.zeros(2, 2 if kind == "mx" else 4), what=f"scale of zeros, {kind!r}")
     for m in (1.0, 2.0**-20, 2.0**40, 1.99999):
         x[0, 3], x[1, 40] = m, -m
         levels, scale = quantize_fp4(x, kind)
-        right, s = fp4_by_hand(x, kind)
+        right, s, _ = fp4_by_hand(x, kind)
         checks.close(scale, s, what=f"{kind!r}, scale of a block with m = {m}", rtol=1e-6)
         checks.close(levels, right, what=f"{kind!r}, levels of a block with m = {m}")
 checks.raises(ValueError, quantize_fp4, torch.ones(1, 48), "mx")
@@ -1830,9 +1846,9 @@ plt.show()
 # $$\hat w = Q(w) \quad\text{forward}, \qquad \frac{\partial \hat w}{\partial w} := 1 \quad\text{backward}.$$
 #
 # It is a biased gradient of a step function, and a fair one of the slope through its steps. In
-# code, `w + (Q(w) - w).detach()` has value $Q(w)$ and gradient 1. Almost: in floating point $w +
-# (Q(w) - w)$ is not quite $Q(w)$, and a weight that is off its level by one last bit is no code
-# that a kernel could store. The exercise asks for the levels themselves.
+# code, `w + (Q(w) - w).detach()` has value $Q(w)$ and gradient 1, even to the last bit: the
+# difference of two numbers that are within a factor of 2 of each other has no rounding error
+# (Sterbenz's lemma), and where $Q(w)$ is not within a factor of 2 of $w$, it is 0.
 #
 # OpenAI's gpt-oss (MXFP4) and Moonshot's Kimi K2 Thinking (INT4 in groups of 32) were shipped after
 # such training, of the experts' weights.
@@ -1935,7 +1951,7 @@ for bits, group in [(3, "channel"), (4, 8), (2, "tensor"), (8, 4)]:
         assert y.dtype == dtype, f"the value is {y.dtype} for w in {dtype}"
         expected = (codes.to(kept) * spread(scale.to(kept), w)).to(dtype)
         checks.close(y.detach()[~tie], expected[~tie], what="the value", hint=where)
-        # Numbers of one code are one number, to the last bit: count them.
+        # Numbers of one code are one number, to the last bit.
         rows = (
             [y.detach()]
             if group == "tensor"
@@ -1943,8 +1959,7 @@ for bits, group in [(3, "channel"), (4, 8), (2, "tensor"), (8, 4)]:
         )
         most = max(len(row.flatten().unique()) for row in rows)
         assert most <= 2**bits - 1, (
-            f"a range holds {most} different numbers, and {bits} bits have {2**bits - 1} levels: "
-            f"in floating point w + (q − w) is not q. {where}"
+            f"a range holds {most} different numbers; {bits} bits have {2**bits - 1} levels. {where}"
         )
         arrives = normal(5, 24, generator=gen).to(dtype)
         [grad] = torch.autograd.grad(y, w, arrives)
@@ -2003,36 +2018,37 @@ gen = checks.generator(15)
 teacher, student = Small(gen), Small(gen)
 tokens = torch.arange(20).view(1, 20)
 goal = teacher(tokens).detach()
-start = float(F.mse_loss(qat_forward(student, tokens, bits=2, group=12), goal))
+start = float(F.mse_loss(qat_forward(student, tokens, bits=2, group=12), goal).detach())
 moved = student.up.weight.detach().clone()
 optimizer = torch.optim.Adam(student.parameters(), lr=1e-2)
-for _ in range(40):
+for _ in range(30):
     loss = F.mse_loss(qat_forward(student, tokens, bits=2, group=12), goal)
     optimizer.zero_grad()
     loss.backward()
     optimizer.step()
 assert not torch.equal(student.up.weight, moved), "training moves the weights in full precision"
-assert float(loss) < 0.6 * start, (
-    f"the loss went from {start:.3f} to {float(loss):.3f} in 40 steps: does a gradient reach the "
-    "weights?"
+end = float(loss.detach())
+assert end < 0.6 * start, (
+    f"the loss went from {start:.3f} to {end:.3f} in 30 steps: does a gradient reach the weights?"
 )
 ### BEGIN HIDDEN TESTS
-full = Small(gen)
-twin = Small(torch.Generator().manual_seed(1))
-twin.load_state_dict(full.state_dict())
-losses = []
-for model, rounds in ((full, False), (twin, True)):
-    optimizer = torch.optim.Adam(model.parameters(), lr=1e-2)
-    for _ in range(120):
-        y = qat_forward(model, tokens, 2, 12) if rounds else model(tokens)
-        loss = F.mse_loss(y, goal)
-        optimizer.zero_grad()
-        loss.backward()
-        optimizer.step()
-    losses.append(float(F.mse_loss(replaced(model, 2, 12)(tokens), goal)))
-assert losses[1] < 0.7 * losses[0], (
-    f"rounded to 2 bits at the end, the model trained with rounded weights has loss "
-    f"{losses[1]:.3f}, the one trained without {losses[0]:.3f}"
+losses = {False: 0.0, True: 0.0}
+for _ in range(2):
+    goal, first = Small(gen)(tokens).detach(), Small(gen)
+    for rounds in (False, True):
+        model = Small(torch.Generator().manual_seed(1))
+        model.load_state_dict(first.state_dict())
+        optimizer = torch.optim.Adam(model.parameters(), lr=1e-2)
+        for _ in range(60):
+            y = qat_forward(model, tokens, 2, 12) if rounds else model(tokens)
+            loss = F.mse_loss(y, goal)
+            optimizer.zero_grad()
+            loss.backward()
+            optimizer.step()
+        losses[rounds] += float(F.mse_loss(replaced(model, 2, 12)(tokens), goal).detach())
+assert losses[True] < 0.9 * losses[False], (
+    f"rounded to 2 bits at the end, models trained with rounded weights have loss "
+    f"{losses[True]:.3f}, those trained without {losses[False]:.3f}"
 )
 ### END HIDDEN TESTS
 
@@ -2453,11 +2469,11 @@ assert launched.programs == 1, "one tile of outputs and one of tokens are one pr
 ### BEGIN HIDDEN TESTS
 gen = checks.generator(18)
 for tokens, rows, inner, group, blocks in [
-    (1, 40, 256, 64, (16, 16, 16)),  # several tiles to a sum, two groups in each
+    (1, 20, 256, 64, (16, 16, 16)),  # several tiles to a sum, two groups in each
     (21, 37, 72, 24, (16, 16, 16)),  # everything ragged; groups begin inside a tile
     (5, 20, 640, 320, (16, 32, 16)),  # a group of several tiles and a half
     (33, 17, 88, 8, (32, 16, 32)),  # a scale for every word
-    (2, 18, 264, 264, (16, 16, 16)),  # one group
+    (2, 16, 264, 264, (16, 16, 16)),  # one group
 ]:
     words, scale, zero, w = packed(rows, inner, group, gen)
     x = checks.randn(tokens, inner, generator=gen)
@@ -2478,13 +2494,13 @@ for tokens, rows, inner, group, blocks in [
 ### END HIDDEN TESTS
 
 # %% check="w4a16_kernel" points=2
-# K is no multiple of the tile: 9 words in tiles of 16. Beyond a row's end lie NaN, which no mask of
-# the weights alone keeps out of a product.
+# K is no multiple of the tile: 12 words in tiles of 16. Beyond a row's end lie NaN, which no mask
+# of the weights alone keeps out of a product.
 gen = checks.generator(19)
-words, scale, zero, w = packed(20, 72, 24, gen)
-x = checks.randn(4, 72, generator=gen)
+words, scale, zero, w = packed(20, 96, 32, gen)
+x = checks.randn(4, 96, generator=gen)
 with checks.compiled():
-    y = among_canaries(x, words, scale, zero, 24, (16, 16, 16))
+    y = among_canaries(x, words, scale, zero, 32, (16, 16, 16))
 checks.relative_l2(
     y,
     x.double() @ w.T,
@@ -2494,7 +2510,7 @@ checks.relative_l2(
 )
 ### BEGIN HIDDEN TESTS
 gen = checks.generator(20)
-for tokens, rows, inner, group in [(17, 33, 136, 8), (3, 16, 400, 80), (16, 50, 8, 8)]:
+for tokens, rows, inner, group in [(17, 20, 136, 8), (16, 20, 8, 8)]:
     words, scale, zero, w = packed(rows, inner, group, gen)
     x = checks.randn(tokens, inner, generator=gen)
     guards = [checks.guarded(t, row_pad=p) for t, p in ((x, 3), (words, 5), (scale, 1), (zero, 2))]

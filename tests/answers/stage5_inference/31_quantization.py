@@ -689,7 +689,7 @@ def quantize_fp4(x, kind):
 - return back + (w - w.detach())
 + return back
 
-# %% wrong="qat" because="w + (q − w), which is off by a last bit"
+# %% right="qat" because="w + (q − w), exact by Sterbenz's lemma"
 - return back + (w - w.detach())
 + return w + (back - w).detach()
 
