@@ -2700,7 +2700,7 @@ def questions() -> dict[str, float]:
     """A dictionary of eight numbers, to 1 percent.
 
     "nvfp4_bits":  bits a number in NVFP4, the one scale of the tensor left out.
-    "int3_bits":   bits a weight: 3-bit codes in groups of 128, each with a float16 scale and a
+    "int3_bits":   bits a weight: 3-bit codes in groups of 32, each with a float16 scale and a
         3-bit zero point.
     "speedup":     how many times faster a product limited by the bytes of its weights is with
         those than with bfloat16 weights.
@@ -2717,7 +2717,7 @@ def questions() -> dict[str, float]:
         next one down?
     """
     ### BEGIN SOLUTION
-    int3 = 3 + (16 + 3) / 128
+    int3 = 3 + (16 + 3) / 32
     return {
         "nvfp4_bits": 4 + 8 / 16,
         "int3_bits": int3,
@@ -2742,14 +2742,14 @@ checks.number(answer, 4.5, what="nvfp4_bits", hint="Sixteen codes and one scale 
 answer = questions()["int3_bits"]
 checks.kind(answer, float, what="int3_bits")
 ### BEGIN HIDDEN TESTS
-checks.number(answer, 403 / 128, what="int3_bits", hint="A group has a scale and a zero point.")
+checks.number(answer, 115 / 32, what="int3_bits", hint="A group has a scale and a zero point.")
 ### END HIDDEN TESTS
 
 # %% check="questions" points=1
 answer = questions()["speedup"]
 checks.kind(answer, float, what="speedup")
 ### BEGIN HIDDEN TESTS
-checks.number(answer, 16 * 128 / 403, what="speedup", hint="The ratio of the bits a weight.")
+checks.number(answer, 16 * 32 / 115, what="speedup", hint="The ratio of the bits a weight.")
 ### END HIDDEN TESTS
 
 # %% check="questions" points=1
