@@ -46,7 +46,7 @@ from benchmarks.rows import RESULTS, ROOT, describe, lesson_path, write
 RESULT = RESULTS / "gpu.json"
 LOGS = ROOT / "build" / "gpu"
 BUILT = ROOT / "build" / "gpu-wheels" / "notebooks"  # what `make gpu-wheels` leaves, for a machine that can't build
-WITH_KERNELS = ("03", "04", "05", "08", "10", "11", "29", "30", "35", "36")
+WITH_KERNELS = ("03", "04", "05", "08", "10", "11", "29", "30", "31", "35", "36")
 CELL = 300.0  # seconds for one cell of a lesson
 LLAMA_MINUTES = 0.75
 

@@ -360,6 +360,43 @@ def chunk_plain(q, k, v, log_decay, state, blocks) -> Named:
     return {"o": o, "state": (k * faded[..., -1, :, None]).mT @ v + left[..., -1:, :] * state}
 
 
+# --- 31: weights in four bits -----------------------------------------------------------------------------------------
+
+
+def w4a16_inputs(
+    tokens: int, rows: int, inner: int, group: int, blocks: tuple[int, int, int] | None, dtype: torch.dtype
+) -> tuple:
+    """x, codes, scales and zero points (asymmetric, a group each), and the tile sizes."""
+    generator = torch.Generator().manual_seed(rows + inner)
+    codes = torch.randint(0, 16, (rows, inner), generator=generator, dtype=torch.uint8)
+    zero = torch.randint(0, 16, (rows, inner // group), generator=generator, dtype=torch.uint8)
+    scale = drawn(rows, inner // group, dtype=dtype, seed=1).abs() * 0.1 + 0.02
+    return drawn(tokens, inner, dtype=dtype), codes.to(profile.device), scale, zero.to(profile.device), blocks
+
+
+def w4a16_ours(lesson: SimpleNamespace, x: Tensor, codes: Tensor, scale: Tensor, zero: Tensor, blocks) -> Named:
+    words = lesson.pack_int4(codes)
+    return {"y": lesson.w4a16(x, words, scale, zero, codes.shape[1] // scale.shape[1], blocks)}
+
+
+def w4a16_plain(x: Tensor, codes: Tensor, scale: Tensor, zero: Tensor, blocks) -> Named:
+    """With the weight as the lesson says: (code − zero) · scale, rounded to x's format once."""
+    cut = codes.unflatten(1, (scale.shape[1], -1)).to(torch.int32) - zero[..., None].to(torch.int32)
+    return {"y": x @ (cut.to(scale.dtype) * scale[..., None]).flatten(1).T}
+
+
+def w4a16_shapes() -> list[tuple]:
+    """Tokens, rows, K, group, tiles: K and rows off the tiles, groups smaller and larger than a tile, and inside it."""
+    tiles = [(16, 16, 16), (16, 32, 16), (32, 16, 16), (16, 16, 32)]
+    tokens, rows = [1, 5, 16, 17, 33], [1, 16, 20, 37]
+    depths = [(8, 8), (64, 8), (72, 24), (96, 32), (128, 64), (136, 136), (200, 40), (256, 32), (320, 160), (384, 128)]
+    shapes = []
+    for i, (inner, group) in enumerate(depths):
+        for k in range(4):
+            shapes.append((tokens[(i + k) % 5], rows[(i + 2 * k) % 4], inner, group, tiles[(i + k) % 4]))
+    return [*shapes, (2, 20, 1024, 512, (16, 32, 32)), (1, 48, 640, 64, (16, 16, 16))]
+
+
 FAMILIES = [
     Family(
         "SwiGLU", "03", [(3, 13), (2, 129)], [(100, 1000), (1, 1), (33, 14336), (4096, 4097)], [(4, 14336)],
@@ -419,6 +456,15 @@ FAMILIES = [
             (1, 2, 2048, 80, 96, 0, 0), (1, 2, 300, 256, 128, 0, 0), (1, 2, 1, 128, 128, 0, 0),
         ],
         [(1, 2, 256, D, D, 0, 0) for D in (64, 128)], chunk_inputs, chunk_ours, chunk_plain,
+    ),
+    Family(
+        "W4A16", "31", w4a16_shapes(),
+        [
+            (1, 8192, 8192, 128, None), (16, 4096, 14336, 128, None), (3, 1000, 4160, 64, None),
+            (100, 528, 2048, 32, None), (300, 4097, 1032, 8, None), (1, 64, 11008, 11008, None),
+        ],
+        [(1, 64, 8192, 128, None), (16, 64, 8192, 128, None), (64, 128, 8192, 128, None)],
+        w4a16_inputs, w4a16_ours, w4a16_plain,
     ),
 ]  # fmt: skip
 
