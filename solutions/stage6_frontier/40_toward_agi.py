@@ -1398,7 +1398,7 @@ for place in (0, 6, 15):
 
 # %% tags=["experiment"]
 class Lock:
-    """Seven digits from 0 to 3; the reward is the share that is right before the first wrong one."""
+    """Seven digits from 0 to 3; the reward is the share before the first wrong one."""
 
     def __init__(self, secret: tuple[int, ...]):
         self.secret = secret
