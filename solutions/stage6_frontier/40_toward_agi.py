@@ -1060,17 +1060,18 @@ every = " ".join(map(str, range(100)))
 texts = {
     "lists every number": f"It is one of {every}",
     "an answer for each number": "".join(f"<answer>{i}</answer>" for i in range(100)),
-    "the question repeated": "What is 6 · 7? I have seen 42 somewhere",
+    "hints at a number": "What is 6 · 7? I have seen 42 somewhere",
     "hedges: 41 or 42": "<answer>41 or 42</answer>",
     "nan": "<answer>nan</answer>",
-    "1_0_0_0 in other digits": "<answer>٤٢</answer>",
+    "42 in Arabic digits": "<answer>٤٢</answer>",
     "right: 42.0": "<answer>42.0</answer>",
     "right: 84/2": "So <answer>84/2</answer>",
 }
 paid = torch.tensor(
     [[grader(text, "42") for grader in graders.values()] for text in texts.values()]
 )
-ax = plot.heatmap(
+fig, ax = plot.plt.subplots(figsize=(7.2, 4.2))
+plot.heatmap(
     paid,
     xlabel="grader",
     ylabel="text",
@@ -1080,9 +1081,10 @@ ax = plot.heatmap(
     vmax=1.6,
     colorbar=False,
     annotate=".0f",
+    ax=ax,
 )
 plot.caption(
-    ax.figure,
+    fig,
     "Rewards for a question whose answer is 42. The upper six rows deserve 0, the lower two 1. A "
     "policy in training finds the first row of its grader that pays, sooner or later.",
 )
@@ -2092,7 +2094,7 @@ for name, limit, style in (("whole history", 10**9, "--"), ("compacted at 160 to
     )
     ax.plot(range(1, len(sizes) + 1), sizes, style, marker="o", markersize=3, label=name)
 ax.axhline(160, color="#888888", linestyle=":", linewidth=1)
-ax.set(xlabel="step", ylabel="tokens that the model reads", ylim=(0, 620))
+ax.set(xlabel="step", ylabel="tokens that the model reads", ylim=(0, None))
 ax.legend(fontsize=8)
 plot.caption(
     fig,
@@ -2847,7 +2849,7 @@ for n in range(1, 2 * ROUNDS + 1, 2):
 print(f"a wrong try becomes right with r = {mends:.2f}, a right one wrong with w = {spoils:.2f}; "
       f"limit r/(r + w) = {mends / (mends + spoils):.2f}")  # fmt: skip
 
-fig, axes = plot.plt.subplots(1, 3, figsize=(13, 3.6))
+fig, axes = plot.plt.subplots(1, 3, figsize=(13, 4))
 for row, right in enumerate(rights.values()):
     low, high = bootstrap_interval(right, number, 0.95, 2000, g)
     axes[0].hlines(row, low, high, color="#888888", linewidth=3)
@@ -2864,7 +2866,7 @@ axes[1].set(xlabel="samples of the cold-start model", ylabel="held-out words rig
 axes[1].set_xscale("log", base=2)
 axes[1].set_xticks([1, 2, 4, 8], [1, 2, 4, 8])
 axes[1].set_title("parallel")
-axes[1].legend(fontsize=6.5, loc="upper left")
+axes[1].legend(fontsize=7.5, loc="upper left")
 tokens = [each + m * (each + len(WAIT) - 1) for m in range(ROUNDS)]
 chance = [float(in_turn[:, 0].mean())]
 for _ in range(ROUNDS - 1):
