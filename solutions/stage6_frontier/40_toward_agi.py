@@ -74,7 +74,16 @@ from torch import Tensor, nn
 # With $K$ wrong answers,
 #
 # $$ P(\text{the vote is not } a^*) \le K\, e^{-n\Delta^2/2}. $$
-#
+
+# %% tags=["experiment"]
+# A right answer with probability 0.3, and seven wrong ones with 0.1 each: 2,000 votes of n samples.
+chances, g = torch.tensor([0.3, *[0.1] * 7]), torch.Generator().manual_seed(0)
+for n in (1, 5, 25, 125):
+    ballots = torch.multinomial(chances, 2000 * n, True, generator=g).view(2000, n)
+    won = F.one_hot(ballots, 8).sum(1).argmax(1) == 0
+    print(f"{n:4d} samples: the vote is right in {won.float().mean():.0%}")
+
+# %% [markdown]
 # Two things follow. The vote goes to the *likeliest* answer, and it need not be likelier than one
 # half: 0.3 wins against seven wrong answers with 0.1 each. And $a^*$ need not be right. Voting
 # turns questions whose mode is right into certain successes and all others into certain failures;
@@ -240,17 +249,15 @@ checks.raises(ValueError, best_of_n, ["a"], [1.0, 2.0], because="one answer, two
 # $$ \binom{n-c}{k}\Big/\binom{n}{k}, \qquad \text{so}\qquad \widehat{\text{pass@}k} =
 # 1-\binom{n-c}{k}\Big/\binom{n}{k}. $$
 #
-# It is unbiased for every $n\ge k$, and the proof is one sentence: a random subset of independent
-# samples is $k$ independent samples, so the expectation of "all wrong" over subsets *and* samples
-# is $(1-p)^k$.
+# It is unbiased: a random subset of independent samples is $k$ independent samples, so the
+# expectation of "all wrong" over subsets *and* samples is $(1-p)^k$.
 #
-# The binomials overflow long before their quotient is interesting. Write the quotient as a product,
-# factor by factor, in either of two ways:
+# The binomials overflow long before their quotient is interesting. Write it as a product:
 #
 # $$ \prod_{i=n-c+1}^{n}\Big(1-\frac ki\Big) \;=\; \prod_{i=n-k+1}^{n}\Big(1-\frac ci\Big). $$
 #
-# The first has $c$ factors, the second $k$. And where pass@k is tiny, 1 minus a product near 1
-# loses its digits: add logarithms, $\log(1-x)$ by `log1p`, and take $1-e^{s}$ by `expm1`.
+# The first has $c$ factors, the second $k$. Where pass@k is tiny, 1 minus a product near 1 loses
+# its digits: add logarithms by `log1p`, and take $1-e^{s}$ by `expm1`.
 
 
 # %% exercise="pass_at_k" minutes=10 difficulty=1
@@ -420,9 +427,7 @@ plot.plt.show()
 # them with replacement, takes their mean, and does so thousands of times. The middle 95 percent of
 # these means are the **percentile interval**. It needs no normal distribution, which a score of 97
 # percent on 40 questions does not have: $\pm1.96$ standard errors would reach beyond 100 percent.
-#
-# It has limits that one should know. With few questions it is too narrow (by a factor of about
-# $\sqrt{(Q-1)/Q}$ at least), and where all means are equal its length is 0, which nobody believes.
+# With few questions it is somewhat too narrow, and where all means are equal its length is 0.
 
 
 # %% exercise="bootstrap_interval" minutes=12 difficulty=2
@@ -575,6 +580,21 @@ checks.uses_generator(
     lambda source: list(bootstrap_interval(wide, questions, 0.9, 300, source)),
     what="bootstrap_interval",
 )
+# Two resamples: the ends lie between them, each at its share of the way.
+for seed in range(21, 24):
+    wide_end, near_end = (
+        bootstrap_interval(scores, questions, level, 2, checks.generator(seed))
+        for level in (0.9, 0.5)
+    )
+    checks.close(
+        float(near_end[1] - near_end[0]) * 0.9,
+        float(wide_end[1] - wide_end[0]) * 0.5,
+        rtol=1e-6,
+        what="half the interval of two resamples at level 0.9, against 0.9 times that at level 0.5",
+        hint="Between neighbors quantiles are interpolated linearly",
+    )
+low, high = bootstrap_interval(scores, questions, 0.9, 1, checks.generator(24))
+checks.close(float(low), float(high), what="low and high of one resample")
 whole = torch.tensor([3, 3, 1, 1, 1])
 got = bootstrap_interval(whole, torch.tensor([1, 1, 1, 1, 1]), 0.9, 10, g)
 checks.close([float(x) for x in got], [1.8, 1.8], what="the interval of one question")
@@ -630,6 +650,11 @@ plot.plt.show()
 # and every distribution. The flips of *one* question are one flip, however many answers it has:
 # clusters again.
 #
+# %% tags=["experiment"]
+# Flips that tie on paper: 0.3 against 0.1 + 0.2, and three thirds against their mirror image.
+print(0.1 + 0.2 >= 0.3, 0.3 >= 0.1 + 0.2, abs(-0.1 - 0.2 + 0.4) >= abs(0.1 + 0.2 - 0.4))
+
+# %% [markdown]
 # For large $Q$ draw $R$ random flips. With $h$ of them at least as extreme, $h/R$ would claim
 # $p=0$ now and then. The observed order is one possible flip and belongs among them: $p = (h+1)/(R
 # + 1)$.
@@ -822,6 +847,10 @@ checks.uses_generator(
 # | `int(...)` | `1_000`, digits of other alphabets, a crash at 5,000 digits |
 # | `eval(...)` | **whatever the text does**: files, network, `10**10**9` |
 #
+# %% tags=["experiment"]
+print(int("1_000"), int("٣"), float("nan") == float("nan"), Fraction("1e3"), 0.1 + 0.2 == 0.3)
+
+# %% [markdown]
 # Two rules follow. *Parse, never run*: a grammar says what an answer may look like, and everything
 # else earns 0. *One answer*: a text that commits to nothing has not answered. Then compare exactly,
 # as fractions, since 0.1 + 0.2 is 0.3 for everybody but a float.
@@ -1103,22 +1132,9 @@ plot.plt.show()
 # 3. **roll out**: play at random from there to the end;
 # 4. **back up**: add the reward to every node on the way.
 #
-# Selection is a bandit problem at each node: pull the arm that paid best so far, or one that was
-# pulled too seldom to know? **UCT** (Kocsis and Szepesvári 2006) takes the largest optimistic guess
-#
-# $$ \bar r_i + c\,\sqrt{\frac{\ln N}{n_i}}, $$
-#
-# with $\bar r_i$ the mean reward of the $n_i$ simulations through child $i$, and $N$ those through
-# the node itself. Where the square root comes from: for rewards in $[0,1]$ Hoeffding bounds the
-# probability that a mean of $n_i$ is too low by $\varepsilon$ by $e^{-2n_i\varepsilon^2}$. Ask for
-# a probability of $N^{-2c^2}$, solve for $\varepsilon$: it is $c\sqrt{\ln N/n_i}$. With
-# $c=\sqrt2$ the probability is $N^{-4}$, as in UCB1. Smaller $c$ trusts early results. AlphaZero's
-# rule puts a policy network's probability in front of the root; for language models the moves are
-# proposed by the model itself.
-#
 # The game here is **Countdown**: take two numbers, replace them by their sum, difference, product
-# or quotient, until one is left, which should be the target. It is small enough to list every way
-# to play it, so the best result is known.
+# or quotient, until one is left, which should be the target. With three numbers it is small enough
+# to list every way to play it, so the best result is known.
 
 
 # %%
@@ -1149,6 +1165,21 @@ class Countdown:
     def reward(self, position: tuple[Fraction, ...]) -> float:
         """1 at the target, less the further away: a half at a distance of 10."""
         return float(1 / (1 + abs(position[0] - self.target) / 10))
+
+
+# %% [markdown]
+# Selection is a bandit problem at each node: pull the arm that paid best so far, or one that was
+# pulled too seldom to know? **UCT** (Kocsis and Szepesvári 2006) takes the largest optimistic guess
+#
+# $$ \bar r_i + c\,\sqrt{\frac{\ln N}{n_i}}, $$
+#
+# with $\bar r_i$ the mean reward of the $n_i$ simulations through child $i$, and $N$ those through
+# the node itself. Where the square root comes from: for rewards in $[0,1]$ Hoeffding bounds the
+# probability that a mean of $n_i$ is too low by $\varepsilon$ by $e^{-2n_i\varepsilon^2}$. Ask for
+# a probability of $N^{-2c^2}$, solve for $\varepsilon$: it is $c\sqrt{\ln N/n_i}$. With
+# $c=\sqrt2$ the probability is $N^{-4}$, as in UCB1. Smaller $c$ trusts early results. (AlphaZero
+# puts a policy network's probability in front of the root; for language models the moves are
+# proposed by the model itself.)
 
 
 # %% exercise="mcts" minutes=35 difficulty=3 path="more"
@@ -1238,6 +1269,17 @@ class Table:
         return position[move]
 
     def reward(self, position) -> float:
+        return position
+
+
+class Counted(Table):
+    """A Table that counts the rewards that were asked for."""
+
+    def __init__(self):
+        self.asked = 0
+
+    def reward(self, position) -> float:
+        self.asked += 1
         return position
 
 
@@ -1359,6 +1401,9 @@ for numbers, target, c in (((2, 3, 7), 13, 2.0), ((4, 4, 9), 25, 3.0)):
     for move in best:
         played = game.play(played, move)
     checks.close(float(game.reward(played)), float(reward), what="the reward at the end of best")
+game = Counted()
+mcts(game, {"a": {"b": 0.5, "c": 0.25}, "d": 1.0}, 37, 1.0, g)
+assert game.asked == 37, f"37 simulations ask for 37 rewards; yours asked for {game.asked}"
 # The tree grows by a node in each simulation, until there is nothing left to add.
 deep = {i: {j: {k: (i + j + k) % 3 / 4 for k in range(3)} for j in range(2)} for i in range(2)}
 for simulations in (1, 2, 7, 18, 19, 60):
@@ -1377,16 +1422,21 @@ assert (len(best), best[0]) == (2, "only"), f"best goes on to the end of the gam
 checks.close(float(reward), best[1] / 8, what="the reward of one rollout")
 ### BEGIN HIDDEN TESTS
 g = checks.generator(18)
-ends = torch.tensor([float(mcts(Table(), wide, 1, 1.0, g)[0][1] == 5) for _ in range(800)])
-checks.drawn(ends, mean=1 / 8, what="how often a rollout takes the sixth of eight moves")
-checks.uses_generator(
-    lambda source: [mcts(Table(), wide, 1, 1.0, source)[1] for _ in range(40)], what="mcts"
-)
-# Rollouts are random at every step, and only at the end of the tree.
-pairs = {"s": {i: {j: (4 * i + j) / 16 for j in range(4)} for i in range(4)}}
-seen = torch.tensor([16 * mcts(Table(), pairs, 1, 1.0, g)[1] for _ in range(1600)])
+# As many simulations as the root has moves: each expands one of them, and rolls out once from there.
+broad = {name: {i: i / 8 for i in range(8)} for name in range(700)}
+_, _, tree = mcts(Table(), broad, 700, 1.0, g)
+ends = torch.tensor([8 * tree[(name,)][1] for name in broad])
+for place in (0, 5, 7):
+    checks.drawn((ends == place).float(), mean=1 / 8, what=f"rollouts that take move {place} of 8")
+deep = {name: {i: {j: (4 * i + j) / 16 for j in range(4)} for i in range(4)} for name in range(900)}
+_, _, tree = mcts(Table(), deep, 900, 1.0, g)
+ends = torch.tensor([16 * tree[(name,)][1] for name in deep])
 for place in (0, 6, 15):
-    checks.drawn((seen == place).float(), mean=1 / 16, what=f"rollouts that end at place {place}")
+    checks.drawn((ends == place).float(), mean=1 / 16, what=f"rollouts that end at {place} of 16")
+checks.uses_generator(
+    lambda source: [mean for _, mean in mcts(Table(), broad, 60, 1.0, source)[2].values()],
+    what="mcts",
+)
 ### END HIDDEN TESTS
 
 # %% [markdown]
@@ -1510,16 +1560,6 @@ plot.plt.show()
 # | the model never stops | a **step limit** |
 # | the history outgrows the context | a **budget**, and **compaction** ([](#compact)) |
 # | a tool's output contains instructions | it is *data*: **prompt injection** |
-#
-# The last row has no complete remedy, since to the model all text is text (Greshake et al. 2023).
-# But the loop can keep its own side of the boundary. Calls are read from the model's replies and
-# from nowhere else. The mark that begins a call is made harmless in whatever a tool returns, so
-# that a model which quotes a web page does not call what the page wants. And tools can do no more
-# than the task needs.
-#
-# Our calls are JSON between two marks, as in most chat templates:
-# `<call>{"tool": "calculator", "input": "17 * 23"}</call>`. The calculator is given. It has the
-# problem of the previous section, and the same solution: a grammar, here by recursive descent.
 
 
 # %%
@@ -1587,6 +1627,18 @@ def calculator(expression: str) -> str:
     if tokens:
         raise ValueError(f"cannot read {tokens[0]!r}")
     return str(result)
+
+
+# %% [markdown]
+# The last row has no complete remedy, since to the model all text is text (Greshake et al. 2023).
+# But the loop can keep its own side of the boundary. Calls are read from the model's replies and
+# from nowhere else. The mark that begins a call is made harmless in whatever a tool returns, so
+# that a model which quotes a web page does not call what the page wants. And tools can do no more
+# than the task needs.
+#
+# Our calls are JSON between two marks, as in most chat templates:
+# `<call>{"tool": "calculator", "input": "17 * 23"}</call>`. The calculator above reads
+# by a grammar, too, by recursive descent.
 
 
 # %% exercise="agent" minutes=30 difficulty=3
@@ -1927,7 +1979,7 @@ def compact(history: list[Message], budget: int) -> list[Message]:
     order. (An older NOTE is a user message like others.) ValueError if even leaving out all of them
     is not enough, or if there is nothing to leave out.
 
-    Returns a new list, and does not change the history. Call numbers occur in one assistant message
+    Returns a list, and does not change the history. Call numbers occur in one assistant message
     and at most one tool message, which comes later.
     """
     ### BEGIN SOLUTION
@@ -2053,7 +2105,6 @@ for number in range(60):
                 + "\nyours keeps\n  "
                 + "\n  ".join(map(str, got))
             )
-            assert got is not given, "a new list is asked for"
             assert cost(got) <= budget, "more than the budget"
         assert given == history, "the history was changed"
 assert min(outcomes.values()) > 5, "too few cases of one kind"
@@ -2122,9 +2173,7 @@ plot.plt.show()
 #
 # Subtract the fixed point $p^* = r/(r+w)$ on both sides, and the distance to it shrinks by the same
 # factor each time: $p_m - p^* = (1-r-w)^m\,(p_0-p^*)$. So waiting helps where $p_0 < r/(r+w)$, that
-# is where the model *notices* its mistakes more than it doubts what is right. Otherwise it makes
-# matters worse. Voting has another limit, the mode. A chain that can tell right from wrong beats
-# any vote, and one that cannot loses to it.
+# is where the model *notices* its mistakes more than it doubts what is right.
 
 
 # %% exercise="force_thinking" minutes=20 difficulty=2 path="more"
@@ -2285,16 +2334,6 @@ assert force_thinking(Rule(9, 3), [], 2, 5, 9, [50]) == [], "no prompts, no thou
 # 3. **Rejection sampling**: sample from the RL model, keep what is right, add examples of other
 #    kinds, and finetune *the base model again* on that. The RL model has served its purpose: it has
 #    written a data set.
-#
-# All three stages do the same thing to the weights. Take one update for each batch of samples, as
-# here. Then GRPO's ratio is 1, no clip is active, and the gradient of its loss is that of
-#
-# $$ L = -\frac1B\sum_{b} A_b \cdot \frac1{T_b}\sum_t \log\pi(y_{b,t}\mid\dots), $$
-#
-# a log-likelihood with **weights**. Finetuning is the case $A_b=1$ with somebody else's answers;
-# rejection sampling has weights 1 for right answers and 0 for wrong ones; GRPO's weights are
-# negative for answers below their group's mean. So one step serves for all. It is given, with
-# finetuning (lesson 21) built on it; the stages are yours.
 
 
 # %%
@@ -2323,6 +2362,19 @@ class Sizes:
     stop: int = 0
 
 
+# %% [markdown]
+# All three stages do the same thing to the weights. Take one update for each batch of samples, as
+# here. Then GRPO's ratio is 1, no clip is active, and the gradient of its loss is that of
+#
+# $$ L = -\frac1B\sum_{b} A_b \cdot \frac1{T_b}\sum_t \log\pi(y_{b,t}\mid\dots), $$
+#
+# a log-likelihood with **weights**. Finetuning is the case $A_b=1$ with somebody else's answers;
+# rejection sampling has weights 1 for right answers and 0 for wrong ones; GRPO's weights are
+# negative for answers below their group's mean. So one step serves for all. It is given, with
+# finetuning (lesson 21) built on it; the stages are yours.
+
+
+# %%
 def weighted_step(
     model: nn.Module, optimizer: torch.optim.Optimizer, examples: list[Example], weights: Tensor
 ) -> None:
@@ -2501,6 +2553,17 @@ class Watch:
         return self.given[-1]
 
 
+class Once:
+    """`uneven` for the first rewards, then nothing but 0.5."""
+
+    def __init__(self, first: int):
+        self.left = first
+
+    def __call__(self, number: int, answer: list[int]) -> float:
+        self.left -= 1
+        return uneven(number, answer) if self.left >= 0 else 0.5
+
+
 def uneven(number: int, answer: list[int]) -> float:
     """Some of everything: 0, ¼, ½, ¾, 1."""
     return (7 * answer[0] + 3 * number + 2 * len(answer) + answer[-1]) % 5 / 4
@@ -2620,13 +2683,24 @@ for rule, samples, group in ((uneven, 9, 4), (everything, 6, 2), (fifth, 1, 3)):
     ))  # fmt: skip
     got = [(e.prompt[0] - 2, tuple(e.answer)) for e in collected]
     assert got == want, f"collected, in order and each once: {want}; yours {got}"
-# With no step before it, the first RL step draws its prompts as the first thing of all.
-for salt in (38, 39):
-    watch = Watch(uneven)
-    cooked(watch, salt=salt, rl_steps=1)
-    first = torch.randperm(8, generator=checks.generator(salt))[:5]
-    got, want = {n for n, _ in watch.asked[:35]}, set(first.tolist())
-    assert got == want, f"the first step's prompts are {sorted(want)}; yours {sorted(got)}"
+# Without a stage before them the draws are known: prompts, then all answers together.
+for salt, changes in (
+    (38, {"rl_steps": 1}),
+    (39, {"rl_steps": 1, "group": 4}),
+    (40, {"samples": 5}),
+):
+    watch, source = Watch(uneven), checks.generator(salt)
+    cooked(watch, salt=salt, **changes)
+    chosen = torch.randperm(8, generator=source)[:5].tolist() if "rl_steps" in changes else range(8)
+    each = sized(**changes).group if "rl_steps" in changes else sized(**changes).samples
+    numbers = [n for n in chosen for _ in range(each)]
+    answers = sample(small_base(salt), [ASKED[n] for n in numbers], sized(**changes), source)
+    want = [(n, tuple(answer)) for n, answer in zip(numbers, answers, strict=True)]
+    got = watch.asked[: len(want)]
+    assert got == want, f"prompts and answers of a first round: {want}; yours {got}"
+# One optimizer for all RL steps: where a step has no gradient, the momentum of the last one acts.
+paths = [all_weights(cooked(Once(35), rl_steps=steps, salt=41)[1]) for steps in (1, 2)]
+assert not torch.equal(*paths), "the optimizer of stage 2 is made once, and remembers"
 # Advantages are of each group's own: neither unit nor zero of a prompt's rewards matters.
 weights = [all_weights(cooked(rule, cold_steps=1, rl_steps=2, group=6, salt=35)[1])
            for rule in (uneven, rescaled)]  # fmt: skip
@@ -2741,12 +2815,9 @@ for one, other in (("1 cold start", "2 RL"), ("2 RL", "3 from samples")):
 # examples. Whether it ended *higher* depended on the seed: in three of the five the test says so,
 # in two it does not, and there a table of means would have announced a gain that is noise. For
 # comparison we finetuned the shipped model on the 128 demonstrations alone, for as many steps as
-# stage 3 takes: it stayed behind stage 3 by five words or more in a hundred. So the rewards were
-# turned into data, a program's verdicts into examples that any model can be trained on. In R1 this
-# is the point of the stage: the RL model's habits stay behind, its right answers do not.
-#
-# What does not show here is R1's other finding, answers that grow longer by themselves: these
-# answers have no room for thought.
+# stage 3 takes: it stayed behind stage 3 by five words or more in a hundred. So a program's
+# verdicts became examples that any model can be trained on. What does not show here is R1's other
+# finding, answers that grow longer by themselves: these have no room for thought.
 
 # %% [markdown]
 # ## Experiment: more answers, or longer ones {#compute}

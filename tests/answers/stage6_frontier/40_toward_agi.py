@@ -209,6 +209,10 @@ def pass_at_k(n, c, k):
 - picked = torch.randint(len(means), (resamples, len(means)), generator=generator)
 + picked = torch.randint(len(means), (resamples, len(means)))
 
+# %% wrong="bootstrap_interval" because="the nearest resample, no interpolation"
+- low, high = means[picked].mean(dim=1).quantile(ends)
++ low, high = means[picked].mean(dim=1).quantile(ends, interpolation="nearest")
+
 # %% wrong="bootstrap_interval" because="as many draws as there are answers"
 - picked = torch.randint(len(means), (resamples, len(means)), generator=generator)
 + picked = torch.randint(len(means), (resamples, len(scores)), generator=generator)
@@ -568,6 +572,12 @@ def as_number(s):
 - best = path, reward
 + best = list(node), reward
 
+# %% wrong="mcts" because="the reward is asked for at each node of the way"
+- visits[node[:depth]] += 1
+- totals[node[:depth]] += reward
++ visits[node[:depth]] += 1
++ totals[node[:depth]] += game.reward(position)
+
 # %% wrong="mcts" because="the last of the best"
 - if reward > best[1]:
 + if reward >= best[1]:
@@ -879,10 +889,6 @@ class Agent:
 - raise ValueError(f"{budget} tokens do not hold what must be kept")
 + return [m for m in history if m.role == "system"]
 
-# %% wrong="compact" because="the history itself is returned"
-- return list(history)
-+ return history
-
 # %% wrong="compact" because="a note for each unit"
 - left = [NOTE if i == min(gone) else m for i, m in enumerate(history)
 -         if i not in gone or i == min(gone)]  # fmt: skip
@@ -1078,6 +1084,20 @@ def force_thinking(write, prompts, waits, limit, end, wait):
 # %% wrong="r1_recipe" because="another optimizer"
 - optimizer = torch.optim.AdamW(rl.parameters(), lr=sizes.rl_lr, weight_decay=0.0)
 + optimizer = torch.optim.SGD(rl.parameters(), lr=sizes.rl_lr)
+
+# %% wrong="r1_recipe" because="a new optimizer in each step"
+- optimizer = torch.optim.AdamW(rl.parameters(), lr=sizes.rl_lr, weight_decay=0.0)
++ pass
+
+- weighted_step(rl, optimizer, tried, better.flatten().float())
++ optimizer = torch.optim.AdamW(rl.parameters(), lr=sizes.rl_lr, weight_decay=0.0)
++ weighted_step(rl, optimizer, tried, better.flatten().float())
+
+# %% wrong="r1_recipe" because="one prompt's answers are sampled at a time"
+- answers = sample(rl, [prompts[n] for n in numbers], sizes, generator)
+- earned = [reward(n, answer) for n, answer in zip(numbers, answers, strict=True)]
++ answers = [a for n in drawn for a in sample(rl, [prompts[n]] * sizes.group, sizes, generator)]
++ earned = [reward(n, answer) for n, answer in zip(numbers, answers, strict=True)]
 
 # %% wrong="r1_recipe" because="everything is collected"
 - if reward(n, answer) == 1.0:
