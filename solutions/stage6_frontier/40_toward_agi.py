@@ -161,8 +161,8 @@ assert majority_vote(["7", "3", None, "3", "7"]) == "7", (
 assert majority_vote([None, None, "4"]) == "4", "None does not vote"
 assert majority_vote([]) is None, "nobody voted: None"
 ### BEGIN HIDDEN TESTS
-# Every list of up to five answers, against the definition.
-for length in range(6):
+# Every list of up to four answers, against the definition.
+for length in range(5):
     for ballot in product(("a", "b", "", None), repeat=length):
         ballot = list(ballot)
         want, most = None, 0
@@ -216,18 +216,17 @@ checks.raises(ValueError, weighted_vote, ["a", "b"], [1.0], because="two answers
 answer = best_of_n(["a", "b", "b", None], [0.5, 0.4, 0.4, 9.0])
 assert answer == "a", f"the highest score of an answer is 0.5; yours is {answer!r}"
 ### BEGIN HIDDEN TESTS
-for length in range(5):
+for length in range(4):
     for ballot in product(("a", "b", None), repeat=length):
         for scores in product((-math.inf, -1.5, 2.0), repeat=length):
             want, best = None, None
             for answer, score in zip(ballot, scores, strict=True):
                 if answer is not None and (best is None or score > best):
                     want, best = answer, score
-            if length < 4 or len(set(scores)) > 2:
-                given = list(ballot), list(scores)
-                got = best_of_n(*given)
-                assert got == want, f"{ballot} scored {scores}: {want!r}; yours is {got!r}"
-                assert given == (list(ballot), list(scores)), "a list was changed"
+            given = list(ballot), list(scores)
+            got = best_of_n(*given)
+            assert got == want, f"{ballot} scored {scores}: {want!r}; yours is {got!r}"
+            assert given == (list(ballot), list(scores)), "a list was changed"
 assert best_of_n(["a", "b"], [1.0, math.inf]) == "b", "an infinite score is a score"
 for ballot in (["a", "b"], ["a", None]):
     checks.raises(ValueError, best_of_n, ballot, [1.0, math.nan], because="a score is NaN")
@@ -1422,7 +1421,7 @@ assert (len(best), best[0]) == (2, "only"), f"best goes on to the end of the gam
 checks.close(float(reward), best[1] / 8, what="the reward of one rollout")
 ### BEGIN HIDDEN TESTS
 g = checks.generator(18)
-# As many simulations as the root has moves: each expands one of them, and rolls out once from there.
+# As many simulations as the root has moves: each expands one of them, and rolls out once.
 broad = {name: {i: i / 8 for i in range(8)} for name in range(700)}
 _, _, tree = mcts(Table(), broad, 700, 1.0, g)
 ends = torch.tensor([8 * tree[(name,)][1] for name in broad])
