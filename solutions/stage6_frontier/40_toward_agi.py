@@ -650,8 +650,8 @@ plot.plt.show()
 # clusters again.
 #
 # %% tags=["experiment"]
-# Flips that tie on paper: 0.3 against 0.1 + 0.2, and three thirds against their mirror image.
-print(0.1 + 0.2 >= 0.3, 0.3 >= 0.1 + 0.2, abs(-0.1 - 0.2 + 0.4) >= abs(0.1 + 0.2 - 0.4))
+# Two sums that are equal on paper. Is each at least the other?
+print(f"0.1 + 0.2 ≥ 0.3: {0.1 + 0.2 >= 0.3}; 0.3 ≥ 0.1 + 0.2: {0.3 >= 0.1 + 0.2}")
 
 # %% [markdown]
 # For large $Q$ draw $R$ random flips. With $h$ of them at least as extreme, $h/R$ would claim
@@ -2808,7 +2808,7 @@ for one, other in (("1 cold start", "2 RL"), ("2 RL", "3 from samples")):
 # **What came out.** (We ran five seeds; what is said here held in each of them.) As shipped the
 # model reverses nothing, so rewards alone would never have begun: some demonstrations are needed.
 # RL then added at least a sixth of all held-out words, and the paired test called that a difference
-# beyond doubt ($p \le 0.001$).
+# beyond doubt ($p$ about 0.001 or less).
 #
 # Stage 3 begins again at the shipped model, and ended at least as high as the model that wrote its
 # examples. Whether it ended *higher* depended on the seed: in three of the five the test says so,
@@ -2944,7 +2944,7 @@ for _ in range(ROUNDS - 1):
 axes[2].plot(tokens, in_turn.mean(0), marker="o", markersize=4, label="one chain, last try")
 axes[2].plot(*zip(*voted, strict=True), marker="s", markersize=4, label="majority vote")
 axes[2].plot(tokens, chance, color="#888888", linestyle=":", label="two-state model")
-axes[2].set(xlabel="tokens for each word", ylim=(0, 0.6))
+axes[2].set(xlabel="tokens for each word", ylabel="held-out words right", ylim=(0, 0.6))
 axes[2].set_title("sequential against parallel")
 axes[2].legend(fontsize=7)
 torch.set_num_threads(threads)
