@@ -1620,7 +1620,7 @@ assert prefix_hash_blocks([], 4) == [], "no tokens, no names"
 # Among those that may go: the least recently used. All blocks of one request were used at the same
 # time, and there the order matters. Without its parent a block can never be found again, since a
 # search goes along the chain; it would lie there until its turn comes. So of blocks used at the
-# same time the **deeper** one goes first, and a chain is eaten from its end. (SGLang keeps the
+# same time the *deeper* one goes first, and a chain is eaten from its end. (SGLang keeps the
 # chains as a radix tree and evicts leaves: the same order from another structure.)
 #
 # Two edges decide whether it is right:
