@@ -388,6 +388,10 @@ def select_blocks(weights, kv_heads, block, top):
 - return (torch.stack(branches, dim=-1) * gates[..., None, :]).sum(-1).to(q.dtype)
 + return (torch.stack(branches, dim=-1) * gates.detach()[..., None, :]).sum(-1).to(q.dtype)
 
+# %% wrong="native_sparse_attention" because="the compressed branch is detached with its weights"
+- compressed, weights = compressed_attention(q, k, v, block)
++ compressed, weights = (t.detach() for t in compressed_attention(q, k, v, block))
+
 # %% right="native_sparse_attention" because="masked scores written out"
 def native_sparse_attention(q, k, v, gates, block, top, window):
     n, group = q.shape[2], q.shape[1] // k.shape[1]
@@ -430,6 +434,10 @@ def native_sparse_attention(q, k, v, gates, block, top, window):
 # %% wrong="summary_attention" because="the window has one token more"
 - near = (t <= t[:, None]) & (t > t[:, None] - window)
 + near = (t <= t[:, None]) & (t >= t[:, None] - window)
+
+# %% wrong="summary_attention" because="the means are detached"
+- return torch.cat([x, means], dim=2)
++ return torch.cat([x, means.detach()], dim=2)
 
 # %% right="summary_attention" because="query by query"
 def summary_attention(q, k, v, block, window, chosen=None):
