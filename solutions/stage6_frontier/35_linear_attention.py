@@ -365,9 +365,9 @@ def linear_attention_chunked(
     Arguments and results as in `linear_attention_recurrent`. chunk ≥ 1; the last chunk may be
     shorter, and one chunk may hold the whole sequence. Results do not depend on it.
 
-    Work is counted. For n chunks: no more FLOPs than their four products of matrices; at most
-    25·n + 25 operations of PyTorch that make a tensor; and no tensor of more elements than the
-    largest of these: an input, the pairs of tokens inside all chunks, a state for each chunk.
+    Work is counted, for n chunks: at most 25·n + 25 operations of PyTorch that make a tensor, and no
+    tensor of more elements than the largest of these: an input, a state for each chunk, the pairs
+    of tokens inside all chunks.
     """
     ### BEGIN SOLUTION
     dtype = v.dtype
@@ -443,7 +443,7 @@ checks.gradients(
 # %% check="linear_attention_chunked" points=1
 gen = checks.generator(6)
 q, k, v = drawn(gen, 1, 1, 96, 8, 8)
-with checks.allocations() as made, checks.flops() as counted:
+with checks.allocations() as made:
     o, _ = linear_attention_chunked(q, k, v, 16)
 checks.relative_l2(o, linear_attention_parallel(q.double(), k.double(), v.double()), 2e-6)
 operations = sum(made.shapes.values())
@@ -453,13 +453,11 @@ assert made.largest <= limit, (
     f"one of your tensors has {made.largest} elements; the pairs of tokens inside 6 chunks are "
     f"{limit}, all pairs are {96 * 96}"
 )
-needed = 6 * 2 * (2 * 16 * 16 * 8 + 2 * 16 * 8 * 8)
-assert counted.total <= needed, f"{counted.total} FLOPs in products of matrices; {needed} do it"
 ### BEGIN HIDDEN TESTS
 q, k, v = drawn(gen, 2, 2, 64, 4, 6)
 exact, last = linear_attention_parallel(q.double(), k.double(), v.double()), k.mT @ v
 for chunk, n in ((8, 8), (10, 7), (32, 2)):
-    with checks.allocations() as made, checks.flops() as counted:
+    with checks.allocations() as made:
         o, state = linear_attention_chunked(q, k, v, chunk)
     checks.relative_l2(o, exact, 2e-6, what=f"o in chunks of {chunk}")
     checks.close(state, last, what=f"the state, chunks of {chunk}")
@@ -467,8 +465,6 @@ for chunk, n in ((8, 8), (10, 7), (32, 2)):
     assert operations <= 25 * n + 25, f"{operations} tensors are made for {n} chunks"
     limit = 4 * n * max(chunk * chunk, chunk * 6, 4 * 6)
     assert made.largest <= limit, f"a tensor has {made.largest} elements; {limit} are enough"
-    needed = 4 * 2 * n * (chunk * chunk * 10 + 2 * chunk * 24)
-    assert counted.total <= needed, f"{counted.total} FLOPs in chunks of {chunk}; {needed} do it"
 ### END HIDDEN TESTS
 
 # %% [markdown]
