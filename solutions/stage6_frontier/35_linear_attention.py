@@ -965,7 +965,8 @@ def state_update(
 # <details><summary>Hint: one write</summary>
 #
 # With β the state gets `k` times `β · (v − what it holds under k)`; without, `k` times `v`. Only
-# the value differs. </details>
+# the value differs.
+# </details>
 
 # %% check="state_update" points=1
 # One head with keys of 2 and values of 1: the state is a column.
@@ -1097,7 +1098,7 @@ checks.gradients(
 #
 # **Retention** is RetNet's word for its part. A decay from the token is a function of the token's
 # hidden state, as queries and keys are: $\ln\alpha = -e^{a}\,\mathrm{softplus}(W x + b)$ with a
-# learned $a$ for each head in Qwen3-Next; Mamba-2, which has no erasure, uses the same.
+# learned $a$ for each head in Qwen3-Next; Mamba-2, which erases nothing, has the same decay.
 
 # %% [markdown]
 # ### Experiment: real keys in one state
