@@ -2376,11 +2376,11 @@ checks.relative_l2(
 )
 ### BEGIN HIDDEN TESTS
 for shape, blocks, given in [
-    ((2, 2, 35, 20, 24), (16, 16), True),
-    ((2, 1, 70, 9, 40), (32, 16), False),
+    ((2, 1, 35, 20, 24), (16, 16), True),
+    ((1, 2, 40, 9, 40), (32, 16), False),
     ((1, 2, 1, 16, 16), (16, 16), True),
-    ((1, 2, 33, 33, 5), (16, 32), True),
-    ((2, 3, 18, 16, 7), (16, 16), False),
+    ((1, 1, 33, 33, 5), (16, 32), True),
+    ((2, 2, 18, 16, 7), (16, 16), False),
 ]:
     q, k, v = drawn(gen, *shape)
     g = -0.2 * torch.rand(*shape[:3], generator=gen).to(profile.device)
@@ -2391,8 +2391,8 @@ for shape, blocks, given in [
     checks.relative_l2(o, exact, 2e-6, what="o", hint=hint)
     checks.relative_l2(state, last, 2e-6, what="the state", hint=hint)
 # In two launches, the second with the first one's state.
-q, k, v = drawn(gen, 1, 2, 50, 16, 16)
-g = -0.2 * torch.rand(1, 2, 50, generator=gen).to(profile.device)
+q, k, v = drawn(gen, 2, 1, 50, 16, 16)
+g = -0.2 * torch.rand(2, 1, 50, generator=gen).to(profile.device)
 first, state = chunk_attention(*(t[:, :, :19] for t in (q, k, v, g)), blocks=(16, 16))
 second, state = chunk_attention(*(t[:, :, 19:] for t in (q, k, v, g)), state, (16, 16))
 exact, last = all_pairs(q, k, v, g)
@@ -2404,9 +2404,9 @@ checks.relative_l2(state, last, 2e-6, what="the state in two launches")
 # Each tensor has strides of its own here, and NaN between its rows and around it: nothing may be
 # written or read there.
 gen = checks.generator(24)
-q, k, v = drawn(gen, 1, 2, 21, 20, 20)
+q, k, v = drawn(gen, 1, 2, 21, 16, 16)
 g = -0.2 * torch.rand(1, 2, 21, generator=gen).to(profile.device)
-start = checks.randn(1, 2, 20, 20, generator=gen)
+start = checks.randn(1, 2, 16, 16, generator=gen)
 with checks.compiled():
     o, state = kernel_among_canaries(q, k, v, g, start, (16, 16))
 exact, last = all_pairs(q, k, v, g, start)
@@ -2414,7 +2414,7 @@ hint = "Each tensor has its own row stride; q and k are D_K wide, v and o D_V, f
 checks.relative_l2(o, exact, 2e-6, what="o in padded buffers", hint=hint)
 checks.relative_l2(state, last, 2e-6, what="the state in padded buffers", hint=hint)
 ### BEGIN HIDDEN TESTS
-for shape, blocks in [((2, 2, 21, 24, 33), (16, 16)), ((2, 3, 20, 9, 17), (32, 32))]:
+for shape, blocks in [((2, 1, 21, 24, 33), (16, 16)), ((2, 3, 20, 9, 17), (32, 32))]:
     batch, heads, seq, d_k, d_v = shape
     q, k, v = drawn(gen, *shape)
     g = -0.2 * torch.rand(batch, heads, seq, generator=gen).to(profile.device)
@@ -2440,8 +2440,8 @@ for shape, blocks in [((2, 2, 21, 24, 33), (16, 16)), ((2, 3, 20, 9, 17), (32, 3
 # %% check="chunk_kernel" points=2
 # Fast decays, where quotients of exponentials overflow, and half precision.
 gen = checks.generator(25)
-q, k, v = drawn(gen, 1, 2, 96, 16, 16)
-g = torch.full((1, 2, 96), -4.0, device=profile.device)
+q, k, v = drawn(gen, 1, 1, 96, 16, 16)
+g = torch.full((1, 1, 96), -4.0, device=profile.device)
 o, state = chunk_attention(q, k, v, g, blocks=(64, 16))
 exact, last = all_pairs(q, k, v, g)
 hint = "Take exp2 of differences of sums: e^256 does not exist in float32."
@@ -2456,22 +2456,22 @@ checks.relative_l2(o, exact, 1e-3, what="o in float16")
 checks.relative_l2(state, last, 1e-3, what="the state in float16")
 ### BEGIN HIDDEN TESTS
 for fastest in (-30.0, -1.0, 0.0):
-    g = fastest * torch.rand(1, 2, 96, generator=gen).to(profile.device)
+    g = fastest * torch.rand(1, 1, 96, generator=gen).to(profile.device)
     o, state = chunk_attention(q, k, v, g, blocks=(64, 16))
     exact, last = all_pairs(q, k, v, g)
     limit = {-30.0: 2e-3, -1.0: 1e-4, 0.0: 2e-6}[fastest]
     hint = f"Log-decays down to {fastest:g}."
     checks.relative_l2(o, exact, limit, what="o", hint=hint)
     checks.relative_l2(state, last, limit, what="the state", hint=hint)
-# 25 chunks without decay: in float32 nothing is lost, rounded after each chunk it drifts.
-q, k, v = drawn(gen, 1, 1, 400, 16, 16, torch.float16)
+# 15 chunks without decay: in float32 nothing is lost, rounded after each chunk it drifts.
+q, k, v = drawn(gen, 1, 1, 240, 16, 16, torch.float16)
 v = (v.float() + 3).half()
-g = torch.zeros(1, 1, 400, device=profile.device)
+g = torch.zeros(1, 1, 240, device=profile.device)
 o, state = chunk_attention(q, k, v, g, blocks=(16, 16))
 exact, last = all_pairs(q, k, v, g)
 hint = "The state stays float32 in the loop."
-checks.relative_l2(state, last, 2e-5, what="the state after 25 chunks in float16", hint=hint)
-checks.relative_l2(o, exact, 1e-3, what="o over 25 chunks in float16")
+checks.relative_l2(state, last, 2e-5, what="the state after 15 chunks in float16", hint=hint)
+checks.relative_l2(o, exact, 1e-3, what="o over 15 chunks in float16")
 # Several blocks of columns and a head dimension that is no power of two, in float16.
 q, k, v = drawn(gen, 1, 2, 40, 24, 40, torch.float16)
 g = -0.1 * torch.rand(1, 2, 40, generator=gen).to(profile.device)
