@@ -365,9 +365,9 @@ def linear_attention_chunked(
     Arguments and results as in `linear_attention_recurrent`. chunk ≥ 1; the last chunk may be
     shorter, and one chunk may hold the whole sequence. Results do not depend on it.
 
-    Work is counted. For n chunks: no more FLOPs than their four products of matrices; at most
-    25·n + 25 operations of PyTorch that make a tensor; and no tensor of more elements than the
-    largest of these: an input, the pairs of tokens inside all chunks, a state for each chunk.
+    Work is counted, for n chunks: at most 25·n + 25 operations of PyTorch that make a tensor, and
+    no tensor of more elements than the largest of these: an input, a state for each chunk, the
+    pairs of tokens inside all chunks.
     """
     ### BEGIN SOLUTION
     dtype = v.dtype
@@ -443,7 +443,7 @@ checks.gradients(
 # %% check="linear_attention_chunked" points=1
 gen = checks.generator(6)
 q, k, v = drawn(gen, 1, 1, 96, 8, 8)
-with checks.allocations() as made, checks.flops() as counted:
+with checks.allocations() as made:
     o, _ = linear_attention_chunked(q, k, v, 16)
 checks.relative_l2(o, linear_attention_parallel(q.double(), k.double(), v.double()), 2e-6)
 operations = sum(made.shapes.values())
@@ -453,13 +453,11 @@ assert made.largest <= limit, (
     f"one of your tensors has {made.largest} elements; the pairs of tokens inside 6 chunks are "
     f"{limit}, all pairs are {96 * 96}"
 )
-needed = 6 * 2 * (2 * 16 * 16 * 8 + 2 * 16 * 8 * 8)
-assert counted.total <= needed, f"{counted.total} FLOPs in products of matrices; {needed} do it"
 ### BEGIN HIDDEN TESTS
 q, k, v = drawn(gen, 2, 2, 64, 4, 6)
 exact, last = linear_attention_parallel(q.double(), k.double(), v.double()), k.mT @ v
 for chunk, n in ((8, 8), (10, 7), (32, 2)):
-    with checks.allocations() as made, checks.flops() as counted:
+    with checks.allocations() as made:
         o, state = linear_attention_chunked(q, k, v, chunk)
     checks.relative_l2(o, exact, 2e-6, what=f"o in chunks of {chunk}")
     checks.close(state, last, what=f"the state, chunks of {chunk}")
@@ -467,8 +465,6 @@ for chunk, n in ((8, 8), (10, 7), (32, 2)):
     assert operations <= 25 * n + 25, f"{operations} tensors are made for {n} chunks"
     limit = 4 * n * max(chunk * chunk, chunk * 6, 4 * 6)
     assert made.largest <= limit, f"a tensor has {made.largest} elements; {limit} are enough"
-    needed = 4 * 2 * n * (chunk * chunk * 10 + 2 * chunk * 24)
-    assert counted.total <= needed, f"{counted.total} FLOPs in chunks of {chunk}; {needed} do it"
 ### END HIDDEN TESTS
 
 # %% [markdown]
@@ -969,7 +965,8 @@ def state_update(
 # <details><summary>Hint: one write</summary>
 #
 # With β the state gets `k` times `β · (v − what it holds under k)`; without, `k` times `v`. Only
-# the value differs. </details>
+# the value differs.
+# </details>
 
 # %% check="state_update" points=1
 # One head with keys of 2 and values of 1: the state is a column.
@@ -1101,7 +1098,7 @@ checks.gradients(
 #
 # **Retention** is RetNet's word for its part. A decay from the token is a function of the token's
 # hidden state, as queries and keys are: $\ln\alpha = -e^{a}\,\mathrm{softplus}(W x + b)$ with a
-# learned $a$ for each head in Qwen3-Next; Mamba-2, which has no erasure, uses the same.
+# learned $a$ for each head in Qwen3-Next; Mamba-2, which erases nothing, has the same decay.
 
 # %% [markdown]
 # ### Experiment: real keys in one state
@@ -2378,20 +2375,24 @@ checks.relative_l2(
     mistakes={"the last chunk's writes only": alone[-1][1], "no decay": k.double().mT @ v.double()},
 )
 ### BEGIN HIDDEN TESTS
-for shape, blocks in [((2, 3, 45, 20, 24), (16, 16)), ((2, 1, 70, 9, 40), (32, 16)),
-                      ((1, 2, 1, 16, 16), (16, 16)), ((1, 2, 33, 33, 5), (16, 32))]:  # fmt: skip
+for shape, blocks, given in [
+    ((2, 1, 35, 20, 24), (16, 16), True),
+    ((1, 2, 40, 9, 40), (32, 16), False),
+    ((1, 2, 1, 16, 16), (16, 16), True),
+    ((1, 1, 33, 33, 5), (16, 32), True),
+    ((2, 2, 18, 16, 7), (16, 16), False),
+]:
     q, k, v = drawn(gen, *shape)
     g = -0.2 * torch.rand(*shape[:3], generator=gen).to(profile.device)
-    before = checks.randn(*shape[:2], *shape[3:], generator=gen)
-    for start in (None, before):
-        o, state = chunk_attention(q, k, v, g, start, blocks)
-        exact, last = all_pairs(q, k, v, g, start)
-        hint = f"Shape {shape}, CHUNK, BLOCK_V = {blocks}, {'no' if start is None else 'a'} state."
-        checks.relative_l2(o, exact, 2e-6, what="o", hint=hint)
-        checks.relative_l2(state, last, 2e-6, what="the state", hint=hint)
+    start = checks.randn(*shape[:2], *shape[3:], generator=gen) if given else None
+    o, state = chunk_attention(q, k, v, g, start, blocks)
+    exact, last = all_pairs(q, k, v, g, start)
+    hint = f"Shape {shape}, CHUNK, BLOCK_V = {blocks}, {'a' if given else 'no'} state given."
+    checks.relative_l2(o, exact, 2e-6, what="o", hint=hint)
+    checks.relative_l2(state, last, 2e-6, what="the state", hint=hint)
 # In two launches, the second with the first one's state.
-q, k, v = drawn(gen, 2, 2, 50, 16, 16)
-g = -0.2 * torch.rand(2, 2, 50, generator=gen).to(profile.device)
+q, k, v = drawn(gen, 2, 1, 50, 16, 16)
+g = -0.2 * torch.rand(2, 1, 50, generator=gen).to(profile.device)
 first, state = chunk_attention(*(t[:, :, :19] for t in (q, k, v, g)), blocks=(16, 16))
 second, state = chunk_attention(*(t[:, :, 19:] for t in (q, k, v, g)), state, (16, 16))
 exact, last = all_pairs(q, k, v, g)
@@ -2403,9 +2404,9 @@ checks.relative_l2(state, last, 2e-6, what="the state in two launches")
 # Each tensor has strides of its own here, and NaN between its rows and around it: nothing may be
 # written or read there.
 gen = checks.generator(24)
-q, k, v = drawn(gen, 1, 2, 21, 20, 20)
+q, k, v = drawn(gen, 1, 2, 21, 16, 16)
 g = -0.2 * torch.rand(1, 2, 21, generator=gen).to(profile.device)
-start = checks.randn(1, 2, 20, 20, generator=gen)
+start = checks.randn(1, 2, 16, 16, generator=gen)
 with checks.compiled():
     o, state = kernel_among_canaries(q, k, v, g, start, (16, 16))
 exact, last = all_pairs(q, k, v, g, start)
@@ -2413,7 +2414,7 @@ hint = "Each tensor has its own row stride; q and k are D_K wide, v and o D_V, f
 checks.relative_l2(o, exact, 2e-6, what="o in padded buffers", hint=hint)
 checks.relative_l2(state, last, 2e-6, what="the state in padded buffers", hint=hint)
 ### BEGIN HIDDEN TESTS
-for shape, blocks in [((2, 2, 37, 24, 33), (16, 16)), ((2, 3, 20, 9, 17), (32, 32))]:
+for shape, blocks in [((2, 1, 21, 24, 33), (16, 16)), ((2, 3, 20, 9, 17), (32, 32))]:
     batch, heads, seq, d_k, d_v = shape
     q, k, v = drawn(gen, *shape)
     g = -0.2 * torch.rand(batch, heads, seq, generator=gen).to(profile.device)
@@ -2439,8 +2440,8 @@ for shape, blocks in [((2, 2, 37, 24, 33), (16, 16)), ((2, 3, 20, 9, 17), (32, 3
 # %% check="chunk_kernel" points=2
 # Fast decays, where quotients of exponentials overflow, and half precision.
 gen = checks.generator(25)
-q, k, v = drawn(gen, 1, 2, 96, 16, 16)
-g = torch.full((1, 2, 96), -4.0, device=profile.device)
+q, k, v = drawn(gen, 1, 1, 96, 16, 16)
+g = torch.full((1, 1, 96), -4.0, device=profile.device)
 o, state = chunk_attention(q, k, v, g, blocks=(64, 16))
 exact, last = all_pairs(q, k, v, g)
 hint = "Take exp2 of differences of sums: e^256 does not exist in float32."
@@ -2455,26 +2456,26 @@ checks.relative_l2(o, exact, 1e-3, what="o in float16")
 checks.relative_l2(state, last, 1e-3, what="the state in float16")
 ### BEGIN HIDDEN TESTS
 for fastest in (-30.0, -1.0, 0.0):
-    g = fastest * torch.rand(1, 2, 96, generator=gen).to(profile.device)
+    g = fastest * torch.rand(1, 1, 96, generator=gen).to(profile.device)
     o, state = chunk_attention(q, k, v, g, blocks=(64, 16))
     exact, last = all_pairs(q, k, v, g)
     limit = {-30.0: 2e-3, -1.0: 1e-4, 0.0: 2e-6}[fastest]
     hint = f"Log-decays down to {fastest:g}."
     checks.relative_l2(o, exact, limit, what="o", hint=hint)
     checks.relative_l2(state, last, limit, what="the state", hint=hint)
-# 25 chunks without decay: in float32 nothing is lost, rounded after each chunk it drifts.
-q, k, v = drawn(gen, 1, 1, 400, 16, 16, torch.float16)
+# 15 chunks without decay: in float32 nothing is lost, rounded after each chunk it drifts.
+q, k, v = drawn(gen, 1, 1, 240, 16, 16, torch.float16)
 v = (v.float() + 3).half()
-g = torch.zeros(1, 1, 400, device=profile.device)
+g = torch.zeros(1, 1, 240, device=profile.device)
 o, state = chunk_attention(q, k, v, g, blocks=(16, 16))
 exact, last = all_pairs(q, k, v, g)
 hint = "The state stays float32 in the loop."
-checks.relative_l2(state, last, 2e-5, what="the state after 25 chunks in float16", hint=hint)
-checks.relative_l2(o, exact, 1e-3, what="o over 25 chunks in float16")
+checks.relative_l2(state, last, 2e-5, what="the state after 15 chunks in float16", hint=hint)
+checks.relative_l2(o, exact, 1e-3, what="o over 15 chunks in float16")
 # Several blocks of columns and a head dimension that is no power of two, in float16.
-q, k, v = drawn(gen, 2, 2, 40, 24, 40, torch.float16)
-g = -0.1 * torch.rand(2, 2, 40, generator=gen).to(profile.device)
-before = checks.randn(2, 2, 24, 40, generator=gen)
+q, k, v = drawn(gen, 1, 2, 40, 24, 40, torch.float16)
+g = -0.1 * torch.rand(1, 2, 40, generator=gen).to(profile.device)
+before = checks.randn(1, 2, 24, 40, generator=gen)
 o, state = chunk_attention(q, k, v, g, before, (16, 16))
 exact, last = all_pairs(q, k, v, g, before)
 checks.relative_l2(o, exact, 1e-3, what="o of several blocks in float16")
