@@ -1680,12 +1680,9 @@ def with_gptq(name: str, bits: int) -> Tensor:
     return dequantize(*gptq(linears[name].weight, hessians[name], bits, 64, block=64))
 
 
-chosen: dict[tuple[str, int], float] = {}  # the alpha of each layer
-
-
 def with_awq(name: str, bits: int) -> Tensor:
     w = linears[name].weight
-    s, chosen[name, bits] = awq_search(w, inputs[name][::24], bits, 64)
+    s, _ = awq_search(w, inputs[name][::24], bits, 64)
     return rounded(w * s, bits, 64) / s
 
 
@@ -1890,8 +1887,9 @@ def fake_quantize(w: Tensor, bits: int, group: str | int = "channel") -> Tensor:
 
 def qat_forward(model: nn.Module, x: Tensor, bits: int, group: str | int = "channel") -> Tensor:
     """model(x), as if the weight of each nn.Linear in the model (or the model, where it is one)
-    were fake_quantize(weight, bits, group): gradients reach the model's own parameters. All else (biases, embeddings, norms) is used
-    as it is, and the model is not changed: not its parameters, and not its parts either.
+    were fake_quantize(weight, bits, group): gradients reach the model's own parameters. All else
+    (biases, embeddings, norms) is used as it is, and the model is not changed: not its parameters,
+    and not its parts either.
     """
     ### BEGIN SOLUTION
     weights = {
