@@ -819,9 +819,9 @@ checks.close(
 # %% [markdown]
 # Three details decide whether that is true of an implementation.
 #
-# - **Scales of groups** are taken when a group begins, from the weights *as they then are*. The
-#   authors' code takes them from a copy that lacks the updates of the block so far, so its results
-#   depend on the block size. Here they do not.
+# - **Scales.** Those of a group are taken when the group begins, from the weights *as they then
+#   are*. The authors' code takes them from a copy that lacks the updates of the block so far, so
+#   its results depend on the block size. Here they do not.
 # - **Damping**: $H$ can be singular (fewer tokens than columns; a channel that is always 0). Add
 #   one percent of its mean diagonal to the diagonal.
 # - **Dead columns**: where $H_{jj} = 0$, the input never was anything but 0. The weight says
@@ -1680,12 +1680,9 @@ def with_gptq(name: str, bits: int) -> Tensor:
     return dequantize(*gptq(linears[name].weight, hessians[name], bits, 64, block=64))
 
 
-chosen: dict[tuple[str, int], float] = {}  # the alpha of each layer
-
-
 def with_awq(name: str, bits: int) -> Tensor:
     w = linears[name].weight
-    s, chosen[name, bits] = awq_search(w, inputs[name][::24], bits, 64)
+    s, _ = awq_search(w, inputs[name][::24], bits, 64)
     return rounded(w * s, bits, 64) / s
 
 
@@ -1889,13 +1886,14 @@ def fake_quantize(w: Tensor, bits: int, group: str | int = "channel") -> Tensor:
 
 
 def qat_forward(model: nn.Module, x: Tensor, bits: int, group: str | int = "channel") -> Tensor:
-    """model(x), as if the weight of each nn.Linear in the model were fake_quantize(weight, bits,
-    group): gradients reach the model's own parameters. All else (biases, embeddings, norms) is used
-    as it is, and the model is not changed: not its parameters, and not its parts either.
+    """model(x), as if the weight of each nn.Linear in the model (or the model, where it is one)
+    were fake_quantize(weight, bits, group): gradients reach the model's own parameters. All else
+    (biases, embeddings, norms) is used as it is, and the model is not changed: not its parameters,
+    and not its parts either.
     """
     ### BEGIN SOLUTION
     weights = {
-        f"{name}.weight": fake_quantize(layer.weight, bits, group)
+        f"{name}.weight".lstrip("."): fake_quantize(layer.weight, bits, group)
         for name, layer in model.named_modules()
         if isinstance(layer, nn.Linear)
     }
@@ -2031,13 +2029,10 @@ for bits, group, dtype in [
         checks.close(g, e, what=f"the gradient of {name}", rtol=1e-3, hint=where)
 lone = nn.Linear(4, 2)
 seen = torch.tensor([[1.0, -2.0, 0.5, 3.0]])
-rounded_weight = read_back(lone.weight.detach(), 2, "channel", True).float()
-checks.close(
-    qat_forward(nn.Sequential(lone), seen, 2),
-    F.linear(seen, rounded_weight, lone.bias),
-    what="a model of one layer",
-    rtol=1e-4,
-)
+expected = F.linear(seen, read_back(lone.weight.detach(), 2, "channel", True).float(), lone.bias)
+for model in (nn.Sequential(lone), lone):
+    y = qat_forward(model, seen, 2)
+    checks.close(y, expected, what="a model of one layer", rtol=1e-4)
 ### END HIDDEN TESTS
 
 # %% check="qat" points=1
@@ -2298,11 +2293,12 @@ checks.raises(ValueError, pack_int4, torch.zeros(2, 12, dtype=torch.uint8))
 # 2. **Nibble by nibble.** For $i = 0 \dots 7$, `(words >> 4·i) & 15` is a tile of codes of the
 #    columns $k = 8\cdot\text{word} + i$. They meet every eighth column of $x$. The sum over $k$ may
 #    be taken in any order, so eight small products do what one large one would.
-# 3. **The group of a column** is $k$ // GROUP. A tile may hold several groups, and a group several
-#    tiles. A scale for each word serves all its eight codes, since GROUP is a multiple of 8.
+# 3. **Its own group.** Column $k$ belongs to group $k$ // GROUP. A tile may hold several groups,
+#    and a group several tiles. A scale for each word serves all its eight codes, since GROUP is a
+#    multiple of 8.
 # 4. **Transposed.** The weights are the *first* operand of `tl.dot`: on a Hopper GPU that one may
 #    come from registers, and its 64 rows fit the tensor cores; the few tokens are the second.
-#
+
 # %% [markdown]
 # Point 3 has a history. In 2026 kernels of two serving systems took the scale of a tile's first
 # column for all of it. That is right as long as a tile lies in one group. With a larger tile

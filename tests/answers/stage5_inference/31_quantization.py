@@ -740,12 +740,20 @@ def quantize_fp4(x, kind):
 +     for name, layer in model.named_children()
 
 # %% wrong="qat" because="bits and group are those of the experiment"
--     f"{name}.weight": fake_quantize(layer.weight, bits, group)
-+     f"{name}.weight": fake_quantize(layer.weight, 3, "channel")
+-     f"{name}.weight".lstrip("."): fake_quantize(layer.weight, bits, group)
++     f"{name}.weight".lstrip("."): fake_quantize(layer.weight, 3, "channel")
+
+# %% wrong="qat" because="a model that is one layer is left as it is"
+-     f"{name}.weight".lstrip("."): fake_quantize(layer.weight, bits, group)
+-     for name, layer in model.named_modules()
+-     if isinstance(layer, nn.Linear)
++     f"{name}.weight": fake_quantize(layer.weight, bits, group)
++     for name, layer in model.named_modules()
++     if isinstance(layer, nn.Linear) and name
 
 # %% wrong="qat" because="rounded weights without a gradient"
--     f"{name}.weight": fake_quantize(layer.weight, bits, group)
-+     f"{name}.weight": fake_quantize(layer.weight, bits, group).detach()
+-     f"{name}.weight".lstrip("."): fake_quantize(layer.weight, bits, group)
++     f"{name}.weight".lstrip("."): fake_quantize(layer.weight, bits, group).detach()
 
 # %% right="qat" because="an autograd function; weights exchanged for the call and put back"
 class _Straight(torch.autograd.Function):
