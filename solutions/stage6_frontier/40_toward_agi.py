@@ -26,7 +26,7 @@
 # - **in training**: let it find answers, reward the right ones, and keep what it found;
 # - **outside of the model**: give it a calculator, a search engine, a shell, and let it act.
 #
-# Whether any of this helped is a question of its own. Most reported gains are of the size of the
+# Whether any of this helped is a question of its own. Many reported gains are of the size of the
 # noise, and a reward that a program computes is a reward that a program can be fooled out of. So
 # this last lesson is as much about *measuring* as about reasoning.
 #
@@ -42,7 +42,7 @@
 # one test.
 #
 # **An agent is a loop.** The model writes text, a program reads calls out of it, runs tools and
-# writes their results back. All that can go wrong stands at that boundary.
+# writes their results back. Most of what goes wrong stands at that boundary.
 
 # %%
 import copy
@@ -292,15 +292,6 @@ def pass_at_k(n: int, c: int, k: int) -> float:
 # </details>
 
 
-# %% tags=["support"]
-# Support: pass@k from whole numbers alone
-def exact_pass(n: int, c: int, k: int) -> float:
-    """1 minus a quotient of two products of integers, rounded once."""
-    few, many = sorted((c, k))
-    wrong = math.prod(range(n - few - many + 1, n - many + 1)) if few + many <= n else 0
-    return float(1 - Fraction(wrong, math.prod(range(n - few + 1, n + 1))))
-
-
 # %% check="pass_at_k" points=2
 checks.number(
     pass_at_k(4, 1, 2),
@@ -344,7 +335,16 @@ checks.close(
     what="pass@500 from 1000 samples with 500 right ones",
     hint="Binomials of this size are no floats",
 )
+
+
 ### BEGIN HIDDEN TESTS
+def exact_pass(n: int, c: int, k: int) -> float:
+    """1 minus a quotient of two products of integers, rounded once."""
+    few, many = sorted((c, k))
+    wrong = math.prod(range(n - few - many + 1, n - many + 1)) if few + many <= n else 0
+    return float(1 - Fraction(wrong, math.prod(range(n - few + 1, n + 1))))
+
+
 g = checks.generator(2)
 for n, c, k in [
     (10**9, 1, 1),
@@ -477,7 +477,7 @@ def bootstrap_interval(
 
 
 # %% tags=["support"]
-# Support: evaluations made by rule, and quantiles of a binomial distribution
+# Support: evaluations made by rule
 def asked(means, counts, g: torch.Generator, spread: float = 0.0) -> tuple[Tensor, Tensor]:
     """Shuffled answers to questions of these means, float64; answers differ by ±spread."""
     scores, questions = [], []
@@ -487,16 +487,6 @@ def asked(means, counts, g: torch.Generator, spread: float = 0.0) -> tuple[Tenso
         questions += [7 * number - 3] * count
     order = torch.randperm(len(scores), generator=g)
     return torch.tensor(scores, dtype=torch.float64)[order], torch.tensor(questions)[order]
-
-
-def binomial_quantile(n: int, p: float, q: float) -> int:
-    """The smallest count whose cumulative probability is at least q."""
-    upto = 0.0
-    for count in range(n + 1):
-        upto += math.comb(n, count) * p**count * (1 - p) ** (n - count)
-        if upto >= q:
-            return count
-    return n
 
 
 # %% check="bootstrap_interval" points=2
@@ -511,7 +501,19 @@ for end in (low, high):
         what="an end of the interval of two questions, both answered half right",
         hint="Resample the questions' means, not the answers",
     )
+
+
 ### BEGIN HIDDEN TESTS
+def binomial_quantile(n: int, p: float, q: float) -> int:
+    """The smallest count whose cumulative probability is at least q."""
+    upto = 0.0
+    for count in range(n + 1):
+        upto += math.comb(n, count) * p**count * (1 - p) ** (n - count)
+        if upto >= q:
+            return count
+    return n
+
+
 # Means of 0 and 1: a resample's mean is a binomial count, whose quantiles are known. In these cases
 # a sample of 6000 shows them with more than six standard errors to spare.
 g = checks.generator(4)
@@ -551,18 +553,16 @@ for count, level in ((13, 0.9), (40, 0.8), (1, 0.7)):
     means = torch.rand(count, generator=g, dtype=torch.float64).pow(2)
     each = (1 + torch.randint(0, 6, (count,), generator=g)).tolist()
     scores, questions = asked(means.tolist(), each, g, spread=0.25)
-    ours = torch.stack([
-        torch.multinomial(torch.ones(count), count, True, generator=g).bincount(minlength=count)
-        for _ in range(4000)
-    ]).double() @ means / count  # fmt: skip
+    picks = torch.multinomial(torch.ones(20_000, count), count, True, generator=g)
+    ours = means[picks].mean(dim=1)
     tail = (1 - level) / 2
     want = ours.quantile(torch.tensor([tail, 1 - tail], dtype=torch.float64))
-    got = bootstrap_interval(scores, questions, level, 8000, g)
+    got = bootstrap_interval(scores, questions, level, 20_000, g)
     checks.close(
         torch.tensor(got, dtype=torch.float64),
         want,
         rtol=0,
-        atol=1e-9 if count == 1 else 0.45 * float(ours.std()) * tail**0.5,
+        atol=1e-9 if count == 1 else 0.14 * float(ours.std()),
         what=f"the interval of {count} questions, level {level}",
     )
 # The format is no reason to lose digits, and the generator is the only source.
@@ -713,8 +713,24 @@ def paired_test(
 # </details>
 
 
-# %% tags=["support"]
-# Support: the sign-flip test in whole numbers
+# %% check="paired_test" points=2
+a, b = torch.tensor([1.0, 0.0, 0.25, 0.5]), torch.tensor([0.0, 0.0, 0.0, 0.25])
+p = paired_test(a, b, torch.tensor([1, 1, 2, 3]), 10, checks.generator(7))
+checks.number(
+    p,
+    0.25,
+    to=1e-9,
+    what="the p-value of d = (0.5, 0.25, 0.25)",
+    mistakes={
+        "one-sided": 0.125,
+        "flipping answers, not questions,": 0.5,
+        "counting only what is more extreme": 0.0,
+        "random flips in place of all": 3 / 11,
+    },
+)
+
+
+### BEGIN HIDDEN TESTS
 def exact_p(gaps: list[Fraction]) -> float:
     unit = math.lcm(*(gap.denominator for gap in gaps))
     whole = [int(gap * unit) for gap in gaps]
@@ -735,22 +751,6 @@ def answered(rows: list[tuple[list[int], list[int]]], parts: int, g: torch.Gener
     return a, b, torch.tensor(names)[order], gaps
 
 
-# %% check="paired_test" points=2
-a, b = torch.tensor([1.0, 0.0, 0.25, 0.5]), torch.tensor([0.0, 0.0, 0.0, 0.25])
-p = paired_test(a, b, torch.tensor([1, 1, 2, 3]), 10, checks.generator(7))
-checks.number(
-    p,
-    0.25,
-    to=1e-9,
-    what="the p-value of d = (0.5, 0.25, 0.25)",
-    mistakes={
-        "one-sided": 0.125,
-        "flipping answers, not questions,": 0.5,
-        "counting only what is more extreme": 0.0,
-        "random flips in place of all": 3 / 11,
-    },
-)
-### BEGIN HIDDEN TESTS
 g = checks.generator(8)
 before = g.get_state()
 for count, parts, spread in ((1, 3, 3), (2, 7, 5), (5, 3, 4), (8, 10, 4), (12, 3, 3), (11, 7, 9)):
@@ -2012,8 +2012,23 @@ def compact(history: list[Message], budget: int) -> list[Message]:
 # </details>
 
 
-# %% tags=["support"]
-# Support: histories by chance, and compaction by trying every number of units
+# %% check="compact" points=2
+talk = [
+    Message("system", "be brief"),
+    Message("user", "the task"),
+    Message("assistant", "one two three four five six", 0),
+    Message("tool", "a result of five words", 0),
+    Message("assistant", "next", 1),
+    Message("tool", "fresh", 1),
+]
+got = compact(talk, cost(talk) - 1)
+assert got == [*talk[:2], NOTE, *talk[4:]], f"the first call and its result go together: {got}"
+assert compact(talk, cost(talk)) == talk, "what fits stays as it is"
+assert len(talk) == 6, "the history itself was changed"
+checks.raises(ValueError, compact, talk, 20, because="what must be kept does not fit")
+
+
+### BEGIN HIDDEN TESTS
 def some_history(g: torch.Generator, calls: int, late: bool) -> list[Message]:
     """A system message, perhaps two, a task, then talk and calls; results may come late."""
 
@@ -2069,21 +2084,6 @@ def by_trying(history: list[Message], budget: int) -> list[Message] | None:
     return None
 
 
-# %% check="compact" points=2
-talk = [
-    Message("system", "be brief"),
-    Message("user", "the task"),
-    Message("assistant", "one two three four five six", 0),
-    Message("tool", "a result of five words", 0),
-    Message("assistant", "next", 1),
-    Message("tool", "fresh", 1),
-]
-got = compact(talk, cost(talk) - 1)
-assert got == [*talk[:2], NOTE, *talk[4:]], f"the first call and its result go together: {got}"
-assert compact(talk, cost(talk)) == talk, "what fits stays as it is"
-assert len(talk) == 6, "the history itself was changed"
-checks.raises(ValueError, compact, talk, 20, because="what must be kept does not fit")
-### BEGIN HIDDEN TESTS
 g = checks.generator(19)
 outcomes = {"same": 0, "shorter": 0, "none": 0}
 for number in range(60):
@@ -2229,7 +2229,7 @@ def force_thinking(
 
 
 # %% tags=["support"]
-# Support: a model that is a rule, and thinking forced token by token
+# Support: a model that is a rule
 class Rule:
     """The next token by a rule, `end` now and then; notes what it was asked."""
 
@@ -2252,22 +2252,6 @@ class Rule:
         return rows
 
 
-def one_by_one(rule: Rule, prompt: list[int], waits: int, limit: int, wait: list[int]) -> list[int]:
-    thought, queue = [], []
-    while len(thought) < limit:
-        if queue:
-            thought.append(queue.pop(0))
-            continue
-        token = rule.next(prompt + thought)
-        if token != rule.end:
-            thought.append(token)
-        elif waits == 0:
-            break
-        else:
-            waits, queue = waits - 1, list(wait)
-    return [*thought, rule.end]
-
-
 # %% check="force_thinking" points=2
 def counting(texts, count):
     """Goes on counting from the last token, and ends after a multiple of 3."""
@@ -2286,7 +2270,25 @@ got = force_thinking(counting, [[0], [4]], 1, 50, 99, [30])
 assert got == [[1, 2, 3, 30, 31, 32, 33, 99], [5, 6, 30, 31, 32, 33, 99]], f"one wait: {got}"
 got = force_thinking(counting, [[0], [4]], 1, 4, 99, [30])
 assert got == [[1, 2, 3, 30, 99], [5, 6, 30, 31, 99]], f"at most four tokens: {got}"
+
+
 ### BEGIN HIDDEN TESTS
+def one_by_one(rule: Rule, prompt: list[int], waits: int, limit: int, wait: list[int]) -> list[int]:
+    thought, queue = [], []
+    while len(thought) < limit:
+        if queue:
+            thought.append(queue.pop(0))
+            continue
+        token = rule.next(prompt + thought)
+        if token != rule.end:
+            thought.append(token)
+        elif waits == 0:
+            break
+        else:
+            waits, queue = waits - 1, list(wait)
+    return [*thought, rule.end]
+
+
 g = checks.generator(20)
 for every, waits, wait in (
     (3, 2, [50]),
@@ -2296,7 +2298,9 @@ for every, waits, wait in (
     (3, 2, [9]),
 ):
     for limit in (0, 1, 2, 3, 7, 12, 40):
-        prompts = [torch.randint(20, 31, (1 + i % 4,), generator=g).tolist() for i in range(6)]
+        prompts = [
+            [100 + i, *torch.randint(20, 31, (1 + i % 4,), generator=g).tolist()] for i in range(6)
+        ]  # the first token tells the rows apart
         rule = Rule(9, every)
         given = [list(p) for p in prompts], list(wait)
         got = force_thinking(rule, *given[:1], waits, limit, 9, given[1])
@@ -2309,9 +2313,9 @@ for every, waits, wait in (
         for texts, count in rule.asked:
             left = []
             for text in texts:
-                i = next((i for i, p in enumerate(prompts)
-                          if text == p + want[i][: len(text) - len(p)]), None)  # fmt: skip
-                assert i is not None, f"write was asked to continue {text}, which is no row so far"
+                i = text[0] - 100
+                so_far = prompts[i] + want[i][: len(text) - len(prompts[i])]
+                assert text == so_far, f"write was asked to continue {text}; the row is {want[i]}"
                 left.append(limit - (len(text) - len(prompts[i])))
             assert min(left) >= 1, "a row that has reached its limit is not asked for"
             assert count == max(left), (
@@ -2585,6 +2589,11 @@ def everything(number: int, answer: list[int]) -> float:
     return 1.0
 
 
+def all_but_shown(number: int, answer: list[int]) -> float:
+    """Nothing for the two questions that are demonstrated, 1 for all others."""
+    return float([number + 2] not in [e.prompt for e in SHOWN])
+
+
 # %% check="r1_recipe" points=3
 cold, rl, final, collected = cooked(**LONG)
 scores = [share_right(m) for m in (small_base(30), cold, rl, final)]
@@ -2705,16 +2714,16 @@ weights = [all_weights(cooked(rule, cold_steps=1, rl_steps=2, group=6, salt=35)[
            for rule in (uneven, rescaled)]  # fmt: skip
 start = all_weights(cooked(cold_steps=1, salt=35)[0])
 distance = (weights[0] - weights[1]).norm() / (weights[0] - start).norm()
-assert distance < 0.02, (
+assert distance < 0.3, (
     f"with rewards of another unit and zero for each prompt the step differs by {distance:.0%}: "
     "are mean and deviation those of the group?"
 )
 # What is collected counts in the last stage, together with the demonstrations.
-_, _, final, collected = cooked(everything, samples=1, final_steps=40)
+_, _, final, collected = cooked(all_but_shown, samples=1, final_steps=40)
 assert told(final) > -1.2, "the demonstrations are not among the examples of the last stage"
 with torch.no_grad():
     first = final(torch.tensor(ASKED))[:, -1].log_softmax(-1)
-others = [(e.prompt[0] - 2, e.answer[0]) for e in collected if e.prompt[0] not in (3, 6)]
+others = [(e.prompt[0] - 2, e.answer[0]) for e in collected]
 assert float(first[[n for n, _ in others], [a for _, a in others]].mean()) > -0.5, (
     "final was not trained on what was collected"
 )
