@@ -1287,6 +1287,18 @@ def sample_masked(model, tokens, mask_id, steps, generator, remasking="random"):
 - if remasking not in ("random", "low_confidence"):
 + if remasking == "":
 
+# %% wrong="sample_masked" because="an unknown word is noticed only after the model was called"
+- if remasking not in ("random", "low_confidence"):
+-     raise ValueError(f"remasking is 'random' or 'low_confidence', not {remasking!r}")
+- tokens = tokens.clone()
++ tokens = tokens.clone()
+- else:
+-     rank = p.gather(-1, drawn[..., None])[..., 0]
++ elif remasking == "low_confidence":
++     rank = p.gather(-1, drawn[..., None])[..., 0]
++ else:
++     raise ValueError(remasking)
+
 # %% wrong="sample_masked" because="ties go to the right"
 - order = rank.masked_fill(~hidden, -1.0).argsort(dim=1, descending=True, stable=True)
 + order = rank.masked_fill(~hidden, -1.0).flip(1).argsort(dim=1, descending=True, stable=True)
