@@ -372,14 +372,14 @@ def follow(u, dt, rule):
         new = {
             "zero-order hold": weight * now,
             "Euler (Mamba's code)": float(dt) * now,
-            "trapezoidal (Mamba-3)": float(dt) / 2 * (decay * before + now),
+            "trapezoidal": float(dt) / 2 * (decay * before + now),
         }[rule]
         h = decay * h + new
         out.append(h)
     return torch.tensor(out, dtype=torch.float64)
 
 
-rules = ["zero-order hold", "Euler (Mamba's code)", "trapezoidal (Mamba-3)"]
+rules = ["zero-order hold", "Euler (Mamba's code)", "trapezoidal"]
 exact = follow(u_fine, times[1], rules[2])
 strides = [8, 16, 32, 64, 128, 256, 512]
 errors = {rule: [] for rule in rules}
@@ -1147,8 +1147,8 @@ def associative_scan(
 
     elements: a tuple of tensors with the same first axis, length ≥ 1: element t is what they hold
     at index t. combine(first, second): takes two such tuples of equal length m ≥ 1 and returns the
-    m combinations, of the same dtypes, first the earlier; associative, need not commute. Result t is
-    element 0 combined with 1, with 2, … with t, as a tuple of tensors like `elements`, which at
+    m combinations, of the same dtypes, first the earlier; associative, need not commute. Result t
+    is element 0 combined with 1, with 2, … with t, as a tuple of tensors like `elements`, which at
     length 1 may be these. Works for every length; changes no input.
 
     Together the calls of combine get at most 3·length pairs, and there are at most
@@ -2300,7 +2300,7 @@ for length, chunk, N in ((256, 16, 4), (256, 128, 4), (128, 8, 32), (509, 64, 4)
     )
     count = sum(made.shapes.values())
     assert count <= 60 + 60 * chunks, (
-        f"length {length}, chunk {chunk}: {count} tensors are made, {60 + 60 * chunks} are allowed; "
+        f"length {length}, chunk {chunk}: {count} tensors are made, {60 + 60 * chunks} allowed; "
         "is there a loop over tokens?"
     )
 for dtype in (torch.float16, torch.bfloat16):
@@ -2386,13 +2386,13 @@ plt.show()
 
 # %% exercise="state_needed" minutes=8 difficulty=2 path="more"
 def state_needed(M: Tensor, cut: int, tolerance: float) -> int:
-    """The fewest numbers of state with which a linear recurrence could do what M does across a cut.
+    """The fewest numbers of state with which a linear recurrence could do what M does at a cut.
 
     M: (length, length), causal, any floating dtype. 1 ≤ cut < length: the block is rows from `cut`
     on, columns before it. Returns the smallest N ≥ 0 for which some matrix of rank N differs from
     the block by at most tolerance · (the block's Frobenius norm), in that norm. 0 for a block of
-    zeros. 0 ≤ tolerance ≤ 1; at 1 it is 0; at 0, singular values below 1e-12 of the largest count
-    as 0. Between, an error that equals the limit to rounding may count either way. Computed in
+    zeros. 0 ≤ tolerance ≤ 1; at 1, 0 is right; at 0, singular values below 1e-12 of the largest are
+    0. Between, an error that equals the limit to rounding may count either way. Computed in
     float64; a plain int; M is not changed.
     """
     ### BEGIN SOLUTION
