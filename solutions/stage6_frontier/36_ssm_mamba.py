@@ -50,7 +50,7 @@
 # blocks.
 #
 # **What a decay cannot do.** All of Mamba's $A$ are negative: its states fade. A state that fades
-# cannot count to two. The last section proves it, and mends it by letting the state turn.
+# cannot count to two: [](#decay) proves it, and mends it by letting the state turn.
 
 # %% [markdown]
 # ### Notation
@@ -189,9 +189,9 @@ def discretize_zoh(A: Tensor, B: Tensor, dt: Tensor) -> Pair:
 
     Returns (A_bar, B_bar): A_bar = exp(dt·A), of the common shape of A and dt, and
     B_bar = (exp(dt·A) − 1)/A · B, of the common shape of all three; where A or dt is 0, that is
-    dt·B. Complex where A or B is complex (A_bar: where A is), in the precision given. B_bar is
-    right to a relative 1e-5 in float32 (1e-12 in float64) for every |dt·A| from 0 on, 1e-8 too.
-    Gradients reach all three; they are finite where A = 0.
+    dt·B. Complex where A or B is complex (A_bar: where A is), in the precision given. For real A
+    B_bar is right to a relative 1e-5 in float32 (1e-12 in float64) for every |dt·A| from 0 on, 1e-8
+    too. Gradients reach all three; where A = 0, that of A need only be finite.
     """
     ### BEGIN SOLUTION
     z = dt * A
@@ -343,11 +343,11 @@ checks.close(found[2], 2.0, what="the gradient of dt where A = 0")
 
 # %% [markdown]
 # Three rules are compared below on one system, $h' = -h + u$, fed with a line of pixels from a
-# photograph. The third is what Mamba-3 (2026) uses: with an exact decay, it takes the input at both
-# ends of a step, half and half (**exponential-trapezoidal**):
-# $h_t = e^{\Delta A}h_{t-1} + \tfrac{\Delta}{2}\big(e^{\Delta A}Bu_{t-1} + Bu_t\big)$. Before you
-# run it: halving the step should divide the error of a first-order rule by two. By how much that of
-# the third?
+# photograph. The third, with an exact decay, takes the input at both ends of a step, half and half
+# (**exponential-trapezoidal**):
+# $h_t = e^{\Delta A}h_{t-1} + \tfrac{\Delta}{2}\big(e^{\Delta A}Bu_{t-1} + Bu_t\big)$. Mamba-3
+# (2026) lets each token choose the two shares. Before you run it: halving the step should divide
+# the error of a first-order rule by two. By how much that of the third?
 
 # %% tags=["experiment", "figure"]
 # Figure: how wrong each rule is, and what a step's size does to the input's weight
@@ -372,14 +372,14 @@ def follow(u, dt, rule):
         new = {
             "zero-order hold": weight * now,
             "Euler (Mamba's code)": float(dt) * now,
-            "trapezoidal (Mamba-3)": float(dt) / 2 * (decay * before + now),
+            "trapezoidal": float(dt) / 2 * (decay * before + now),
         }[rule]
         h = decay * h + new
         out.append(h)
     return torch.tensor(out, dtype=torch.float64)
 
 
-rules = ["zero-order hold", "Euler (Mamba's code)", "trapezoidal (Mamba-3)"]
+rules = ["zero-order hold", "Euler (Mamba's code)", "trapezoidal"]
 exact = follow(u_fine, times[1], rules[2])
 strides = [8, 16, 32, 64, 128, 256, 512]
 errors = {rule: [] for rule in rules}
@@ -531,7 +531,7 @@ def ssm_kernel(A_bar: Tensor, B_bar: Tensor, C: Tensor, length: int) -> Tensor:
 
     A_bar, B_bar, C: (channels, N), real, float32 or float64; A_bar may be negative or 0 (0⁰ is 1).
     length ≥ 1. Returns (channels, length) in their dtype. No loop over k: at most 40 tensors are
-    made, whatever the length.
+    made (views do not count), whatever the length.
     """
     ### BEGIN SOLUTION
     k = torch.arange(length, device=A_bar.device)
@@ -1073,7 +1073,7 @@ def compose(first: Pair, second: Pair) -> Pair:
     """The step (a, b), meaning h → a·h + b, that does `first` and after it `second`.
 
     first, second: (a, b), tensors that broadcast, of any dtype, complex too. Returns (a, b), of
-    which h → a·h + b is the whole; changes no input.
+    which h → a·h + b is the whole; b has the common shape, a may. Changes no input.
     """
     ### BEGIN SOLUTION
     (a_1, b_1), (a_2, b_2) = first, second
@@ -1147,9 +1147,9 @@ def associative_scan(
 
     elements: a tuple of tensors with the same first axis, length ≥ 1: element t is what they hold
     at index t. combine(first, second): takes two such tuples of equal length m ≥ 1 and returns the
-    m combinations, first the earlier; associative, need not commute. Result t is element 0 combined
-    with 1, with 2, … with t, as a tuple of tensors like `elements`. Works for every length; changes
-    no input.
+    m combinations, of the same dtypes, first the earlier; associative, need not commute. Result t
+    is element 0 combined with 1, with 2, … with t, as a tuple of tensors like `elements`, which at
+    length 1 may be these. Works for every length; changes no input.
 
     Together the calls of combine get at most 3·length pairs, and there are at most
     2·⌈log₂ length⌉ + 2 calls: none where length is 1.
@@ -1555,6 +1555,13 @@ for dtype in HALF_PRECISION:
     h = torch.empty(2, 40, device=profile.device)
     gated_scan(a, b.float(), (2, 16), h)
     checks.relative_l2(h, gated_loop(a, b), 2e-6, what=f"h in float32 for a in {dtype}")
+    # From 2/eps on the format has even numbers only: a sum of ones stands still in it.
+    a, b = (torch.ones(2, 40, dtype=dtype, device=profile.device) for _ in range(2))
+    b[:, 0] = 2 / torch.finfo(dtype).eps
+    checks.close(
+        gated_among_canaries(a, b, (2, 16)), gated_loop(a, b).to(dtype), rtol=1e-4, atol=0,
+        what=f"ones added up in {dtype}", hint="From tile to tile, too, the state is float32.",
+    )  # fmt: skip
 # Rows 2³⁰ elements apart: only addresses are compared, no memory is touched.
 tensors = [torch.zeros(1, device=profile.device) for _ in range(3)]
 with checks.traffic(dry=True) as seen:
@@ -1576,9 +1583,9 @@ if seen is not None:
 # again.
 #
 # What is left is arithmetic: one exponential for each token, channel and number of state. An H200
-# runs about four trillion of them a second, fewer than its memory could feed. So the exponential
-# units are the limit, not the memory: `exp2` with $\log_2 e$ folded into $A$ once, and each
-# exponential computed once.
+# runs about four trillion of them a second, fewer than its memory can feed now that so little
+# moves. So the exponential units are the limit, not the memory: `exp2` with $\log_2 e$ folded into
+# $A$ once, and each exponential computed once.
 
 # %% [markdown]
 # **Where the scanned axis goes.** Triton hands the last axes of a tile to the threads first; what
@@ -1812,6 +1819,15 @@ for dtype in HALF_PRECISION:
     y = fused_selective_scan(*mixed, (2, 8), torch.empty_like(dt, dtype=torch.float32))
     exact, _ = selective_loop(*mixed)
     checks.relative_l2(y, exact, 2e-6, what=f"y in float32 for u and C in {dtype}")
+    # From 2/eps on the format has even numbers only: a sum of ones stands still in it.
+    u, dt, B, C = (torch.ones(1, 40, 1, dtype=dtype, device=profile.device) for _ in range(4))
+    u[:, 0] = 2 / torch.finfo(dtype).eps
+    A, D = torch.zeros(1, 1, device=profile.device), torch.zeros(1, device=profile.device)
+    checks.close(
+        fused_among_canaries(u, dt, A, B, C, D, (1, 16)),
+        selective_loop(u, dt, A, B, C, D)[0].to(dtype), rtol=1e-4, atol=0,
+        what=f"ones added up in {dtype}", hint="From tile to tile, too, the states are float32.",
+    )  # fmt: skip
 ### END HIDDEN TESTS
 
 # %% [markdown]
@@ -2032,7 +2048,8 @@ def ssd_matrix(dt: Tensor, A: Tensor, B: Tensor, C: Tensor) -> Tensor:
     dt: (batch, length, heads), ≥ 0. A: (heads,), ≤ 0. B, C: (batch, length, groups, N); groups
     divides heads, and consecutive heads share a group, as query heads share a key head. All float32
     or all float64. Returns M, (batch, heads, length, length), with M[i, j] = (C_i·B_j) ·
-    exp(A·(dt_(j+1) + … + dt_i)) · dt_j for j ≤ i, and 0 above the diagonal. Changes nothing.
+    exp(A·(dt_(j+1) + … + dt_i)) · dt_j for j ≤ i, and 0 above the diagonal. A step dt of 10,000
+    spoils no segment that it is not in. Changes nothing.
     """
     ### BEGIN SOLUTION
     each = dt.shape[2] // B.shape[2]
@@ -2077,6 +2094,17 @@ checks.close(
 gen = checks.generator(20)
 
 
+def by_impulses(dt, A, B, C):
+    """M, whose column j is what the recurrence answers to a 1 at token j."""
+    batch, length, heads = dt.shape
+    one = torch.eye(length, dtype=torch.float64, device=dt.device)
+    columns = [
+        heads_loop(one[j].view(1, length, 1, 1).expand(batch, length, heads, 1), dt, A, B, C)[0]
+        for j in range(length)
+    ]
+    return torch.stack([c[..., 0].mT for c in columns], -1)
+
+
 for shape, dtype in [
     ((2, 7, 4, 3, 2, 5), torch.float32),
     ((1, 1, 2, 1, 1, 3), torch.float64),
@@ -2085,16 +2113,16 @@ for shape, dtype in [
     u, dt, A, B, C, D, _ = ssd_inputs(*shape, gen, dtype)
     with checks.unchanged(dt=dt, A=A, B=B, C=C):
         M = ssd_matrix(dt, A, B, C)
-    batch, length, heads = dt.shape
-    # Column j is what the recurrence answers to a 1 at token j.
-    one = torch.eye(length, dtype=torch.float64, device=dt.device)
-    columns = [
-        heads_loop(one[j].view(1, length, 1, 1).expand(batch, length, heads, 1), dt, A, B, C)[0]
-        for j in range(length)
-    ]
-    expected = torch.stack([c[..., 0].mT for c in columns], -1)
     where = f"(batch, length, heads, –, groups, N) = {shape}."
-    checks.close(M, expected, dtype=dtype, what="M", hint=where)
+    checks.close(M, by_impulses(dt, A, B, C), dtype=dtype, what="M", hint=where)
+    # Steps that forget everything: exp(−sum), which belongs to no segment, would be infinite.
+    dt = dt.clone()
+    dt[:, dt.shape[1] // 2 :: 3] = 3e4
+    size = dt.transpose(1, 2)[:, :, None]  # M's columns have it as a factor
+    checks.close(
+        ssd_matrix(dt, A, B, C) / size, by_impulses(dt, A, B, C) / size, dtype=dtype,
+        what="M[i, j] / dt_j with steps of 30,000", hint=where,
+    )  # fmt: skip
 # Law: without decay and with steps of 1 it is linear attention, as causal as ever.
 u, dt, A, B, C, D, _ = ssd_inputs(2, 6, 2, 3, 1, 4, gen, torch.float64)
 M = ssd_matrix(torch.ones_like(dt), 0 * A, B, C)
@@ -2145,9 +2173,9 @@ def ssd_chunked(
     last token. Computed, and the state returned, in float64 where u is float64, else in float32.
 
     The result does not depend on chunk. A step dt of 10,000 costs no digits of what follows it. No
-    loop over tokens: at most 60 + 60·⌈length/chunk⌉ tensors are made. None has more than twice
-    batch · heads · length · max(chunk, head_dim, N) numbers, for a chunk that divides length and is
-    no shorter than head_dim.
+    loop over tokens: at most 60 + 60·⌈length/chunk⌉ tensors are made (views do not count). With
+    chunk ≥ head_dim none has more than twice batch · heads · P · max(chunk, head_dim, N) numbers,
+    where P is length, rounded up to a multiple of chunk.
     """
     ### BEGIN SOLUTION
     wide = torch.promote_types(u.dtype, torch.float32)
@@ -2260,18 +2288,20 @@ assert sum(made.shapes.values()) <= 60 + 60 * 4, (
 )
 ### BEGIN HIDDEN TESTS
 gen = checks.generator(22)
-for length, chunk, N in ((256, 16, 4), (256, 128, 4), (128, 8, 32)):
+for length, chunk, N in ((256, 16, 4), (256, 128, 4), (128, 8, 32), (509, 64, 4), (254, 65, 4)):
     u, dt, A, B, C, D, start = ssd_inputs(2, length, 2, 8, 2, N, gen)
     with checks.allocations() as made:
         ssd_chunked(u, dt, A, B, C, chunk, D, start)
-    bound = 2 * 2 * 2 * length * max(chunk, 8, N)
+    chunks = math.ceil(length / chunk)
+    bound = 2 * 2 * 2 * chunks * chunk * max(chunk, 8, N)
     assert made.largest <= bound, (
         f"length {length}, chunk {chunk}, N = {N}: a tensor of {made.largest} numbers is made, "
         f"{bound} are allowed"
     )
     count = sum(made.shapes.values())
-    assert count <= 60 + 60 * (length // chunk), (
-        f"length {length}, chunk {chunk}: {count} tensors are made; is there a loop over tokens?"
+    assert count <= 60 + 60 * chunks, (
+        f"length {length}, chunk {chunk}: {count} tensors are made, {60 + 60 * chunks} allowed; "
+        "is there a loop over tokens?"
     )
 for dtype in (torch.float16, torch.bfloat16):
     half_inputs = [t.to(dtype) for t in ssd_inputs(2, 30, 2, 3, 1, 4, gen)]
@@ -2281,6 +2311,10 @@ for dtype in (torch.float16, torch.bfloat16):
     assert y.dtype == dtype, f"y has dtype {y.dtype} for u of {dtype}"
     checks.close(y, exact.to(dtype), what=f"y in {dtype}", dtype=dtype)
     checks.close(last, exact_last, what=f"the state for {dtype}", dtype=torch.float32)
+    _, last = ssd_chunked(u, dt, 0 * A, B, C, 8, D, start)
+    _, exact_last = heads_loop(u, dt, 0 * A, B, C, D, start)
+    what = f"the state for {dtype}, A = 0"
+    checks.close(last, exact_last, what=what, dtype=torch.float32, hint="Float32 between chunks.")
 u, dt, A, B, C, D, start = ssd_inputs(2, 30, 2, 3, 1, 4, gen)
 y, last = ssd_chunked(u.double(), dt, A, B, C, 8, D, start)
 exact, exact_last = heads_loop(u, dt, A, B, C, D, start)
@@ -2339,25 +2373,27 @@ plt.show()
 # Cut a sequence before token $c$. Whatever the tokens before say to those after passes through the
 # state at the cut: the block $M_{i \ge c,\, j < c}$ is a product of a matrix with $N$ columns (how
 # the state is read) and one with $N$ rows (how it was written). Its rank is at most $N$. Matrices
-# with that property at every cut are called **semiseparable**, and every one of them is some
-# recurrence with $N$ numbers of state.
+# with that property at every cut are called **semiseparable**, and every one of them is some linear
+# recurrence with $N$ numbers of state, though its $A_t$ need not be diagonal.
 #
 # Turn it round: given any causal matrix, attention weights for example, the singular values of its
-# block say how well *any* state of $N$ numbers could do. The best approximation of rank $N$ keeps
-# the $N$ largest; its error is the root of the sum of the squares of the rest (Eckart and Young).
+# block say how well *any* linear state of $N$ numbers could do. The best approximation of rank $N$
+# keeps the $N$ largest; its error is the root of the sum of the squares of the rest (Eckart and
+# Young).
 #
 # ### Exercise · The state at a cut
 
 
 # %% exercise="state_needed" minutes=8 difficulty=2 path="more"
 def state_needed(M: Tensor, cut: int, tolerance: float) -> int:
-    """The fewest numbers of state with which a recurrence could do what M does across a cut.
+    """The fewest numbers of state with which a linear recurrence could do what M does at a cut.
 
     M: (length, length), causal, any floating dtype. 1 ≤ cut < length: the block is rows from `cut`
     on, columns before it. Returns the smallest N ≥ 0 for which some matrix of rank N differs from
     the block by at most tolerance · (the block's Frobenius norm), in that norm. 0 for a block of
-    zeros. 0 ≤ tolerance ≤ 1; at tolerance 0, singular values below 1e-12 of the largest count as 0.
-    Computed in float64; a plain int; M is not changed.
+    zeros. 0 ≤ tolerance ≤ 1; at 1, 0 is right; at 0, singular values below 1e-12 of the largest are
+    0. Between, an error that equals the limit to rounding may count either way. Computed in
+    float64; a plain int; M is not changed.
     """
     ### BEGIN SOLUTION
     values = torch.linalg.svdvals(M[cut:, :cut].double())
@@ -2570,7 +2606,8 @@ class MambaBlock(nn.Module):
     def select(self, u: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """(dt, B, C) of u (…, d_inner): (…, d_inner), (…, d_state) and (…, d_state).
 
-        x_proj gives dt_rank features, then B, then C; dt = softplus(dt_proj(features)).
+        x_proj gives dt_rank features, then B, then C; dt = softplus(dt_proj(features)), right to a
+        relative 1e-5 where its argument is −30 or 150, too.
         """
         ### BEGIN SOLUTION
         features, B, C = self.x_proj(u).split([self.dt_rank, self.d_state, self.d_state], dim=-1)
@@ -2747,6 +2784,29 @@ due = torch.autograd.grad(
 for name, mine, right in zip(names, found, due, strict=True):
     assert mine is not None, f"no gradient reaches {name}"
     checks.close(mine, right, what=f"the gradient of {name}", rtol=1e-4)
+# Steps from e^(−30) to 150: exp of an argument overflows, or is lost in a 1.
+bias = torch.tensor([-30.0, -18.0, -1.0, 19.0, 95.0, 150.0], device=profile.device)
+changed = {"dt_proj.bias": bias, "dt_proj.weight": 0 * block.state_dict()["dt_proj.weight"]}
+block.load_state_dict(block.state_dict() | changed)
+dt, _, _ = block.select(checks.randn(2, 6, generator=gen))
+checks.close(
+    dt, bias.double().exp().log1p().expand(2, 6), dtype=torch.float32, rtol=1e-5, atol=0,
+    what=f"dt, the softplus of {bias.tolist()}",
+)  # fmt: skip
+found = torch.autograd.grad(dt.sum(), list(block.parameters()), allow_unused=True)
+checks.close(
+    found[names.index("dt_proj.bias")], 2 * bias.double().sigmoid(), dtype=torch.float32,
+    rtol=1e-5, atol=0, what=f"the gradient of dt for {bias.tolist()}",
+)  # fmt: skip
+expected = block_loop(block.state_dict(), x, 2)
+y, memory = block(x)
+checks.close(y, expected[0], what="y with steps from e^(−30) to 150")
+checks.close(memory[1], expected[2], what="h with steps from e^(−30) to 150")
+memory, outputs = None, []
+for token in x.unbind(1):
+    y, memory = block.step(token, memory)
+    outputs.append(y)
+checks.close(torch.stack(outputs, 1), expected[0], what="y of such steps, token by token")
 ### END HIDDEN TESTS
 
 # %% check="mamba_block" points=2
@@ -3054,7 +3114,7 @@ plt.show()
 # The steps are large a few tokens *after* a symbol, as far as the convolution looks back.
 
 # %% [markdown]
-# ## What a decay cannot do
+# ## What a decay cannot do {#decay}
 #
 # Read bits and say, after each, whether the ones so far are odd in number: **parity**, one bit of
 # memory. A two-state machine does it. Mamba, of any size, does not, once the input is long enough.

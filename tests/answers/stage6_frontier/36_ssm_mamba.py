@@ -453,6 +453,11 @@ def associative_scan(combine, elements):
 + step = lambda p, q, r, s: (r * p, r * q + s)
 + a, b = tl.associative_scan((a, b), 1, step)
 
+# %% wrong="scan_kernel" because="the carry is rounded to h's format"
+- carry = tl.sum(tl.where(col[None, :] == BLOCK_T - 1, h, 0.0), axis=1)
++ carry = tl.sum(tl.where(col[None, :] == BLOCK_T - 1, h, 0.0), axis=1)
++ carry = carry.to(h_ptr.dtype.element_ty).to(tl.float32)
+
 # %% right="scan_kernel" because="the carry goes into the first column before the scan"
 - a, b = tl.associative_scan((a, b), 1, compose_steps)
 - h = a * carry[:, None] + b
@@ -525,6 +530,11 @@ def associative_scan(combine, elements):
 - h = tl.sum(tl.where(t[:, None, None] == BLOCK_T - 1, states_now, 0.0), axis=0)
 + h = tl.sum(tl.where(t[:, None, None] == BLOCK_T - 1, states_now, 0.0), axis=0)
 + h = min([h, h + 0.0], key=lambda x: 0)
+
+# %% wrong="selective_scan_kernel" because="the carry is rounded to y's format"
+- h = tl.sum(tl.where(t[:, None, None] == BLOCK_T - 1, states_now, 0.0), axis=0)
++ h = tl.sum(tl.where(t[:, None, None] == BLOCK_T - 1, states_now, 0.0), axis=0)
++ h = h.to(y_ptr.dtype.element_ty).to(tl.float32)
 
 # %% right="selective_scan_kernel" because="the carry after the scan"
 - b = tl.where(t[:, None, None] == 0, a * h[None, :, :] + b, b)
@@ -602,6 +612,12 @@ def segment_sums(log_a):
 # %% wrong="ssd_matrix" because="scales by the root of N, as attention does"
 - return (C @ B.mT) * decays * dt.transpose(1, 2)[:, :, None]
 + return (C @ B.mT) * decays * dt.transpose(1, 2)[:, :, None] / math.sqrt(B.shape[-1])
+
+# %% wrong="ssd_matrix" because="multiplies by the mask: 0 times infinity"
+- decays = segment_sums((dt * A).transpose(1, 2)).exp()
++ total = (dt * A).transpose(1, 2).cumsum(-1)
++ decays = (total[..., :, None] - total[..., None, :]).exp()
++ decays = decays * torch.ones_like(decays[0, 0]).tril()
 
 # %% right="ssd_matrix" because="einsum over groups"
 def ssd_matrix(dt, A, B, C):
@@ -713,6 +729,20 @@ def ssd_chunked(u, dt, A, B, C, chunk, D=None, state=None):
 # %% wrong="ssd_chunked" because="y stays in float32"
 - return y.to(u.dtype), H
 + return y, H
+
+# %% wrong="ssd_chunked" because="the chunk shrinks to a divisor of the length: to 1 for a prime"
+- count = -(-length // chunk)
++ chunk = next(c for c in range(min(chunk, length), 0, -1) if length % c == 0)
++ count = length // chunk
+
+# %% wrong="ssd_chunked" because="one chunk of all tokens where it does not divide"
+- count = -(-length // chunk)
++ chunk = chunk if length % chunk == 0 else length
++ count = -(-length // chunk)
+
+# %% wrong="ssd_chunked" because="the state is rounded between chunks"
+- H = since[:, :, c, -1, None, None] * H + own[:, :, c]
++ H = since[:, :, c, -1, None, None] * H.to(u.dtype).to(wide) + own[:, :, c]
 
 # %% right="ssd_chunked" because="a matrix between chunks too"
 def ssd_chunked(u, dt, A, B, C, chunk, D=None, state=None):
@@ -907,6 +937,28 @@ def state_needed(M, cut, tolerance):
 # %% wrong="mamba_block" because="A_log gets no gradient"
 - y, h = selective_scan(u, dt, -torch.exp(self.A_log), B, C, self.D, h)
 + y, h = selective_scan(u, dt, -torch.exp(self.A_log.detach()), B, C, self.D, h)
+
+# %% wrong="mamba_block" because="log(1 + exp(x)), which overflows, and is 0 for a small x"
+- return F.softplus(self.dt_proj(features)), B, C
++ return torch.log(1 + torch.exp(self.dt_proj(features))), B, C
+
+# %% wrong="mamba_block" because="the overflow is hidden by where, its gradient is NaN"
+- return F.softplus(self.dt_proj(features)), B, C
++ x = self.dt_proj(features)
++ return torch.where(x > 20, x, torch.log1p(torch.exp(x))), B, C
+
+# %% wrong="mamba_block" because="step: a softplus of its own, which overflows"
+- dt, B, C = self.select(u)
+- h = torch.exp(dt[..., None] * -torch.exp(self.A_log)) * h + (dt * u)[..., None] * B[:, None]
++ rank, n = self.dt_rank, self.d_state
++ features, B, C = self.x_proj(u).split([rank, n, n], dim=-1)
++ dt = torch.log(1 + torch.exp(self.dt_proj(features)))
++ h = torch.exp(dt[..., None] * -torch.exp(self.A_log)) * h + (dt * u)[..., None] * B[:, None]
+
+# %% right="mamba_block" because="the softplus by logaddexp"
+- return F.softplus(self.dt_proj(features)), B, C
++ x = self.dt_proj(features)
++ return torch.logaddexp(x, torch.zeros_like(x)), B, C
 
 # %% right="mamba_block" because="step by forward"
 - u, z = self.in_proj(x).chunk(2, dim=-1)
