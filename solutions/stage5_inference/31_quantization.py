@@ -1795,11 +1795,11 @@ plt.show()
 # **What came out.** 8 bits change next to nothing. At 4 and at 3 bits GPTQ has less than half of
 # the squared output error of rounding to nearest, and takes a good third or more of the divergence
 # away. AWQ's output error is smaller too, layer for layer, as it must be, but only by a few
-# percent, and the predictions gain nothing; at 3 bits they can be further off than with rounding to
-# nearest. Two reasons. AWQ's law is about a layer's output on the calibration inputs, not about the
-# model. And AWQ lives on loud channels: where a layer has some, as layer 1's down projection, its
-# error falls; most layers of this model have none, while models of billions of parameters do. NF4
-# needs no zero point and is a little worse than INT4 with one.
+# percent, and the predictions gain next to nothing; at 3 bits they can be further off than with
+# rounding to nearest. Two reasons. AWQ's law is about a layer's output on the calibration inputs,
+# not about the model. And AWQ lives on loud channels: where a layer has some, as layer 1's down
+# projection, its error falls; most layers of this model have none, while models of billions of
+# parameters do. NF4 needs no zero point and is a little worse than INT4 with one.
 #
 # ### Which matrices hurt?
 #
