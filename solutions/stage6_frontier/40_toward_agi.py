@@ -22,9 +22,9 @@
 # A language model answers in one go, and the effort that it spends on a token is the same for
 # every token. A hard question deserves more. There are three places to spend it:
 #
-# - **at test time**: ask several times and vote, search, or let the model think for longer;
-# - **in training**: let it find answers, reward the right ones, and keep what it found;
-# - **outside of the model**: give it a calculator, a search engine, a shell, and let it act.
+# - *at test time*: ask several times and vote, search, or let the model think for longer;
+# - *in training*: let it find answers, reward the right ones, and keep what it found;
+# - *outside of the model*: give it a calculator, a search engine, a shell, and let it act.
 #
 # Whether any of this helped is a question of its own. Many reported gains are of the size of the
 # noise, and a reward that a program computes is a reward that a program can be fooled out of. So
@@ -1126,12 +1126,12 @@ plot.plt.show()
 # Carlo tree search** (MCTS) keeps a tree of beginnings and decides where the next sample starts.
 # Each simulation does four things:
 #
-# 1. **select**: walk down from the root as long as all moves of a node have been tried;
-# 2. **expand**: add one child for a move that has not;
-# 3. **roll out**: play at random from there to the end;
-# 4. **back up**: add the reward to every node on the way.
+# 1. *select*: walk down from the root as long as all moves of a node have been tried;
+# 2. *expand*: add one child for a move that has not;
+# 3. *roll out*: play at random from there to the end;
+# 4. *back up*: add the reward to every node on the way.
 #
-# The game here is **Countdown**: take two numbers, replace them by their sum, difference, product
+# The game here is *Countdown*: take two numbers, replace them by their sum, difference, product
 # or quotient, until one is left, which should be the target. With three numbers it is small enough
 # to list every way to play it, so the best result is known.
 
@@ -1441,7 +1441,7 @@ checks.uses_generator(
 # %% [markdown]
 # Is the tree worth its trouble? Both sides below spend the same: one reward for each simulation.
 # The rival draws whole games at random and keeps the best, which is best-of-n with a verifier. Two
-# games: Countdown with four numbers, and a **lock** of seven digits from 0 to 3, whose reward is
+# games: Countdown with four numbers, and a *lock* of seven digits from 0 to 3, whose reward is
 # the share of digits that are right from the beginning on.
 #
 # **Write down first:** in which of the two games does the tree win, and what does $c$ do?
@@ -1956,8 +1956,8 @@ assert re.fullmatch("error: [^<]+", texts[1]), f"so are your own: {texts[1]!r}"
 #
 # A run of two hundred steps does not fit into a context. **Compaction** replaces the oldest part of
 # the history by a note (or by a summary that the model writes). Three things must survive it: the
-# **system message**, or the agent forgets its rules; the **task**, or it forgets what it is doing;
-# and whatever is **open**, a call without its result, or a result that the model has not yet seen.
+# *system message*, or the agent forgets its rules; the *task*, or it forgets what it is doing;
+# and whatever is *open*, a call without its result, or a result that the model has not yet seen.
 # And a call and its result go together. Chat APIs refuse a result without its call, and a model
 # that sees a call without a result makes the result up.
 
@@ -2333,7 +2333,7 @@ assert force_thinking(Rule(9, 3), [], 2, 5, 9, [50]) == [], "no prompts, no thou
 #
 # 1. **Cold start**: finetune the base on a few thousand examples with long reasoning, so that RL
 #    has something to reward and a readable form.
-# 2. **RL** with GRPO on questions whose answers can be checked. This needs no written solutions.
+# 2. *RL* with GRPO on questions whose answers can be checked. This needs no written solutions.
 # 3. **Rejection sampling**: sample from the RL model, keep what is right, add examples of other
 #    kinds, and finetune *the base model again* on that. The RL model has served its purpose: it has
 #    written a data set.
@@ -2371,7 +2371,7 @@ class Sizes:
 #
 # $$ L = -\frac1B\sum_{b} A_b \cdot \frac1{T_b}\sum_t \log\pi(y_{b,t}\mid\dots), $$
 #
-# a log-likelihood with **weights**. Finetuning is the case $A_b=1$ with somebody else's answers;
+# a log-likelihood with *weights*. Finetuning is the case $A_b=1$ with somebody else's answers;
 # rejection sampling has weights 1 for right answers and 0 for wrong ones; GRPO's weights are
 # negative for answers below their group's mean. So one step serves for all. It is given, with
 # finetuning (lesson 21) built on it; the stages are yours.
@@ -3159,7 +3159,7 @@ checks.number(
 # Forty lessons, and the papers that each is built on: one or two to read first, in bold, and the
 # others by need. A paper stands where the course builds it.
 # %% [markdown]
-# **Stage 1 · Foundations**
+# ### Stage 1 · Foundations
 #
 # | lesson | papers |
 # |---|---|
@@ -3171,7 +3171,7 @@ checks.number(
 # | 06 | Kingma & Ba 2014, *Adam* arXiv:1412.6980; Loshchilov and Hutter 2017, *Decoupled Weight Decay Regularization* arXiv:1711.05101; Chen et al. 2023, *Symbolic Discovery of Optimization Algorithms* arXiv:2302.06675; Jordan et al. 2024, *Muon: An optimizer for hidden layers in neural networks*; Liu et al. 2025, *Muon is Scalable for LLM Training* arXiv:2502.16982; Hu et al. 2024, *MiniCPM* arXiv:2404.06395 |
 
 # %% [markdown]
-# **Stage 2 · The Transformer**
+# ### Stage 2 · The Transformer
 #
 # | lesson | papers |
 # |---|---|
@@ -3185,7 +3185,7 @@ checks.number(
 # | 14 | Touvron et al. 2023, *LLaMA: Open and Efficient Foundation Language Models* arXiv:2302.13971; Holtzman et al. 2019, *The Curious Case of Neural Text Degeneration* arXiv:1904.09751; Nguyen et al. 2024, *Min-p* arXiv:2407.01082 |
 
 # %% [markdown]
-# **Stage 3 · Pretraining and scaling**
+# ### Stage 3 · Pretraining and scaling
 #
 # | lesson | papers |
 # |---|---|
@@ -3197,7 +3197,7 @@ checks.number(
 # | 20 | Shoeybi et al. 2019, *Megatron-LM* arXiv:1909.08053; Narayanan et al. 2021, *Efficient Large-Scale Language Model Training on GPU Clusters Using Megatron-LM* arXiv:2104.04473; Huang et al. 2018, *GPipe* arXiv:1811.06965; Qi et al. 2024, *Zero Bubble Pipeline Parallelism* arXiv:2401.10241; Liu et al. 2023, *Ring Attention with Blockwise Transformers for Near-Infinite Context* arXiv:2310.01889; Jacobs et al. 2023, *DeepSpeed Ulysses* arXiv:2309.14509; Lepikhin et al. 2020, *GShard* arXiv:2006.16668; Korthikanti et al. 2022, *Reducing Activation Recomputation in Large Transformer Models* arXiv:2205.05198 |
 
 # %% [markdown]
-# **Stage 4 · Post-training and alignment**
+# ### Stage 4 · Post-training and alignment
 #
 # | lesson | papers |
 # |---|---|
@@ -3210,7 +3210,7 @@ checks.number(
 # | 27 | Wortsman et al. 2022, *Model soups* arXiv:2203.05482; Ilharco et al. 2022, *Editing Models with Task Arithmetic* arXiv:2212.04089; Yadav et al. 2023, *TIES-Merging* arXiv:2306.01708; Yu et al. 2023, *Language Models are Super Mario* arXiv:2311.03099; Matena and Raffel 2021, *Merging Models with Fisher-Weighted Averaging* arXiv:2111.09832; Ainsworth et al. 2022, *Git Re-Basin* arXiv:2209.04836 |
 
 # %% [markdown]
-# **Stage 5 · Inference and systems**
+# ### Stage 5 · Inference and systems
 #
 # | lesson | papers |
 # |---|---|
@@ -3223,7 +3223,7 @@ checks.number(
 # | 34 | Yu et al. 2022, *Orca*; Agrawal et al. 2024, *Sarathi-Serve* arXiv:2403.02310 |
 
 # %% [markdown]
-# **Stage 6 · The frontier**
+# ### Stage 6 · The frontier
 #
 # | lesson | papers |
 # |---|---|
@@ -3261,6 +3261,7 @@ checks.number(
 #
 # | | project | file in `work/projects/` | starts from lessons | what its acceptance test asks |
 # |---|---|---|---|---|
+<<<<<<< HEAD
 # | 1 | **Mini-GPT**: a decoder on a text of your choice, from bytes to samples | `1_mini_gpt.py` | 14, 16 | gives text back, is causal, needs fewer bits on held-out text than a 5-gram |
 # | 2 | **FlashAttention in Triton**, forward and backward | `2_flash_attention.py` | 29 | values and gradients as in float64, kernels that compile for a GPU, no tensor of the scores' size |
 # | 3 | **LLaMA-160M**: a configuration, a data pipeline, a training run | `3_llama_160m.py` | 14, 16, 18 | about 160 M parameters, fewer bits than the course's `small` |
@@ -3272,6 +3273,25 @@ checks.number(
 #
 # Without the file, the command lists the steps and the functions that it asks for. The bars of 1, 2
 # and 8 are met by the course's own model, kernels and engine; nobody has yet trained 3 and 7 here.
+||||||| 040b6cb
+# | 1 | **Mini-GPT**: a decoder on a text of your choice, from bytes to samples | `1_mini_gpt.py` | 14 | it is causal, it learns, its samples are its own |
+# | 2 | **FlashAttention in Triton**, forward and backward | `2_flash_attention.py` | 29 | agrees with float64, keeps to its buffers, compiles for a GPU |
+# | 3 | **LLaMA-160M**: a configuration, a data pipeline, a training run | `3_llama_160m.py` | 14, 16 | the shapes of 160 M parameters, resumable training |
+# | 4 | **A sparse model** with latent attention and experts | `4_mla_and_experts.py` | 10, 11 | cache and active parameters as promised, balanced experts |
+# | 5 | **Reasoning by reinforcement learning** on a task with a verifier | `5_reasoning.py` | 23, 40 | the held-out reward rises, the verifier holds |
+# | 6 | **A vision–language model**: an image encoder, a connector, a decoder | `6_vision_language.py` | 38 | answers depend on the image |
+# | 7 | **Long context**, 32K tokens and more | `7_long_context.py` | 26 | retrieval far beyond the trained length |
+# | 8 | **An inference engine**: paged cache, continuous batching, an API | `8_inference_engine.py` | 34 | the same tokens as one at a time, under load |
+=======
+# | 1 | Mini-GPT: a decoder on a text of your choice, from bytes to samples | `1_mini_gpt.py` | 14 | it is causal, it learns, its samples are its own |
+# | 2 | FlashAttention in Triton, forward and backward | `2_flash_attention.py` | 29 | agrees with float64, keeps to its buffers, compiles for a GPU |
+# | 3 | LLaMA-160M: a configuration, a data pipeline, a training run | `3_llama_160m.py` | 14, 16 | the shapes of 160 M parameters, resumable training |
+# | 4 | A sparse model with latent attention and experts | `4_mla_and_experts.py` | 10, 11 | cache and active parameters as promised, balanced experts |
+# | 5 | Reasoning by reinforcement learning on a task with a verifier | `5_reasoning.py` | 23 | the held-out reward rises, the verifier holds |
+# | 6 | A vision–language model: an image encoder, a connector, a decoder | `6_vision_language.py` | 38 | answers depend on the image |
+# | 7 | Long context, 32K tokens and more | `7_long_context.py` | 26 | retrieval far beyond the trained length |
+# | 8 | An inference engine: paged cache, continuous batching, an API | `8_inference_engine.py` | 34 | the same tokens as one at a time, under load |
+>>>>>>> 40
 #
 # Do one of them to the end, with a page that says what you measured and what you did not. It is
 # the best answer to most interview questions.
