@@ -3261,37 +3261,17 @@ checks.number(
 #
 # | | project | file in `work/projects/` | starts from lessons | what its acceptance test asks |
 # |---|---|---|---|---|
-<<<<<<< HEAD
-# | 1 | **Mini-GPT**: a decoder on a text of your choice, from bytes to samples | `1_mini_gpt.py` | 14, 16 | gives text back, is causal, needs fewer bits on held-out text than a 5-gram |
-# | 2 | **FlashAttention in Triton**, forward and backward | `2_flash_attention.py` | 29 | values and gradients as in float64, kernels that compile for a GPU, no tensor of the scores' size |
-# | 3 | **LLaMA-160M**: a configuration, a data pipeline, a training run | `3_llama_160m.py` | 14, 16, 18 | about 160 M parameters, fewer bits than the course's `small` |
-# | 4 | **A sparse model** with latent attention and experts | `4_mla_and_experts.py` | 10, 11 | decodes as it reads, a quarter of the cache, at most half of the weights for a token, no idle expert |
-# | 5 | **Reasoning by reinforcement learning** | `5_reasoning.py` | 23, 40 | writes held-out words backwards, 60 % of them, and better than before |
-# | 6 | **A vision–language model**: an image encoder, a connector, a decoder | `6_vision_language.py` | 38 | names and judges held-out digits, and says nothing of a blank image |
-# | 7 | **Long context**, 32,768 tokens | `7_long_context.py` | 26, 29 | no worse there than at 4,096, passkeys at any depth |
-# | 8 | **An inference engine**: paged cache, continuous batching, an API | `8_inference_engine.py` | 28, 30, 34 | over HTTP: streams, the same words in a batch as alone, refusals, clients that leave |
+# | 1 | Mini-GPT: a decoder on a text of your choice, from bytes to samples | `1_mini_gpt.py` | 14, 16 | gives text back, is causal, needs fewer bits on held-out text than a 5-gram |
+# | 2 | FlashAttention in Triton, forward and backward | `2_flash_attention.py` | 29 | values and gradients as in float64, kernels that compile for a GPU, no tensor of the scores' size |
+# | 3 | LLaMA-160M: a configuration, a data pipeline, a training run | `3_llama_160m.py` | 14, 16, 18 | about 160 M parameters, fewer bits than the course's `small` |
+# | 4 | A sparse model with latent attention and experts | `4_mla_and_experts.py` | 10, 11 | decodes as it reads, a quarter of the cache, at most half of the weights for a token, no idle expert |
+# | 5 | Reasoning by reinforcement learning | `5_reasoning.py` | 23, 40 | writes held-out words backwards, 60 % of them, and better than before |
+# | 6 | A vision–language model: an image encoder, a connector, a decoder | `6_vision_language.py` | 38 | names and judges held-out digits, and says nothing of a blank image |
+# | 7 | Long context, 32,768 tokens | `7_long_context.py` | 26, 29 | no worse there than at 4,096, passkeys at any depth |
+# | 8 | An inference engine: paged cache, continuous batching, an API | `8_inference_engine.py` | 28, 30, 34 | over HTTP: streams, the same words in a batch as alone, refusals, clients that leave |
 #
 # Without the file, the command lists the steps and the functions that it asks for. The bars of 1, 2
 # and 8 are met by the course's own model, kernels and engine; nobody has yet trained 3 and 7 here.
-||||||| 040b6cb
-# | 1 | **Mini-GPT**: a decoder on a text of your choice, from bytes to samples | `1_mini_gpt.py` | 14 | it is causal, it learns, its samples are its own |
-# | 2 | **FlashAttention in Triton**, forward and backward | `2_flash_attention.py` | 29 | agrees with float64, keeps to its buffers, compiles for a GPU |
-# | 3 | **LLaMA-160M**: a configuration, a data pipeline, a training run | `3_llama_160m.py` | 14, 16 | the shapes of 160 M parameters, resumable training |
-# | 4 | **A sparse model** with latent attention and experts | `4_mla_and_experts.py` | 10, 11 | cache and active parameters as promised, balanced experts |
-# | 5 | **Reasoning by reinforcement learning** on a task with a verifier | `5_reasoning.py` | 23, 40 | the held-out reward rises, the verifier holds |
-# | 6 | **A vision–language model**: an image encoder, a connector, a decoder | `6_vision_language.py` | 38 | answers depend on the image |
-# | 7 | **Long context**, 32K tokens and more | `7_long_context.py` | 26 | retrieval far beyond the trained length |
-# | 8 | **An inference engine**: paged cache, continuous batching, an API | `8_inference_engine.py` | 34 | the same tokens as one at a time, under load |
-=======
-# | 1 | Mini-GPT: a decoder on a text of your choice, from bytes to samples | `1_mini_gpt.py` | 14 | it is causal, it learns, its samples are its own |
-# | 2 | FlashAttention in Triton, forward and backward | `2_flash_attention.py` | 29 | agrees with float64, keeps to its buffers, compiles for a GPU |
-# | 3 | LLaMA-160M: a configuration, a data pipeline, a training run | `3_llama_160m.py` | 14, 16 | the shapes of 160 M parameters, resumable training |
-# | 4 | A sparse model with latent attention and experts | `4_mla_and_experts.py` | 10, 11 | cache and active parameters as promised, balanced experts |
-# | 5 | Reasoning by reinforcement learning on a task with a verifier | `5_reasoning.py` | 23 | the held-out reward rises, the verifier holds |
-# | 6 | A vision–language model: an image encoder, a connector, a decoder | `6_vision_language.py` | 38 | answers depend on the image |
-# | 7 | Long context, 32K tokens and more | `7_long_context.py` | 26 | retrieval far beyond the trained length |
-# | 8 | An inference engine: paged cache, continuous batching, an API | `8_inference_engine.py` | 34 | the same tokens as one at a time, under load |
->>>>>>> 40
 #
 # Do one of them to the end, with a page that says what you measured and what you did not. It is
 # the best answer to most interview questions.
