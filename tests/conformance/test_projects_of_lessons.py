@@ -4,7 +4,6 @@ import multiprocessing
 from pathlib import Path
 
 import pytest
-from conftest import _reference
 
 from llm40 import projects
 
@@ -27,18 +26,20 @@ def serve(host, port):
     uvicorn.run(app, host=host, port=port, log_level="error")
 """
 READ = f"""
-import sys
+import importlib.util
 
-sys.path.insert(0, {str(Path(__file__).parent)!r})
-from conftest import _reference
-
-lesson = _reference(NUMBER)
+spec = importlib.util.spec_from_file_location("references", {str(Path(__file__).parent / "conftest.py")!r})
+references = importlib.util.module_from_spec(spec)
+spec.loader.exec_module(references)
+lesson = references._reference(NUMBER)
 """
 
 
-@pytest.mark.parametrize(("number", "lesson", "text"), [(2, "29", ATTENTION), (8, "34", ENGINE)])
-def test_a_lesson_is_accepted_as_a_project(tmp_path, number, lesson, text):
-    _reference(lesson)  # here first: what it says of itself, if it does not run
+@pytest.mark.parametrize(
+    ("number", "lesson", "text"), [(2, "29", ATTENTION), (8, "34", ENGINE)], ids=["attention", "engine"]
+)
+def test_a_lesson_is_accepted_as_a_project(reference, tmp_path, number, lesson, text):
+    reference(lesson)  # here first: what it says of itself, if it does not run
     project = projects.PROJECTS[number - 1]
     path = tmp_path / "李雷 projects" / project.file
     path.parent.mkdir()
