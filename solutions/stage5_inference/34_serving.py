@@ -99,6 +99,7 @@ from pydantic import BaseModel, ConfigDict, Field, field_validator
 from torch import Tensor
 
 plt = plot.plt
+torch.set_num_threads(1)  # steps as small as here: threads would wait for each other
 
 # %% [markdown]
 # ## What is fast enough?
@@ -1445,8 +1446,6 @@ def load(seed: int, count: int) -> tuple[list[float], list[tuple[list[int], int]
     return gaps, wanted
 
 
-threads = torch.get_num_threads()
-torch.set_num_threads(1)
 small, tokenizer = models.load("small", device="cpu")
 gaps, wanted = load(seed=0, count=20)
 kinds = {"continuous": Scheduler, "static": Static}
@@ -1478,7 +1477,6 @@ for share in loads:
                 "good": goodput(arrivals, times, 0.15, 0.02, end),
             }
         )
-torch.set_num_threads(threads)
 print("load     TTFT median, ms     TTFT 90th, ms      tokens per second")
 print("       continuous   static   cont.    static     cont.    static")
 for i, share in enumerate(loads):
@@ -1539,7 +1537,6 @@ plt.show()
 # in the four streams, and how long does the newcomer wait, for budgets from 16 to 512 tokens?
 
 # %% tags=["experiment"]
-torch.set_num_threads(1)
 page = tokenizer.encode(data.documentation()["compound"][:4000])
 wanted = [(page[50 * n : 50 * n + 9], 44) for n in range(4)] + [(page[300:700], 4)]
 gaps_of, waited, budgets = {}, {}, (16, 32, 64, 128, 512)
@@ -1553,7 +1550,6 @@ for budget in budgets:
         f"budget {budget:3}: longest silence {1e3 * silence:4.0f} ms, "
         f"the newcomer waits {1e3 * waited[budget]:4.0f} ms"
     )
-torch.set_num_threads(threads)
 
 # %% tags=["experiment", "figure"]
 # Figure: one long silence, or many short ones
@@ -3053,7 +3049,6 @@ assert not seen, "choose was called for a state that allows nothing"
 # like? Write down a guess.
 
 # %% tags=["experiment"]
-torch.set_num_threads(1)
 vocabulary = token_bytes(tokenizer)
 allowed, after = token_masks(RECORD, {len(RECORD) - 1}, vocabulary, tokenizer.eos)
 share = allowed.sum(1).double()
@@ -3085,7 +3080,6 @@ for kind in ("free", "constrained"):
             parsed[kind] += type(value) is dict and [*value] == ["name", "line", "async"]
     print(f"\n{kind}: {parsed[kind]} of 16 parse. The first three:")
     print(*(repr(text[:75]) for text in written[:3]), sep="\n")
-torch.set_num_threads(threads)
 
 # %% [markdown]
 # The form is certain, the content is the model's: a mask cannot make a small model know a line
