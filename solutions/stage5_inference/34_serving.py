@@ -96,7 +96,7 @@ from fastapi.responses import JSONResponse, StreamingResponse
 from llm40 import checks, data, models, plot
 from llm40.models.llama import angles, rotate
 from pydantic import BaseModel, ConfigDict, Field, field_validator
-from torch import Tensor
+from torch import Tensor, nn
 
 plt = plot.plt
 torch.set_num_threads(1)  # steps as small as here: threads would wait for each other
@@ -951,39 +951,28 @@ class Runner:
         self.model, self.size, self.passed = model, size, 0
         config, weight = model.config, model.embed_tokens.weight
         shape = config.layers, 2, blocks * size, config.kv_heads, config.head_dim
-        self.memory = torch.zeros(shape, dtype=weight.dtype, device=weight.device)
+        self.memory = torch.zeros(shape, dtype=weight.dtype)
 
     @torch.no_grad()
     def __call__(self, pieces: list[tuple[list[int], int, list[int]]]) -> Tensor:
         """Logits (len(pieces), vocab) of the token behind each piece: (tokens, how many tokens of
         the text are computed before them, table). The tokens' keys and values go into memory."""
-        model, device = self.model, self.memory.device
-        counts = [len(tokens) for tokens, _, _ in pieces]
+        model, counts = self.model, [len(tokens) for tokens, _, _ in pieces]
         self.passed += sum(counts)
-        tokens = torch.tensor([t for piece, _, _ in pieces for t in piece], device=device)
         slots = [  # of all tokens of each text so far
-            (
-                torch.tensor(table, device=device)[:, None] * self.size + torch.arange(self.size)
-            ).flatten()[: start + len(piece)]
-            for piece, start, table in pieces
+            (torch.tensor(table)[:, None] * self.size + torch.arange(self.size)).flatten()[
+                : start + n
+            ]
+            for (_, start, table), n in zip(pieces, counts, strict=True)
         ]
-        new = torch.cat([s[len(s) - n :] for s, n in zip(slots, counts, strict=True)])
-        places = torch.cat(
-            [torch.arange(len(s) - n, len(s)) for s, n in zip(slots, counts, strict=True)]
-        )
-        cos, sin = angles(places.to(device), model.config)
+        places = [torch.arange(len(s))[-n:] for s, n in zip(slots, counts, strict=True)]
+        new = torch.cat([s[p] for s, p in zip(slots, places, strict=True)])
+        cos, sin = angles(torch.cat(places), model.config)
+        ends = torch.tensor(counts).cumsum(0) - 1  # the last token of each piece in the flat list
         ones = [i for i, n in enumerate(counts) if n == 1]  # decodes share one attention
-        longest = max((len(slots[i]) for i in ones), default=0)
-        table = (
-            torch.stack([F.pad(slots[i], (0, longest - len(slots[i]))) for i in ones])
-            if ones
-            else 0
-        )
-        seen = torch.tensor(
-            [[j < len(slots[i]) for j in range(longest)] for i in ones], device=device
-        )
-        ends = torch.tensor(counts, device=device).cumsum(0) - 1
-        x = model.embed_tokens(tokens)
+        lengths = torch.tensor([len(slots[i]) for i in ones])
+        padded = nn.utils.rnn.pad_sequence([slots[i] for i in ones], True) if ones else None
+        x = model.embed_tokens(torch.tensor([token for piece, _, _ in pieces for token in piece]))
         for block, (keys, values) in zip(model.layers, self.memory, strict=True):
             attention, normed = block.self_attn, block.input_layernorm(x)
             q, k, v = (
@@ -994,22 +983,22 @@ class Runner:
             keys[new], values[new] = rotate(k, cos, sin)[0].transpose(0, 1), v[0].transpose(0, 1)
             out = torch.empty_like(q)
             if ones:
+                seen = torch.arange(padded.shape[1]) < lengths[:, None]  # (decodes, slots)
                 out[:, ends[ones]] = F.scaled_dot_product_attention(
                     q[:, ends[ones]].transpose(0, 1)[:, :, None],
-                    keys[table].transpose(1, 2),
-                    values[table].transpose(1, 2),
+                    keys[padded].transpose(1, 2),
+                    values[padded].transpose(1, 2),
                     attn_mask=seen[:, None, None],
                     enable_gqa=True,
                 )[:, :, 0].transpose(0, 1)
-            for i, n in enumerate(counts):
+            for end, n, own in zip(ends.tolist(), counts, slots, strict=True):
                 if n > 1:
-                    last, own = int(ends[i]) + 1, slots[i]
-                    causal = torch.ones(n, len(own), dtype=torch.bool, device=device)
-                    out[:, last - n : last] = F.scaled_dot_product_attention(
-                        q[None, :, last - n : last],
+                    causal = torch.ones(n, len(own), dtype=torch.bool).tril(len(own) - n)
+                    out[:, end + 1 - n : end + 1] = F.scaled_dot_product_attention(
+                        q[None, :, end + 1 - n : end + 1],
                         keys[own].transpose(0, 1)[None],
                         values[own].transpose(0, 1)[None],
-                        attn_mask=causal.tril(len(own) - n),
+                        attn_mask=causal,
                         enable_gqa=True,
                     )[0]
             x = x + attention.o_proj(out.transpose(0, 1).flatten(-2))
