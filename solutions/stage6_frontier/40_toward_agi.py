@@ -825,7 +825,7 @@ for count, plus, resamples in ((13, 9, 5000), (21, 13, 5000), (40, 25, 3000)):
 scores, names = asked(torch.rand(30, generator=g).tolist(), [2] * 30, g)
 other = torch.rand(60, generator=g, dtype=torch.float64)
 checks.uses_generator(
-    lambda source: [paired_test(scores, other, names, 40 + i, source) for i in range(60)],
+    lambda source: [paired_test(scores, other, names, 900 + i, source) for i in range(12)],
     what="paired_test",
 )
 ### END HIDDEN TESTS
@@ -1098,22 +1098,18 @@ texts = {
 paid = torch.tensor(
     [[grader(text, "42") for grader in graders.values()] for text in texts.values()]
 )
-fig, ax = plot.plt.subplots(figsize=(7.2, 4.2))
-plot.heatmap(
-    paid,
-    xlabel="grader",
-    ylabel="text",
-    xticks=list(graders),
-    yticks=list(texts),
-    vmin=0,
-    vmax=1.6,
-    colorbar=False,
-    annotate=".0f",
-    ax=ax,
-)
+fig, ax = plot.plt.subplots(figsize=(7.2, 3.9))
+ax.imshow(paid, cmap="Blues", vmin=0, vmax=1.4, aspect="auto")
+for row, column in product(range(len(texts)), range(len(graders))):
+    ax.text(column, row, f"{paid[row, column]:.0f}", ha="center", va="center")
+ax.set_xticks(range(len(graders)), list(graders))
+ax.set_yticks(range(len(texts)), list(texts))
+ax.axhline(5.5, color="black", linewidth=1)
+ax.set(xlabel="grader", ylabel="text")
+ax.grid(False)
 plot.caption(
     fig,
-    "Rewards for a question whose answer is 42. The upper six rows deserve 0, the lower two 1. A "
+    "Rewards for a question whose answer is 42. Above the line texts deserve 0, below it 1. A "
     "policy in training finds the first row of its grader that pays, sooner or later.",
 )
 plot.plt.show()
