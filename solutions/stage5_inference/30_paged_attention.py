@@ -443,8 +443,8 @@ assert pool.available == 0
 #
 # **Fork.** Several answers to one prompt (samples, beams) begin with the same tokens. A fork copies
 # the table and shares the blocks; no key moves. That is safe as long as nobody writes into a shared
-# block. Full blocks are never written again. The last one may be partly filled, and the first
-# sequence that has a token for it must not write there while another still reads it:
+# block. Into a full block nobody writes while it is in use. The last one may be partly filled, and
+# the first sequence that has a token for it must not write there while another still reads it:
 #
 # ```
 # parent  [ 4 | 7 | 2 ]   length 40 = 16 + 16 + 8      reference counts: 4: 2, 7: 2, 2: 2
@@ -456,8 +456,8 @@ assert pool.available == 0
 # child   [ 4 | 7 | 9 ]   length 41
 # ```
 #
-# With $b$ branches of one prompt, $b - 1$ copies of a block are made, and the last one to write
-# finds a reference count of 1. If the prompt ends at a block's border, none is made.
+# If $b$ branches of one prompt all write on, $b - 1$ copies of a block are made, and the last one
+# to write finds a reference count of 1. If the prompt ends at a block's border, none is made.
 #
 # ### Exercise · The paged cache
 
@@ -888,8 +888,8 @@ def paged_attention(q: Tensor, k: Tensor, v: Tensor, tables: Tensor, lengths: Te
     Scores are divided by √head_dim. Query head h reads key–value head h // (heads / kv_heads). A
     sequence of length 0 gives 0.
 
-    Returns (batch, heads, head_dim) in q's dtype; computed in float32 for half precision. Nothing
-    that is passed in changes.
+    Returns (batch, heads, head_dim) in q's dtype; half precision is computed in float32, other
+    formats in their own. Nothing that is passed in changes.
     """
     ### BEGIN SOLUTION
     kv_heads, block_size, head_dim = k.shape[1:]
@@ -1522,11 +1522,11 @@ plt.show()
 #
 # $$h_{-1} = \mathrm{hash}(\text{salt}), \qquad h_i = \mathrm{hash}\big(h_{i-1} \,\Vert\, \text{tokens of block } i\big).$$
 #
-# Equal $h_i$ means equal blocks $0 \dots i$, as far as a hash can mean it. Only full blocks are
-# named: a partly filled one will still change. The **salt** separates what must not be shared
-# although its tokens are the same: an adapter's keys differ (lesson 25), and a customer can measure
-# by the answer's delay whether somebody else has sent the same prompt. A block that is found only
-# with the right salt tells nothing.
+# Equal $h_i$ means equal salt and equal blocks $0 \dots i$, as far as a hash can mean it. Only full
+# blocks are named: a partly filled one will still change. The **salt** separates what must not be
+# shared although its tokens are the same: an adapter's keys differ (lesson 25), and a customer can
+# measure by the answer's delay whether somebody else has sent the same prompt. A block that is
+# found only with the right salt tells nothing.
 #
 # vLLM used Python's `hash` at first. From Python 3.12 on its values for such tuples can be
 # predicted, so that a prompt could be built that finds another prompt's blocks (CVE-2025-25183).
@@ -1572,6 +1572,7 @@ assert heads == ["5d8bb3bb", "a7d08094"], (
     f"the digests begin with 5d8bb3bb and a7d08094; yours: {heads}"
 )
 again = prefix_hash_blocks([9, 9, 3, 4], 2)
+assert len(again) == 2, f"four tokens fill two blocks of 2: two digests, yours are {len(again)}"
 assert again[1] != names[1], "[3, 4] behind [9, 9] is another block than [3, 4] behind [1, 2]"
 ### BEGIN HIDDEN TESTS
 g = checks.generator(9)
@@ -1927,6 +1928,17 @@ while sum(pool.references(b) for chain in chains for b in chain):
     order += [b for b in before if not pool.references(b)]
 right = [chains[2][1], chains[2][0], chains[0][1], chains[0][0], chains[1][1], chains[1][0]]
 assert order == right, f"evicted in the order {order}, should be {right}"
+# Held back is not returned: a prompt asked for again to its last token leaves its last block old.
+pool = BlockAllocator(4)
+cache = PrefixCache(pool, 1, true_names)
+asked, other = pool.allocate(2), pool.allocate(2)
+cache.insert([1, 2], asked)
+cache.insert([3, 4], other)
+pool.free(asked + other)
+pool.free(cache.match([1, 2]))
+assert (cache.evict(1), pool.references(asked[1])) == (1, 0), (
+    "match held back the last block of a prompt, so that was used longest ago: it goes first"
+)
 # A block whose parent has gone is not found, and is found again when the parent is back.
 pool = BlockAllocator(6)
 cache = PrefixCache(pool, 1, true_names)
@@ -2142,6 +2154,7 @@ notes.extend(text, 7, g)
 before = [held(source, layer, text) for layer in range(2)]
 moved = migrate(text, source, target)
 assert text not in source.tables, "the source still has the sequence"
+assert text not in source.lengths, "the source still has the sequence's length"
 assert source.allocator.available == 6, "the source's blocks are free again"
 assert len(target.tables[moved]) == 4, (
     f"7 tokens take 4 blocks of 2; the table in the target is {list(target.tables[moved])}"
@@ -2197,8 +2210,8 @@ notes.compare("in the source, at last")
 # ## The kernel: one query, many keys, scattered
 #
 # `paged_attention` reads every key, writes it in order, and reads it again. A kernel follows the
-# table and reads once. Decode is bound by exactly these bytes, so that is worth a factor of three
-# and more. (If Triton is new to you: lesson 03 introduces it, lesson 29 has the forward kernel.)
+# table and reads once. Decode is bound by exactly these bytes: a third of them is left. (If Triton
+# is new to you: lesson 03 introduces it, lesson 29 has the forward kernel.)
 #
 # **What one program does.** It takes one key–value head of one sequence, and *all* query heads that
 # share it: they are the rows of a tile, so that each key is loaded once for the group. It walks

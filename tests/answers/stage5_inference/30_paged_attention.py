@@ -816,6 +816,12 @@ def prefix_hash_blocks(tokens, block_size, salt=b""):
 + if len(tokens) % self._size:
 +     self._allocator.share([blocks[rest]])
 
+# %% wrong="prefix_cache" because="the block that match holds back is renewed too"
+- for depth, name in enumerate(self._hash(tokens, self._size, salt)[:most]):
++ for depth, name in enumerate(self._hash(tokens, self._size, salt)):
+- found.append(entry[0])
++ found += [entry[0]] if depth < most else []
+
 # %% right="prefix_cache" because="entries in order of use, chains in reverse"
 class PrefixCache:
     def __init__(self, allocator, block_size, hash_blocks=prefix_hash_blocks):
@@ -954,6 +960,10 @@ class PrefixCache:
 - slots = target.reserve(moved, length)
 + slots = target.reserve(moved, length + target.block_size)[:length]
 + target.lengths[moved] = length
+
+# %% wrong="migrate" because="its length stays in the source"
+- source.free(sequence)
++ source.allocator.free(source.tables.pop(sequence))
 
 # %% right="migrate" because="counts first, then token by token"
 def migrate(sequence, source, target):
