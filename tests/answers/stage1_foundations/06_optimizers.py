@@ -34,6 +34,14 @@ def sgd_momentum_step(param, grad, state, lr, momentum=0.9, weight_decay=0.0, ne
     direction = grad + momentum * buffer if nesterov else buffer
     return param - lr * (direction + weight_decay * param), {"momentum_buffer": buffer}
 
+# %% wrong="sgd_momentum_step" because="the learning rate is in the buffer, so that a schedule acts late"
+- buffer = momentum * state.get("momentum_buffer", torch.zeros_like(param)) + grad
+- direction = grad + momentum * buffer if nesterov else buffer
+- return param - lr * direction, {"momentum_buffer": buffer}
++ buffer = momentum * state.get("momentum_buffer", torch.zeros_like(param)) + lr * grad
++ direction = lr * grad + momentum * buffer if nesterov else buffer
++ return param - direction, {"momentum_buffer": buffer}
+
 # %% right="sgd_momentum_step" because="a velocity that already points downhill"
 def sgd_momentum_step(param, grad, state, lr, momentum=0.9, weight_decay=0.0, nesterov=False):
     g = torch.add(grad, param, alpha=weight_decay)
@@ -422,6 +430,13 @@ def clip_grad_norm(params, max_norm):
         for g in grads:
             g.mul_(max_norm / total)
     return total.clamp(max=max_norm)
+
+# %% right="clip_grad_norm" because="in float64, whatever the gradients' formats"
+- norms = [
+-     torch.linalg.vector_norm(grad, dtype=torch.promote_types(grad.dtype, torch.float32))
+-     for grad in grads
+- ]
++ norms = [grad.double().norm() for grad in grads]
 
 # %% right="clip_grad_norm" because="a clamped factor, as PyTorch has it, and a sum of squares"
 def clip_grad_norm(params, max_norm):
