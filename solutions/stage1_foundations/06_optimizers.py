@@ -940,9 +940,9 @@ plt.show()
 #
 # One buffer instead of two: half of Adam's memory. Two different averages come from it: the step
 # looks at the fresh gradient with weight $1-\beta_1 = 0.1$, the memory takes it in with
-# $1-\beta_2 = 0.01$ only. Every coordinate with $c \ne 0$ moves by $\eta$, noise or not, so Lion wants a
-# learning rate 3 to 10 times smaller than AdamW, and a weight decay as many times larger, because
-# their product is what shrinks the weights.
+# $1-\beta_2 = 0.01$ only. Every coordinate with $c \ne 0$ moves by $\eta$, noise or not, so Lion
+# wants a learning rate 3 to 10 times smaller than AdamW, and a weight decay as many times larger,
+# because their product is what shrinks the weights.
 
 
 # %% exercise="lion_step" minutes=10 difficulty=1 path="more"
