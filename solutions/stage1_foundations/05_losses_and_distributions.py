@@ -423,6 +423,13 @@ checks.close(
     dtype=torch.float64,
     what="the loss of float64 logits",
 )
+for value in (0.0, math.inf, -math.inf, math.nan):  # of positions that do not count
+    logits = torch.full((2, 3, 5), value).requires_grad_()
+    result = cross_entropy(logits, torch.full((2, 3), 4), ignore_index=4)
+    checks.close(result, 0.0, what=f"the loss with no position left, logits of {value}")
+    if result.requires_grad:
+        result.backward()
+        checks.close(logits.grad, torch.zeros(2, 3, 5), what="the gradient with no position left")
 ### END HIDDEN TESTS
 
 # %% check="cross_entropy" points=2
@@ -570,7 +577,7 @@ plt.show()
 # $\mathrm{KL}(p\,\Vert\,q) = \sum_v p_v(\log p_v - \log q_v)$ is not symmetric. It asks: how
 # surprised is someone who believes $q$ where $p$ rules? If $q$ gives 0 to something that happens,
 # the answer is infinity. If $p_v = 0$, the term is 0 (for $t\log t \to 0$), also if $q_v = 0$ as
-# well: a top-k filter bans the same words in both.
+# well: two models that may not say a word agree about it.
 #
 # ### Estimates from samples
 #
@@ -589,7 +596,7 @@ plt.show()
 # 0, $r$ is large, and the two balance. (All this for $q > 0$ wherever $p$ is.)
 #
 # In float32, $e^\lambda - 1$ for small $\lambda$ rounds to something that can make $k_3$ negative
-# after all. `torch.expm1` computes it exactly to the last digit.
+# after all. `torch.expm1` computes it to about the last digit.
 #
 # ### Exercise · KL and its three estimates
 
@@ -840,14 +847,14 @@ plt.show()
 #
 # **Averages of averages.** Evaluation runs in batches, and the last one is short. The loss of the
 # corpus is the total surprise divided by the total number of tokens, so each batch's mean counts by
-# its tokens. And the exponential comes after the mean: the mean of perplexities is something else,
-# and larger.
+# its tokens. And the exponential comes after the mean: the mean of perplexities is something
+# else.
 #
 # **Whose tokens?** A model with longer tokens makes fewer and harder guesses. Its perplexity is
-# larger, and says nothing. Divide the total surprise by something that no tokenizer changes, the
-# number of *bytes* of the text, and take it in bits: **bits per byte**
-# $= \sum_i n_i L_i / (\ln 2 \cdot \text{bytes})$. It is also what the model, used as a compressor,
-# would make of each byte of eight bits.
+# usually larger, and says nothing. Divide the total surprise by something that no tokenizer
+# changes, the number of *bytes* of the text, and take it in bits: **bits per byte** $= \sum_i n_i
+# L_i / (\ln 2 \cdot \text{bytes})$. It is also what the model, used as a compressor, would make of
+# each byte of eight bits.
 #
 # ### Exercise · Two ways to say a loss
 
@@ -1402,7 +1409,7 @@ class TextClassifier(nn.Module):
     """A recurrent classifier: word vectors, a GRU (or LSTM) over them, a linear layer.
 
     vocab: number of token ids, 0 is padding; classes: number of labels; dim: width of a word
-        vector; hidden: of the state.
+        vector; hidden: width of the state (of each direction, if there are two).
     """
 
     def __init__(self, vocab: int, classes: int, dim: int = 32, hidden: int = 32):
@@ -1504,6 +1511,13 @@ idle = [
     name for name, p in model.named_parameters() if p.grad is None or not p.grad.abs().sum() > 0
 ]
 assert not idle, f"no gradient reaches {idle[0]}"
+sizes = {"vocab": 30, "classes": 3, "dim": 8, "hidden": 16}
+for name in sizes:
+    counts = [
+        sum(p.numel() for p in TextClassifier(**(sizes | {name: size})).parameters())
+        for size in (sizes[name], 40)
+    ]
+    assert counts[0] < counts[1], f"{name} = 40 gives as many parameters as {sizes[name]}"
 ### END HIDDEN TESTS
 
 # %% check="text_classifier" points=2
@@ -2296,7 +2310,7 @@ if profile.interpret:  # rows 2³⁰ logits apart; no memory but the targets is 
 ### END HIDDEN TESTS
 
 # %% check="gradient_kernel" points=1
-# Both kernels behind a linear layer, as in a model: the same gradients as PyTorch's loss.
+# Both kernels behind a linear layer, as in a model: PyTorch's loss, and its gradients.
 g = checks.generator(21)
 hidden, weight = checks.randn(6, 8, generator=g), checks.randn(40, 8, generator=g)
 targets = torch.tensor([3, 39, -100, 0, 7, 7], device=profile.device)

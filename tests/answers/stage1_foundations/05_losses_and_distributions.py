@@ -718,6 +718,12 @@ def key_questions():
     gib = math.prod((4096, 32000, 4, 3)) / 1024**3
     return dict(start=-math.log(1 / 50257), probability=0.91, gib=gib, peaks="covers " + "both")
 
+# %% wrong="cross_entropy" because="0 · logits.sum() where no position is left: NaN for logits that do not count"
+- x, y = logits[kept], targets[kept]
++ if not kept.any():
++     return 0.0 * logits.sum()
++ x, y = logits[kept], targets[kept]
+
 # %% wrong="cross_entropy" because="view, which logits without their last position do not have"
 def cross_entropy(logits, targets, ignore_index=-100, label_smoothing=0.0, z_loss=0.0):
     x, y = logits.view(-1, logits.size(-1)), targets.reshape(-1)
@@ -755,6 +761,12 @@ def cross_entropy(logits, targets, ignore_index=-100, label_smoothing=0.0, z_los
 - except OverflowError:  # above 709.78
 -     return math.inf
 + return math.exp(mean) if mean < 709 else math.inf
+
+# %% wrong="text_classifier" because="the state is as wide as a word vector"
+- self.rnn = nn.GRU(dim, hidden, batch_first=True)
+- self.out = nn.Linear(hidden, classes)
++ self.rnn = nn.GRU(dim, dim, batch_first=True)
++ self.out = nn.Linear(dim, classes)
 
 # %% right="text_classifier" because="dropout in training"
 - self.out = nn.Linear(hidden, classes)
