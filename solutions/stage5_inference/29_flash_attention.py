@@ -77,6 +77,14 @@ def brute_force(q, k, v, causal=False):
     return torch.exp(scores - lse.masked_fill(lse.isinf(), 0)[..., None]) @ v, lse
 
 
+def low_scores(v):
+    """q, k, v of 16 columns where key j has the score -16,384 - j, exactly, whatever the query."""
+    q, k = torch.zeros_like(v), torch.zeros_like(v)
+    q[..., 0] = -512
+    k[..., 0] = 128 + torch.arange(v.shape[-2], device=v.device) / 128
+    return q, k, v
+
+
 # %% [markdown]
 # ## Softmax in one pass
 #
@@ -204,6 +212,10 @@ exact_m = x.double().amax(-1)
 shift = exact_m.masked_fill(exact_m == -math.inf, 0)
 checks.close(m, exact_m, what="m of masked rows")
 checks.close(l, torch.exp(x.double() - shift[:, None]).sum(-1), what="l of masked rows")
+for dtype, far in ((torch.float32, -(2.0**17)), (torch.float64, -(2.0**30))):  # far below zero
+    m, l = online_softmax(torch.full((2, 5), far, dtype=dtype), 2)
+    checks.close(m, torch.full((2,), far, dtype=dtype), what=f"m of a row of {far:g}")
+    checks.close(l, torch.full((2,), 5, dtype=dtype), what=f"l of a row of {far:g}", rtol=0.02)
 x = checks.randn(6, 4096, generator=gen)
 with checks.allocations() as made:
     m, _ = online_softmax(x, 32)
@@ -591,6 +603,12 @@ checks.relative_l2(
     what="the output with one key tile at +60 and one at -60",
     hint="Is the running maximum the maximum of the old one and the tile's?",
 )
+# Exact scores of -16,384 and less.
+q, k, v = low_scores(checks.randn(1, 1, 24, 16, generator=gen))
+o, lse = tiled_attention(q, k, v, 16, 8)
+exact, exact_lse = brute_force(q, k, v)
+checks.relative_l2(o, exact, 1e-2, what="the output of scores below -16,000")
+checks.close(lse, exact_lse, what="lse of scores below -16,000")
 # Hidden keys whose scores tower over those that are seen.
 q, k, v = (checks.randn(1, 2, n, 16, generator=gen) for n in (20, 20, 20))
 q, k = q.abs(), torch.where(torch.arange(20, device=k.device)[:, None] % 5 == 4, k.abs() * 200, k)
@@ -768,7 +786,7 @@ plt.show()
 #
 # The same $S^2$; the gain is the factor $D^2/M$. With $D = 64$ and 100 KB, $M = 51{,}200$ numbers:
 # $8 \cdot 64^2 / 51200 = 0.64$ against 4. Dao et al. prove that no exact algorithm does better for
-# all $M$ between $D$ and $SD$. A causal mask halves both.
+# all $M$ between $D$ and $SD$. With a causal mask flash skips half of its reads of $K$ and $V$.
 #
 # ### Exercise · Count them
 
@@ -876,6 +894,9 @@ checks.raises(
     because="511 bytes cannot hold four rows of 64 half-precision numbers.",
 )
 checks.raises(ValueError, hbm_bytes, 8, 64, 4096, "paged", because="There is no such kind.")
+checks.close(
+    hbm_bytes(8, 64, 511, "standard"), count_standard(8, 64), what="the standard way needs no tiles"
+)
 ### END HIDDEN TESTS
 
 # %% [markdown]
@@ -1452,12 +1473,13 @@ gen = checks.generator(17)
 for q_len, k_len, blocks in [
     (50, 50, (32, 16)),
     (40, 40, (16, 32)),
+    (40, 41, (16, 16)),  # the last row of a query tile sees a key that begins a tile
     (19, 50, (16, 16)),
     (50, 19, (16, 16)),
 ]:
     shapes = ((2, q_len), (1, k_len), (1, k_len))
     q, k, v = (checks.randn(1, h, n, 16, generator=gen) for h, n in shapes)
-    if q_len == 40:  # hidden keys whose scores tower over those that are seen
+    if k_len == 40:  # hidden keys whose scores tower over those that are seen
         q, k = q.abs(), torch.where(torch.arange(40, device=k.device)[:, None] == 35, 90.0, k)
     o, lse = forward_among_canaries(q, k, v, causal=True, blocks=blocks)
     exact, exact_lse = brute_force(q, k, v, causal=True)
@@ -1508,6 +1530,11 @@ for spread, center in ((0.05, -200.0), (3.0, 0.0), (0.05, 200.0)):
     where = f"All scores near {center:g}, 37 keys in tiles of 16."
     checks.relative_l2(o, exact, 1e-4, what="o", hint=where)
     checks.relative_l2(lse, exact_lse / math.log(2), 2e-6, what="lse", hint=where)
+q, k, v = low_scores(checks.randn(1, 1, 24, 16, generator=gen))
+o, lse = flash_forward(q, k, v, blocks=(16, 16))
+exact, exact_lse = brute_force(q, k, v)
+checks.relative_l2(o, exact, 1e-2, what="o of scores below -16,000")  # rounded in base 2
+checks.relative_l2(lse, exact_lse / math.log(2), 2e-6, what="lse of scores below -16,000")
 # Scores of +60 in the first key tile, -60 in the second: relative to the second's own maximum the
 # first would overflow.
 q = torch.full((1, 1, 16, 16), 6.0, device=profile.device)
@@ -1741,6 +1768,7 @@ gen = checks.generator(24)
 for q_len, k_len, block_q, block_k, scale in [
     (37, 37, 16, 4, 1.0),
     (37, 37, 4, 16, 4.0),
+    (16, 17, 8, 8, 1.0),
     (15, 40, 8, 8, 1.0),
     (40, 15, 8, 8, 1.0),
 ]:
@@ -1962,6 +1990,7 @@ for q_len, k_len, head_dim, blocks, causal in [
     (21, 37, 24, (32, 16), False),
     (50, 50, 16, (32, 16), True),
     (40, 40, 16, (16, 32), True),
+    (40, 41, 16, (16, 16), True),  # the last row of a query tile sees a key that begins a tile
     (19, 40, 20, (16, 16), True),
     (40, 19, 16, (16, 16), True),
 ]:
@@ -2205,6 +2234,7 @@ for q_len, k_len, head_dim, blocks, causal in [
     (37, 21, 24, (16, 32), False),
     (50, 50, 16, (32, 16), True),
     (40, 40, 16, (16, 32), True),
+    (40, 41, 16, (16, 16), True),  # the last row of a query tile sees a key that begins a tile
     (19, 40, 20, (16, 16), True),
     (40, 19, 16, (16, 16), True),
 ]:
@@ -2349,6 +2379,11 @@ for heads, kv_heads, q_len, k_len, causal in [(2, 2, 9, 30, False), (2, 1, 30, 3
     assert kept.largest <= max(q.numel(), k.numel()), (
         "a tensor larger than q or k was saved for the backward pass"
     )
+    least = 2 * q.numel() + 2 * k.numel() + 2 * heads * q_len
+    assert kept.elements >= least, (
+        f"{kept.elements} numbers went through ctx.save_for_backward; q, k, v, o and the "
+        f"log-sum-exp are {least}. What is kept elsewhere, hooks and checkpoints cannot see"
+    )
     actual = torch.autograd.grad(o, (q, k, v), do)
     for name, a, e in zip(
         ("dq", "dk", "dv"), actual, exact_gradients(q, k, v, do, causal), strict=False
@@ -2356,6 +2391,14 @@ for heads, kv_heads, q_len, k_len, causal in [(2, 2, 9, 30, False), (2, 1, 30, 3
         checks.relative_l2(
             a, e, 5e-6, what=name, hint=f"{heads} heads on {kv_heads}, causal: {causal}."
         )
+# Two forward passes before the first backward pass, as in a model of two layers.
+q, k, v = (checks.randn(1, 1, 16, 16, generator=gen).requires_grad_() for _ in range(3))
+outputs = [FlashAttention.apply(q, k, v, causal) for causal in (True, False)]
+for o, causal in zip(outputs, (True, False), strict=True):
+    (dq,) = torch.autograd.grad(o.sum(), q)
+    expected = exact_gradients(q, k, v, torch.ones_like(q), causal)[0]
+    what = f"dq, causal: {causal}, after both forward passes"
+    checks.relative_l2(dq, expected, 1e-5, what=what, hint="Keep the flag on ctx.")
 ### END HIDDEN TESTS
 
 

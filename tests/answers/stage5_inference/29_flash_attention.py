@@ -43,6 +43,12 @@ def online_softmax(x: Tensor, block: int) -> tuple[Tensor, Tensor]:
 - l = l + torch.exp(part - shift[..., None]).sum(dim=-1)
 + l = l * torch.exp(m - shift) + torch.exp(part - shift[..., None]).sum(dim=-1)
 
+# %% wrong="online_softmax" because="starts from -10,000 in place of minus infinity"
+- m = x.new_full(x.shape[:-1], -math.inf)
++ m = x.new_full(x.shape[:-1], -1e4)
+- return m, l
++ return m.masked_fill(l == 0, -math.inf), l
+
 # %% right="online_softmax" because="keeps the logarithm of the sum, by logaddexp"
 def online_softmax(x: Tensor, block: int) -> tuple[Tensor, Tensor]:
     m, log_sum = x[..., 0], x[..., 0]
@@ -270,6 +276,14 @@ def hbm_bytes(S: int, D: int, M: int, kind: str) -> int:
         query_tiles = -(-S // tile)
         return 2 * (2 * S * D + 2 * S * D * query_tiles) + 4 * S
     raise ValueError(f"kind is {kind!r}: it can be 'standard' or 'flash'")
+
+# %% wrong="hbm_bytes" because="the standard way is refused too where no tile fits"
+- if kind == "standard":
+-     return 2 * (4 * S * D + 4 * S * S)
++ if M < 2 * 4 * D:
++     raise ValueError(f"{M} bytes cannot hold four tiles")
++ if kind == "standard":
++     return 2 * (4 * S * D + 4 * S * S)
 
 # %% right="hbm_bytes" because="adds up tile by tile"
 def hbm_bytes(S, D, M, kind):
@@ -793,6 +807,10 @@ def attention_backward_tiled(q, k, v, o, lse, do, block_q, block_k, causal=False
 - dq = tl.dot(ds.to(k.dtype), k, dq, input_precision="ieee")
 + dq = tl.dot(ds.to(k.dtype), k, dq, input_precision="ieee").to(tl.float16).to(tl.float32)
 
+# %% wrong="flash_dq_kernel" because="the last row's last key is lost where it begins a tile"
+- end = tl.maximum(tl.minimum(k_len, start_m + BLOCK_M + shift), 0)
++ end = tl.maximum(tl.minimum(k_len, start_m + BLOCK_M - 1 + shift), 0)
+
 # %% right="flash_dq_kernel" because="one loop, always masked, scale on every tile"
 @triton.jit
 def flash_dq_kernel(
@@ -1262,6 +1280,19 @@ class FlashAttention(torch.autograd.Function):
     def backward(ctx, do):
         q, k, v, o, lse, _ = ctx.saved_tensors
         return *flash_backward(q, k, v, o, lse, do, ctx.causal), None
+
+# %% wrong="flash_attention" because="the flag is kept on the class: the last call's serves every backward pass"
+- ctx.causal = causal
++ FlashAttention.causal = causal
+- return *flash_backward(q, k, v, o, lse, do, ctx.causal), None
++ return *flash_backward(q, k, v, o, lse, do, FlashAttention.causal), None
+
+# %% wrong="flash_attention" because="o and lse are attributes of ctx, not saved tensors"
+- ctx.save_for_backward(q, k, v, o, lse)
++ ctx.save_for_backward(q, k, v)
++ ctx.o, ctx.lse = o, lse
+- q, k, v, o, lse = ctx.saved_tensors
++ (q, k, v), o, lse = ctx.saved_tensors, ctx.o, ctx.lse
 
 # %% right="flash_attention" because="calls the three kernels itself" of="gradients-another"
 - dq, dk, dv = flash_backward(q, k, v, o, lse, do, ctx.causal)
