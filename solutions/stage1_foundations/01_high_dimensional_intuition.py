@@ -457,8 +457,8 @@ plt.show()
 #
 # The lengths concentrate as well. $\lVert q \rVert^2$ is a sum of $d$ terms of expectation 1, so it
 # is about $d$; for normal coordinates its variance is $2d$, so $\lVert q\rVert$ is $\sqrt d$ give
-# or take $1/\sqrt 2$, in *any* dimension. Random points live on a thin shell. And with both lengths
-# near $\sqrt d$,
+# or take $1/\sqrt 2$, in *any* dimension from ten or so on. Random points live on a thin shell. And
+# with both lengths near $\sqrt d$,
 #
 # $$\cos\theta = \frac{q \cdot k}{\lVert q\rVert\,\lVert k\rVert} \approx \frac{q\cdot k}{d}
 #   \quad\text{has standard deviation}\quad \frac{\sqrt d}{d} = \frac{1}{\sqrt d} .$$
@@ -672,7 +672,7 @@ right.legend(loc="upper left", fontsize=8)
 right.set_ylim(0, 0.085)
 plot.caption(
     fig,
-    "Left: 79,800 pairs for each d; thin grey lines are the exact density. The spread is 57°/√d. "
+    "Left: 79,800 pairs for each d; thin grey lines: the exact density. The spread nears 57°/√d. "
     f"Right: the angles between digits spread as those of {equivalent:.1f} independent coordinates "
     "would, with a longer tail of small angles: two digits of one kind.",
 )
@@ -1062,8 +1062,8 @@ plt.show()
 # call $\sigma_i = \sqrt{\lambda_i}$ the **singular values**. The images $W v_i$ have these lengths,
 # and they are perpendicular as well:
 # $W v_i \cdot W v_j = v_i\cdot W^\top W v_j = \lambda_j\, v_i \cdot v_j = 0$. With
-# $u_i = W v_i / \sigma_i$ that reads $W v_i = \sigma_i u_i$ for all $i$, which is the **singular
-# value decomposition**
+# $u_i = W v_i / \sigma_i$ (where $\sigma_i = 0$, any further perpendicular direction does) that
+# reads $W v_i = \sigma_i u_i$, which is the **singular value decomposition**
 #
 # $$W = U \Sigma V^\top = \sum_{i=1}^{\min(m,n)} \sigma_i\, u_i v_i^\top .$$
 #
@@ -1096,8 +1096,8 @@ def low_rank_approximation(w: Tensor, rank: int) -> tuple[Tensor, Tensor]:
     """The best approximation of a matrix by one of rank at most `rank`, as two factors.
 
     w: (m, n), float32 or float64. Returns a: (m, rank) and b: (rank, n) in that format, such that
-    no matrix of this rank is closer to w than `a @ b` in the Frobenius norm. How σ is shared
-    between a and b is free.
+    no matrix of this rank is closer to w than `a @ b` in the Frobenius norm, to the rounding of
+    w's largest σ (eigenvectors of wᵀw are coarser). How σ is shared between a and b is free.
 
     The two own rank · (m + n) numbers of memory and no more: neither may be a view of a larger
     tensor, which would keep that tensor alive. `torch.linalg.svd` may be used. `w` is not changed.
@@ -1193,6 +1193,21 @@ for m, n, rank, dtype in [
         rtol=1e-5,
         atol=1e-9 * float(w.square().sum()),
         what=f"the squared error at shape ({m}, {n}), rank {rank}",
+    )
+# Small singular values: their squares are lost beside the largest, and eigenvectors of wᵀw with
+# them.
+for sigma, dtype in (
+    ([1, 1e-2, 2e-5, 2e-6], torch.float32),
+    ([1, 1e-6, 1e-10, 1e-13], torch.float64),
+):
+    u, v = (
+        torch.linalg.qr(torch.randn(n, 4, generator=g, dtype=torch.float64)).Q for n in (20, 12)
+    )
+    w = ((u * torch.tensor(sigma, dtype=torch.float64)) @ v.T).to(dtype)
+    a, b = low_rank_approximation(w, 3)
+    error = float((w.double() - a.double() @ b.double()).norm())
+    assert error < 3 * sigma[3], (
+        f"singular values {sigma}, rank 3: the error is {error:.1e}, the best is {sigma[3]:.0e}"
     )
 # A view whose rows are not next to each other, and a matrix of lower rank than asked for.
 w = torch.randn(14, 20, generator=g)[::2, ::3]

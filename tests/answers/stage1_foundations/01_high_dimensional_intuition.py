@@ -253,6 +253,14 @@ def low_rank_approximation(w: Tensor, rank: int) -> tuple[Tensor, Tensor]:
     basis = torch.linalg.qr(w[:rank].T).Q
     return w @ basis, basis.T.clone()
 
+# %% wrong="low_rank_approximation" because="eigenvectors of wᵀw, which squares small singular values away"
+- u, sigma, vh = torch.linalg.svd(w, full_matrices=False)
+- a = u[:, :rank] * sigma[:rank]
+- b = vh[:rank].clone()
+- return a, b
++ v = torch.linalg.eigh(w.T @ w).eigenvectors[:, -rank:].clone()
++ return w @ v, v.T.clone()
+
 # %% right="low_rank_approximation" because="roots of sigma in both factors, from the full SVD"
 def low_rank_approximation(w: Tensor, rank: int) -> tuple[Tensor, Tensor]:
     if rank < 1 or rank > w.shape[0] or rank > w.shape[1]:
