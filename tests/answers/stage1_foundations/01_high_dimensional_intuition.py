@@ -254,12 +254,11 @@ def low_rank_approximation(w: Tensor, rank: int) -> tuple[Tensor, Tensor]:
     return w @ basis, basis.T.clone()
 
 # %% wrong="low_rank_approximation" because="eigenvectors of wᵀw, which squares small singular values away"
-- u, sigma, vh = torch.linalg.svd(w, full_matrices=False)
-- a = u[:, :rank] * sigma[:rank]
-- b = vh[:rank].clone()
-- return a, b
-+ v = torch.linalg.eigh(w.T @ w).eigenvectors[:, -rank:].clone()
-+ return w @ v, v.T.clone()
+def low_rank_approximation(w: Tensor, rank: int) -> tuple[Tensor, Tensor]:
+    if not 1 <= rank <= min(w.shape):
+        raise ValueError("rank")
+    v = torch.linalg.eigh(w.T @ w).eigenvectors[:, -rank:].clone()
+    return w @ v, v.T.clone()
 
 # %% right="low_rank_approximation" because="roots of sigma in both factors, from the full SVD"
 def low_rank_approximation(w: Tensor, rank: int) -> tuple[Tensor, Tensor]:
