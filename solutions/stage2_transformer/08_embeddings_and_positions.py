@@ -276,7 +276,7 @@ for vocab, dim in [(4000, 16), (500, 256)]:
 # almost $2\pi\cdot 10000 \approx 63{,}000$. Fast hands tell neighbors apart, slow ones tell the
 # beginning of a book from its end.
 #
-# Two consequences, by $\cos(a - b) = \cos a\cos b + \sin a\sin b$:
+# Two consequences for even $d$, by $\cos(a - b) = \cos a\cos b + \sin a\sin b$:
 #
 # $$ \mathrm{PE}(m)\cdot \mathrm{PE}(n) = \sum_i \cos\bigl((m - n)\,\omega_i\bigr), \qquad \lVert \mathrm{PE}(p)\rVert^2 = d/2 . $$
 #
@@ -691,9 +691,9 @@ checks.close(
 # The slopes are a geometric series. For $H$ a power of two: $m_h = 2^{-8h/H}$, $h = 1 \dots H$; for
 # 8 heads $\frac12, \frac14, \dots, \frac1{256}$. For other $H$ the paper's code takes the slopes of
 # the largest power of two below, $P$, and fills up from those of $2P$ heads, taking every other
-# one, the first, the third and so on. These lie half-way between the slopes that are already there:
-# for 12 heads $\frac12 \dots \frac1{256}$ and then $2^{-1/2}, 2^{-3/2}, 2^{-5/2}, 2^{-7/2}$.
-# Trained models depend on this order.
+# one, the first, the third and so on. The first of these is steeper than all others, the next ones
+# lie half-way between them: for 12 heads $\frac12 \dots \frac1{256}$ and then $2^{-1/2}, 2^{-3/2},
+# 2^{-5/2}, 2^{-7/2}$. Trained models depend on this order.
 #
 # ### Exercise · ALiBi
 
@@ -926,7 +926,7 @@ plot.caption(
     "Left: exact buckets near the token, then steps that are equally wide on a logarithmic axis; "
     "everything from about 100 on is one bucket. Middle: the weight that a key of equal content "
     "keeps. Head 1 sees a few tokens, head 8 hundreds. Right: 12 heads have the 8 slopes of 8 "
-    "heads, and then four that lie between them.",
+    "heads, and then four more: one above them, three between.",
 )
 plt.show()
 
@@ -956,10 +956,10 @@ plt.show()
 # the whole is $\sqrt{3d}$.
 #
 # This is the paper's convention and the one to follow here. The released code (Microsoft's, as its
-# issue 162 notes, and Hugging Face's, as the project's conformance test shows) looks up
-# $\delta(i, j)$ in the third term as well. $Q^r$ is learned, so the same model results with the
-# rows of $Q^r$ in reverse order; only whoever loads a checkpoint into the other convention finds
-# out.
+# issue 162 notes, and Hugging Face's, as the project's conformance test shows) looks up $\delta(i,
+# j)$ in the third term as well. A model that is trained either way learns its own rows (the two
+# mirror each other, but for the clipped ends); whoever loads a checkpoint into the other convention
+# finds out.
 #
 # Written naively the middle term gathers a $(S, S, d)$ tensor of vectors. Multiply first, gather
 # afterwards: $Q^c {K^r}^\top$ is $(S, 2k)$, all that a token can ever ask of a relative position,
@@ -1793,9 +1793,9 @@ checks.keeps_dtype(lambda w: interleaved_to_half(w, 6), w, what="the ordered pro
 # A model that writes text keeps the keys and values of everything so far and computes them only for
 # what is new (the **KV cache**). With RoPE a key is turned when it is made, by its own absolute
 # position, and never again: the query's turn does the rest. Five mistakes are popular here, and
-# each passes a test that runs the whole text at once: turning the values too, starting every piece
-# at position 0, turning cached keys a second time, caching keys that were not turned, and a causal
-# mask that lines up the first query with the first key rather than the last with the last.
+# the outputs for a whole text at once show only the first: turning the values too, starting every
+# piece at position 0, turning cached keys a second time, caching keys that were not turned, and a
+# causal mask that lines up the first query with the first key rather than the last with the last.
 #
 # PyTorch's `F.scaled_dot_product_attention(q, k, v, attn_mask=…, enable_gqa=True)` does the rest:
 # it scales by $1/\sqrt d$, takes a boolean mask (True = may be seen), and with `enable_gqa` lets

@@ -614,6 +614,11 @@ def key_questions():
 +     generator = torch.Generator().manual_seed(generator.initial_seed())
 + keep = torch.rand(x.shape, generator=generator, device=x.device) >= p
 
+# %% wrong="dropout" because="without a generator a new one of the same seed: the same mask at every call"
+- keep = torch.rand(x.shape, generator=generator, device=x.device) >= p
++ generator = generator or torch.Generator(device=x.device)
++ keep = torch.rand(x.shape, generator=generator, device=x.device) >= p
+
 # %% wrong="dropout" because="half precision comes back as float32"
 - return x * keep * scale
 + return x * (keep.float() * scale)
