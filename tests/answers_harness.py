@@ -48,23 +48,10 @@ FAKES = {
     "fake-strides": "takes one tensor's strides for another's in {}",
 }
 DUE |= dict.fromkeys(FAKES, "some lost")
-# Fakes that get all points still, by lesson, kind and what they fake: they are listed, and fail nothing. Some are right
-# by the exercise's own contract (`clip_grad_norm` changes gradients); look at one, mend its check, delete its line.
+# Fakes that get all points because the exercise allows what they do, by lesson, kind and what they fake.
 OPEN = {
-    ("02", "fake-in-place", "_Checkpoint.backward"),
-    ("02", "fake-in-place", "cross_entropy"),
-    ("04", "fake-detached", "PostNormBlock.forward"),
-    ("05", "fake-bfloat16", "TextClassifier.forward"),
-    ("06", "fake-in-place", "clip_grad_norm"),
-    ("06", "fake-bfloat16", "largest_stable_lr"),
-    ("09", "fake-bfloat16", "induction_weights"),
-    ("14", "fake-detached", "Block.forward"),
-    ("14", "fake-detached", "MLP.forward"),
-    ("14", "fake-in-place", "MLP.forward"),
-    ("14", "fake-in-place", "sample"),
-    ("18", "fake-bfloat16", "DynamicLossScaler.scale"),
-    ("18", "fake-in-place", "DynamicLossScaler.scale"),
-    ("29", "fake-row", "FlashAttention.forward"),
+    ("06", "fake-in-place", "clip_grad_norm"),  # it changes gradients by its contract
+    ("09", "fake-bfloat16", "induction_weights"),  # any weights do that attend as asked
 }
 
 

@@ -1139,7 +1139,9 @@ for rows, classes, scale in [(1, 2, 1.0), (7, 10, 3.0), (5, 3, 1e4), (4, 1, 1.0)
     (gradient,) = torch.autograd.grad(expected, theirs)
     mine = Tensor(z.numpy().copy())
     with np.errstate(over="ignore", invalid="ignore", divide="ignore"):
-        loss = cross_entropy(mine, y.numpy())
+        loss = cross_entropy(mine, labels := y.numpy().copy())
+        assert np.array_equal(mine.data, z.numpy()), "cross_entropy changed the logits"
+        assert np.array_equal(labels, y.numpy()), "cross_entropy changed the labels"
         loss.backward()
     what = f"for {rows} rows of {classes} logits of size {scale:g}"
     checks.close(
@@ -1726,8 +1728,9 @@ other = values[0].clone().requires_grad_()
 segment(other, b, c).square().sum().backward()
 checks.close(a.grad, other.grad, what="the gradient of the one input that asks for one")
 assert b.grad is None, "an input that asks for no gradient got one."
-with checks.unchanged(a=a.detach(), b=b, c=c):
-    checkpoint(segment, a, b, c).sum().backward()
+arriving = torch.randn(3, 2, generator=g, dtype=torch.float64)
+with checks.unchanged(a=a.detach(), b=b, c=c, gradient=arriving):
+    checkpoint(segment, a, b, c).backward(arriving)
 
 torch.manual_seed(checks.seed())
 layers = torch.nn.Sequential(torch.nn.Linear(5, 7), torch.nn.Tanh(), torch.nn.Linear(7, 5)).double()

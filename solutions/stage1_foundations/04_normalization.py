@@ -1399,6 +1399,9 @@ checks.close(
     rtol=5e-5,
     what="PostNormBlock with a linear sublayer",
 )
+assert y.requires_grad, (
+    "no gradient reaches the sublayer's weights: PostNormBlock's result is cut off"
+)
 calls = []
 
 

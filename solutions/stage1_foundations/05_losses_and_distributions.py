@@ -1511,6 +1511,9 @@ idle = [
     name for name, p in model.named_parameters() if p.grad is None or not p.grad.abs().sum() > 0
 ]
 assert not idle, f"no gradient reaches {idle[0]}"
+assert not torch.equal(logits, logits.bfloat16().double()), (
+    "a model in float64 gives logits that are rounded to half precision"
+)
 sizes = {"vocab": 30, "classes": 3, "dim": 8, "hidden": 16}
 for name in sizes:
     counts = [

@@ -832,6 +832,8 @@ for hidden, inner, shape in [(4, 7, (2, 3, 4)), (6, 2, (6,)), (2, 33, (1, 1, 2))
         "down.weight": (hidden, inner),
     }, f"the MLP's parameters are {shapes}"
     x = checks.randn(*shape, generator=g, dtype=torch.float64, scale=3.0)
+    with checks.unchanged(x=x):
+        assert mlp(x).requires_grad, "no gradient reaches the MLP's weights"
     gate, up, down = (p.detach() for p in (mlp.gate.weight, mlp.up.weight, mlp.down.weight))
     a, b = torch.einsum("fd,...d->...f", gate, x), torch.einsum("fd,...d->...f", up, x)
     checks.close(
@@ -900,6 +902,10 @@ def by_hand(x, parallel=False, post=False, eps=0.3, swapped=False):
 
 with checks.unchanged(x=x):
     out = block(x, angle.cos(), angle.sin())
+out.sum().backward()
+idle = [name for name, p in block.named_parameters() if p.grad is None or not p.grad.any()]
+assert not idle, f"no gradient reaches {idle[0]} of the block"
+out = out.detach()
 checks.close(
     out,
     by_hand(x),
@@ -2058,6 +2064,9 @@ checks.raises(
 )
 g = checks.generator(21)
 logits = checks.randn(50, 31, generator=g)
+for temperature in (0.0, 0.7):
+    with checks.unchanged(logits=logits):
+        sample(logits, temperature, top_k=5, top_p=0.9, min_p=0.01)
 checks.close(
     sample(logits, temperature=0.0, top_k=3, top_p=0.5, min_p=0.5),
     logits.double().max(-1).indices,

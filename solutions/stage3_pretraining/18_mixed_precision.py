@@ -1980,6 +1980,12 @@ with checks.forbidden(
     checks.close(
         weight.grad, torch.full((3,), 0.25), what="the gradient after a new iteration's unscale_"
     )
+# The loss itself stays, and is scaled in its own format.
+loss = torch.tensor(1 / 3)
+with checks.unchanged(loss=loss):
+    checks.close(
+        DynamicLossScaler(init_scale=8.0).scale(loss), loss * 8, rtol=1e-6, what="8 · loss"
+    )
 # In place: whoever holds the gradient (a flat buffer, say) sees it divided.
 weight = nn.Parameter(torch.ones(3))
 weight.grad = torch.tensor([8.0, -4.0, 0.0])

@@ -2385,12 +2385,12 @@ for heads, kv_heads, q_len, k_len, causal in [(2, 2, 9, 30, False), (2, 1, 30, 3
         f"log-sum-exp are {least}. What is kept elsewhere, hooks and checkpoints cannot see"
     )
     actual = torch.autograd.grad(o, (q, k, v), do)
+    where = f"{heads} heads on {kv_heads}, causal: {causal}."
+    checks.relative_l2(o, brute_force(q, k, v, causal)[0], 2e-6, what="o", hint=where)
     for name, a, e in zip(
         ("dq", "dk", "dv"), actual, exact_gradients(q, k, v, do, causal), strict=False
     ):
-        checks.relative_l2(
-            a, e, 5e-6, what=name, hint=f"{heads} heads on {kv_heads}, causal: {causal}."
-        )
+        checks.relative_l2(a, e, 5e-6, what=name, hint=where)
 # Two forward passes before the first backward pass, as in a model of two layers.
 q, k, v = (checks.randn(1, 1, 16, 16, generator=gen).requires_grad_() for _ in range(3))
 outputs = [FlashAttention.apply(q, k, v, causal) for causal in (True, False)]
