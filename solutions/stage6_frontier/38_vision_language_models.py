@@ -2051,20 +2051,20 @@ def splice_image_tokens(
 def splice_by_definition(
     table: Tensor, rows: list, labels: list, images: list, placeholder: int, left: bool
 ) -> tuple[Tensor, Tensor, Tensor]:
-    waiting, filled = list(images), []
-    for ids, aims in zip(rows, labels, strict=True):
-        line = []
-        for token, aim in zip(ids.tolist(), aims.tolist(), strict=True):
-            if token == placeholder:
-                line += [(vector, IGNORE, True) for vector in waiting.pop(0)]
+    queue, filled = list(images), []
+    for k in range(len(rows)):
+        sequence = []
+        for i in range(len(rows[k])):
+            if int(rows[k][i]) == placeholder:
+                sequence += [(vector, IGNORE, True) for vector in queue.pop(0)]
             else:
-                line.append((table[token], aim, True))
-        filled.append(line)
-    longest = max(map(len, filled))
+                sequence.append((table[int(rows[k][i])], int(labels[k][i]), True))
+        filled.append(sequence)
+    most = max(len(sequence) for sequence in filled)
     nothing = (torch.zeros_like(table[0]), IGNORE, False)
-    for line in filled:
-        empty = [nothing] * (longest - len(line))
-        line[:] = empty + line if left else line + empty
+    for sequence in filled:
+        empty = [nothing] * (most - len(sequence))
+        sequence[:] = empty + sequence if left else sequence + empty
     return (
         torch.stack([torch.stack([vector for vector, _, _ in line]) for line in filled]),
         torch.tensor([[aim for _, aim, _ in line] for line in filled], device=table.device),
