@@ -753,7 +753,8 @@ scale = nn.Parameter(torch.tensor(5.0, device=profile.device))
 clamp_logit_scale_(scale)
 checks.close(scale.detach(), torch.tensor(math.log(100.0)), what="5.0 after clamping at 100")
 ### BEGIN HIDDEN TESTS
-for start, most in [(4.7, 100.0), (4.6, 100.0), (-2.0, 100.0), (2.5, 7.5), (0.3, 1.0), (1.9, 7.5)]:
+drawn = [(4.7, 100.0), (4.6, 100.0), (-2.0, 100.0), (2.5, 7.5), (0.3, 1.0), (1.9, 7.5)]
+for start, most in [*drawn, (0.013, 100.0), (-0.002, 7.5)]:
     for dtype in (torch.float32, torch.float64):
         scale = nn.Parameter(torch.tensor(start, dtype=dtype, device=profile.device))
         scale.grad = torch.full_like(scale, 0.25)
@@ -1511,10 +1512,11 @@ plot.plt.show()
 
 # %% [markdown]
 # **What came out.** (What is said here held for each of five seeds.) Both losses learn most digits
-# and captions that they were trained on, and CLIP is ahead of SigLIP at this size. The SigLIP
-# paper's point is another: at batches of web scale it is as good, simpler, and cheaper on many
-# devices. Both suffer here from what the web hardly has: with 16 captions and 32 images to a batch
-# most captions stand in it twice or more, and count as negatives of their own images.
+# and most captions that they were trained on, and CLIP is ahead of SigLIP in both. The SigLIP paper
+# claims no such lead for small models: its points are batches of web scale, where it is as good,
+# simpler, and cheaper on many devices. Both losses suffer here from what the web hardly has: with
+# 16 captions and 32 images to a batch most captions stand in it twice or more, and count as
+# negatives of their own images.
 #
 # On captions that were never seen, both are right for many times as many images as chance, and for
 # far fewer than on captions of the training. Words are not just added up: nothing in a
@@ -1949,9 +1951,21 @@ for grid, vision_width, width, size in [((4, 6), 5, 7, 2), ((3, 3), 2, 4, 1), ((
     with checks.kept(projector, patches=patches):
         found = projector(patches)
     checks.close(found, x.float(), what=f"patches {grid} projected, size {size}", rtol=1e-4)
-checks.close(
-    projector.double()(patches.double()), x, what="the projection in float64", dtype=torch.float64
-)
+projector, patches = projector.double(), patches.double()
+checks.close(projector(patches), x, what="the projection in float64", dtype=torch.float64)
+
+
+def project_by_definition(patches: Tensor) -> Tensor:
+    x = merge_by_definition(patches, grid, size) @ state["first.weight"].T + state["first.bias"]
+    x = 0.5 * x * (1 + torch.erf(x / 2**0.5))
+    return x @ state["second.weight"].T + state["second.bias"]
+
+
+checks.gradients(projector, project_by_definition, patches, names=("the patches",), rtol=1e-6)
+projector(patches).square().sum().backward()
+for name, p in projector.named_parameters():
+    assert p.grad is not None, f"no gradient reaches {name}"
+    assert p.grad.abs().max() > 0, f"the gradient of {name} is zero"
 default = Projector(5, 4, (1, 3)).to(profile.device)
 checks.close(
     torch.tensor(default(checks.randn(2, 3, 5, generator=g)).shape),
@@ -2265,8 +2279,8 @@ def tune_to_see(
     g = torch.Generator().manual_seed(seed)
     shown, digits, bold = (~HELD).nonzero()[:, 0].cpu(), DIGITS.tolist(), BOLD.tolist()
     for step in range(steps):
-        rows = shown[torch.randint(len(shown), (16,), generator=g)].tolist()
-        asked = torch.randint(len(names), (16,), generator=g).tolist()
+        rows = shown[torch.randint(len(shown), (12,), generator=g)].tolist()
+        asked = torch.randint(len(names), (12,), generator=g).tolist()
         texts = [EXAMPLES[names[q], digits[i], bold[i]] for q, i in zip(asked, rows, strict=True)]
         ids, labels = zip(*texts, strict=True)
         words = list(projector(vectors[rows]))
@@ -2275,7 +2289,8 @@ def tune_to_see(
         counts = labels[:, 1:] != IGNORE
         states = last_states(model, inputs)[:, :-1][counts]
         answer_loss = F.cross_entropy(states @ model.embed_tokens.weight.T, labels[:, 1:][counts])
-        optimizer.param_groups[0]["lr"] = lr * (1 + math.cos(math.pi * step / steps)) / 2
+        rate = lr * min(1.0, (step + 1) / 20) * (1 + math.cos(math.pi * step / steps)) / 2
+        optimizer.param_groups[0]["lr"] = rate
         optimizer.zero_grad()
         answer_loss.backward()
         nn.utils.clip_grad_norm_(learned, 0.3)
@@ -2319,12 +2334,15 @@ def two_stages(seed: int) -> tuple[dict[str, dict[str, float]], dict[str, tuple]
         torch.manual_seed(seed)
         projector = Projector(vectors.shape[-1], model.config.hidden_size, (4, 4), 2)
         projector = projector.to(profile.device)
-        tune_to_see(model, projector, vectors, ["caption"], steps=190, lr=1e-2, seed=seed)
+        with torch.no_grad():  # it starts with vectors that are small beside those of words
+            projector.second.weight.mul_(0.1)
+            projector.second.bias.mul_(0.1)
+        tune_to_see(model, projector, vectors, ["caption"], steps=280, lr=1e-2, seed=seed)
         found[f"1: {source}"] = {"caption": exact(model, projector, vectors, "caption")}
         if source == "untrained":
             continue
         model.requires_grad_(True)
-        tune_to_see(model, projector, vectors, list(PROMPTS), steps=120, lr=2e-3, seed=seed + 50)
+        tune_to_see(model, projector, vectors, list(PROMPTS), steps=150, lr=2e-3, seed=seed + 50)
         made[source] = model, projector, vectors
         found[f"2: {source}"] = {name: exact(*made[source], name) for name in PROMPTS}
     model, projector, vectors = made["CLIP"]
@@ -2376,31 +2394,31 @@ for k, ax in enumerate(axes.flat):
     truth = PROMPTS["caption"][1](int(DIGITS[i]), int(BOLD[i]))
     good = said["caption"][k] == truth
     ax.set_title(said["caption"][k].strip(), fontsize=9, fontweight="normal" if good else "bold")
-    ax.set_xlabel(f"{said['even or odd'][k].strip()}", fontsize=8)
+    ax.set_xlabel(f"{said['even'][k].strip()}", fontsize=8)
     ax.set(xticks=[], yticks=[])
     ax.grid(False)
 plot.caption(
     fig,
-    "Left: filled circles are captions; where the model got the vectors of another image, it falls "
-    "to chance. Right: captions (above) and answers to “Even or odd?” (below) for ten held-out "
-    "images, from stage 2 with CLIP; captions in bold are wrong.",
+    "Left: filled circles are captions; with the vectors of another image everything falls to "
+    "chance. Right: captions (above) and answers to “even:” (below) for ten held-out images, from "
+    "stage 2 with CLIP; captions in bold are wrong.",
 )
 plot.plt.show()
 
 # %% [markdown]
-# **What came out.** (What is said here held for each of five seeds.) A frozen language model that
-# never saw an image captions digits through a projector alone: its weights are good enough, what it
+# **What came out.** (What is said here held for each of five seeds.) A language model that never
+# saw an image captions digits through a projector alone: its weights were good enough, what it
 # lacked was an input. The order of the sources in stage 1 is the one that LLaVA bets on. Through
-# raw pixels it learns little, since two linear layers see one square of pixels at a time and no
-# layer of the language model was made to put squares together. An encoder that was never trained is
-# better: its attention mixes patches at random, and random features of a whole image can be read
-# off. CLIP's are far ahead of both.
+# raw pixels it learns little, since the projector sees one square at a time, and no layer of the
+# language model was made to put squares together. An encoder that was never trained is better: its
+# attention mixes patches at random, and random features of a whole image can be read off. CLIP's
+# are far ahead of both.
 #
-# Stage 2 all but reverses the lesson. Once the language model may learn, pixels come close: it
-# becomes the vision encoder itself, and on the digit alone it is level with CLIP's vectors or
-# ahead. (Fuyu-8B was built this way, without any encoder.) What CLIP's captions named, thin or
-# bold, stays easier through CLIP. That a trained language model needs no encoder *here* has to do
-# with how little there is to see in 64 pixels and how many of them it was shown.
+# In stage 2 most of that lead goes. Once the language model may learn, it becomes a vision encoder
+# itself (Fuyu-8B was built this way, without any other), and in naming the digit neither source
+# wins for every seed. Captions, and above all thin or bold, which CLIP's captions taught, stay
+# better through CLIP. That pixels come so close has to do with how little there is to see in 64 of
+# them: a photograph has thousands of patches, and too few captions teach a language model to see.
 #
 # With another image's vectors all answers fall to chance, so the model does look.
 #
@@ -2552,9 +2570,9 @@ for wrong in ([3, -1], [(1, 0, 2)], [(0, 2, 2)], [1, (2, 2, 0)], [(1, -1, -1)]):
 # **Which pair gets which number?** The pairs differ in speed: pair 0 turns by a radian per step,
 # the last by a ten-thousandth of one. Qwen2-VL cuts them in **blocks**: of 64 pairs the first 16
 # are for time, the next 24 for height, the last 24 for width. Then only time has the fast pairs,
-# and width has the slowest: most of them hardly move within an image. Qwen3-VL **interleaves** them: time,
-# height, width, time, height, width, …, so that each axis has fast and slow pairs alike; of 64
-# pairs 24, 20 and 20, with the last four for time.
+# and width has the slowest: most of them hardly move within an image. Qwen3-VL **interleaves**
+# them: time, height, width, time, height, width, …, so that each axis has fast and slow pairs
+# alike; of 64 pairs 24, 20 and 20, with the last four for time.
 #
 # | | pair 0 | 1 | 2 | 3 | … | 16 | … | 40 | … | 63 |
 # |---|---|---|---|---|---|---|---|---|---|---|
@@ -2703,6 +2721,17 @@ for batch, heads, seq, sections, theta in [
     )
 x = checks.randn(2, 2, 6, 16, generator=g)
 positions = grid_positions(2, 6, g)
+axes = axes_by_definition((2, 3, 3), False)
+for dtype, ulp in ((torch.float16, 2.0**-11), (torch.bfloat16, 2.0**-8)):
+    half = x.to(dtype)
+    checks.close(
+        apply_mrope(half, positions, (2, 3, 3)).double(),
+        turned_by_definition(half, positions, axes),
+        what=f"{dtype} turned",
+        rtol=1.1 * ulp,
+        atol=2e-5,
+        hint="Angles, cosines and products in float32, and rounded once, at the end",
+    )
 checks.gradients(
     lambda x: apply_mrope(x, positions, (2, 3, 3)),
     lambda x: turned_by_definition(x, positions, axes_by_definition((2, 3, 3), False)),
@@ -2711,7 +2740,6 @@ checks.gradients(
     rtol=1e-4,
 )
 parts = positions + 0.25  # fractional positions, as a video's seconds may be
-axes = axes_by_definition((2, 3, 3), False)
 checks.close(
     apply_mrope(x.double(), parts.double(), (2, 3, 3)),
     turned_by_definition(x, parts, axes),

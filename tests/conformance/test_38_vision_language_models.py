@@ -213,9 +213,9 @@ def test_projector(lesson, agrees):
     from transformers.models.llava.modeling_llava import LlavaMultiModalProjector
 
     vision = CLIPVisionConfig(hidden_size=6, num_attention_heads=2)
-    config = LlavaConfig(vision_config=vision, text_config=LlamaConfig(hidden_size=10, num_attention_heads=2))
+    config = LlavaConfig(vision_config=vision, text_config=LlamaConfig(hidden_size=12, num_attention_heads=2))
     theirs = randomized(LlavaMultiModalProjector(config), 11)
-    ours = lesson.Projector(6, 10, (3, 4)).double()
+    ours = lesson.Projector(6, 12, (3, 4)).double()
     ours.load_state_dict(
         {name.replace("linear_1", "first").replace("linear_2", "second"): t for name, t in theirs.state_dict().items()}
     )

@@ -20,10 +20,6 @@
 - return cut.permute(0, 2, 4, 1, 3, 5).flatten(3).flatten(1, 2)
 + return F.unfold(images.float(), patch, stride=patch).mT
 
-# %% wrong="patchify" because="a view, which strided images have not"
-- cut = images.reshape(batch, channels, height // patch, patch, width // patch, patch)
-+ cut = images.view(batch, channels, height // patch, patch, width // patch, patch)
-
 # %% wrong="patchify" because="the rest is cut off, without an error"
 - if height % patch or width % patch:
 -     raise ValueError(f"{height} × {width} pixels cannot be cut into patches of {patch}")
