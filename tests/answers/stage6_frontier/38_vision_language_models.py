@@ -323,6 +323,10 @@ def siglip_loss(image, text, logit_scale, logit_bias, negatives_only=False):
 - optimizer = torch.optim.AdamW(groups, lr=lr, betas=(0.9, 0.98), eps=1e-6)
 + optimizer = torch.optim.AdamW(groups, lr=lr, eps=1e-6)
 
+# %% wrong="train_clip" because="AdamW's own eps"
+- optimizer = torch.optim.AdamW(groups, lr=lr, betas=(0.9, 0.98), eps=1e-6)
++ optimizer = torch.optim.AdamW(groups, lr=lr, betas=(0.9, 0.98))
+
 # %% wrong="train_clip" because="Adam: decay in the gradient"
 - optimizer = torch.optim.AdamW(groups, lr=lr, betas=(0.9, 0.98), eps=1e-6)
 + optimizer = torch.optim.Adam(groups, lr=lr, betas=(0.9, 0.98), eps=1e-6)
