@@ -263,8 +263,8 @@ plot.plt.show()
 # Behind the first layer stands the encoder that you know: attention without a mask, an MLP, norms
 # before both. Only three things are particular to images, and all are learned vectors.
 #
-# **Positions.** Attention treats its inputs as a set. One vector for each place of the grid is
-# added to the patch there; nobody tells the model that place 6 lies under place 0, it learns so.
+# **Positions.** One vector for each place of the grid is added to the patch there; nobody tells the
+# model that place 6 lies under place 0, it learns so.
 #
 # **The class token.** Somebody has to speak for the whole image. A learned vector is put before the
 # patches; in every layer it gathers what it wants from them, and its output is the image's vector.
@@ -278,9 +278,8 @@ plot.plt.show()
 #
 # The order of the sequence is: class token, registers, patches.
 #
-# One detail is worth a thought. If all registers start as the same vector, each sees the same
-# attention and gets the same gradient, so that they stay equal forever. Random starts tell them
-# apart.
+# If all registers start as the same vector, each sees the same attention and gets the same
+# gradient, so that they stay equal forever. Random starts tell them apart.
 
 
 # %%
@@ -570,10 +569,16 @@ assert (rows[0] - rows[1]).abs().max() > 0, "two different registers have the sa
 # $$ L = \frac{1}{2n}\sum_{i}\Big(-\log\frac{e^{z_{ii}}}{\sum_j e^{z_{ij}}}
 # -\log\frac{e^{z_{ii}}}{\sum_j e^{z_{ji}}}\Big). $$
 #
-# **Why a scale?** A cosine lies in $[-1, 1]$. With $e^s = 1$ even the best conceivable batch, 1 on
-# the diagonal and −1 elsewhere, has a row loss of $\log(1+(n-1)e^{-2})$. For $n = 32768$, CLIP's
-# batch, that is 8.4 nats, when guessing costs 10.4. The softmax cannot become sharp on a sphere of
-# radius 1, so the radius is learned.
+# **Why a scale?** A cosine lies in $[-1, 1]$. Let the batch be the best conceivable, 1 on the
+# diagonal and −1 elsewhere. Even then a row of the softmax is not sharp, unless $e^s$ is large:
+
+# %%
+print("  factor   lowest loss of CLIP's batch, 32,768 pairs, in nats (guessing: 10.4)")
+for factor in (1, 3, 10, 100):
+    print(f"{factor:8}   {math.log1p(32767 * math.exp(-2 * factor)):.3g}")
+
+# %% [markdown]
+# On a sphere of radius 1 the softmax cannot become sharp, so the radius is learned.
 #
 # **Why its logarithm?** The factor stays positive, and a step changes it by a proportion. CLIP
 # starts at $1/0.07\approx 14.3$ and never lets it exceed 100, for stability.
@@ -1523,9 +1528,8 @@ with torch.no_grad():
 plot.caption(
     fig,
     "Held-out images (rows, by what they show) against all captions (columns); captions with a "
-    "star were never seen in training. The diagonal is what training asks for. Blocks of two by "
-    "it are the same digit with the other amount of ink; bands further off, digits that look "
-    "alike.",
+    "star were never seen in training. The diagonal is what training asks for. Beside it stands the "
+    "same digit with the other amount of ink; further off, digits that look alike.",
 )
 plot.plt.show()
 
@@ -1542,7 +1546,8 @@ plot.plt.show()
 # far fewer than on captions of the training. Words are not just added up: nothing in a
 # contrastive loss asks for that. A caption has to be told from those in its batch, and for that a
 # text encoder may learn sixteen sentences by heart.
-#
+
+# %% [markdown]
 # ## What registers do here {#registers}
 #
 # The text says that registers clean attention maps. Does it show? The same training again, with
@@ -2407,7 +2412,7 @@ ax.set(xlabel="held-out images answered word for word (%)", xlim=(0, 100))
 ax.set_title("Stage 1, stage 2")
 ax.legend(loc="upper right", fontsize=8)
 axes = right.subplots(2, 5)
-shown = HELD.nonzero()[:, 0][7::35][:10]
+shown = HELD.nonzero()[:, 0][10::35][:10]
 said = {name: answers(model, projector, vectors[shown], name) for name in PROMPTS}
 for k, ax in enumerate(axes.flat):
     i = int(shown[k])
@@ -2442,7 +2447,8 @@ plot.plt.show()
 # them: a photograph has thousands of patches, and too few captions teach a language model to see.
 #
 # With another image's vectors all answers fall to chance, so the model does look.
-#
+
+# %% [markdown]
 # ## Positions in three directions {#mrope}
 #
 # RoPE (lesson 8) turns pair $i$ of a query or key by the angle $m\,\theta^{-2i/d}$, where $m$ is
