@@ -1528,7 +1528,7 @@ with torch.no_grad():
 plot.caption(
     fig,
     "Held-out images (rows, by what they show) against all captions (columns); captions with a "
-    "star were never seen in training. The diagonal is what training asks for. Beside it stands the "
+    "star were never seen in training. The diagonal is what training asks for. Beside it is the "
     "same digit with the other amount of ink; further off, digits that look alike.",
 )
 plot.plt.show()
