@@ -2427,7 +2427,8 @@ plot.caption(
     fig,
     "Left: filled circles are captions; with the vectors of another image everything falls to "
     "chance. Right: captions (above) and answers to “even:” (below) for ten held-out images, from "
-    "stage 2 with CLIP; captions in bold are wrong.",
+    "stage 2 with CLIP. Captions in bold are wrong. The two answers need not agree: each is read "
+    "off the image anew.",
 )
 plot.plt.show()
 
