@@ -2439,7 +2439,7 @@ plot.plt.show()
 # raw pixels it learns little, since the projector sees one square at a time, and no layer of the
 # language model was made to put squares together. An encoder that was never trained is better: its
 # attention mixes patches at random, and random features of a whole image can be read off. CLIP's
-# are clearly ahead of both.
+# are ahead of both.
 #
 # In stage 2 most of that lead goes. Once the language model may learn, it becomes a vision encoder
 # itself (Fuyu-8B was built this way, without any other), and in naming the digit neither source
@@ -2970,7 +2970,14 @@ checks.number(
 answer = questions()["ratio"]
 checks.kind(answer, float, what="ratio")
 ### BEGIN HIDDEN TESTS
-checks.number(answer, 999.0, what="ratio", hint="At a logit of 0 every pair pushes or pulls by ½")
+checks.number(
+    answer,
+    999.0,
+    to=1e-4,
+    what="ratio",
+    hint="At a logit of 0 every pair pushes or pulls by ½",
+    mistakes={"counting the positive among the negatives": 1000.0},
+)
 ### END HIDDEN TESTS
 
 # %% check="questions" points=1

@@ -117,7 +117,11 @@ def unpatchify(patches, patch, height, width):
 - self.positions = nn.Parameter(std * torch.randn(1 + patches, width))
 + self.positions = nn.Parameter(0.02 * torch.randn(1 + patches, width))
 
-# %% wrong="vision_transformer" because="the norm has PyTorch's eps, a buffer holds the registers"
+# %% wrong="vision_transformer" because="the norm has PyTorch's eps"
+- self.norm = nn.LayerNorm(width, eps=1e-6)
++ self.norm = nn.LayerNorm(width)
+
+# %% wrong="vision_transformer" because="a buffer holds the registers: nothing trains them"
 - self.register_tokens = nn.Parameter(std * torch.randn(registers, width))
 + self.register_buffer("register_tokens", std * torch.randn(registers, width))
 
@@ -429,7 +433,7 @@ def train_clip(
 
 # %% wrong="zero_shot" because="a float16 norm overflows"
 - classes = F.normalize(wide(prompts), dim=-1).mean(1)
-+ classes = (prompts / prompts.square().sum(-1, keepdim=True).sqrt()).mean(1)
++ classes = wide(prompts / prompts.square().sum(-1, keepdim=True).sqrt()).mean(1)
 
 # %% wrong="zero_shot" because="of two alike the last"
 - return similarity.argmax(1)
@@ -919,6 +923,10 @@ def apply_mrope(x, positions, sections, interleaved=False, theta=10_000.0):
 # %% wrong="questions" because="the image's last position; without merging"
 - "next": 7 + 20,
 + "next": 7 + 40,
+
+# %% wrong="questions" because="the positive is counted among the negatives"
+- "ratio": 999.0,
++ "ratio": 1000.0,
 
 # %% right="questions" because="rounded"
 def questions():
