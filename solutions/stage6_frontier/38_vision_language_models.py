@@ -1415,6 +1415,15 @@ for n, classes, templates, d in [(60, 7, 3, 4), (40, 3, 1, 5), (50, 5, 4, 2), (1
     )
     assert found.dtype == torch.int64, f"classes are int64; yours are {found.dtype}"
     checks.close(zero_shot(image.double(), prompts.double()), expected, what="in float64")
+for dtype in (torch.float16, torch.bfloat16):
+    image = uneven(150, 3, g=g).to(dtype)
+    prompts = uneven(18, 3, g=g).view(9, 2, 3).to(dtype)
+    checks.close(
+        zero_shot(image, prompts),
+        classes_by_definition(image, prompts),
+        what=f"the classes in {dtype}",
+        hint="Compute in float32",
+    )
 large = (1000 * torch.tensor([[0.5, 0.4], [0.1, 0.9]])).half()  # whose squares exceed float16
 prompts = (1000 * torch.tensor([[[0.9, 0.1], [0.8, 0.3]], [[0.1, 0.9], [0.3, 0.8]]])).half()
 checks.close(zero_shot(large, prompts), torch.tensor([0, 1]), what="the classes in float16")
@@ -1732,6 +1741,13 @@ def loss_on_rank(loss: Callable, rank: int, case: tuple) -> dict:
     return {"loss": value.detach(), "gradients": gradients, "largest": made.largest}
 
 
+def shares_by_definition(image: Tensor, text: Tensor, s: Tensor, ranks: int) -> Tensor:
+    """What each rank's own images and texts cost in the whole batch, (ranks,); its mean is L."""
+    z = cosines(image, text) * s.exp()
+    each = (z.logsumexp(0) + z.logsumexp(1)) / 2 - z.diagonal()
+    return each.view(ranks, -1).mean(1)
+
+
 def compare_on_ranks(loss: Callable, ranks: int, cases: list[tuple]) -> list[list[dict]]:
     found = checks.on_ranks(ranks, lambda rank, case: loss_on_rank(loss, rank, case), cases)
     for (images, texts, s, members), results in zip(cases, found, strict=True):
@@ -1741,23 +1757,24 @@ def compare_on_ranks(loss: Callable, ranks: int, cases: list[tuple]) -> list[lis
                 torch.cat([leaves[0][r] for r in mates]),
                 torch.cat([leaves[1][r] for r in mates]),
             )
-            due = clip_by_definition(*whole, leaves[2])
-            gradients = torch.autograd.grad(due, leaves)
+            gradients = torch.autograd.grad(clip_by_definition(*whole, leaves[2]), leaves)
             n, size, dtype = images.shape[1], len(mates), images.dtype
-            mine = [results[r] for r in mates]
-            values = torch.stack([result["loss"] for result in mine])
-            checks.close(
-                values.mean(),
-                due.to(dtype),
-                what=f"the mean of the losses of ranks {mates}",
-                rtol=1e-5,
-                dtype=dtype,
-            )
-            scale = torch.stack([result["gradients"][2] for result in mine]).mean()
-            checks.close(
-                scale, gradients[2].to(dtype), what="the mean gradient of logit_scale", rtol=1e-4
-            )
+            shares = shares_by_definition(*whole, leaves[2], size)
             for place, r in enumerate(mates):
+                checks.close(
+                    results[r]["loss"],
+                    shares[place].to(dtype),
+                    what=f"the loss of rank {r} of {mates}",
+                    rtol=1e-5,
+                    dtype=dtype,
+                )
+                (scale,) = torch.autograd.grad(shares[place], leaves[2], retain_graph=True)
+                checks.close(
+                    results[r]["gradients"][2],
+                    scale.to(dtype),
+                    what=f"the gradient of logit_scale on rank {r} of {mates}",
+                    rtol=1e-4,
+                )
                 for i, name in enumerate(("image", "text")):
                     sums = [size * gradients[i][r].to(dtype), gradients[i][r].to(dtype)]
                     checks.close(
@@ -2787,9 +2804,16 @@ products = [
 ]
 checks.close(products[1], products[0], what="products after a move of all tokens", rtol=1e-7)
 for sections in ((2, 3, 2), (8, 1, 0)):
-    checks.raises(
-        ValueError, apply_mrope, x, positions, sections, because=f"{sections} are not 8 pairs"
-    )
+    for interleaved in (False, True):
+        checks.raises(
+            ValueError,
+            apply_mrope,
+            x,
+            positions,
+            sections,
+            interleaved,
+            because=f"{sections} are not 8 pairs",
+        )
 ### END HIDDEN TESTS
 
 # %% check="apply_mrope" points=1

@@ -435,6 +435,14 @@ def train_clip(
 - classes = F.normalize(wide(prompts), dim=-1).mean(1)
 + classes = wide(prompts / prompts.square().sum(-1, keepdim=True).sqrt()).mean(1)
 
+# %% wrong="zero_shot" because="bfloat16 all the way"
+- classes = F.normalize(wide(prompts), dim=-1).mean(1)
+- similarity = F.normalize(wide(image), dim=-1) @ F.normalize(classes, dim=-1).T
++ if image.dtype == torch.float16:
++     image, prompts = image.float(), prompts.float()
++ classes = F.normalize(prompts, dim=-1).mean(1)
++ similarity = F.normalize(image, dim=-1) @ F.normalize(classes, dim=-1).T
+
 # %% wrong="zero_shot" because="of two alike the last"
 - return similarity.argmax(1)
 + return similarity.shape[1] - 1 - similarity.flip(1).argmax(1)
@@ -451,6 +459,13 @@ def zero_shot(image, prompts):
         total = sum(t / t.norm() for t in templates)
         scores.append(image @ (total / total.norm()))
     return torch.stack(scores, dim=1).max(1).indices
+
+# %% wrong="gathered_clip_loss" because="every rank returns the mean of all losses"
+- return (of_images + F.cross_entropy(factor * v @ every_u.T, own)) / 2
++ share = (of_images + F.cross_entropy(factor * v @ every_u.T, own)) / 2
++ mean = share.detach().clone()
++ dist.all_reduce(mean, group=group)
++ return share - share.detach() + mean / dist.get_world_size(group)
 
 # %% wrong="gathered_clip_loss" because="all_gather alone: gradients of other ranks are lost"
 - every_u, every_v = _GatherRows.apply(u, group), _GatherRows.apply(v, group)
@@ -799,6 +814,10 @@ def mrope_position_ids(segments):
         triples += new
         start = max((max(triple) for triple in new), default=start - 1) + 1
     return torch.tensor(triples, dtype=torch.long).reshape(-1, 3).T
+
+# %% wrong="apply_mrope" because="sections are added up in blocks only"
+- if sum(sections) != half:
++ if sum(sections) != half and not interleaved:
 
 # %% wrong="apply_mrope" because="pairs of neighbors"
 - first, second = x.to(full).chunk(2, dim=-1)
