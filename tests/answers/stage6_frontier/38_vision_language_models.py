@@ -66,6 +66,20 @@ def unpatchify(patches, patch, height, width):
         rows.append(torch.cat(line, dim=3))
     return torch.cat(rows, dim=2)
 
+# %% wrong="vision_transformer" because="the class token's position is detached"
+- first = (self.class_token + self.positions[0]).expand(len(seen), 1, -1)
++ first = (self.class_token + self.positions[0].detach()).expand(len(seen), 1, -1)
+
+# %% wrong="vision_transformer" because="registers stand behind the patches"
+- x = torch.cat([first, scratch, seen], dim=1)
++ x = torch.cat([first, seen, scratch], dim=1)
+- return x[:, 0], x[:, 1 + len(self.register_tokens) :]
++ return x[:, 0], x[:, 1 : 1 + seen.shape[1]]
+
+# %% wrong="vision_transformer" because="uniform draws"
+- self.positions = nn.Parameter(std * torch.randn(1 + patches, width))
++ self.positions = nn.Parameter(std * 12**0.5 * (torch.rand(1 + patches, width) - 0.5))
+
 # %% wrong="vision_transformer" because="registers get positions, the class token's"
 - scratch = self.register_tokens.expand(len(seen), -1, -1)
 + scratch = (self.register_tokens + self.positions[0]).expand(len(seen), -1, -1)
@@ -155,6 +169,10 @@ class VisionTransformer(nn.Module):
             x = block(x)
         first, _, tokens = self.norm(x).split(self.sizes, dim=1)
         return first.squeeze(1), tokens
+
+# %% wrong="clip_loss" because="the scale is rounded to float32"
+- logits = logit_scale.to(u.dtype).exp() * u @ v.T
++ logits = logit_scale.float().exp().to(u.dtype) * u @ v.T
 
 # %% wrong="clip_loss" because="the rows alone"
 - return (F.cross_entropy(logits, own) + F.cross_entropy(logits.T, own)) / 2
@@ -246,6 +264,10 @@ def clamp_logit_scale_(logit_scale, most=100.0):
     limit = math.log(most)
     if float(logit_scale.detach()) > limit:
         logit_scale.data.fill_(limit)
+
+# %% wrong="siglip_loss" because="the bias is rounded to float32"
+- logits = logit_scale.to(u.dtype).exp() * u @ v.T + logit_bias.to(u.dtype)
++ logits = logit_scale.to(u.dtype).exp() * u @ v.T + logit_bias.float().to(u.dtype)
 
 # %% wrong="siglip_loss" because="a mean over all pairs"
 - return F.softplus(-signs * logits).sum() / len(image)
@@ -545,6 +567,10 @@ class Everyone(torch.autograd.Function):
         dist.all_gather(out, g.contiguous(), group=ctx.group)
         start = dist.get_rank(ctx.group) * ctx.n
         return sum(part[start : start + ctx.n] for part in out), None
+
+# %% wrong="projector" because="a grid is looked at only where something is merged"
+- if count != rows * columns or rows % size or columns % size:
++ if size > 1 and (count != rows * columns or rows % size or columns % size):
 
 # %% wrong="projector" because="merges neighbors in the sequence"
 - squares = tokens.reshape(batch, rows // size, size, columns // size, size, width)
