@@ -1439,15 +1439,16 @@ for n, classes, templates, d in [(60, 7, 3, 4), (40, 3, 1, 5), (50, 5, 4, 2), (1
     )
     assert found.dtype == torch.int64, f"classes are int64; yours are {found.dtype}"
     checks.close(zero_shot(image.double(), prompts.double()), expected, what="in float64")
-for dtype in (torch.float16, torch.bfloat16):
-    image = uneven(400, 3, g=g).to(dtype)
-    prompts = uneven(18, 3, g=g).view(9, 2, 3).to(dtype)
-    checks.close(
-        zero_shot(image, prompts),
-        classes_by_definition(image, prompts),
-        what=f"the classes in {dtype}",
-        hint="Compute in float32",
-    )
+# So many classes that cosines in bfloat16 tie
+image, prompts = uneven(40, 2, g=g).bfloat16(), uneven(50, 2, g=g).view(50, 1, 2).bfloat16()
+among = cosines(image.double(), prompts[:, 0].double())
+checks.close(
+    among.gather(1, zero_shot(image, prompts)[:, None])[:, 0],
+    among.amax(1),
+    what="the cosines of the classes chosen in bfloat16",
+    atol=1e-6,
+    hint="Compute in float32",
+)
 large = (1000 * torch.tensor([[0.5, 0.4], [0.1, 0.9]])).half()  # whose squares exceed float16
 prompts = (1000 * torch.tensor([[[0.9, 0.1], [0.8, 0.3]], [[0.1, 0.9], [0.3, 0.8]]])).half()
 checks.close(zero_shot(large, prompts), torch.tensor([0, 1]), what="the classes in float16")
@@ -1784,12 +1785,14 @@ def compare_on_ranks(loss: Callable, ranks: int, cases: list[tuple]) -> list[lis
             gradients = torch.autograd.grad(clip_by_definition(*whole, leaves[2]), leaves)
             n, size, dtype = images.shape[1], len(mates), images.dtype
             shares = shares_by_definition(*whole, leaves[2], size)
+            near = 20 * torch.finfo(dtype).eps  # a loss near 0 is a difference of large numbers
             for place, r in enumerate(mates):
                 checks.close(
                     results[r]["loss"],
                     shares[place].to(dtype),
                     what=f"the loss of rank {r} of {mates}",
                     rtol=1e-5,
+                    atol=near,
                     dtype=dtype,
                 )
                 (scale,) = torch.autograd.grad(shares[place], leaves[2], retain_graph=True)
@@ -1798,6 +1801,7 @@ def compare_on_ranks(loss: Callable, ranks: int, cases: list[tuple]) -> list[lis
                     scale.to(dtype),
                     what=f"the gradient of logit_scale on rank {r} of {mates}",
                     rtol=1e-4,
+                    atol=near,
                 )
                 for i, name in enumerate(("image", "text")):
                     sums = [size * gradients[i][r].to(dtype), gradients[i][r].to(dtype)]
@@ -1806,6 +1810,7 @@ def compare_on_ranks(loss: Callable, ranks: int, cases: list[tuple]) -> list[lis
                         sums[0],
                         what=f"the gradient of {name} on rank {r} of {mates}",
                         rtol=1e-4,
+                        atol=near,
                         mistakes={
                             "a gather that records nothing": own_gradient(whole, s, place, n, i),
                             "dividing by the number of ranks": sums[1],
