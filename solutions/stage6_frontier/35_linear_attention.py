@@ -1245,9 +1245,9 @@ plt.show()
 # their product is NaN. Subtract first, then take the exponential: for $j\le i$ every exponent is at
 # most 0 and nothing can overflow. That is why decays travel as logarithms.
 #
-# The difference has a price too. Float32 holds a sum of −4,000 to about $10^{-4}$, and a decay taken
-# from two such sums is no more exact. So $c$ starts anew in each chunk: one fast stretch must not
-# blur all that comes later.
+# The difference has a price too. Float32 holds a sum of −4,000 to about $10^{-4}$, and a decay
+# taken from two such sums is no more exact. So $c$ starts anew in each chunk: one fast stretch must
+# not blur all that comes later.
 #
 # For $j > i$ the difference is positive, and its exponential may be infinite. Masking afterwards
 # hides that from the result and not from the gradient, where it comes back as $0\cdot\infty$. Mask
@@ -2830,5 +2830,5 @@ checks.number(
 # - **Kimi Team 2025**, *Kimi Linear: An Expressive, Efficient Attention Architecture*,
 #   arXiv:2510.26692: section 3, the decay of each channel.
 # - In production: `fla-org/flash-linear-attention` (`fla/ops`, with a `naive.py` beside each
-#   kernel), transformers' `qwen3_next` and `kimi_linear`. All scale q by $1/\sqrt{d_k}$ inside if not
-#   told otherwise, and those of the delta rule can normalize q and k.
+#   kernel), transformers' `qwen3_next` and `kimi_linear`. All scale q by $1/\sqrt{d_k}$ inside if
+#   not told otherwise, and those of the delta rule can normalize q and k.
