@@ -53,8 +53,8 @@
 # | $C$ | `chunk` | tokens in a chunk |
 #
 # `q` and `k` are `(batch, heads, seq, d_k)`, `v` and the output `(batch, heads, seq, d_v)`, states
-# `(batch, heads, d_k, d_v)`. Decays and β have one more axis than the tokens have: `(batch, heads,
-# seq, 1)`, or `(batch, heads, seq, d_k)` for a decay of each channel.
+# `(batch, heads, d_k, d_v)`. Decays and β have a number for each token, `(batch, heads, seq, 1)`;
+# decays of each channel are `(batch, heads, seq, d_k)`.
 #
 # *No function here scales by $1/\sqrt{d_k}$ or normalizes a key.* Libraries do both inside;
 # here the caller does, where it matters.
@@ -74,9 +74,9 @@ plt = plot.plt
 
 # %% [markdown]
 # Sums over many tokens need more than half precision. Every function below computes in float32 (in
-# float64 for float64 inputs), whatever the inputs are, returns its output in the dtype of `v`, and
-# its state in the format in which it was computed. Three helpers do the bookkeeping, and one draws
-# tokens to try things on.
+# float64 for float64 inputs), returns its output in the dtype of `v`, and its state in the format
+# in which it was computed. Inputs may differ in format, but float64 comes for all or for none.
+# Three helpers do the bookkeeping, and one draws tokens to try things on.
 
 
 # %%
@@ -134,6 +134,14 @@ def unrolled(q, k, v, log_decay=None, beta=None, state=None):
     return torch.stack(outputs, dim=2), total
 
 
+def mixed_formats(function, exact, q, k, v, *more):
+    """o has v's dtype where q and k have another."""
+    for keys, values in ((torch.bfloat16, torch.float32), (torch.float32, torch.float16)):
+        given = (q.to(keys), k.to(keys), v.to(values), *more)
+        what = f"o for q and k in {keys}, v in {values}"
+        checks.close(function(*given), exact(*given).to(values), dtype=values, what=what)
+
+
 # %% [markdown]
 # ## One product, three orders
 #
@@ -155,9 +163,10 @@ def unrolled(q, k, v, log_decay=None, beta=None, state=None):
 def linear_attention_parallel(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     """Causal linear attention from the matrix of all pairs: o_t = Σ_{j ≤ t} (q_t·k_j) v_j.
 
-    q, k: (batch, heads, seq, d_k); v: (batch, heads, seq, d_v), any floating format, seq ≥ 1. No
-    softmax, no scale, no division. Computed in float32 (float64 for float64 inputs) and rounded
-    once. Returns (batch, heads, seq, d_v) in v's dtype. Inputs are not changed; gradients flow.
+    q, k: (batch, heads, seq, d_k); v: (batch, heads, seq, d_v), floating formats that may differ
+    (float64: all or none), seq ≥ 1. No softmax, no scale, no division. Computed in float32 or finer
+    (float64 for float64 inputs) and rounded once. Returns (batch, heads, seq, d_v) in v's dtype.
+    Inputs are not changed; gradients flow.
     """
     ### BEGIN SOLUTION
     dtype = v.dtype
@@ -199,6 +208,7 @@ q, k, v = drawn(gen, 2, 2, 11, 6, 5)
 checks.keeps_dtype(
     linear_attention_parallel, q, k, v, reference=lambda *t: unrolled(*t)[0], what="o"
 )
+mixed_formats(linear_attention_parallel, lambda *t: unrolled(*t)[0], q, k, v)
 checks.gradients(linear_attention_parallel, lambda *t: unrolled(*t)[0], q, k, v, names="qkv")
 # Scores beyond float16's largest number, 65,504; the output is within.
 large = torch.full((1, 1, 3, 2), 300.0, dtype=torch.float16, device=profile.device)
@@ -235,7 +245,8 @@ def linear_attention_recurrent(
 ) -> tuple[Tensor, Tensor]:
     """Causal linear attention with one state, one token after the other.
 
-    q, k: (batch, heads, seq, d_k); v: (batch, heads, seq, d_v), any floating format, seq ≥ 1.
+    q, k: (batch, heads, seq, d_k); v: (batch, heads, seq, d_v), floating formats that may differ
+        (float64: all or none), seq ≥ 1.
     state: (batch, heads, d_k, d_v), what earlier tokens left, in float32 (float64 for float64
         inputs); None: nothing. It is not changed.
 
@@ -309,6 +320,7 @@ for dtype, kept in ((torch.bfloat16, torch.float32), (torch.float64, torch.float
         state = linear_attention_recurrent(*given, begin)[1]
         exact = unrolled(*given, state=begin)[1].to(kept)
         checks.close(state, exact, dtype=kept, what=f"the state of {dtype} inputs")
+mixed_formats(lambda *t: linear_attention_recurrent(*t)[0], lambda *t: unrolled(*t)[0], q, k, v)
 checks.gradients(
     lambda q, k, v, s: linear_attention_recurrent(q, k, v, s)[0],
     lambda q, k, v, s: unrolled(q, k, v, state=s)[0],
@@ -363,11 +375,11 @@ def linear_attention_chunked(
     """Causal linear attention, `chunk` tokens at a time.
 
     Arguments and results as in `linear_attention_recurrent`. chunk ≥ 1; the last chunk may be
-    shorter, and one chunk may hold the whole sequence. Results do not depend on it.
+    shorter, and one chunk may hold the whole sequence. Up to rounding, results do not depend on it.
 
     Work is counted, for n chunks: at most 25·n + 25 operations of PyTorch that make a tensor, and
     no tensor of more elements than the largest of these: an input, a state for each chunk, the
-    pairs of tokens inside all chunks.
+    pairs of tokens inside all chunks. A short last chunk may be padded: it counts as a full one.
     """
     ### BEGIN SOLUTION
     dtype = v.dtype
@@ -433,6 +445,7 @@ for dtype, kept in ((torch.bfloat16, torch.float32), (torch.float64, torch.float
         state = linear_attention_chunked(*given, 5, begin)[1]
         exact = unrolled(*given, state=begin)[1].to(kept)
         checks.close(state, exact, dtype=kept, what=f"the state of {dtype} inputs")
+mixed_formats(lambda *t: linear_attention_chunked(*t, 4)[0], lambda *t: unrolled(*t)[0], q, k, v)
 checks.gradients(
     lambda q, k, v, s: linear_attention_chunked(q, k, v, 4, s)[0],
     lambda q, k, v, s: unrolled(q, k, v, state=s)[0],
@@ -732,7 +745,8 @@ def positive_features(x: Tensor, projection: Tensor) -> Tensor:
 
     x: (..., d), queries or keys, float32 or float64. projection: (m, d), rows drawn from N(0, I),
     in x's dtype. Returns (..., m), positive, in x's dtype: entry r is exp(w_r·y − ‖y‖²/2)/√m, where
-    w_r is row r and y = x/d^(1/4). Nothing is subtracted from the exponents.
+    w_r is row r and y = x/d^(1/4). Nothing is subtracted from the exponents. Finite wherever that
+    number is, in x's dtype.
     """
     ### BEGIN SOLUTION
     y = x / x.shape[-1] ** 0.25
@@ -782,6 +796,16 @@ for d in (1, 2):
         estimate, (q @ k.mT / math.sqrt(d)).exp(), dtype=torch.float64,
         what=f"the mean of φ(q)·φ(k) over all draws, d = {d}",
     )  # fmt: skip
+# Long queries: e^(w·y) and e^(‖y‖²/2) are infinite in float32, their quotient is e^-18 to e^18.
+x = 60 * F.normalize(torch.randn(3, 16, generator=gen), dim=-1)
+y = x.double() / 2
+rows = torch.tensor([14.4, 15.0, 15.6])[:, None] * F.normalize(x, dim=-1)
+exponents = (rows.double() * y).sum(-1) - 450
+checks.close(
+    positive_features(x, rows).diagonal(), (exponents.exp() / math.sqrt(3)).float(),
+    what="features of a long query", rtol=1e-3, atol=0,
+    hint="Subtract first, then take the exponential.",
+)  # fmt: skip
 q, k = (torch.randn(5, 16, generator=gen) / 2 for _ in range(2))
 rows = torch.randn(200_000, 16, generator=gen)
 estimate = (positive_features(q, rows) * positive_features(k, rows)).sum(-1)
@@ -930,7 +954,7 @@ def state_update(
     """One token: fade, erase, write, then read. Returns (o, state), the state after the token.
 
     state: (batch, heads, d_k, d_v), float32 or float64, not changed in place.
-    q, k: (batch, heads, d_k); v: (batch, heads, d_v), any floating format.
+    q, k: (batch, heads, d_k); v: (batch, heads, d_v), floating formats that may differ.
     log_decay: ln α, (batch, heads, 1) for the whole state or (batch, heads, d_k) for its rows;
         None: nothing fades.
     beta: (batch, heads, 1). With S' for the state after fading, the new state is
@@ -1077,6 +1101,11 @@ o, new = state_update(state, *(t.double() for t in (q, k, v, decay, beta)))
 exact, last = unrolled(*(t[:, :, None] for t in (q, k, v, decay, beta)), state=state)
 checks.close(new, last.float(), dtype=torch.float32, what="a float32 state, tokens in float64")
 checks.close(o, exact[:, :, 0], dtype=torch.float64, rtol=1e-5, what="o of tokens in float64")
+mixed_formats(
+    lambda *t: state_update(state, *t)[0],
+    lambda *t: unrolled(*(x[:, :, None] for x in t), state)[0][:, :, 0],
+    q, k, v, decay, beta,
+)  # fmt: skip
 checks.gradients(
     lambda s, q, k, v, g, b: state_update(s, q, k, v, g, b)[0],
     lambda s, q, k, v, g, b: unrolled(*(t[:, :, None] for t in (q, k, v, g, b)), s)[0][:, :, 0],
@@ -1216,6 +1245,10 @@ plt.show()
 # their product is NaN. Subtract first, then take the exponential: for $j\le i$ every exponent is at
 # most 0 and nothing can overflow. That is why decays travel as logarithms.
 #
+# The difference has a price too. Float32 holds a sum of −4,000 to about $10^{-4}$, and a decay
+# taken from two such sums is no more exact. So $c$ starts anew in each chunk: one fast stretch must
+# not blur all that comes later.
+#
 # For $j > i$ the difference is positive, and its exponential may be infinite. Masking afterwards
 # hides that from the result and not from the gradient, where it comes back as $0\cdot\infty$. Mask
 # the exponent.
@@ -1227,16 +1260,16 @@ plt.show()
 def decayed_scores(a: Tensor, b: Tensor, log_decay: Tensor) -> Tensor:
     """Dot products of a chunk's tokens, faded by the tokens that lie between them.
 
-    a, b: (..., C, d), the rows of one chunk. log_decay: ln α, finite and ≤ 0, (..., C, 1), one
+    a, b: (..., C, d), the rows of one chunk. log_decay: ln α, from −300 to 0, (..., C, 1), one
     number for all channels, or (..., C, d). float32 or float64.
 
     Returns (..., C, C) in their dtype. Entry (i, j), for j ≤ i, is Σ_d a_id b_jd Π α_md with the
     product over m = j+1 … i (empty, so 1, for i = j). For j > i it is exactly 0.
 
-    However fast the decay, no result and no gradient is NaN or infinite for ordinary a and b. Where
-    there is one decay for all channels no tensor of more than (..., C, C) elements is made, or than
-    a itself; otherwise none of more than (..., C, C, d). No loop over tokens is needed: at most 30
-    operations of PyTorch that make a tensor, at any C.
+    No result and no gradient is NaN or infinite for ordinary a and b; sums of thousands may cost
+    digits in float32 (10⁻³ is allowed). Where there is one decay for all channels no tensor of more
+    than (..., C, C) elements is made, or than a itself; otherwise none of more than (..., C, C, d).
+    No loop over tokens is needed: at most 30 operations of PyTorch that make a tensor, at any C.
     """
     ### BEGIN SOLUTION
     sums = log_decay.cumsum(-2)
@@ -1390,17 +1423,19 @@ def gated_linear_attention(
 ) -> tuple[Tensor, Tensor]:
     """Causal linear attention whose state fades, `chunk` tokens at a time.
 
-    q, k: (batch, heads, seq, d_k); v: (batch, heads, seq, d_v), any floating format, seq ≥ 1.
-    log_decay: ln α, finite and ≤ 0, (batch, heads, seq, 1) or (batch, heads, seq, d_k), any
-        floating format. Token t first fades the state by its α, then writes, then reads.
+    q, k: (batch, heads, seq, d_k); v: (batch, heads, seq, d_v), seq ≥ 1.
+    log_decay: ln α, from −30 to 0, (batch, heads, seq, 1) or (batch, heads, seq, d_k). Token t
+        first fades the state by its α, then writes, then reads. Floating formats may differ
+        (float64: all or none).
     chunk ≥ 1; the last chunk may be shorter, and one may hold the whole sequence.
     state: (batch, heads, d_k, d_v), float32 (float64 for float64 inputs), not changed; None: zeros.
 
     Returns (o, state), o in v's dtype, the state in float32 or float64, as `state_update` would
-    give them token by token. However fast the decay, nothing is NaN or infinite. Work is counted,
-    for n chunks: at most 45·n + 45 operations of PyTorch that make a tensor, and no tensor of more
-    elements than the largest of these: an input, a state for each chunk, the pairs of tokens inside
-    all chunks (times d_k where each channel has a decay).
+    give them token by token. Fast decays make nothing NaN or infinite, and cost later chunks no
+    digits. Work is counted, for n chunks: at most 45·n + 45 operations of PyTorch that make a
+    tensor, and no tensor of more elements than the largest of these: an input, a state for each
+    chunk, the pairs of tokens inside all chunks (times d_k where each channel has a decay). A short
+    last chunk may be padded: it counts as a full one.
     """
     ### BEGIN SOLUTION
     dtype = v.dtype
@@ -1482,6 +1517,9 @@ for dtype, kept in ((torch.bfloat16, torch.float32), (torch.float64, torch.float
         state = gated_linear_attention(*given, 5, begin)[1]
         exact = unrolled(*given, state=begin)[1].to(kept)
         checks.close(state, exact, dtype=kept, what=f"the state of {dtype} inputs")
+mixed_formats(
+    lambda *t: gated_linear_attention(*t, 4)[0], lambda *t: unrolled(*t)[0], q, k, v, log_decay
+)
 checks.gradients(
     lambda q, k, v, g, s: gated_linear_attention(q, k, v, g, 4, s)[0],
     lambda q, k, v, g, s: unrolled(q, k, v, g, state=s)[0],
@@ -1524,6 +1562,15 @@ for channels, fastest in ((1, -30.0), (4, -30.0), (4, -0.2)):
         limit = 1e-5 if fastest > -1 else 1e-3  # differences of large sums, in float32
         checks.relative_l2(o, exact[0], limit, what="o", hint=hint)
         checks.relative_l2(state, exact[1], limit, what="the state", hint=hint)
+# A fast stretch, then slow chunks, which it must not blur.
+for channels in (1, 4):
+    slow = -0.2 * torch.rand(1, 2, 64, channels, generator=gen).to(profile.device)
+    late = torch.cat([torch.full((1, 2, 192, channels), -30.0, device=slow.device), slow], 2)
+    o, state = gated_linear_attention(q, k, v, late, 32)
+    exact, last = unrolled(*(t[:, :, 191:] for t in (q, k, v, late)))  # earlier ones are gone
+    hint = f"{channels} log-decays a token: 192 of −30, then slow ones. Where do your sums start?"
+    checks.relative_l2(o[:, :, 192:], exact[:, :, 1:], 1e-5, what="o", hint=hint)
+    checks.relative_l2(state, last, 1e-5, what="the state", hint=hint)
 leaves = [t.clone().requires_grad_() for t in (q, k, v, log_decay * 100)]
 gradients = torch.autograd.grad(gated_linear_attention(*leaves, 64)[0].sum(), leaves)
 assert all(bool(g.isfinite().all()) for g in gradients), "a gradient is not finite"
@@ -1574,8 +1621,8 @@ plt.show()
 # A decay for each channel costs the $(C, C, d_k)$ numbers of all differences, and no product of
 # matrices does that. GLA and KDA cut the chunk into blocks of 16 and measure each block's exponents
 # from its own start: between blocks both factors are then at most 1, so a matrix product will do,
-# and only the blocks on the diagonal take all differences. It is the same arithmetic, arranged for
-# tensor cores.
+# and only the blocks on the diagonal take all differences. Up to rounding the results are the same,
+# and tensor cores do most of the work.
 
 # %% [markdown]
 # ## Chunks that erase
@@ -1637,8 +1684,8 @@ plt.show()
 #
 # $U$ and $W$ of *all* chunks can be computed at once, before any state is known; the steps one
 # after another are products of matrices only. This is the **WY form** (Bischof and Van Loan 1987,
-# for products of Householder matrices $I - \beta k k^\top$, which is what the state went
-# through).
+# for products of Householder matrices, which are $I - \beta k k^\top$ with $\beta\|k\|^2 = 2$; it
+# holds for any $\beta$).
 #
 # ### Exercise · The two factors
 
@@ -1647,13 +1694,14 @@ plt.show()
 def wy_factors(k: Tensor, v: Tensor, beta: Tensor, log_decay: Tensor) -> tuple[Tensor, Tensor]:
     """(W, U) of one chunk: what its tokens write is U − W·S, whatever state S it begins with.
 
-    k: (..., C, d_k); v: (..., C, d_v); beta: (..., C, 1); log_decay: ln α, finite and ≤ 0, (..., C,
+    k: (..., C, d_k); v: (..., C, d_v); beta: (..., C, 1); log_decay: ln α, from −30 to 0, (..., C,
     1) or (..., C, d_k). float32 or float64, all alike, C ≥ 1.
 
-    Token i first fades the state by α_i. It then holds h under k_i; the token writes k_i uᵀ with
-    u = β_i (v_i − h). Row i of U − W·S is this u, for the state S before the chunk's first token.
-    W: (..., C, d_k); U: (..., C, d_v), in the inputs' dtype. No loop over tokens is needed: at most
-    40 operations of PyTorch that make a tensor, at any C.
+    Token i first fades the state by α_i. The state then holds h under k_i; the token writes k_i uᵀ
+    with u = β_i (v_i − h). Row i of U − W·S is this u, for the state S before the chunk's first
+    token. W: (..., C, d_k); U: (..., C, d_v), in the inputs' dtype; fast decays make nothing NaN or
+    infinite. No loop over tokens is needed: at most 40 operations of PyTorch that make a tensor, at
+    any C.
 
     Two tokens with the same key (1, 0), β = 1 and then 0.5, no decay, v = 2 and then 6: W is (1, 0)
     and (0, 0); U is 2 and 2.
@@ -1802,18 +1850,20 @@ def delta_rule_chunked(
     """The delta rule, with decay or without, `chunk` tokens at a time: DeltaNet, Gated DeltaNet and
     KDA.
 
-    q, k: (batch, heads, seq, d_k); v: (batch, heads, seq, d_v); beta: (batch, heads, seq, 1), any
-        floating format, seq ≥ 1. Keys are taken as they are.
-    log_decay: ln α, finite and ≤ 0, (batch, heads, seq, 1) or (batch, heads, seq, d_k); None:
+    q, k: (batch, heads, seq, d_k); v: (batch, heads, seq, d_v); beta: (batch, heads, seq, 1),
+        floating formats that may differ (float64: all or none), seq ≥ 1. Keys are taken as they
+        are.
+    log_decay: ln α, from −30 to 0, (batch, heads, seq, 1) or (batch, heads, seq, d_k); None:
         nothing fades.
     chunk ≥ 1; the last chunk may be shorter, and one may hold the whole sequence.
     state: (batch, heads, d_k, d_v), float32 (float64 for float64 inputs), not changed; None: zeros.
 
     Returns (o, state), o in v's dtype, the state in float32 or float64, as `state_update` would
-    give them token by token. However fast the decay, nothing is NaN or infinite. Work is counted,
-    for n chunks: at most 75·n + 75 operations of PyTorch that make a tensor, and no tensor of more
-    elements than the largest of these: an input, d_k + d_v numbers for each token, a state for each
-    chunk, the pairs of tokens inside all chunks (times d_k where each channel has a decay).
+    give them token by token. Fast decays make nothing NaN or infinite, and cost later chunks no
+    digits. Work is counted, for n chunks: at most 75·n + 75 operations of PyTorch that make a
+    tensor, and no tensor of more elements than the largest of these: an input, d_k + d_v numbers
+    for each token, a state for each chunk, the pairs of tokens inside all chunks (times d_k where
+    each channel has a decay). A short last chunk may be padded: it counts as a full one.
     """
     ### BEGIN SOLUTION
     dtype = v.dtype
@@ -1892,6 +1942,11 @@ for dtype, kept in ((torch.bfloat16, torch.float32), (torch.float64, torch.float
         state = delta_rule_chunked(q_, k_, v_, b_, 5, decay, begin)[1]
         exact = unrolled(q_, k_, v_, decay, b_, begin)[1].to(kept)
         checks.close(state, exact, dtype=kept, what=f"the state of {dtype} inputs")
+mixed_formats(
+    lambda q, k, v, b, g: delta_rule_chunked(q, k, v, b, 4, g)[0],
+    lambda q, k, v, b, g: unrolled(q, k, v, g, b)[0],
+    q, k, v, beta, log_decay,
+)  # fmt: skip
 checks.gradients(
     lambda q, k, v, b, g, s: delta_rule_chunked(q, k, v, b, 4, g, s)[0],
     lambda q, k, v, b, g, s: unrolled(q, k, v, g, b, s)[0],
@@ -1942,6 +1997,15 @@ for channels, fastest in ((None, 0.0), (1, -20.0), (4, -20.0), (4, -0.2)):
         hint = f"{channels or 'No'} decays a token, down to {fastest:g}, chunks of {chunk}."
         checks.relative_l2(o, torch.stack(rows, 2), 1e-4, what="o", hint=hint)
         checks.relative_l2(last, state, 1e-4, what="the state", hint=hint)
+# A fast stretch, then slow chunks, which it must not blur.
+for channels in (1, 4):
+    slow = -0.2 * torch.rand(1, 2, 64, channels, generator=gen).to(profile.device)
+    late = torch.cat([torch.full((1, 2, 192, channels), -30.0, device=slow.device), slow], 2)
+    o, last = delta_rule_chunked(q, k, v, beta, 32, late)
+    rows, state = unrolled(*(t[:, :, 191:] for t in (q, k, v, late, beta)))  # earlier: gone
+    hint = f"{channels} log-decays a token: 192 of −30, then slow ones. Where do your sums start?"
+    checks.relative_l2(o[:, :, 192:], rows[:, :, 1:], 1e-5, what="o", hint=hint)
+    checks.relative_l2(last, state, 1e-5, what="the state", hint=hint)
 q, k, v, log_decay = q[:, :, :64], k[:, :, :64], v[:, :, :64], -20 * torch.ones_like(k[:, :, :64])
 leaves = [t.clone().requires_grad_() for t in (q, k, v, beta[:, :, :64], log_decay)]
 o, _ = delta_rule_chunked(*leaves[:4], 64, leaves[4])
@@ -2163,13 +2227,14 @@ def chunk_kernel(
 
     q, k: (batch, heads, seq, D_K); v, o: (batch, heads, seq, D_V), one dtype, any strides (x_batch,
         x_head, x_row), each tensor its own; last axis contiguous.
-    g: log-decays (natural, ≤ 0), (batch, heads, seq) float32, contiguous.
+    g: log-decays (natural, from −30 to 0), (batch, heads, seq) float32, contiguous.
     begin, end: the state before the first token and after the last, (batch, heads, D_K, D_V)
         float32, contiguous; begin is not changed.
 
     Grid: (⌈D_V / BLOCK_V⌉, heads, batch). CHUNK, BLOCK_V and BLOCK_K ≥ D_K are powers of two, at
-    least 16; seq ≥ 1. Sums, decays and the state in float32. Each program loads each row of q and
-    k, its columns of v and each log-decay once, and nothing outside the tensors.
+    least 16; seq ≥ 1. Sums, decays and the state in float32; fast decays make nothing NaN or
+    infinite, and cost later chunks no digits. Each program loads each row of q and k, its columns
+    of v and each log-decay once, and nothing outside the tensors.
     """
     block, head, batch = tl.program_id(0), tl.program_id(1), tl.program_id(2).to(tl.int64)
     first = block * BLOCK_V  # this program's first column of v, of o and of the state
@@ -2463,6 +2528,14 @@ for fastest in (-30.0, -1.0, 0.0):
     hint = f"Log-decays down to {fastest:g}."
     checks.relative_l2(o, exact, limit, what="o", hint=hint)
     checks.relative_l2(state, last, limit, what="the state", hint=hint)
+# Two fast chunks, then a slow one, which they must not blur.
+g = -0.2 * torch.rand(1, 1, 96, generator=gen).to(profile.device)
+g[..., :64] = -30
+o, state = chunk_attention(q, k, v, g, blocks=(32, 16))
+exact, last = all_pairs(q, k, v, g)
+hint = "Log-decays of −30 for 64 tokens, then slow ones. Where do your sums start?"
+checks.relative_l2(o[:, :, 64:], exact[:, :, 64:], 1e-5, what="o", hint=hint)
+checks.relative_l2(state, last, 1e-5, what="the state", hint=hint)
 # 15 chunks without decay: in float32 nothing is lost, rounded after each chunk it drifts.
 q, k, v = drawn(gen, 1, 1, 240, 16, 16, torch.float16)
 v = (v.float() + 3).half()
@@ -2757,5 +2830,5 @@ checks.number(
 # - **Kimi Team 2025**, *Kimi Linear: An Expressive, Efficient Attention Architecture*,
 #   arXiv:2510.26692: section 3, the decay of each channel.
 # - In production: `fla-org/flash-linear-attention` (`fla/ops`, with a `naive.py` beside each
-#   kernel), transformers' `qwen3_next` and `kimi_linear`. All scale q by $1/\sqrt{d_k}$ inside, and
-#   those of transformers can normalize q and k.
+#   kernel), transformers' `qwen3_next` and `kimi_linear`. All scale q by $1/\sqrt{d_k}$ inside if
+#   not told otherwise, and those of the delta rule can normalize q and k.

@@ -33,6 +33,10 @@
 + weights = (q @ k.mT).tril()
 + return (weights @ v / weights.sum(-1, keepdim=True)).to(dtype)
 
+# %% wrong="linear_attention_parallel" because="o in q's dtype"
+- dtype = v.dtype
++ dtype = q.dtype
+
 # %% right="linear_attention_parallel" because="einsum and a mask that multiplies"
 def linear_attention_parallel(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     work = torch.promote_types(v.dtype, torch.float32)
@@ -86,6 +90,10 @@ def linear_attention_parallel(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
 # %% wrong="linear_attention_recurrent" because="the state is detached from token to token"
 - state = state + k[:, :, t, :, None] * v[:, :, t, None, :]
 + state = state.detach() + k[:, :, t, :, None] * v[:, :, t, None, :]
+
+# %% wrong="linear_attention_recurrent" because="o in k's dtype"
+- dtype = v.dtype
++ dtype = k.dtype
 
 # %% right="linear_attention_recurrent" because="einsum into an output made before"
 def linear_attention_recurrent(q, k, v, state=None):
@@ -143,6 +151,18 @@ def linear_attention_recurrent(q, k, v, state=None):
 # %% wrong="linear_attention_chunked" because="half precision throughout"
 - q, k, v = wide(q, k, v)
 
+# %% wrong="linear_attention_chunked" because="o in q's dtype"
+- dtype = v.dtype
++ dtype = q.dtype
+
+# %% right="linear_attention_chunked" because="a short last chunk padded to a full one"
+- q, k, v = wide(q, k, v)
++ seq = q.shape[2]
++ q, k, v = (F.pad(t, (0, 0, 0, -seq % chunk)) for t in wide(q, k, v))
+
+- return torch.cat(outputs, dim=2).to(dtype), state
++ return torch.cat(outputs, dim=2)[:, :, :seq].to(dtype), state
+
 # %% right="linear_attention_chunked" because="the states of all chunks first, the outputs in one go"
 def linear_attention_chunked(q, k, v, chunk, state=None):
     dtype, seq = v.dtype, q.shape[2]
@@ -181,6 +201,18 @@ def linear_attention_chunked(q, k, v, chunk, state=None):
 # %% wrong="positive_features" because="√d of the projection's other side"
 - y = x / x.shape[-1] ** 0.25
 + y = x / projection.shape[0] ** 0.25
+
+# %% wrong="positive_features" because="a quotient of exponentials: inf/inf for a long query"
+- exponents = y @ projection.mT - y.square().sum(-1, keepdim=True) / 2
+- return exponents.exp() / math.sqrt(projection.shape[0])
++ length = (y.square().sum(-1, keepdim=True) / 2).exp()
++ return (y @ projection.mT).exp() / length / math.sqrt(projection.shape[0])
+
+# %% wrong="positive_features" because="a product of exponentials: inf · 0 for a long query"
+- exponents = y @ projection.mT - y.square().sum(-1, keepdim=True) / 2
+- return exponents.exp() / math.sqrt(projection.shape[0])
++ shrink = (-y.square().sum(-1, keepdim=True) / 2).exp()
++ return (y @ projection.mT).exp() * shrink / math.sqrt(projection.shape[0])
 
 # %% right="positive_features" because="by the distance between projection and query"
 def positive_features(x: Tensor, projection: Tensor) -> Tensor:
@@ -310,6 +342,10 @@ def state_bytes(layers, heads, d_k, d_v, kv_heads, head_dim, state_number=4, cac
 # %% wrong="state_update" because="scales the query"
 - return (q[..., None, :] @ state).squeeze(-2).to(dtype), state
 + return (q[..., None, :] @ state).squeeze(-2).to(dtype) / math.sqrt(q.shape[-1]), state
+
+# %% wrong="state_update" because="o in q's dtype"
+- dtype = v.dtype
++ dtype = q.dtype
 
 # %% right="state_update" because="by the matrices I − β k kᵀ and Diag(α)"
 def state_update(state, q, k, v, log_decay=None, beta=None):
@@ -452,6 +488,20 @@ def decayed_scores(a: Tensor, b: Tensor, log_decay: Tensor) -> Tensor:
 # %% wrong="gated_linear_attention" because="log-decays stay in half precision"
 - q, k, v, log_decay = wide(q, k, v, log_decay)
 + q, k, v = wide(q, k, v)
+
+# %% wrong="gated_linear_attention" because="o in q's dtype"
+- dtype = v.dtype
++ dtype = q.dtype
+
+# %% wrong="gated_linear_attention" because="sums over the whole sequence: a fast stretch blurs later chunks"
+- for q_c, k_c, v_c, g_c in chunks(chunk, q, k, v, log_decay):
++ whole, past = log_decay.cumsum(2), torch.zeros_like(log_decay[:, :, :1])
++ for q_c, k_c, v_c, g_c, c in chunks(chunk, q, k, v, log_decay, whole):
+
+- sums = g_c.cumsum(-2)
+- last = sums[..., -1:, :]
++ sums = c - past
++ last, past = sums[..., -1:, :], c[..., -1:, :]
 
 # %% right="gated_linear_attention" because="the state as a token in front of each chunk's pairs"
 def gated_linear_attention(q, k, v, log_decay, chunk, state=None):
@@ -596,6 +646,20 @@ def delta_rule_chunked(q, k, v, beta, chunk, log_decay=None, state=None):
 - return torch.cat(outputs, dim=2).to(dtype), state
 + return torch.cat(outputs, dim=2).to(dtype), state.to(dtype)
 
+# %% wrong="delta_rule_chunked" because="o in q's dtype"
+- dtype = v.dtype
++ dtype = q.dtype
+
+# %% wrong="delta_rule_chunked" because="sums over the whole sequence: a fast stretch blurs later chunks"
+- for q_c, k_c, v_c, b_c, g_c in chunks(chunk, q, k, v, beta, log_decay):
++ whole, past = log_decay.cumsum(2), torch.zeros_like(log_decay[:, :, :1])
++ for q_c, k_c, v_c, b_c, g_c, c in chunks(chunk, q, k, v, beta, log_decay, whole):
+
+- sums = g_c.cumsum(-2)
+- last = sums[..., -1:, :]
++ sums = c - past
++ last, past = sums[..., -1:, :], c[..., -1:, :]
+
 # %% right="delta_rule_chunked" because="one solve a chunk, with the state on the right"
 def delta_rule_chunked(q, k, v, beta, chunk, log_decay=None, state=None):
     dtype = v.dtype
@@ -702,6 +766,21 @@ def delta_rule_chunked(q, k, v, beta, chunk, log_decay=None, state=None):
 - o = tl.dot(q, state.to(q.dtype), input_precision="ieee") * tl.exp2(sums)[:, None]
 + q = load_rows(q_ptr, start, seq, q_row, 0, D_K, CHUNK, BLOCK_K)
 + o = tl.dot(q, state.to(q.dtype), input_precision="ieee") * tl.exp2(sums)[:, None]
+
+# %% wrong="chunk_kernel" because="sums over the whole sequence: a fast stretch blurs later chunks"
+- i, j = tl.arange(0, CHUNK)[:, None], tl.arange(0, CHUNK)[None, :]
++ past = 0.0
++ i, j = tl.arange(0, CHUNK)[:, None], tl.arange(0, CHUNK)[None, :]
+
+- sums, total = tl.cumsum(g, 0), tl.sum(g, 0)  # inclusive, in units of log2
++ sums, total = past + tl.cumsum(g, 0), past + tl.sum(g, 0)
+
+- o = tl.dot(q, state.to(q.dtype), input_precision="ieee") * tl.exp2(sums)[:, None]
++ o = tl.dot(q, state.to(q.dtype), input_precision="ieee") * tl.exp2(sums - past)[:, None]
+
+- state = tl.dot(tl.trans(k), v, state * tl.exp2(total), input_precision="ieee")
++ state = tl.dot(tl.trans(k), v, state * tl.exp2(total - past), input_precision="ieee")
++ past = total
 
 # %% right="chunk_kernel" because="the values fade, not the keys, and the decays by exp"
 - k = (k * tl.exp2(total - sums)[:, None]).to(v.dtype)
