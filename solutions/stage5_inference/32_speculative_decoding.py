@@ -39,7 +39,7 @@
 # the rest of the draft is thrown away. If nothing is rejected, a **bonus token** comes from the
 # last distribution.
 #
-# **Roll back.** Both models have cached keys and values of tokens that are not in the text. They
+# **Roll back.** Both models may have cached keys and values of tokens that are not in the text. They
 # must be forgotten, in each row of a batch by its own number.
 #
 # **Anything can draft.** A small model, the prompt itself, a head on the target. A bad draft costs
@@ -1150,7 +1150,8 @@ checks.close(
 )
 ### BEGIN HIDDEN TESTS
 g = checks.generator(5)
-trees = [[], [-1], [-1, -1, -1], list(range(-1, 8)), [-1, -1, 0, 1, 0, 3, 3, 6, 2]]
+trees = [[], [-1, -1, -1], [-1, -1, 0, 1, 0, 3, 3, 6, 2]]
+trees += [list(range(-1, n)) for n in (0, 1, 2, 3, 5, 8, 11)]  # chains: the last sees all
 for size in (6, 17):
     trees.append([int(torch.randint(-1, i, (), generator=g)) if i else -1 for i in range(size)])
 for parents in trees:

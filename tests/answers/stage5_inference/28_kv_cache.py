@@ -272,6 +272,10 @@ class KVCache:
 - if not all(prompts):
 + if max_new_tokens and not all(prompts):
 
+# %% wrong="generate_with_cache" because="a stop of 0 is taken for none"
+- running[row] = written[row][-1] != stop
++ running[row] = not stop or written[row][-1] != stop
+
 # %% right="generate_with_cache" because="prefill apart, then a while loop"
 def generate_with_cache(forward, cache, prompts, max_new_tokens, stop=None):
     if any(len(p) == 0 for p in prompts):
@@ -614,6 +618,11 @@ def heavy_hitter_evict(scores, budget):
 # %% wrong="heavy_hitter_evict" because="in the order of the scores"
 - return torch.cat([order.sort(dim=-1).values, recent], dim=-1)
 + return torch.cat([order, recent], dim=-1)
+
+# %% wrong="heavy_hitter_evict" because="a penalty that breaks ties also reverses close scores"
+- order = scores[..., :older].sort(dim=-1, descending=True, stable=True).indices[..., :heavy]
++ earlier = scores[..., :older].double() - 1e-4 * torch.arange(older, device=scores.device)
++ order = earlier.topk(heavy, dim=-1).indices
 
 # %% right="heavy_hitter_evict" because="recent tokens get an infinite score"
 def heavy_hitter_evict(scores, budget):

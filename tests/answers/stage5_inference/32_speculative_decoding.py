@@ -376,6 +376,17 @@ def prompt_lookup_draft(tokens, gamma, longest=3):
 - if not -1 <= parent < i:
 + if not parent < i:
 
+# %% wrong="tree_attention_mask" because="repeated squaring, too few times for deep trees"
+- return mask
++ nodes = len(parents)
++ sees = torch.eye(nodes)
++ for i, parent in enumerate(parents):
++     if parent >= 0:
++         sees[i, parent] = 1
++ for _ in range(int(math.log2(max(nodes, 1)))):
++     sees = (sees @ sees).clamp(max=1)
++ return sees > 0
+
 # %% right="tree_attention_mask" because="climbs from each node"
 def tree_attention_mask(parents):
     rows = []
