@@ -39,8 +39,8 @@
 # the rest of the draft is thrown away. If nothing is rejected, a **bonus token** comes from the
 # last distribution.
 #
-# **Roll back.** Both models may have cached keys and values of tokens that are not in the text. They
-# must be forgotten, in each row of a batch by its own number.
+# **Roll back.** Both models may have cached keys and values of tokens that are not in the text.
+# They must be forgotten, in each row of a batch by its own number.
 #
 # **Anything can draft.** A small model, the prompt itself, a head on the target. A bad draft costs
 # time, never correctness.
