@@ -334,7 +334,7 @@ for bits in (1, 2, 3, 4, 8):  # a range that lies evenly around 0: its zero poin
 constant = torch.full((2, 6), 0.7)
 found = dequantize(*quantize_affine(-constant, 3))
 checks.close(found, -constant, what="a range of equal numbers")
-for wrong in (5, 7, 0, -4):
+for wrong in (5, 7, 8, 0, -4):
     checks.raises(
         ValueError, quantize_affine, torch.ones(2, 12), 4, wrong, because=f"{wrong} of 12 columns"
     )
@@ -436,7 +436,7 @@ for bits, group in [(8, "tensor"), (4, "channel"), (3, 8), (2, 4), (5, 1), (8, 2
         )
         again, _ = quantize_symmetric(-w, bits, group)
         checks.close(again.long(), -codes.long(), what="the codes of −w", hint=where)
-for wrong in (5, 0):
+for wrong in (5, 8, 0):
     checks.raises(ValueError, quantize_symmetric, torch.ones(2, 12), 4, wrong)
 ### END HIDDEN TESTS
 
@@ -1506,7 +1506,7 @@ def quantize_fp4(x: Tensor, kind: str) -> tuple[Tensor, Tensor]:
     "mx": scale = 2**(floor(log2(m)) − 2), m the block's largest magnitude.
     "nv": scale = t · e, t = M / (448 · 6) with M the largest magnitude of x, and e = (m / 6) / t
         rounded to E4M3 (torch.float8_e4m3fn).
-    A block whose m is 0, or whose e becomes 0, has levels 0 and scale 0. No other m is below 1e-30.
+    A block whose m or e is 0 has levels 0 and scale 0. No other m is below 1e-30.
 
     "mx", a block with m = 7: scale 1; 7 becomes 6, 2.5 becomes 2, 0.75 becomes 1.
     """
@@ -1630,15 +1630,15 @@ for kind in ("mx", "nv"):
     levels, scale = quantize_fp4(x, kind)
     checks.close(levels, x, what=f"levels of zeros, {kind!r}")
     checks.close(scale, torch.zeros(2, 2 if kind == "mx" else 4), what=f"scale of zeros, {kind!r}")
-    below = [(1 - 2.0**-24) * 2.0**e for e in (-30, 1, 5, 10, 40)]  # the last float32 before 2**e
+    below = [(1 - 2.0**-24) * 2.0**e for e in (-30, 1, 10)]  # the last float32 before 2**e
     for m in (1.0, 2.0**-20, 2.0**40, *below):
         x[0, 3], x[1, 40] = m, -m
         levels, scale = quantize_fp4(x, kind)
         right, s, _ = fp4_by_hand(x, kind)
         checks.close(scale, s, what=f"{kind!r}, scale of a block with m = {m}", rtol=1e-6)
         checks.close(levels, right, what=f"{kind!r}, levels of a block with m = {m}")
-checks.raises(ValueError, quantize_fp4, torch.ones(1, 48), "mx")
-checks.raises(ValueError, quantize_fp4, torch.ones(1, 24), "nv")
+checks.raises(ValueError, quantize_fp4, torch.ones(2, 48), "mx")
+checks.raises(ValueError, quantize_fp4, torch.ones(2, 24), "nv")
 checks.raises(ValueError, quantize_fp4, torch.ones(1, 32), "fp4")
 ### END HIDDEN TESTS
 

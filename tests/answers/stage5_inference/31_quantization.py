@@ -477,10 +477,6 @@ def gptq(weight, hessian, bits, group, block=128, damp=0.01):
 - magnitude = x.abs().mean(dim=0)
 + magnitude = x.mean(dim=0).abs()
 
-# %% wrong="awq" because="the floor is under the mean, before the power"
-- s = (magnitude ** (i / grid)).clamp(min=1e-4)
-+ s = magnitude.clamp(min=1e-4) ** (i / grid)
-
 # %% wrong="awq" because="s is not normalized"
 - s = s / torch.sqrt(s.max() * s.min())
 
