@@ -1277,8 +1277,8 @@ assert sum(gains) / 6 < 0.85, (
 #
 # A lone outlier $a$ in one channel becomes $\pm a/\sqrt n$ in *all* of them. In general an output
 # is a sum of $n$ inputs with random-looking signs, so it is nearly normal, and the largest of $n$
-# normal numbers grows only as $\sqrt{2\ln n}$: about 3 standard deviations for $n = 256$, whatever the
-# channels were before. The norm of a token is unchanged, so the range shrinks.
+# normal numbers grows only as $\sqrt{2\ln n}$: about 3 standard deviations for $n = 256$, whatever
+# the channels were before. The norm of a token is unchanged, so the range shrinks.
 #
 # **Cost.** Doubling is also the algorithm: apply $H_n$ to both halves, then add and subtract. That
 # is $\log_2 n$ steps of $n$ additions, the fast Walsh–Hadamard transform, in place of $n^2$
