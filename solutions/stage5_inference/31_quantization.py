@@ -21,16 +21,16 @@
 # To write one token, a model reads all of its weights once. A model of 70 billion parameters in
 # bfloat16 is 140 GB; at 4.8 TB/s, the memory speed of an H200, that takes 29 milliseconds, and
 # nothing that happens in the arithmetic units makes it faster. (Lesson 28 derives this: decode is
-# limited by bytes, not by FLOPs.) It also needs two such GPUs to hold them.
+# limited by bytes, not by FLOPs.) They also fill its 141 GB: nothing else fits beside them.
 #
-# In 4 bits the same weights are 35 GB and a bit: they fit on one GPU, and are read in a quarter of
+# In 4 bits the same weights are 35 GB and a bit: they leave room, and are read in a quarter of
 # the time. The arithmetic may stay as it is. A kernel loads four bits, turns them into a bfloat16
 # number in a register, and multiplies.
 #
 # What four bits cost is the subject of this lesson. Sixteen levels have to stand for all the
-# weights that share a scale. The nearest level is off by up to half a step, and 256 of these errors
-# add up in each output. The methods differ in where they put the levels, and in what they do about
-# the error once it is made.
+# weights that share a scale. The nearest level is off by up to half a step, and an output adds up
+# as many of these errors as it has inputs. The methods differ in where they put the levels, and in
+# what they do about the error once it is made.
 
 # %% [markdown]
 # ## Core ideas
@@ -177,7 +177,8 @@ def quantize_affine(
     w: (rows, columns), any floating format, finite, magnitudes up to 1e30 and, where not 0, at
         least 1e-30; unchanged. bits: 1 to 8.
     group: which numbers share a range. "tensor": all. "channel": those of a row. A whole number:
-        so many consecutive numbers of a row. ValueError where it does not divide columns.
+        so many consecutive numbers of a row. ValueError where that is below 1 or does not divide
+        columns.
 
     Returns (codes, scale, zero). codes: like w, uint8, from 0 to 2**bits − 1. scale and zero: one
     for each range: (1, 1) for "tensor", (rows, 1) for "channel", (rows, columns // group)
@@ -333,7 +334,7 @@ for bits in (1, 2, 3, 4, 8):  # a range that lies evenly around 0: its zero poin
 constant = torch.full((2, 6), 0.7)
 found = dequantize(*quantize_affine(-constant, 3))
 checks.close(found, -constant, what="a range of equal numbers")
-for wrong in (5, 7, 0, -4):
+for wrong in (5, 7, 8, 0, -4):
     checks.raises(
         ValueError, quantize_affine, torch.ones(2, 12), 4, wrong, because=f"{wrong} of 12 columns"
     )
@@ -435,7 +436,7 @@ for bits, group in [(8, "tensor"), (4, "channel"), (3, 8), (2, 4), (5, 1), (8, 2
         )
         again, _ = quantize_symmetric(-w, bits, group)
         checks.close(again.long(), -codes.long(), what="the codes of −w", hint=where)
-for wrong in (5, 0):
+for wrong in (5, 8, 0):
     checks.raises(ValueError, quantize_symmetric, torch.ones(2, 12), 4, wrong)
 ### END HIDDEN TESTS
 
@@ -540,7 +541,7 @@ plt.show()
 #
 # This works until models grow. Dettmers et al. (2022) found that from about 6.7 billion parameters
 # on a few hidden channels, the same in all layers and nearly all tokens, carry values up to 20
-# times as large as the rest. With a scale that follows the outlier, 127 steps over $[-60, 60]$, an
+# times as large as the rest. With a scale that follows the outlier, 254 steps over $[-60, 60]$, an
 # ordinary value of 0.2 becomes 0. The model's quality collapses.
 #
 # **LLM.int8** splits the sum by columns. With $O$ the columns in which some input reaches a
@@ -561,7 +562,7 @@ def llm_int8_matmul(x: Tensor, w: Tensor, threshold: float = 6.0) -> Tensor:
     """x @ w.T in 8 bits, but for the columns that hold outliers.
 
     x: (tokens, columns), w: (rows, columns), one floating format; unchanged. Returns (tokens,
-    rows), in that format, computed in float32 (float64 for float64).
+    rows), in that format, computed in float32 at least (float64 for float64).
     A column of x with a magnitude of `threshold` or more in any token is an outlier. Its products,
     in all tokens, take x and w as they are. All other columns are rounded as by
     `quantize_symmetric` with 8 bits: each token of x with a scale from its ordinary columns alone,
@@ -677,7 +678,7 @@ def smoothquant_scales(x_absmax: Tensor, weights: Sequence[Tensor], alpha: float
     """s of SmoothQuant, for all matrices that read the same inputs.
 
     x_absmax: (columns,), the largest magnitude of each channel of the inputs. weights: one or more
-    matrices (any rows, columns). alpha: 0 to 1. All of one floating format, as the result.
+    matrices (any rows, columns). alpha: 0 to 1. All of one floating format, and so is the result.
     Returns (columns,): x_absmax**alpha / w_absmax**(1 − alpha), where w_absmax is the largest
     magnitude in a column of all weights, but at least 1e-5; and no s below 1e-5.
     """
@@ -688,8 +689,9 @@ def smoothquant_scales(x_absmax: Tensor, weights: Sequence[Tensor], alpha: float
 
 
 def smooth(gain: Tensor, weights: Sequence[Tensor], s: Tensor) -> tuple[Tensor, list[Tensor]]:
-    """The gain (columns,) of an RMSNorm and the matrices that read its output, with s moved from
-    the one into the others: new tensors. The function that they compute together is the same.
+    """The gain (columns,) of an RMSNorm and the matrices (rows, columns) that read its output, with
+    s (columns,) moved from the one into the others: new tensors, of the same formats. The function
+    that they compute together is the same.
     """
     ### BEGIN SOLUTION
     return gain / s, [w * s for w in weights]
@@ -853,14 +855,15 @@ def gptq(
         `layer_hessian` returns it, not 0; both unchanged. Everything is computed in float64; scale
         is returned in float32 (in float64 for float64 weights).
     group: columns to a scale; it divides columns. block: columns to a block; the last may be
-        shorter. One of group and block divides the other. ValueError where it is not so.
+        shorter. Both are at least 1, and one divides the other. ValueError where it is not so.
 
     First: the weights of a column whose hessian diagonal is 0 count as 0. Then damp times the mean
     of the diagonal, as given, is added to the diagonal, U is the upper triangle with UᵀU = H⁻¹, and
     the columns are taken from left to right. Where a group begins, its scale and zero are those
     that `quantize_affine` gives for its columns as they are by then. A column's codes are
     round(w / scale) + zero, clamped, and its error moves to all columns on its right, as above. A
-    block changes the columns beyond it in one product. The result does not depend on `block`.
+    block changes the columns beyond it in one product; inside it the order is yours. The result
+    does not depend on `block`.
 
     bits=2, group=3, damp=0, hessian ((2, 1.5, 0), (1.5, 2, 0), (0, 0, 2)), the row (1.4, 2.4, 3):
     scale 1, zero 0. 1.4 becomes 1; of the missing 0.4, the second weight takes over 0.3 and becomes
@@ -1114,7 +1117,8 @@ assert sum(wins) / 4 < 0.75, (
 #
 # $\alpha = 0$ is $s = 1$: rounding to nearest. It is one of the candidates. So on the inputs on
 # which it was searched, AWQ is **never worse than rounding to nearest**. That is not a tendency but
-# a law; GPTQ has no such law. ($1/s$ ends in the norm's gain, as SmoothQuant's does.)
+# a law (to the rounding of $s$ itself); GPTQ has no such law. ($1/s$ ends in the norm's gain, as
+# SmoothQuant's does.)
 
 # %% [markdown]
 # ### Exercise · Search
@@ -1273,8 +1277,8 @@ assert sum(gains) / 6 < 0.85, (
 #
 # A lone outlier $a$ in one channel becomes $\pm a/\sqrt n$ in *all* of them. In general an output
 # is a sum of $n$ inputs with random-looking signs, so it is nearly normal, and the largest of $n$
-# normal numbers is about $\sqrt{2\ln n}$ standard deviations: 3.3 for $n = 256$, whatever the
-# channels were before. The norm of a token is unchanged, so the range shrinks.
+# normal numbers grows only as $\sqrt{2\ln n}$: about 3 standard deviations for $n = 256$, whatever
+# the channels were before. The norm of a token is unchanged, so the range shrinks.
 #
 # **Cost.** Doubling is also the algorithm: apply $H_n$ to both halves, then add and subtract. That
 # is $\log_2 n$ steps of $n$ additions, the fast Walsh–Hadamard transform, in place of $n^2$
@@ -1502,7 +1506,7 @@ def quantize_fp4(x: Tensor, kind: str) -> tuple[Tensor, Tensor]:
     "mx": scale = 2**(floor(log2(m)) − 2), m the block's largest magnitude.
     "nv": scale = t · e, t = M / (448 · 6) with M the largest magnitude of x, and e = (m / 6) / t
         rounded to E4M3 (torch.float8_e4m3fn).
-    A block whose m is 0, or whose e becomes 0, has levels 0 and scale 0. No m is below 1e-30.
+    A block whose m or e is 0 has levels 0 and scale 0. No other m is below 1e-30.
 
     "mx", a block with m = 7: scale 1; 7 becomes 6, 2.5 becomes 2, 0.75 becomes 1.
     """
@@ -1530,8 +1534,8 @@ def quantize_fp4(x: Tensor, kind: str) -> tuple[Tensor, Tensor]:
 # %% [markdown]
 # <details><summary>Hint: floor of a logarithm</summary>
 #
-# `torch.log2` rounds, and at powers of two that can be off by one. `torch.frexp` gives the exponent
-# exactly: m = f · 2**e with f in [½, 1), so that floor(log2 m) = e − 1.
+# `torch.log2` rounds: for a number just below a power of two it may give that power's exponent.
+# `torch.frexp` is exact: m = f · 2**e with f in [½, 1), so that floor(log2 m) = e − 1.
 # </details>
 #
 # <details><summary>Hint: rounding to uneven levels</summary>
@@ -1626,14 +1630,15 @@ for kind in ("mx", "nv"):
     levels, scale = quantize_fp4(x, kind)
     checks.close(levels, x, what=f"levels of zeros, {kind!r}")
     checks.close(scale, torch.zeros(2, 2 if kind == "mx" else 4), what=f"scale of zeros, {kind!r}")
-    for m in (1.0, 2.0**-20, 2.0**40, 1.99999):
+    below = [(1 - 2.0**-24) * 2.0**e for e in (-30, 1, 10)]  # the last float32 before 2**e
+    for m in (1.0, 2.0**-20, 2.0**40, *below):
         x[0, 3], x[1, 40] = m, -m
         levels, scale = quantize_fp4(x, kind)
         right, s, _ = fp4_by_hand(x, kind)
         checks.close(scale, s, what=f"{kind!r}, scale of a block with m = {m}", rtol=1e-6)
         checks.close(levels, right, what=f"{kind!r}, levels of a block with m = {m}")
-checks.raises(ValueError, quantize_fp4, torch.ones(1, 48), "mx")
-checks.raises(ValueError, quantize_fp4, torch.ones(1, 24), "nv")
+checks.raises(ValueError, quantize_fp4, torch.ones(2, 48), "mx")
+checks.raises(ValueError, quantize_fp4, torch.ones(2, 24), "nv")
 checks.raises(ValueError, quantize_fp4, torch.ones(1, 32), "fp4")
 ### END HIDDEN TESTS
 
@@ -1888,8 +1893,8 @@ def fake_quantize(w: Tensor, bits: int, group: str | int = "channel") -> Tensor:
 def qat_forward(model: nn.Module, x: Tensor, bits: int, group: str | int = "channel") -> Tensor:
     """model(x), as if the weight of each nn.Linear in the model (or the model, where it is one)
     were fake_quantize(weight, bits, group): gradients reach the model's own parameters. All else
-    (biases, embeddings, norms) is used as it is, and the model is not changed: not its parameters,
-    and not its parts either.
+    (biases, embeddings, norms) is used as it is, an embedding that shares a layer's weight too. The
+    model is not changed: not its parameters, and not its parts either.
     """
     ### BEGIN SOLUTION
     weights = {
@@ -1897,7 +1902,7 @@ def qat_forward(model: nn.Module, x: Tensor, bits: int, group: str | int = "chan
         for name, layer in model.named_modules()
         if isinstance(layer, nn.Linear)
     }
-    return torch.func.functional_call(model, weights, (x,))
+    return torch.func.functional_call(model, weights, (x,), tie_weights=False)
     ### END SOLUTION
 
 
@@ -1910,7 +1915,8 @@ def qat_forward(model: nn.Module, x: Tensor, bits: int, group: str | int = "chan
 # <details><summary>Hint: other weights for one call</summary>
 #
 # `torch.func.functional_call(model, {"0.weight": …}, (x,))` runs the model with these tensors in
-# place of its own, and puts nothing into it. `named_modules` gives the names.
+# place of its own, and puts nothing into it. `named_modules` gives the names. A tensor for one of
+# several parts that share a weight goes to all of them, unless `tie_weights=False`.
 # </details>
 
 
@@ -2033,6 +2039,25 @@ expected = F.linear(seen, read_back(lone.weight.detach(), 2, "channel", True).fl
 for model in (nn.Sequential(lone), lone):
     y = qat_forward(model, seen, 2)
     checks.close(y, expected, what="a model of one layer", rtol=1e-4)
+# One weight for an embedding and two linear layers: rounded in the layers, and there alone.
+tied = nn.Sequential(
+    nn.Embedding(8, 8), nn.Linear(8, 8), nn.SiLU(), nn.Linear(8, 8, bias=False)
+).double()
+tied[0].weight = tied[1].weight = tied[3].weight
+with torch.no_grad():
+    tied[0].weight.copy_(normal(8, 8, generator=gen))
+    tied[1].bias.copy_(normal(8, generator=gen))
+tokens, arrives = torch.tensor([[1, 5, 0]]), normal(1, 3, 8, generator=gen).double()
+with checks.kept(tied):
+    y = qat_forward(tied, tokens, 2)
+table = tied[0].weight.detach().clone().requires_grad_()
+up, down = (read_back(table.detach(), 2, "channel", True).requires_grad_() for _ in range(2))
+expected = F.silu(table[tokens] @ up.T + tied[1].bias.detach()) @ down.T
+hint = "A linear layer's weight is rounded in that layer, and nowhere else."
+checks.close(y, expected, what="the output where three parts share a weight", hint=hint)
+[found] = torch.autograd.grad(y, [tied[0].weight], arrives)
+expected = sum(torch.autograd.grad(expected, [table, up, down], arrives))
+checks.close(found, expected, what="the gradient of a weight that three parts share", hint=hint)
 ### END HIDDEN TESTS
 
 # %% check="qat" points=1
@@ -2303,7 +2328,8 @@ checks.raises(ValueError, pack_int4, torch.zeros(2, 12, dtype=torch.uint8))
 # Point 3 has a history. In 2026 kernels of two serving systems took the scale of a tile's first
 # column for all of it. That is right as long as a tile lies in one group. With a larger tile
 # nothing failed either: a user noticed that the model repeated tool calls and left tasks unfinished
-# (vLLM, pull request 39705; the same mistake in SGLang's FP8 kernel is issue 39626).
+# (vLLM, pull request 39705; the same in SGLang's FP8 kernel, with tiles set by hand, is issue
+# 39626).
 #
 # ### Exercise · W4A16
 #
@@ -2592,6 +2618,21 @@ for dtype in halves:
         what=f"y for K = 2048 in {dtype}",
         hint="Sums are float32, and (code − zero) · scale is, before it is rounded.",
     )
+    # Two groups that cancel: what is left comes from the rounding of w.
+    words, scale, zero, _ = packed(16, 64, 32, gen, dtype=dtype)
+    words.fill_(-1)  # all codes are 15
+    zero[:, 0], zero[:, 1] = 0, 2
+    scale[:, 1] = scale[:, 0] * (15 / 13)
+    x = torch.ones(2, 64, dtype=dtype, device=profile.device)
+    x[:, 32:] = -1
+    w = ((15 - zero.double()) * scale.double()).to(dtype).double().repeat_interleave(32, 1)
+    checks.relative_l2(
+        w4a16(x, words, scale, zero, 32, blocks=(16, 16, 16)),
+        x.double() @ w.T,
+        4e-4 if dtype == torch.float16 else 3e-3,
+        what=f"y of weights that cancel in {dtype}",
+        hint="A weight is rounded to x's format before it is multiplied.",
+    )
 words, scale, zero, w = packed(16, 64, 32, gen)
 x = checks.randn(2, 64, generator=gen) * 1e4
 x[1] *= 1e-8
@@ -2696,7 +2737,7 @@ def questions() -> dict[str, float]:
     "int3_bits":   bits a weight: 3-bit codes in groups of 32, each with a float16 scale and a
         3-bit zero point.
     "speedup":     how many times faster a product limited by the bytes of its weights is with
-        those than with bfloat16 weights.
+        the weights of "int3_bits" than with bfloat16 weights.
     "turned":      a token of 256 numbers, one of which is 64 and all others 0, turned by a Hadamard
         matrix of 256 over its root: its largest magnitude.
     "balanced":    SmoothQuant with alpha = 1/2, a channel whose inputs reach 64 and whose weights

@@ -149,6 +149,10 @@ def dequantize(codes, scale, zero=None):
 - return codes.reshape(w.shape).to(torch.int8), scale[..., 0]
 + return (codes + q).reshape(w.shape).to(torch.uint8), scale[..., 0]
 
+# %% wrong="symmetric" because="groups are to divide the number of weights, and run over the ends of rows"
+- if isinstance(group, int) and (group < 1 or columns % group):
++ if isinstance(group, int) and (group < 1 or w.numel() % group):
+
 # %% right="symmetric" because="largest of minimum and maximum, row by row of a view"
 def quantize_symmetric(w, bits, group="channel"):
     rows, columns = w.shape
@@ -166,6 +170,11 @@ def quantize_symmetric(w, bits, group="channel"):
 # %% wrong="llm_int8" because="outliers are rounded, too"
 - outlier = (wide.abs() >= threshold).any(dim=0)
 + outlier = (wide.abs() >= math.inf).any(dim=0)
+
+# %% wrong="llm_int8" because="outliers number by number, not column by column"
+- kept = wide[:, outlier] @ weight[:, outlier].T
++ outlier = wide.abs() >= threshold
++ kept = wide.masked_fill(~outlier, 0) @ weight.T
 
 # %% wrong="llm_int8" because="beyond the threshold only"
 - outlier = (wide.abs() >= threshold).any(dim=0)
@@ -615,6 +624,10 @@ def rotate(x, size):
 - scale = torch.ldexp(torch.ones_like(m), torch.frexp(m).exponent - 3)
 + scale = 2 ** (torch.round(torch.log2(m.clamp(min=1e-30))) - 2)
 
+# %% wrong="fp4" because="the floor of a logarithm that was rounded up, just below a power of two"
+- scale = torch.ldexp(torch.ones_like(m), torch.frexp(m).exponent - 3)
++ scale = 2 ** (torch.floor(torch.log2(m.clamp(min=1e-30))) - 2)
+
 # %% wrong="fp4" because="one block size for both"
 - block = {"mx": 32, "nv": 16}.get(kind)
 + block = {"mx": 32, "nv": 32}.get(kind)
@@ -720,8 +733,12 @@ def quantize_fp4(x, kind):
 - back = dequantize(*quantize_symmetric(w.detach(), bits, group)).to(w.dtype)
 + back = dequantize(*quantize_symmetric(w.detach(), bits, group))
 
+# %% wrong="qat" because="parts that share a weight stay tied: an embedding is rounded too"
+- return torch.func.functional_call(model, weights, (x,), tie_weights=False)
++ return torch.func.functional_call(model, weights, (x,))
+
 # %% wrong="qat" because="puts the rounded weights into the model"
-- return torch.func.functional_call(model, weights, (x,))
+- return torch.func.functional_call(model, weights, (x,), tie_weights=False)
 + for name, layer in model.named_modules():
 +     if isinstance(layer, nn.Linear):
 +         layer.weight.data = weights[f"{name}.weight"].detach()
@@ -732,7 +749,7 @@ def quantize_fp4(x, kind):
 +     if isinstance(layer, (nn.Linear, nn.Embedding))
 
 # %% wrong="qat" because="the model's own weights are used"
-- return torch.func.functional_call(model, weights, (x,))
+- return torch.func.functional_call(model, weights, (x,), tie_weights=False)
 + return model(x)
 
 # %% wrong="qat" because="the outermost layers only"
@@ -928,6 +945,17 @@ def unpack_int4(words, order="gptq"):
 -         w = ((codes.to(tl.float32) - zero) * scale).to(x_ptr.dtype.element_ty)
 +         fmt = x_ptr.dtype.element_ty
 +         w = codes.to(fmt) * scale.to(fmt) - (zero * scale).to(fmt)
+
+# %% wrong="w4a16_kernel" because="the weight stays float32, and x is widened"
+- w = ((codes.to(tl.float32) - zero) * scale).to(x_ptr.dtype.element_ty)
++ w = (codes.to(tl.float32) - zero) * scale
+
+- acc = tl.dot(w, x, acc, input_precision="ieee")
++ acc = tl.dot(w, x.to(tl.float32), acc, input_precision="ieee")
+
+# %% right="w4a16_kernel" because="the weight is rounded, and both are widened for the product"
+- acc = tl.dot(w, x, acc, input_precision="ieee")
++ acc = tl.dot(w.to(tl.float32), x.to(tl.float32), acc, input_precision="ieee")
 
 # %% wrong="w4a16_kernel" because="each code loads its word again"
 -         codes = (words >> (4 * i)) & 15  # >> copies the sign bit of int32; & drops it
