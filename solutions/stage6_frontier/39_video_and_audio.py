@@ -1466,8 +1466,9 @@ def distortions(books: list[Tensor]) -> list[float]:
     return [1.0, *(float(error / held_frames.square().mean()) for error in errors)]
 
 
-for name, books in (("fitted", fitted), ("untrained", untrained)):
-    print(f"{name:10}", "  ".join(f"{share:.3f}" for share in distortions(books)))
+energy = {"fitted to the residuals": distortions(fitted), "drawn at random": distortions(untrained)}
+for name, shares in energy.items():
+    print(f"{name:24}", "  ".join(f"{share:.3f}" for share in shares))
 
 # %% tags=["experiment", "figure"]
 # Figure: a word after one, two and six stages, and the share of energy that is left
@@ -1487,7 +1488,7 @@ for key, stages in zip("abcd", (None, 1, 2, 6), strict=True):
     axes[key].set(ylabel="mel band" if key in "ac" else "", xlabel="frame" if key in "cd" else "")
 plot.curves(
     range(7),
-    {"fitted to the residuals": distortions(fitted), "drawn at random": distortions(untrained)},
+    energy,
     xlabel="stages",
     ylabel="energy left (share)",
     logy=True,
