@@ -297,12 +297,12 @@ loss = distillation_loss(extreme, torch.zeros(1, 2, 2), torch.tensor([[1, IGNORE
 checks.close(loss, 0.5 * (500 - math.log(2)) + 500, rtol=1e-5, what="logits of 1000")
 (slope,) = torch.autograd.grad(loss, extreme)
 checks.close(slope, torch.tensor([[[0.75, -0.75], [0.0, 0.0]]]), what="the gradient there")
-s, t, mask = logits_pair(g, 2, 5, 9, torch.float32)
+s, t, mask = logits_pair(g, 2, 5, 9, torch.float32, scale=6.0)
 labels = torch.randint(9, (2, 5), generator=g)
 s, t = s.bfloat16(), t.bfloat16()
 checks.close(
-    distillation_loss(s, t, labels, 2.0, 0.5),
-    distillation_loss(s.double(), t.double(), labels, 2.0, 0.5).float(),
+    distillation_loss(s, t, labels, 3.0, 0.5),  # a quotient by 3 would be rounded
+    distillation_loss(s.double(), t.double(), labels, 3.0, 0.5).float(),
     dtype=torch.float32,
     rtol=2e-5,
     what="the loss of bfloat16 logits",
@@ -600,7 +600,7 @@ for beta in (0.1, 0.9, 0.35, 0.5):
             mistakes={k: v for k, v in wrong.items() if abs(v - want) > 1e-3 * want},
         )
         no_influence(got, padded[0], mask)
-for beta in (-0.1, 1.01):
+for beta in (-0.1, 1.01, math.nan):
     checks.raises(ValueError, generalized_jsd, s, t, mask, beta, because=f"beta is {beta}")
 ### END HIDDEN TESTS
 
@@ -914,6 +914,9 @@ checks.close(
     loss, 0.25 * math.log(0.25) + 0.75 * (math.log(0.75) + 900), rtol=1e-5, what="logits of 900"
 )
 checks.close(slope, torch.tensor([[[0.75, -0.75, 0.0]]]), what="the gradient there")
+far = torch.tensor([[[1e6, 0.0, -1e6]]])
+loss = top_k_kl(far, torch.tensor([[[0.25]]]).log(), torch.tensor([[[0]]]), one)
+checks.close(loss, 0.75e6, rtol=1e-5, what="logits of a million: a tail that no constant is below")
 ### END HIDDEN TESTS
 
 # %% [markdown]

@@ -72,6 +72,12 @@ def distillation_loss(student, teacher, labels, temperature=1.0, alpha=0.5):
     each = alpha * temperature**2 * soft + (1 - alpha) * hard
     return torch.where(counts, each, torch.zeros_like(each)).sum() / counts.sum().clamp(min=1)
 
+# %% wrong="distillation_loss" because="bfloat16 is divided by the temperature before it is widened"
+- log_q = (z / temperature).log_softmax(-1)
+- log_p = (z_teacher / temperature).log_softmax(-1)
++ log_q = wide(student[counts] / temperature).log_softmax(-1)
++ log_p = wide(teacher[counts] / temperature).detach().log_softmax(-1)
+
 # %% right="distillation_loss" because="masked_fill and PyTorch's kl_div"
 def distillation_loss(student, teacher, labels, temperature=1.0, alpha=0.5):
     out = (labels == IGNORE)[..., None]
@@ -176,6 +182,10 @@ def token_kl(student, teacher, mask, reverse=False):
 - log_m = torch.logaddexp(log_p + math.log(beta), log_q + math.log(1 - beta))
 + log_m = beta * log_p + (1 - beta) * log_q
 
+# %% wrong="generalized_jsd" because="a beta of NaN passes"
+- if not 0 <= beta <= 1:
++ if beta < 0 or beta > 1:
+
 # %% right="generalized_jsd" because="the mixture is detached, whose gradient is 0 anyway"
 - return beta * kl(log_p, log_m) + (1 - beta) * kl(log_q, log_m)
 + return beta * kl(log_p, log_m.detach()) + (1 - beta) * kl(log_q, log_m.detach())
@@ -226,7 +236,7 @@ def token_kl(student, teacher, mask, reverse=False):
 
 # %% right="generalized_jsd" because="logsumexp of a stack, hidden by masked_fill"
 def generalized_jsd(student, teacher, mask, beta):
-    if beta < 0 or beta > 1:
+    if not (0 <= beta and beta <= 1):
         raise ValueError("beta is a weight")
     out = ~mask[..., None]
     s = F.log_softmax(wide(student).masked_fill(out, 0), -1)
@@ -299,6 +309,10 @@ def top_k_kl(student, top_logp, top_index, mask):
 # %% wrong="top_k_kl" because="hidden after the softmax: NaN in the gradient"
 - log_q = student[mask].log_softmax(-1)
 + log_q = student.log_softmax(-1)[mask]
+
+# %% wrong="top_k_kl" because="the k tokens are hidden with -10,000, above a tail far below"
+- log_q_rest = log_q.scatter(-1, index, -math.inf).logsumexp(-1)
++ log_q_rest = log_q.scatter(-1, index, -1e4).logsumexp(-1)
 
 # %% right="top_k_kl" because="k + 1 outcomes as one vector"
 def top_k_kl(student, top_logp, top_index, mask):
