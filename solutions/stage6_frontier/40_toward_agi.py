@@ -1196,7 +1196,7 @@ class Countdown:
 # probability that a mean of $n_i$ is too low by $\varepsilon$ by $e^{-2n_i\varepsilon^2}$. Ask for
 # a probability of $N^{-2c^2}$, solve for $\varepsilon$: it is $c\sqrt{\ln N/n_i}$. With
 # $c=\sqrt2$ the probability is $N^{-4}$, as in UCB1. Smaller $c$ trusts early results. (AlphaZero
-# puts a policy network's probability in front of its square root; for language models the moves are
+# puts a policy network's probability in front of the square root; for language models the moves are
 # proposed by the model itself.)
 
 

@@ -723,8 +723,10 @@ def mcts(game, root, simulations, c, generator):
 -     return str(self.tools[call["tool"]](call["input"]))
 + try:
 +     result = self.tools[call["tool"]](call["input"])
-- return f"error: {type(error).__name__}: {error}"
-+ return f"error: {type(error).__name__}: {error}"
+- except Exception as error:
+-     return f"error: {type(error).__name__}: {error}"
++ except Exception as error:
++     return f"error: {type(error).__name__}: {error}"
 + return str(result)
 
 # %% wrong="agent" because="JSON that is too deep raises"
