@@ -114,9 +114,9 @@ def weighted_vote(answers: list[str | None], weights: list[float]) -> str | None
     """The answer with the largest total weight.
 
     weights: one for each answer, finite and ≥ 0; otherwise (NaN, too), or where the lists differ
-    in length, ValueError. Totals are the exact sums, rounded once, as math.fsum gives them: ten
-    times 0.1 ties with 1.0. Ties, None and empty lists as in majority_vote; weights of None are
-    checked, and count for nobody. An answer may win with a total of 0.
+    in length, ValueError. Totals are the exact sums, rounded once, as math.fsum gives them (none
+    overflows): ten times 0.1 ties with 1.0. Ties, None and empty lists as in majority_vote; weights
+    of None are checked, and count for nobody. An answer may win with a total of 0.
     """
     ### BEGIN SOLUTION
     if len(answers) != len(weights):
@@ -238,7 +238,7 @@ checks.raises(ValueError, best_of_n, ["a"], [1.0, 2.0], because="one answer, two
 #
 # **Pass@k** is the probability that at least one of $k$ samples is right: $1-(1-p)^k$, if $p$ were
 # known. The obvious estimate puts $\hat p=c/n$ in its place, with $c$ right ones among $n$ samples.
-# It is biased: $(1-p)^k$ bends upward, so by Jensen's inequality
+# For $k\ge2$ and $0<p<1$ it is biased: $(1-p)^k$ bends upward, so by Jensen's inequality
 # $\mathbb{E}(1-\hat p)^k > (1-p)^k$, and the estimate is too low. At $n=k$ it is grotesque: one
 # right sample of ten is a success of pass@10, and the formula says 0.65.
 #
@@ -251,7 +251,7 @@ checks.raises(ValueError, best_of_n, ["a"], [1.0, 2.0], because="one answer, two
 # It is unbiased: a random subset of independent samples is $k$ independent samples, so the
 # expectation of "all wrong" over subsets *and* samples is $(1-p)^k$.
 #
-# The binomials overflow long before their quotient is interesting. Write it as a product:
+# As floats the binomials overflow long before their quotient is interesting. Write it as a product:
 #
 # $$ \prod_{i=n-c+1}^{n}\Big(1-\frac ki\Big) \;=\; \prod_{i=n-k+1}^{n}\Big(1-\frac ci\Big). $$
 #
@@ -333,7 +333,7 @@ checks.close(
     1.0,
     rtol=1e-12,
     what="pass@500 from 1000 samples with 500 right ones",
-    hint="Binomials of this size are no floats",
+    hint="Binomials of this size are too large for floats",
 )
 
 
@@ -777,6 +777,27 @@ for count, parts, spread in ((1, 3, 3), (2, 7, 5), (5, 3, 4), (8, 10, 4), (12, 3
             "with 12 questions or fewer nothing is drawn; the generator has moved"
         )
         checks.close(float(paired_test(y, x, names, 50, source)), float(p), what="p of b and a")
+# What counts as equal is a share of Σ|d|, however small the observed sum is.
+for gap, want in ((7.5e-10, 1.0), (1.5e-9, 0.75)):
+    for scale in (1.0, 1e6):
+        x = torch.tensor([1.0, 0.0, 0.25, gap], dtype=torch.float64) * scale
+        y = torch.tensor([0.0, 1.0, 0.0, 0.0], dtype=torch.float64) * scale
+        checks.close(
+            float(paired_test(x, y, torch.arange(4), 9, g)),
+            want,
+            what=f"p of d = (1, −1, 0.25, {gap}), all times {scale:g}",
+            hint="Sums that fall short by at most 1e-9 · Σ|d| count as equal",
+        )
+for tenths in ([1, 2, -3], [1, 2, 3, -6, 7, 1, -8], [-7, 1, 1, 1, 1, 1, 2], [3, 3, 3, -9, 6, -6]):
+    for times in (1, 5):
+        d = torch.tensor(times * tenths, dtype=torch.float64) / 10
+        p = paired_test(d.clamp(min=0), (-d).clamp(min=0), torch.arange(len(d)), 99, g)
+        checks.close(
+            float(p),
+            1.0,
+            what=f"p of {len(d)} differences of tenths whose sum is 0",
+            hint="In floats the observed sum is not quite 0, and other sums may be nearer to it",
+        )
 same = torch.tensor([0.5, 0.25, 1.0])
 checks.close(
     float(paired_test(same, same, torch.tensor([1, 2, 3]), 9, g)), 1.0, what="p of equal scores"
@@ -839,16 +860,16 @@ checks.uses_generator(
 # for is what the *code* says. Lesson 22 showed what happens when the reward is a model. A program
 # is no safer by being a program. Each line of this table has been seen in some grader:
 #
-# | the grader | what it pays for |
+# | the grader | where it goes wrong |
 # |---|---|
-# | `reference in text` | listing many numbers; 112 for 12 |
-# | the last number in the text | nothing worse than luck, but "12 or 13" counts for 13 |
-# | `float(...) ==` | `nan`, `1e3`, and 0.3 refused for 3/10 |
-# | `int(...)` | `1_000`, digits of other alphabets, a crash at 5,000 digits |
+# | `reference in text` | pays for listing many numbers, and 112 for 12 |
+# | the last number in the text | at nothing worse than luck, but "12 or 13" counts for 13 |
+# | `not abs(float(...) - 3) > 1e-6` | pays for `nan`; 6/2 is an error |
+# | `int(...)` | reads `1_000` and digits of other alphabets; an error at 5,000 digits |
 # | `eval(...)` | **whatever the text does**: files, network, `10**10**9` |
 #
 # %% tags=["experiment"]
-print(int("1_000"), int("٣"), float("nan") == float("nan"), Fraction("1e3"), 0.1 + 0.2 == 0.3)
+print(int("1_000"), int("٣"), not abs(float("nan") - 3) > 1e-6, Fraction("1e3"), 0.1 + 0.2 == 0.3)
 
 # %% [markdown]
 # Two rules follow. *Parse, never run*: a grammar says what an answer may look like, and everything
@@ -865,8 +886,8 @@ def verifiable_reward(text: str, reference: str) -> float:
 
     The text holds `<answer>` exactly once and `</answer>` exactly once, the first before the
     second; before, between and after stands anything. What is between them, without spaces, tabs
-    and line ends around it, is the answer. It has at most 40 characters, and is, in ASCII digits
-    0–9 alone,
+    and line ends (CR, LF) around it, is the answer. It has at most 40 characters, and is, in ASCII
+    digits 0–9 alone,
         sign        nothing, "+", "-" or "−" (U+2212), then one of
         integer     digits, leading zeros allowed; either without commas, or in groups "1,234,567":
                     one to three digits, then groups of exactly three
@@ -878,8 +899,9 @@ def verifiable_reward(text: str, reference: str) -> float:
     Numbers are compared exactly, as fractions: "0.50", "1/2" and "+2/4" are equal, "0.333" and
     "1/3" are not, and "-0" is "0".
 
-    reference: a number by the same grammar (spaces around it allowed), else ValueError. No text
-    raises, however long. No part of a text is run or parsed as Python (eval, exec, compile, ast).
+    reference: a number by the same rules (40 characters, spaces around it), else ValueError,
+    whatever the text. No text raises, however long. No part of a text is run or parsed as Python
+    (eval, exec, compile, ast).
 
     Example: ("so <answer> 1,000 </answer>", "1000") gives 1.0.
     """
@@ -1174,7 +1196,7 @@ class Countdown:
 # probability that a mean of $n_i$ is too low by $\varepsilon$ by $e^{-2n_i\varepsilon^2}$. Ask for
 # a probability of $N^{-2c^2}$, solve for $\varepsilon$: it is $c\sqrt{\ln N/n_i}$. With
 # $c=\sqrt2$ the probability is $N^{-4}$, as in UCB1. Smaller $c$ trusts early results. (AlphaZero
-# puts a policy network's probability in front of the root; for language models the moves are
+# puts a policy network's probability in front of the square root; for language models the moves are
 # proposed by the model itself.)
 
 
@@ -1357,6 +1379,23 @@ for c in (0.4, 1.2):
         assert got == want, f"below a node of {n} visits, c = {c}: {want}; yours {got}"
         for i, (m, r) in enumerate(inner.items()):
             checks.close(float(tree[("way", m)][1]), r, what=f"the mean of move {i} below a node")
+# One visit more or less decides there, too. A node has one visit more than its children together.
+for rewards, pulls, c in (
+    ([0.0, 0.625, 0.0, 0.625], 8, 1.5),
+    ([1.0, 0.125, 1.0, 0.125], 22, 0.75),
+    ([1.0, 0.75, 0.375], 13, 3.0),
+    ([1.0, 0.625, 0.25, 1.0], 17, 0.75),
+):
+    for depth in (1, 2):
+        world, way = dict(enumerate(rewards)), ("on",) * depth
+        for step in way:
+            world = {step: world}
+        _, _, tree = mcts(Table(), world, pulls + depth, c, g)
+        got, want = [tree[(*way, m)][0] for m in range(len(rewards))], bandit(rewards, pulls, c, 1)
+        assert got == want, (
+            f"rewards {rewards} below {way}, c = {c}: visited {want}; yours {got}: what is N? "
+            f"The node had {pulls + 1} visits in the end"
+        )
 # An end for a root.
 best, reward, tree = mcts(Table(), 0.4, 3, 1.0, g)
 got = best, list(tree), tree[()][0]
@@ -1643,8 +1682,9 @@ class Agent:
 
     model: called with a list of messages, returns its reply, a string. tools: {name: function}, a
     function takes a string. compact: called as compact(history, budget), returns a history that
-    costs no more than the budget, or raises ValueError where there is none. max_steps ≥ 0: the most
-    replies of the model. max_output ≥ 0: characters of a tool's output that are kept.
+    costs no more than the budget, or raises ValueError where there is none; changes nothing.
+    max_steps ≥ 0: the most replies of the model. max_output ≥ 0: characters of a tool's output
+    that are kept.
     """
 
     def __init__(
@@ -1672,12 +1712,13 @@ class Agent:
            0, 1, 2, … in this run, and the tool message of that number follows it.
 
         A call is well formed where the reply has `<call>` once and `</call>` once, the first before
-        the second, and between them JSON: an object with exactly the keys "tool" and "input", both
-        strings, "tool" one of self.tools. Other text may stand around it. Then that tool is called
-        once, with the input as it is, and the tool message's text is str() of its result. If
-        it raises an Exception the text is "error: ", the exception's class name, ": " and str() of
-        it. For a call that is not well formed no tool is called, and the text is "error: " and why,
-        in your words (not empty). No JSON text raises, however deep it is.
+        the second, and between them JSON that json.loads makes a dictionary of, with exactly the
+        keys "tool" and "input", both strings, "tool" one of self.tools. Other text may stand around
+        it. Then that tool is called once, with the input as it is, and the tool message's text is
+        str() of its result. If the tool or str() raises an Exception the text is "error: ", the
+        exception's class name, ": " and str() of it. For a call that is not well formed no tool is
+        called, and the text is "error: " and why, in your words (not empty). No JSON text raises,
+        however deep it is.
 
         The text of every tool message is cut to its first max_output characters; after that, each
         "<" in it becomes "&lt;". So no call can come out of a tool's output, whoever repeats it.
@@ -1786,7 +1827,15 @@ def failing(text):
     raise KeyError(f"no {text}")
 
 
-tools = {"note": noting, "fail": failing, "calculator": calculator}
+class Mute:
+    def __str__(self):
+        raise LookupError("no words")
+
+
+tools = {"note": noting, "fail": failing, "calculator": calculator, "mute": lambda text: Mute()}
+run, _ = outcome([called("mute", ""), "done"], tools)
+text = run.history[3].text
+assert text == "error: LookupError: no words", f"a result whose str() raises: {text!r}"
 replies = [
     called("note", "  a <b> \u00e9\n"),
     "thinking </think>\n" + called("fail", "such page") + " and so on",
@@ -1975,8 +2024,8 @@ def compact(history: list[Message], budget: int) -> list[Message]:
     order. (An older NOTE is a user message like others.) ValueError if even leaving out all of them
     is not enough, or if there is nothing to leave out.
 
-    Returns a list, and does not change the history. Call numbers occur in one assistant message
-    and at most one tool message, which comes later.
+    Returns a list (a new one or the same), and does not change the history. Call numbers occur in
+    one assistant message and at most one tool message, which comes later.
     """
     ### BEGIN SOLUTION
     if cost(history) <= budget:
@@ -2489,6 +2538,9 @@ def r1_recipe(
 
 # %% tags=["support"]
 # Support: a small model, and a task of eight questions of which two are demonstrated
+from statistics import fmean, pstdev, stdev
+
+
 def small_base(salt: int) -> nn.Module:
     """About 2,500 parameters, 10 tokens, random weights, in evaluation mode."""
     shape = {"vocab_size": 10, "hidden_size": 16, "layers": 1, "heads": 2, "kv_heads": 1}
@@ -2576,6 +2628,11 @@ def rescaled(number: int, answer: list[int]) -> float:
     return uneven(number, answer) * 2 ** (number % 3) + 3 * number
 
 
+def shrunk(number: int, answer: list[int]) -> float:
+    """The same; for some prompts in units of which 1e-4 is not small."""
+    return uneven(number, answer) / (1, 128, 16384)[number % 3]
+
+
 def nothing(number: int, answer: list[int]) -> float:
     return 0.0
 
@@ -2591,6 +2648,25 @@ def everything(number: int, answer: list[int]) -> float:
 def all_but_shown(number: int, answer: list[int]) -> float:
     """Nothing for the two questions that are demonstrated, 1 for all others."""
     return float([number + 2] not in [e.prompt for e in SHOWN])
+
+
+@checks.measured
+@contextmanager
+def steps_taken():
+    """The weighted steps inside the block: of each a list of [token asked, answer, weight]."""
+    taken, names = [], globals()
+    step = names["weighted_step"]
+
+    def noting(model, optimizer, examples, weights):
+        step(model, optimizer, examples, weights)
+        rows = zip(examples, weights.flatten().tolist(), strict=False)
+        taken.append([[int(e.prompt[0]), [int(x) for x in e.answer], w] for e, w in rows])
+
+    names["weighted_step"] = noting
+    try:
+        yield taken
+    finally:
+        names["weighted_step"] = step
 
 
 # %% check="r1_recipe" points=3
@@ -2717,6 +2793,37 @@ assert distance < 0.3, (
     f"with rewards of another unit and zero for each prompt the step differs by {distance:.0%}: "
     "are mean and deviation those of the group?"
 )
+# The weights themselves, in whatever order: Adam hides a factor that all of a step's weights share.
+watch = Watch(shrunk)
+with steps_taken() as taken:
+    cooked(watch, rl_steps=3, group=6, salt=42)
+assert [len(step) for step in taken] == [5 * 6] * 3, (
+    f"three RL steps are three weighted_steps, each on 30 answers; yours {[*map(len, taken)]}"
+)
+for i, step in enumerate(taken):
+    want = []
+    for at in range(30 * i, 30 * i + 30, 6):
+        earned = watch.given[at : at + 6]
+        ways = [[(r - fmean(earned)) / (spread(earned) + small or 1) for r in earned]
+                for spread, small in ((stdev, 1e-4), (pstdev, 1e-4), (stdev, 0))]  # fmt: skip
+        want += [
+            [n + 2, list(answer), *weights]
+            for (n, answer), *weights in zip(watch.asked[at : at + 6], *ways, strict=True)
+        ]
+    step, want = sorted(step), sorted(want)
+    assert [row[:2] for row in step] == [row[:2] for row in want], (
+        "a weighted_step is not on the answers that were rewarded"
+    )
+    right, population, bare = ([row[k] for row in want] for k in (2, 3, 4))
+    checks.close(
+        [row[2] for row in step],
+        right,
+        rtol=1e-3,
+        atol=1e-4,
+        what=f"the weights of RL step {i + 1}",
+        hint="(r − mean) / (std + 1e-4), with the sample deviation of the group",
+        mistakes={"the population's deviation": population, "leaving out 1e-4": bare},
+    )
 # What is collected counts in the last stage, together with the demonstrations.
 _, _, final, collected = cooked(all_but_shown, samples=1, final_steps=40)
 assert told(final) > -1.2, "the demonstrations are not among the examples of the last stage"
@@ -2996,13 +3103,13 @@ def questions() -> dict[str, float]:
     "clusters":  200 questions with 16 answers each; all 16 answers to a question always agree. By
                  which factor is an interval too narrow that takes 3200 answers for independent?
     "flips":     two models differ on 9 questions, 8 times in favor of A and once in favor of B, and
-                 agree on all others; one answer each. The p-value of the sign-flip test?
+                 agree on all others; one answer each. The exact p of the sign-flip test?
     "wait":      a chain mends a wrong answer with probability 0.2 in a round and spoils a right one
                  with 0.1. It starts right with probability 0.5. The accuracy after two waits?
-    "even":      a node of a UCT tree has 50 visits. Move A has mean 0.6 after 30 of them, move B
+    "even":      the root of a UCT tree has 50 visits. Move A has mean 0.6 after 30 of them, move B
                  mean 0.5 after 20. For which c are both equally attractive?
-    "kept":      for each prompt a quarter of the samples is right. 8 samples a prompt: which share
-                 of the prompts gives rejection sampling at least one example?
+    "kept":      each sample is right with probability 1/4, independently. 8 samples a prompt: which
+                 share of the prompts is expected to give rejection sampling an example?
     """
     ### BEGIN SOLUTION
     return {

@@ -260,6 +260,18 @@ def bootstrap_interval(scores, questions, level, resamples, generator):
 - threshold = gaps.sum().abs() - 1e-9 * gaps.abs().sum()
 + threshold = gaps.sum().abs() - 1e-9
 
+# %% wrong="paired_test" because="a tolerance relative to the observed sum, nothing where that is near 0"
+- threshold = gaps.sum().abs() - 1e-9 * gaps.abs().sum()
++ threshold = gaps.sum().abs() * (1 - 1e-9)
+
+# %% wrong="paired_test" because="a tolerance of 1e-9 times the largest difference"
+- threshold = gaps.sum().abs() - 1e-9 * gaps.abs().sum()
++ threshold = gaps.sum().abs() - 1e-9 * gaps.abs().max()
+
+# %% wrong="paired_test" because="a tolerance of 1e-6"
+- threshold = gaps.sum().abs() - 1e-9 * gaps.abs().sum()
++ threshold = gaps.sum().abs() - 1e-6 * gaps.abs().sum()
+
 # %% wrong="paired_test" because="only what is more extreme counts"
 - extreme = int(((signs @ gaps).abs() >= threshold).sum())
 + extreme = int(((signs @ gaps).abs() > gaps.sum().abs() + 1e-9 * gaps.abs().sum()).sum())
@@ -529,6 +541,10 @@ def as_number(s):
 - return totals[child] / n + c * math.sqrt(math.log(visits[node]) / n)
 + return totals[child] / n + c * math.sqrt(math.log(visits[node] + 1) / n)
 
+# %% wrong="mcts" because="N is the visits of the children together"
+- return totals[child] / n + c * math.sqrt(math.log(visits[node]) / n)
++ return totals[child] / n + c * math.sqrt(math.log(visits[node] - (node != ())) / n)
+
 # %% wrong="mcts" because="a constant of its own"
 - return totals[child] / n + c * math.sqrt(math.log(visits[node]) / n)
 + return totals[child] / n + 1.414 * math.sqrt(math.log(visits[node]) / n)
@@ -701,6 +717,17 @@ def mcts(game, root, simulations, c, generator):
 - except Exception as error:
 -     return f"error: {type(error).__name__}: {error}"
 + return str(self.tools[call["tool"]](call["input"]))
+
+# %% wrong="agent" because="a result whose str() fails ends the run"
+- try:
+-     return str(self.tools[call["tool"]](call["input"]))
++ try:
++     result = self.tools[call["tool"]](call["input"])
+- except Exception as error:
+-     return f"error: {type(error).__name__}: {error}"
++ except Exception as error:
++     return f"error: {type(error).__name__}: {error}"
++ return str(result)
 
 # %% wrong="agent" because="JSON that is too deep raises"
 - except (ValueError, RecursionError):
@@ -1058,6 +1085,14 @@ def force_thinking(write, prompts, waits, limit, end, wait):
 # %% wrong="r1_recipe" because="no division: Dr. GRPO"
 - better = (table - table.mean(1, keepdim=True)) / (table.std(1, keepdim=True) + 1e-4)
 + better = table - table.mean(1, keepdim=True)
+
+# %% wrong="r1_recipe" because="the population's deviation"
+- better = (table - table.mean(1, keepdim=True)) / (table.std(1, keepdim=True) + 1e-4)
++ better = (table - table.mean(1, keepdim=True)) / (table.std(1, False, keepdim=True) + 1e-4)
+
+# %% wrong="r1_recipe" because="another small number beside the deviation"
+- better = (table - table.mean(1, keepdim=True)) / (table.std(1, keepdim=True) + 1e-4)
++ better = (table - table.mean(1, keepdim=True)) / (table.std(1, keepdim=True) + 1e-8)
 
 # %% wrong="r1_recipe" because="the mean of a group, the deviation of the batch"
 - better = (table - table.mean(1, keepdim=True)) / (table.std(1, keepdim=True) + 1e-4)
