@@ -712,7 +712,7 @@ def far_apart(*shape: int, g: torch.Generator) -> Tensor:
     """Random features whose rows have lengths from 1e-6 to 1e6, in random order."""
     x = F.normalize(checks.randn(*shape, generator=g), dim=-1)
     powers = torch.linspace(-5.9, 5.9, shape[0])[torch.randperm(shape[0], generator=g)]
-    return x * (10**powers[:, None]).to(x)
+    return x * (10 ** powers[:, None]).to(x)
 
 
 # %% check="clip_loss" points=2
@@ -771,7 +771,7 @@ for n, d, factor in [(5, 3, 10.0), (1, 4, 14.3), (2, 6, 0.5), (9, 2, 60.0), (4, 
             clip_loss(*half, s),
             clip_by_definition(*half, s).float(),
             what=f"the loss of {n} pairs in {dtype}",
-            rtol=1e-3,
+            rtol=1e-4 if factor < 100 else 1e-3,
             atol=1e-5,
             dtype=torch.float32,
             hint="Compute in float32",
@@ -827,7 +827,8 @@ clamp_logit_scale_(plain, most=math.e)
 checks.close(plain, torch.tensor(1.0), what="a plain tensor, clamped at e")
 frozen = nn.Parameter(torch.tensor(0.5, device=profile.device), requires_grad=False)
 clamp_logit_scale_(frozen)
-assert not (plain.requires_grad or frozen.requires_grad), "what needed no gradient needs one now"
+needs = [t.requires_grad for t in (plain, frozen)]
+assert needs == [False, False], "what needed no gradient needs one now"
 ### END HIDDEN TESTS
 
 # %% [markdown]
@@ -944,7 +945,7 @@ for n, m, alone, factor, bias in [
     (5, 5, False, 10.0, -10.0),
     (4, 7, True, 3.0, -1.5),
     (1, 1, False, 20.0, 2.0),
-    (3, 1, True, 8.0, -4.0),
+    (3, 1, True, 2.5, -1.0),
     (6, 6, True, 2.0, 0.5),
 ]:
     image, text = uneven(n, 3, g=g), uneven(m, 3, g=g)
@@ -985,7 +986,7 @@ for n, m, alone, factor, bias in [
             siglip_loss(*half, s, b, alone),
             siglip_by_definition(*half, s, b, alone).float(),
             what=f"{what} in {dtype}",
-            rtol=1e-3,
+            rtol=1e-4,
             dtype=torch.float32,
             hint="Compute in float32",
         )
@@ -1858,7 +1859,7 @@ def compare_on_ranks(loss: Callable, ranks: int, cases: list[tuple]) -> list[lis
             )
             gradients = torch.autograd.grad(clip_by_definition(*whole, leaves[2]), leaves)
             n, size, dtype = images.shape[1], len(mates), images.dtype
-            steep = float(s) > math.log(50)
+            steep = float(s.detach()) > math.log(50)
             shares = shares_by_definition(*whole, leaves[2], size)
             near = 20 * torch.finfo(dtype).eps  # a loss near 0 is a difference of large numbers
             fine = 1.0 if dtype == torch.float32 else 1e-4
