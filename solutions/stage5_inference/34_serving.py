@@ -2286,14 +2286,11 @@ with scripted(make_app, ends=False, pause=0.005) as (client, look):
         next(lines)
     assert eventually(lambda: look()[1]["cancelled"] > 0), "the second client is gone as well"
     assert look()[2]["written"] == 7, "a request with max_tokens = 7 wrote more"
-    # At once, before the first event.
-    for _ in range(3):
-        with suppress(httpx.ReadTimeout):
-            client.post(
-                "/v1/chat/completions",
-                json=body | {"max_tokens": 3000},
-                timeout=httpx.Timeout(10, read=0.01),
-            )
+    # At once, before the first event. (A limit on `post` would not do: it is one on each read.)
+    for read in (0.001, 0.01, 10):
+        how = {"json": body | {"max_tokens": 3000}, "timeout": httpx.Timeout(10, read=read)}
+        with suppress(httpx.ReadTimeout), client.stream("POST", "/v1/chat/completions", **how):
+            pass
     assert eventually(lambda: all(entry["cancelled"] for entry in look())), (
         "a client that was gone at once left its request behind"
     )
