@@ -2,10 +2,10 @@
 
 import contextlib
 import math
-import warnings
 import subprocess
 import sys
 import threading
+import warnings
 from concurrent.futures import ThreadPoolExecutor
 
 import pytest
