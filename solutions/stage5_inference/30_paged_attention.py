@@ -94,7 +94,7 @@ def fragmentation(
 ) -> tuple[int, float]:
     """(slots reserved, share of them that holds no token) for requests of these lengths.
 
-    lengths: how many tokens each request holds, each from 0 to limit < 2⁵³; may be empty; unchanged.
+    lengths: how many tokens each request holds, each from 0 to limit < 2⁵³; may be none; unchanged.
     strategy, each request by itself:
         "max":   limit slots.
         "pow2":  the smallest power of two (1, 2, 4, …) that is not below its length, which may be
@@ -652,7 +652,7 @@ class Notes:
         used = []
         for name, found in (("tables", cache.tables), ("lengths", cache.lengths)):
             assert sorted(found) == sorted(self.tokens), (
-                f"{name} lists the sequences {sorted(found)}; there are {sorted(self.tokens)} {where}"
+                f"{name} lists the sequences {sorted(found)}, not {sorted(self.tokens)} {where}"
             )
         for sequence, layers in self.tokens.items():
             table, length = list(cache.tables[sequence]), int(cache.lengths[sequence])
