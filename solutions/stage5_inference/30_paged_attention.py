@@ -94,7 +94,7 @@ def fragmentation(
 ) -> tuple[int, float]:
     """(slots reserved, share of them that holds no token) for requests of these lengths.
 
-    lengths: how many tokens each request holds, each from 0 to limit; may be empty; unchanged.
+    lengths: how many tokens each request holds, each from 0 to limit < 2⁵³; may be none; unchanged.
     strategy, each request by itself:
         "max":   limit slots.
         "pow2":  the smallest power of two (1, 2, 4, …) that is not below its length, which may be
@@ -176,6 +176,11 @@ for limit, block_size, count in [(128, 16, 9), (1000, 7, 6), (64, 1, 5), (50, 64
         checks.close(reserved, right, what=f"slots reserved: {where}")
         checks.number(empty, 1 - sum(lengths) / right, to=1e-9, atol=1e-12, what=f"share: {where}")
     assert lengths == before, "the lengths were changed"
+for n, right in ((2**50, 2**50), (2**50 + 1, 2**51)):
+    reserved, _ = fragmentation([n], "pow2", 2**51)
+    assert reserved == right, (
+        f"pow2 reserves {right} slots for {n} tokens; yours: {reserved}. A logarithm is rounded"
+    )
 reserved, empty = fragmentation([300, 2048, 17], "paged")
 checks.close(reserved, 304 + 2048 + 32, what="with the default block of 16")
 reserved, empty = fragmentation([300, 2048, 17], "max")
@@ -473,7 +478,7 @@ class PagedKVCache:
         tables: a dict, sequence → list of blocks, as few as hold its tokens.
         lengths: a dict, sequence → how many tokens it holds.
     A sequence is an int that `add` or `fork` gave, never the same one twice. KeyError for one that
-    is not there (any more). A method that raises has changed nothing.
+    is not there (any more). A method that raises it, or OutOfBlocks, has changed nothing.
     """
 
     def __init__(
@@ -499,7 +504,8 @@ class PagedKVCache:
     def add(self, blocks: Sequence[int] = ()) -> int:
         """A new sequence that begins with these blocks, all of them full (none: it is empty).
 
-        The blocks are in use already, and the caller's reference to each becomes the sequence's.
+        The blocks are in use already, and the caller's reference to each becomes the sequence's;
+        the list that is passed in stays the caller's.
         """
         ### BEGIN SOLUTION
         sequence, self._next = self._next, self._next + 1
@@ -513,9 +519,9 @@ class PagedKVCache:
 
         A token's slot is block · block_size + offset in the block. The length grows by count.
         Blocks are taken from the allocator, as few as are needed. If the tokens begin in a block
-        that other sequences use too, the sequence gives up its reference to that block and puts a
-        copy in its table (all layers, keys and values), which it alone uses. With count = 0 nothing
-        happens.
+        whose reference count is above 1, the sequence gives up its reference to that block and puts
+        a copy in its table (all layers, keys and values), which it alone uses. With count = 0
+        nothing happens.
 
         OutOfBlocks if there are too few free blocks, the copy's among them; nothing has changed
         then.
@@ -542,8 +548,9 @@ class PagedKVCache:
     def write(self, layer: int, slots: Tensor, k: Tensor, v: Tensor) -> None:
         """Stores keys and values in one layer: token i, (kv_heads, head_dim), goes to slots[i].
 
-        k, v: (tokens, kv_heads, head_dim), of any floating format and layout; slots: (tokens,),
-        int64, all different. They stay unchanged, and what is stored has no graph.
+        k, v: (tokens, kv_heads, head_dim), of any floating format and layout, rounded once, to the
+        pool's; slots: (tokens,), int64, all different. They stay unchanged, and what is stored has
+        no graph.
         """
         ### BEGIN SOLUTION
         block, offset = slots // self.block_size, slots % self.block_size
@@ -600,11 +607,15 @@ def held(cache, layer, sequence):
     )
 
 
-def new_tokens(cache, count, g, dtype=torch.float32):
-    """Keys and values of new tokens for one layer, (count, kv_heads, head_dim), not contiguous."""
-    kv_heads, head_dim = cache.k.shape[2], cache.k.shape[4]
+def new_tokens(cache, count, g, dtype=None):
+    """Keys and values of new tokens for one layer, (count, kv_heads, head_dim), not contiguous.
+
+    In float32 unless the pool is finer, or a dtype is given.
+    """
+    shape = cache.k.shape[2], count, cache.k.shape[4]
+    dtype = dtype or torch.promote_types(cache.k.dtype, torch.float32)
     return [
-        checks.randn(kv_heads, count, head_dim, generator=g, device="cpu").to(dtype).transpose(0, 1)
+        torch.randn(shape, generator=g, dtype=torch.float64).to(dtype).transpose(0, 1)
         for _ in range(2)
     ]
 
@@ -639,6 +650,10 @@ class Notes:
         """All sequences hold what they should, and the tables what they need."""
         cache, size = self.cache, int(self.cache.block_size)
         used = []
+        for name, found in (("tables", cache.tables), ("lengths", cache.lengths)):
+            assert sorted(found) == sorted(self.tokens), (
+                f"{name} lists the sequences {sorted(found)}, not {sorted(self.tokens)} {where}"
+            )
         for sequence, layers in self.tokens.items():
             table, length = list(cache.tables[sequence]), int(cache.lengths[sequence])
             used += table
@@ -740,18 +755,21 @@ for layers, kv_heads, head_dim, num_blocks, size, dtype in [
             checks.raises(KeyError, method, sequence, because="the sequence was freed")
         for attribute in (cache.tables, cache.lengths):
             assert sequence not in attribute, "a freed sequence is still listed"
+            for other in attribute:
+                assert other in notes.tokens, "a call with a freed sequence left a new one"
     assert cache.allocator.available == num_blocks, "all sequences are gone and blocks are in use"
     assert cache.add() not in notes.tokens, "a sequence's number was given twice"
 # Inputs stay as they are, and no graph is kept.
 cache = PagedKVCache(2, 2, 3, 4, 4)
 slots = cache.reserve(cache.add(), 6)
-k, v = new_tokens(cache, 6, g, torch.float64)
-k.requires_grad_()
-v.requires_grad_()
 order = torch.tensor([4, 0, 5, 2, 1, 3])
 other = torch.stack([cache.k[0], cache.v[0]])
-with checks.unchanged(slots=slots, k=k, v=v):
-    cache.write(1, slots[order], k, v)
+for dtype in (torch.float32, torch.float64):  # the pool's own, and another
+    k, v = new_tokens(cache, 6, g, dtype)
+    k.requires_grad_()
+    v.requires_grad_()
+    with checks.unchanged(slots=slots, k=k, v=v):
+        cache.write(1, slots[order], k, v)
 for pool in (cache.k, cache.v):
     assert not pool.requires_grad, "what is stored has no graph: detach it"
 checks.close(torch.stack([cache.k[0], cache.v[0]]), other, what="the pools of another layer")
@@ -791,7 +809,7 @@ assert cache.allocator.available == 3, (
 ### BEGIN HIDDEN TESTS
 g = checks.generator(4)
 for size, start, branches in [(4, 6, 3), (4, 8, 3), (3, 1, 4), (5, 0, 2), (1, 3, 3)]:
-    cache = PagedKVCache(2, 2, 2, 40, size)
+    cache = PagedKVCache(2, 2, 2, 40, size, dtype=torch.float64)
     notes = Notes(cache)
     root = notes.add()
     notes.extend(root, start, g)
@@ -840,6 +858,15 @@ notes.compare("after the copy that did fit")
 checks.raises(OutOfBlocks, cache.reserve, parent, 3)
 notes.extend(parent, 2, g)
 notes.compare("when the parent is alone with its block again")
+# The count says who uses a block, not the tables: somebody else holds this one.
+cache = PagedKVCache(1, 1, 2, 4, 4)
+sequence = cache.add()
+cache.reserve(sequence, 2)
+[kept] = cache.tables[sequence]
+cache.allocator.share([kept])
+cache.reserve(sequence, 1)
+assert list(cache.tables[sequence]) != [kept], "the last block has a reference count of 2: copy it"
+assert cache.allocator.references(kept) == 1, "the sequence gives up its reference to that block"
 # A sequence that begins with blocks of others takes over their references.
 cache = PagedKVCache(1, 1, 2, 6, 4)
 blocks = cache.allocator.allocate(2)
@@ -888,8 +915,8 @@ def paged_attention(q: Tensor, k: Tensor, v: Tensor, tables: Tensor, lengths: Te
     Scores are divided by √head_dim. Query head h reads key–value head h // (heads / kv_heads). A
     sequence of length 0 gives 0.
 
-    Returns (batch, heads, head_dim) in q's dtype; half precision is computed in float32, other
-    formats in their own. Nothing that is passed in changes.
+    Returns (batch, heads, head_dim) in q's dtype; half precision is computed in float32, products
+    and weights too, other formats in their own. Nothing that is passed in changes.
     """
     ### BEGIN SOLUTION
     kv_heads, block_size, head_dim = k.shape[1:]
@@ -989,6 +1016,29 @@ def decode_by_definition(q, k, v, tables, lengths):
     return torch.stack([o for o, _ in found]), torch.stack([lse for _, lse in found])
 
 
+def far_below(lengths, size, g):
+    """(q, k, v, tables, lengths), one head of size 1: each query's scores are all -2¹¹⁰."""
+    k, v, tables, lengths = scattered(lengths, size, 1, 1, g)
+    q = torch.full((len(lengths), 1, 1), -(2.0**55), device=k.device)
+    return q, k * 0 + 2.0**55, v, tables, lengths
+
+
+def cancelling(dtype, g):
+    """(q, k, v, tables, lengths), two queries in half precision, whose values cancel nearly.
+
+    What is left is as small as what rounding a score, or a weight, to half precision changes.
+    """
+    k, v, tables, lengths = scattered([6, 9], 4, 1, 8, g)
+    q, k, v = checks.randn(2, 1, 8, generator=g).to(dtype), k.to(dtype), v.to(dtype)
+    for b, n in enumerate(lengths.tolist()):
+        last = int(tables[b, (n - 1) // 4]), 0, (n - 1) % 4
+        v[last] = 0
+        keys, values = (tokens_of(pool, tables, lengths, b) for pool in (k, v))
+        weight = (keys[0] @ q[b, 0].double() / math.sqrt(8)).softmax(0)[-1]
+        v[last] = (-attend_one(q[b], keys, values)[0][0] / weight).to(dtype)
+    return q, k, v, tables, lengths
+
+
 # %% check="paged_attention" points=2
 # Two sequences of 3 and 1 tokens, blocks of 2, one head of size 1. All other slots hold NaN.
 nan = math.nan
@@ -1017,6 +1067,8 @@ for lengths, size, heads, kv_heads, head_dim in [
     ([9, 2, 2], 5, 6, 3, 1),
 ]:
     k, v, tables, lengths = scattered(lengths, size, kv_heads, head_dim, g, scale=2.0)
+    if lengths[0]:
+        k[int(tables[0, 0]), :, 0] = 0  # a key as good as others: its score is 0
     q = checks.randn(heads, len(lengths), head_dim, generator=g).transpose(0, 1)
     with checks.unchanged(q=q, k=k, v=v, tables=tables, lengths=lengths):
         out = paged_attention(q, k, v, tables, lengths)
@@ -1032,8 +1084,10 @@ for lengths, size, heads, kv_heads, head_dim in [
         what=f"outputs of {heads} heads on {kv_heads}, lengths {lengths.tolist()}, block {size}",
         mistakes={"key–value head h % kv_heads": interleaved},
     )
-    wide = paged_attention(q, k, v, tables.long(), lengths.long())
-    checks.close(wide, exact, what="outputs with tables and lengths in int64")
+    wide = {"tables": tables.long(), "lengths": lengths.long()}
+    with checks.unchanged(q=q, k=k, v=v, **wide):
+        found = paged_attention(q, k, v, **wide)
+    checks.close(found, exact, what="outputs with tables and lengths in int64")
 # Pools as views: heads and slots exchanged in memory, k and v interleaved.
 k, v, tables, lengths = scattered([6, 11], 4, 2, 3, g)
 both = torch.stack([k.transpose(1, 2), v.transpose(1, 2)], dim=1)
@@ -1046,6 +1100,13 @@ k, v, tables, lengths = scattered([8, 3], 4, 2, 3, g)
 found = paged_attention(q, k, v, tables[:, :2], lengths)
 exact, _ = decode_by_definition(q, k, v, tables, lengths)
 checks.close(found, exact, what="outputs where a sequence fills its table")
+given = far_below([3, 1, 6], 4, g)
+checks.close(
+    paged_attention(*given),
+    decode_by_definition(*given)[0],
+    what="outputs where all scores are -1e33",
+    hint="Only -inf is below every score",
+)
 ### END HIDDEN TESTS
 
 # %% check="paged_attention" points=1
@@ -1083,6 +1144,15 @@ checks.relative_l2(
     what="outputs for products of about 86,000 in float16",
     hint="Compute in float32",
 )
+for half in (torch.float16, torch.bfloat16):
+    given = cancelling(half, g)
+    checks.relative_l2(
+        paged_attention(*given),
+        decode_by_definition(*given)[0],
+        0.02,
+        what=f"outputs of {half} where values cancel nearly",
+        hint="Scores, weights and their products with the values are float32",
+    )
 ### END HIDDEN TESTS
 
 # %% [markdown]
@@ -1174,8 +1244,11 @@ for lengths, counts, size, heads, kv_heads, head_dim in [
     ([17, 3], [2, 0], 16, 3, 3, 5),
 ]:
     k, v, tables, lengths = scattered(lengths, size, kv_heads, head_dim, g, scale=2.0)
+    k[int(tables[0, 0]), :, 0] = 0  # a key as good as others: its score is 0
     q = checks.randn(heads, sum(counts), head_dim, generator=g).transpose(0, 1)
-    counts = torch.tensor(counts, dtype=torch.int32, device=profile.device)
+    kind = torch.int64 if kv_heads == 2 else torch.int32
+    counts = torch.tensor(counts, dtype=kind, device=profile.device)
+    tables, lengths = tables.to(kind), lengths.to(kind)
     with checks.unchanged(q=q, k=k, v=v, tables=tables, lengths=lengths, counts=counts):
         out = paged_prefill(q, k, v, tables, lengths, counts)
     expected, rows = [], iter(q)
@@ -1227,6 +1300,23 @@ checks.relative_l2(
     1e-2,
     what="outputs for products of about 86,000 in float16",
     hint="Compute in float32",
+)
+for half in (torch.float16, torch.bfloat16):
+    given = cancelling(half, g)
+    checks.relative_l2(
+        paged_prefill(*given, ones[:2]),
+        decode_by_definition(*given)[0],
+        0.02,
+        what=f"outputs of {half} where values cancel nearly",
+        hint="Scores, weights and their products with the values are float32",
+    )
+q, k, v, tables, lengths = far_below([6], 4, g)
+_, values = (tokens_of(pool, tables, lengths, 0) for pool in (k, v))
+checks.close(
+    paged_prefill(q.expand(6, 1, 1), k, v, tables, lengths, lengths)[:, 0],
+    values[0].cumsum(0) / torch.arange(1, 7, device=v.device)[:, None],
+    what="outputs where all scores are -1e33",
+    hint="Only -inf is below every score",
 )
 ### END HIDDEN TESTS
 
@@ -1640,7 +1730,8 @@ class PrefixCache:
 
     The cache has one reference of its own (BlockAllocator) to each block that it knows; a block
     with no other is unused. hash_blocks(tokens, block_size, salt) names each full block; a name has
-    room for one block, the first that came, until it is evicted.
+    room for one block, the first that came, until it is evicted. Nobody inserts one block under two
+    names.
 
     Time is counted: each call of insert or match is a moment later than the one before. A block's
     last use is the last moment in which it was returned by match, or was the one that the cache
@@ -2113,7 +2204,8 @@ def migrate(sequence: int, source: PagedKVCache, target: PagedKVCache) -> int:
     takes as few blocks as hold it.
 
     KeyError if the source does not have the sequence; OutOfBlocks if the target has too few free
-    blocks. Whenever it raises, both caches are as they were: no sequence more, none less.
+    blocks; any of the errors where several apply. Whenever it raises, both caches are as they were:
+    no sequence more, none less.
     """
     ### BEGIN SOLUTION
     layers, _, kv_heads, _, head_dim = source.k.shape
@@ -2171,7 +2263,8 @@ for from_size, to_size, length, dtype in [
     (1, 3, 4, torch.float64),
     (5, 2, 0, torch.float32),
 ]:
-    source = PagedKVCache(3, 1, 2, 30, from_size)
+    own = torch.float64 if dtype == torch.float64 else torch.float32
+    source = PagedKVCache(3, 1, 2, 30, from_size, dtype=own)
     target = PagedKVCache(3, 1, 2, 20, to_size, dtype=dtype)
     notes, there = Notes(source), Notes(target)
     stays = notes.add()
@@ -2449,7 +2542,7 @@ def paged_decode_kernel(
 
     q: (batch, heads, HEAD_DIM), strides q_batch, q_head, 1; heads = kv_heads · group.
     k, v: (blocks, kv_heads, PAGE, HEAD_DIM), each with strides of its own (x_block, x_head, x_row,
-        1), in q's dtype. A pool may have more than 2³¹ elements.
+        1), in q's dtype. A pool may have more than 2³¹ elements; PAGE · x_row is below 2³¹.
     tables: (batch, …) int32, rows table_row apart: token j lies in block tables[b, j // PAGE], row
         j % PAGE. lengths: (batch,) int32, 0 too. Other entries and slots may hold anything.
     parts: (batch, heads, splits, HEAD_DIM) float32, contiguous: softmax(scale · q·k) v over this
@@ -2458,8 +2551,9 @@ def paged_decode_kernel(
 
     Grid: (splits, kv_heads, batch). Split s has the keys s·n … (s+1)·n − 1 that are below the
     sequence's length, n = ⌈length / splits⌉ rounded up to a multiple of BLOCK_N. BLOCK_G ≥ group,
-    BLOCK_D ≥ HEAD_DIM and BLOCK_N are powers of two, at least 16. Sums in float32. Each program
-    loads each of its keys and values, and at most one table entry for each key, once; nothing else.
+    BLOCK_D ≥ HEAD_DIM and BLOCK_N are powers of two, at least 16. Sums in float32, and products of
+    float32 without TF32; weights may take v's dtype for theirs. Of k, v and tables each program
+    loads its keys and values, and at most one table entry for each key, once; nothing else.
     """
     split, kv_head, batch = tl.program_id(0), tl.program_id(1), tl.program_id(2).to(tl.int64)
     rows, cols = tl.arange(0, BLOCK_G), tl.arange(0, BLOCK_D)
@@ -2691,6 +2785,7 @@ for lengths, page, heads, kv_heads, head_dim, splits, block_n in [
     ([41, 33], 5, 20, 1, 16, 2, 16),
 ]:
     k, v, tables, lengths = scattered(lengths, page, kv_heads, head_dim, g, wild=False)
+    k[int(tables[0, 0]), :, 0] = 0  # a key as good as others: its score is 0
     q = checks.randn(len(lengths), heads, head_dim, generator=g)
     with checks.launches() as launched, checks.forbidden("scaled_dot_product_attention", "softmax"):
         parts, lse = parts_among_canaries(q, k, v, tables, lengths, splits, block_n)
@@ -2807,6 +2902,13 @@ checks.relative_l2(
     5e-5,
     what="parts where the first tile scores 240 more than the others",
 )
+# All scores far below any constant: a missing key's is -inf. Powers of two, so sums are exact.
+k, v, tables, lengths = scattered([3], 4, 1, 16, g, wild=False)
+q, k = torch.full((1, 1, 16), -(2.0**50), device=k.device), k * 0 + 2.0**50
+outputs = torch.empty(1, 1, 1, 16, device=q.device), torch.empty(1, 1, 1, device=q.device)
+parts, _ = decode_parts(q, k, v, tables, lengths, *outputs, 16)
+exact, _ = decode_by_definition(q, k, v, tables, lengths)
+checks.relative_l2(parts[:, :, 0], exact, 2e-6, what="parts where all scores are -5e30")
 # Half precision: many tiles of values with a mean, which a half-precision accumulator loses.
 for half in (torch.float16,) if profile.interpret else (torch.float16, torch.bfloat16):
     k, v, tables, lengths = scattered([400, 31], 16, 1, 16, g, scale=0.3, wild=False)

@@ -70,6 +70,14 @@
 - reserved = 0
 + reserved = 0.0
 
+# %% wrong="fragmentation" because="a logarithm is rounded, just above a large power of two"
+- reserved += 1 << (n - 1).bit_length() if n else 0
++ reserved += 2 ** math.ceil(math.log2(n)) if n else 0
+
+# %% wrong="fragmentation" because="the strategy is looked at request by request, so none passes"
+- if strategy not in ("max", "pow2", "paged"):
++ if len(lengths) and strategy not in ("max", "pow2", "paged"):
+
 # %% right="fragmentation" because="one function a strategy, doubling and integer division"
 def fragmentation(lengths, strategy, limit=2048, block_size=16):
     def doubled(n):
@@ -191,6 +199,11 @@ def fragmentation(lengths, strategy, limit=2048, block_size=16):
 # %% wrong="block_allocator" because="available is a method"
 - @property
 + pass
+
+# %% wrong="block_allocator" because="no blocks are a slice [-0:] of the list, all of it"
+- blocks = [self._free.popleft() for _ in range(count)]
++ blocks = list(self._free)[-count:]
++ self._free = deque(b for b in self._free if b not in blocks)
 
 # %% right="block_allocator" because="a set of free blocks and a Counter"
 class BlockAllocator:
@@ -383,6 +396,28 @@ class BlockAllocator:
 +     raise ValueError(sequence)
 + table, length = self.tables[sequence], self.lengths[sequence]
 
+# %% wrong="paged_kv_cache" because="what is written passes through float32"
+- self.k[layer][block, :, offset] = k.detach().to(self.k.dtype)
+- self.v[layer][block, :, offset] = v.detach().to(self.v.dtype)
++ self.k[layer][block, :, offset] = k.detach().float().to(self.k.dtype)
++ self.v[layer][block, :, offset] = v.detach().float().to(self.v.dtype)
+
+# %% wrong="paged_kv_cache" because="the copy passes through float32"
+- self.k[:, new] = self.k[:, old]
+- self.v[:, new] = self.v[:, old]
++ self.k[:, new] = self.k[:, old].float().to(self.k.dtype)
++ self.v[:, new] = self.v[:, old].float().to(self.v.dtype)
+
+# %% wrong="paged_kv_cache" because="who shares a block is looked up in the tables"
+- copy = int(partial and self.allocator.references(table[-1]) > 1)
++ copy = int(partial and sum(table[-1] in other for other in self.tables.values()) > 1)
+
+# %% wrong="paged_kv_cache" because="a fork of nothing leaves a sequence"
+- self.allocator.share(self.tables[sequence])
+- child = self.add(self.tables[sequence])
++ child = self.add(self.tables.get(sequence, ()))
++ self.allocator.share(self.tables[sequence])
+
 # %% right="paged_kv_cache" because="token by token, block by block"
 class PagedKVCache:
     def __init__(
@@ -523,6 +558,24 @@ class PagedKVCache:
 - keys, values = (pool[blocks].transpose(1, 2).flatten(2, 3).to(wide) for pool in (k, v))
 + keys, values = (pool[blocks].transpose(1, 2).flatten(2, 3).to(wide) for pool in (k, k))
 
+# %% wrong="paged_attention" because="tables of int64 are changed in place"
+- blocks = tables.long().masked_fill(~used[:, ::block_size], 0)
++ blocks = tables.long()
++ blocks[~used[:, ::block_size]] = 0
+
+# %% wrong="paged_attention" because="-10,000 for a key that is not there"
+- weights = scores.masked_fill(~used[:, None, None], -math.inf).softmax(-1)
++ weights = scores.masked_fill(~used[:, None, None], -1e4).softmax(-1)
+
+# %% wrong="paged_attention" because="a key with a score of 0 is taken for one that is not there"
+- weights = scores.masked_fill(~used[:, None, None], -math.inf).softmax(-1)
++ scores = scores.masked_fill(~used[:, None, None], 0)
++ weights = scores.masked_fill(scores == 0, -math.inf).softmax(-1).nan_to_num()
+
+# %% wrong="paged_attention" because="weights are rounded to half precision"
+- weights = weights.masked_fill((lengths == 0)[:, None, None, None], 0)
++ weights = weights.masked_fill((lengths == 0)[:, None, None, None], 0).to(q.dtype).to(wide)
+
 # %% right="paged_attention" because="one sequence at a time, PyTorch's attention"
 def paged_attention(q, k, v, tables, lengths):
     out = torch.zeros_like(q)
@@ -604,6 +657,29 @@ def paged_attention(q, k, v, tables, lengths):
 # %% wrong="paged_prefill" because="sequences are expected to have queries"
 - parts = q.split(counts.tolist())
 + parts = q.split([max(c, 1) for c in counts.tolist()])
+
+# %% wrong="paged_prefill" because="a key with a score of 0 is taken for a hidden one"
+- out = scores.masked_fill(hidden, -math.inf).softmax(-1) @ values[:, None]
++ scores = scores.masked_fill(hidden, 0)
++ out = scores.masked_fill(scores == 0, -math.inf).softmax(-1) @ values[:, None]
+
+# %% wrong="paged_prefill" because="weights are rounded to half precision"
+- out = scores.masked_fill(hidden, -math.inf).softmax(-1) @ values[:, None]
++ weights = scores.masked_fill(hidden, -math.inf).softmax(-1).to(q.dtype)
++ out = weights.to(wide) @ values[:, None]
+
+# %% wrong="paged_prefill" because="-1e9 for a hidden key"
+- out = scores.masked_fill(hidden, -math.inf).softmax(-1) @ values[:, None]
++ out = scores.masked_fill(hidden, -1e9).softmax(-1) @ values[:, None]
+
+# %% wrong="paged_prefill" because="tables of int64 are changed in place"
+- blocks = table[: math.ceil(length / block_size)].long()
++ blocks = table.long()
++ blocks[math.ceil(length / block_size) :] = 0
+
+# %% wrong="paged_prefill" because="one entry too many where the tokens fill their blocks"
+- blocks = table[: math.ceil(length / block_size)].long()
++ blocks = table[: length // block_size + 1].long()
 
 # %% right="paged_prefill" because="every query a row of paged_attention with a length of its own"
 def paged_prefill(q, k, v, tables, lengths, counts):
@@ -965,6 +1041,18 @@ class PrefixCache:
 - source.free(sequence)
 + source.allocator.free(source.tables.pop(sequence))
 
+# %% wrong="migrate" because="a sequence without tokens stays in the source"
+- moved = target.add()
+- try:
++ moved = target.add()
++ if not length:
++     return moved
++ try:
+
+# %% wrong="migrate" because="what is moved passes through float32"
+- target.write(layer, slots, k, v)
++ target.write(layer, slots, k.float(), v.float())
+
 # %% right="migrate" because="counts first, then token by token"
 def migrate(sequence, source, target):
     if source.k[:, 0, :, 0].shape != target.k[:, 0, :, 0].shape:
@@ -1202,6 +1290,14 @@ def merge_kernel(
 + if first >= length:
 +     break
 + seen = tokens < end
+
+# %% wrong="paged_decode_kernel" because="-10,000 for a key that is not there"
+- s = tl.where(seen[None, :], s, -float("inf"))
++ s = tl.where(seen[None, :], s, -10000.0)
+
+# %% wrong="paged_decode_kernel" because="a key with a score of 0 is taken for one that is not there"
+- s = tl.where(seen[None, :], s, -float("inf"))
++ s = tl.where(s == 0.0, -float("inf"), s)
 
 # %% right="paged_decode_kernel" because="base e inside, the table by clamped entries"
 - span = tl.cdiv(tl.cdiv(length, splits), BLOCK_N) * BLOCK_N
