@@ -37,6 +37,19 @@
 - dtype = v.dtype
 + dtype = q.dtype
 
+# %% wrong="linear_attention_parallel" because="all pairs less the future ones: large later tokens cancel digits away"
+- return ((q @ k.mT).tril() @ v).to(dtype)
++ scores = q @ k.mT
++ return (scores @ v - scores.triu(1) @ v).to(dtype)
+
+# %% wrong="linear_attention_parallel" because="the sum is kept in v's dtype between blocks of 64 keys"
+- return ((q @ k.mT).tril() @ v).to(dtype)
++ scores, o = (q @ k.mT).tril(), torch.zeros_like(v, dtype=dtype)
++ for start in range(0, k.shape[2], 64):
++     part = slice(start, start + 64)
++     o = (o + scores[..., part] @ v[:, :, part]).to(dtype)
++ return o
+
 # %% right="linear_attention_parallel" because="einsum and a mask that multiplies"
 def linear_attention_parallel(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     work = torch.promote_types(v.dtype, torch.float32)
@@ -94,6 +107,19 @@ def linear_attention_parallel(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
 # %% wrong="linear_attention_recurrent" because="o in k's dtype"
 - dtype = v.dtype
 + dtype = k.dtype
+
+# %% wrong="linear_attention_recurrent" because="eight states at a time"
+- outputs = []
+- for t in range(q.shape[2]):
+-     state = state + k[:, :, t, :, None] * v[:, :, t, None, :]
+-     outputs.append(q[:, :, t, None, :] @ state)
+- return torch.cat(outputs, dim=2).to(dtype), state
++ outputs = []
++ for q_b, k_b, v_b in chunks(8, q, k, v):
++     states = (k_b[..., :, None] * v_b[..., None, :]).cumsum(2) + state[:, :, None]
++     outputs.append((q_b[..., None, :] @ states)[..., 0, :])
++     state = states[:, :, -1].clone()
++ return torch.cat(outputs, dim=2).to(dtype), state
 
 # %% right="linear_attention_recurrent" because="einsum into an output made before"
 def linear_attention_recurrent(q, k, v, state=None):
@@ -155,6 +181,31 @@ def linear_attention_recurrent(q, k, v, state=None):
 - dtype = v.dtype
 + dtype = q.dtype
 
+# %% wrong="linear_attention_chunked" because="all pairs of the chunk less the future ones"
+- outputs.append(q_c @ state + (q_c @ k_c.mT).tril() @ v_c)
++ outputs.append(q_c @ state + q_c @ k_c.mT @ v_c - (q_c @ k_c.mT).triu(1) @ v_c)
+
+# %% wrong="linear_attention_chunked" because="both parts of o are rounded to v's dtype before they are added"
+- outputs.append(q_c @ state + (q_c @ k_c.mT).tril() @ v_c)
++ outputs.append((q_c @ state).to(dtype) + ((q_c @ k_c.mT).tril() @ v_c).to(dtype))
+
+# %% wrong="linear_attention_chunked" because="normalizes the keys"
+- q, k, v = wide(q, k, v)
++ q, k, v = wide(q, F.normalize(k, dim=-1), v)
+
+# %% right="linear_attention_chunked" because="the first state and the chunks' writes summed in one tensor of n + 1 states"
+- outputs = []
+- for q_c, k_c, v_c in chunks(chunk, q, k, v):
+-     outputs.append(q_c @ state + (q_c @ k_c.mT).tril() @ v_c)
+-     state = state + k_c.mT @ v_c
+- return torch.cat(outputs, dim=2).to(dtype), state
++ writes = [k_c.mT @ v_c for k_c, v_c in chunks(chunk, k, v)]
++ states = torch.stack([state, *writes], dim=2).cumsum(2)
++ outputs = []
++ for i, (q_c, k_c, v_c) in enumerate(chunks(chunk, q, k, v)):
++     outputs.append(q_c @ states[:, :, i] + (q_c @ k_c.mT).tril() @ v_c)
++ return torch.cat(outputs, dim=2).to(dtype), states[:, :, -1].clone()
+
 # %% right="linear_attention_chunked" because="a short last chunk padded to a full one"
 - q, k, v = wide(q, k, v)
 + seq = q.shape[2]
@@ -214,6 +265,11 @@ def linear_attention_chunked(q, k, v, chunk, state=None):
 + shrink = (-y.square().sum(-1, keepdim=True) / 2).exp()
 + return (y @ projection.mT).exp() * shrink / math.sqrt(projection.shape[0])
 
+# %% wrong="positive_features" because="the largest exponential multiplied back: 0 · inf beside one that overflows"
+- return exponents.exp() / math.sqrt(projection.shape[0])
++ top = exponents.amax(-1, keepdim=True)
++ return (exponents - top).exp() * top.exp() / math.sqrt(projection.shape[0])
+
 # %% right="positive_features" because="by the distance between projection and query"
 def positive_features(x: Tensor, projection: Tensor) -> Tensor:
     d, m = x.shape[-1], projection.shape[0]
@@ -253,6 +309,10 @@ def positive_features(x: Tensor, projection: Tensor) -> Tensor:
 - token = layers * kv_heads * 2 * head_dim * cache_number
 + state = heads * d_k * d_v * state_number
 + token = kv_heads * 2 * head_dim * cache_number
+
+# %% wrong="state_bytes" because="more, by a tiny number that is lost beside many tokens"
+- return state, token, state // token + 1
++ return state, token, math.ceil(state / token + 1e-9)
 
 # %% right="state_bytes" because="layer by layer, and a search"
 def state_bytes(layers, heads, d_k, d_v, kv_heads, head_dim, state_number=4, cache_number=2):
@@ -380,6 +440,14 @@ def state_update(state, q, k, v, log_decay=None, beta=None):
 - faded = exponents.masked_fill(above[..., None], -math.inf).exp()
 + faded = exponents.clamp(max=0).exp()
 
+# %% wrong="decayed_scores" because="the mask adds −10,000, which fast decays outweigh"
+- faded = exponents.masked_fill(above[..., None], -math.inf).exp()
++ faded = (exponents - 1e4 * above[..., None]).exp()
+
+# %% wrong="decayed_scores" because="the mask adds −100,000, which fast decays outweigh in a long chunk"
+- faded = exponents.masked_fill(above[..., None], -math.inf).exp()
++ faded = (exponents - 1e5 * above[..., None]).exp()
+
 # %% wrong="decayed_scores" because="a token's decay acts on its own write"
 - exponents = sums[..., :, None, :] - sums[..., None, :, :]
 + exponents = sums[..., :, None, :] - sums[..., None, :, :] + log_decay[..., None, :, :]
@@ -503,6 +571,11 @@ def decayed_scores(a: Tensor, b: Tensor, log_decay: Tensor) -> Tensor:
 + sums = c - past
 + last, past = sums[..., -1:, :], c[..., -1:, :]
 
+# %% wrong="gated_linear_attention" because="both parts of o are rounded to v's dtype before they are added"
+- outputs.append((q_c * sums.exp()) @ state + decayed_scores(q_c, k_c, g_c) @ v_c)
++ earlier, inside = (q_c * sums.exp()) @ state, decayed_scores(q_c, k_c, g_c) @ v_c
++ outputs.append(earlier.to(dtype) + inside.to(dtype))
+
 # %% right="gated_linear_attention" because="the state as a token in front of each chunk's pairs"
 def gated_linear_attention(q, k, v, log_decay, chunk, state=None):
     dtype, work = v.dtype, torch.promote_types(v.dtype, torch.float32)
@@ -576,6 +649,29 @@ def gated_linear_attention(q, k, v, log_decay, chunk, state=None):
 +         row = row - system[..., i : i + 1, :i] @ torch.cat(rows, -2)
 +     rows.append(row)
 + solved = torch.cat(rows, -2)
+
+# %% wrong="wy_factors" because="the inverse by doubling, with factors for 64 tokens"
+- solved = torch.linalg.solve_triangular(system, right, upper=False, unitriangular=True)
++ power = -system.tril(-1)
++ solved = right + power @ right
++ for _ in range(5):
++     power = power @ power
++     solved = solved + power @ solved
+
+# %% wrong="wy_factors" because="the diagonal of keys of length 1"
+- system = beta * decayed_scores(k, k, log_decay)
++ one = torch.eye(k.shape[-2], dtype=k.dtype, device=k.device)
++ system = one + beta * (decayed_scores(k, k, log_decay) - one)
+
+- solved = torch.linalg.solve_triangular(system, right, upper=False, unitriangular=True)
++ solved = torch.linalg.solve_triangular(system, right, upper=False)
+
+# %% right="wy_factors" because="the inverse by doubling, as many factors as it takes"
+- solved = torch.linalg.solve_triangular(system, right, upper=False, unitriangular=True)
++ power, solved, reach = -system.tril(-1), right, 1
++ while reach < k.shape[-2]:
++     solved, reach = solved + power @ solved, 2 * reach
++     power = power @ power
 
 # %% right="wy_factors" because="the inverse, and two products"
 def wy_factors(k: Tensor, v: Tensor, beta: Tensor, log_decay: Tensor) -> tuple[Tensor, Tensor]:
@@ -659,6 +755,17 @@ def delta_rule_chunked(q, k, v, beta, chunk, log_decay=None, state=None):
 - last = sums[..., -1:, :]
 + sums = c - past
 + last, past = sums[..., -1:, :], c[..., -1:, :]
+
+# %% wrong="delta_rule_chunked" because="both parts of o are rounded to v's dtype before they are added"
+- outputs.append((q_c * sums.exp()) @ state + decayed_scores(q_c, k_c, g_c) @ written_c)
++ earlier, inside = (q_c * sums.exp()) @ state, decayed_scores(q_c, k_c, g_c) @ written_c
++ outputs.append(earlier.to(dtype) + inside.to(dtype))
+
+# %% right="delta_rule_chunked" because="q, k and v side by side"
+- q, k, v, beta, log_decay = wide(q, k, v, beta, log_decay)
++ d_k, d_v = k.shape[-1], v.shape[-1]
++ beta, log_decay, tokens = wide(beta, log_decay, torch.cat(wide(q, k, v), dim=-1))
++ q, k, v = tokens.split([d_k, d_k, d_v], dim=-1)
 
 # %% right="delta_rule_chunked" because="one solve a chunk, with the state on the right"
 def delta_rule_chunked(q, k, v, beta, chunk, log_decay=None, state=None):
