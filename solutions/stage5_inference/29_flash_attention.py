@@ -44,6 +44,7 @@
 # third puts it on the hardware.
 
 # %%
+import contextlib
 import itertools
 import math
 import time
@@ -663,9 +664,9 @@ def visited_tiles(q_len, k_len, block_q, block_k):
 
 
 for q_len, k_len, block_q, block_k, causal in [
-    (256, 256, 16, 32, True),
-    (256, 256, 32, 16, True),
-    (96, 256, 32, 32, True),
+    (128, 128, 16, 32, True),
+    (128, 128, 32, 16, True),
+    (48, 128, 16, 16, True),
     (256, 128, 64, 32, False),
 ]:
     gen = checks.generator(10)
@@ -1525,8 +1526,7 @@ checks.relative_l2(
 # Scores from about -60 to 60: the running maximum has to carry from tile to tile.
 gen = checks.generator(18)
 q, k, v = (checks.randn(1, 2, 32, 16, generator=gen, scale=s) for s in (8.0, 2.0, 1.0))
-with checks.compiled():
-    o, lse = flash_forward(q, k, v, blocks=(32, 16))
+o, lse = flash_forward(q, k, v, blocks=(32, 16))
 checks.relative_l2(
     o,
     brute_force(q, k, v)[0],
@@ -1596,7 +1596,8 @@ checks.relative_l2(
 gen = checks.generator(20)
 for q_len, k_len, head_dim, causal in [(17, 30, 24, False), (33, 33, 9, True)]:
     q, k, v = (checks.randn(2, 2, n, head_dim, generator=gen) for n in (q_len, k_len, k_len))
-    with checks.traffic() as moved, checks.compiled():
+    # The first check compiles the kernel without a causal mask.
+    with checks.traffic() as moved, checks.compiled() if causal else contextlib.nullcontext():
         o, lse = forward_among_canaries(q, k, v, causal, (16, 32))
     exact, exact_lse = brute_force(q, k, v, causal=causal)
     checks.relative_l2(
@@ -2031,7 +2032,7 @@ for q_len, k_len, head_dim, blocks, causal in [
         f"{heads} heads on {kv_heads}, {q_len} queries, {k_len} keys, tiles {blocks}, causal: "
         f"{causal}."
     )
-    checks.relative_l2(dq, expected, 2e-5 if k_len == 50 else 3e-6, what="dq", hint=where)
+    checks.relative_l2(dq, expected, 3e-6, what="dq", hint=where)
 for (dtype, coarser), (wide, n) in itertools.product(HALVES.items(), ((1, 1600), (32, 16))):
     half = [checks.randn(1, 1, rows, 16, generator=gen) for rows in (16, n, n, 16)]
     half = [(t * size).to(dtype) for t, size in zip(half, (wide, 1, 1, 1), strict=True)]
@@ -2060,7 +2061,8 @@ checks.relative_l2(dq, expected, 2e-3, what="dq for scores near -200")
 q, k, v, do = (checks.randn(2, 1, n, 9, generator=gen) for n in (18, 33, 33, 18))
 for causal in (False, True):
     lse, delta, (expected, _, _) = kernel_inputs(q, k, v, do, causal)
-    with checks.traffic() as moved, checks.compiled():
+    # The first check compiles the kernel without a causal mask.
+    with checks.traffic() as moved, checks.compiled() if causal else contextlib.nullcontext():
         dq = dq_among_canaries(q, k, v, do, lse, delta, causal, (16, 32))
     checks.relative_l2(dq, expected, 3e-6, what="dq, everything in padded buffers")
     # Of causal key tiles of 32, the first query tile visits one, the second both.
@@ -2278,9 +2280,8 @@ for q_len, k_len, head_dim, blocks, causal in [
         f"{heads} heads on {kv_heads}, {q_len} queries, {k_len} keys, tiles {blocks}, causal: "
         f"{causal}."
     )
-    limit = 2e-5 if k_len == 50 else 3e-6
-    checks.relative_l2(dv, dv_exact, limit, what="dv", hint=where)
-    checks.relative_l2(dk, dk_exact, limit, what="dk", hint=where)
+    checks.relative_l2(dv, dv_exact, 3e-6, what="dv", hint=where)
+    checks.relative_l2(dk, dk_exact, 3e-6, what="dk", hint=where)
 for (dtype, coarser), (wide, n) in itertools.product(HALVES.items(), ((1, 1600), (32, 16))):
     half = [checks.randn(1, 1, rows, 16, generator=gen) for rows in (n, 16, 16, n)]
     half = [(t * size).to(dtype) for t, size in zip(half, (wide, 1, 1, 1), strict=True)]
@@ -2305,7 +2306,8 @@ shapes = ((4, 33), (2, 18), (2, 18), (4, 33))
 q, k, v, do = (checks.randn(2, h, n, 9, generator=gen) for h, n in shapes)
 for causal in (False, True):
     lse, delta, (_, dk_exact, dv_exact) = kernel_inputs(q, k, v, do, causal)
-    with checks.traffic() as moved, checks.compiled():
+    # The first check compiles the kernel without a causal mask.
+    with checks.traffic() as moved, checks.compiled() if causal else contextlib.nullcontext():
         dk, dv = dkdv_among_canaries(q, k, v, do, lse, delta, causal, (32, 16))
     what = "everything in padded buffers" + (", rows that see no key" if causal else "")
     checks.relative_l2(dk, dk_exact, 3e-6, what=f"dk, {what}")

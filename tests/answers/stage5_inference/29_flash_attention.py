@@ -1395,21 +1395,11 @@ def online_softmax(x: Tensor, block: int) -> tuple[Tensor, Tensor]:
 - acc = alpha[..., None] * acc + p @ v_tile
 + acc = alpha[..., None] * acc + p.to(v.dtype).to(work) @ v_tile
 
-# %% wrong="tiled_attention" because="a mask of -1e9 is added, and a hidden score may be higher"
-- s = s.masked_fill(keys > rows[:, None] + shift, -math.inf)
-+ s = s - 1e9 * (keys > rows[:, None] + shift)
-
 # %% wrong="flash_forward_kernel" because="a padded key has a finite score, which counts where all others are lower"
 - s = tl.where(seen, s, float("-inf"))
 + s = tl.where(keys[None, :] < k_len, s, -1e9)
 + if CAUSAL:
 +     s = tl.where(keys[None, :] <= rows[:, None] + shift, s, float("-inf"))
-
-# %% wrong="flash_forward_kernel" because="a mask of -1e6 is added, and a hidden score may be higher"
-- s = tl.where(seen, s, float("-inf"))
-+ s = tl.where(keys[None, :] < k_len, s, float("-inf"))
-+ if CAUSAL:
-+     s += tl.where(seen, 0.0, -1.0e6)
 
 # %% wrong="attention_backward_tiled" because="a mask of -10,000 is added, and a hidden score may be higher"
 - s = s.masked_fill(key > row[:, None] + shift, -math.inf)
@@ -1418,12 +1408,6 @@ def online_softmax(x: Tensor, block: int) -> tuple[Tensor, Tensor]:
 # %% wrong="attention_backward_tiled" because="the loop ends one key too far, which is a tile at a corner of the diagonal"
 - end = min(k_len, queries.stop + shift) if causal else k_len
 + end = min(k_len, queries.stop + shift + 1) if causal else k_len
-
-# %% wrong="flash_dq_kernel" because="a mask of -1e6 is added, and a hidden score may be higher"
-- s = tl.where(seen, s, float("-inf"))
-+ s = tl.where(keys[None, :] < k_len, s, float("-inf"))
-+ if CAUSAL:
-+     s += tl.where(seen, 0.0, -1.0e6)
 
 # %% right="flash_dq_kernel" because="a row that sees no key is left to the mask"
 - s = tl.dot(q, tl.trans(k), input_precision="ieee") * scale_log2 - lse[:, None]
@@ -1447,10 +1431,6 @@ def online_softmax(x: Tensor, block: int) -> tuple[Tensor, Tensor]:
 
 - st = tl.dot(k, tl.trans(q), input_precision="ieee") * scale_log2 - lse[None, :]
 + st = tl.dot(k, tl.trans(q), input_precision="ieee") - lse[None, :]
-
-# %% wrong="flash_dkdv_kernel" because="a mask of -1e6 is added, and a hidden score may be higher"
-- st = tl.where(keys[:, None] <= rows[None, :] + shift, st, float("-inf"))
-+ st += tl.where(keys[:, None] <= rows[None, :] + shift, 0.0, -1.0e6)
 
 # %% wrong="flash_attention" because="k and v get no gradient where q needs none"
 - q, k, v, o, lse = ctx.saved_tensors
