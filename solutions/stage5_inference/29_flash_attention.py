@@ -88,7 +88,7 @@ def low_scores(v):
 
 
 def last_key_towers(q, k):
-    """The last key's score is huge for all queries but the last, which alone sees it: there it is 0."""
+    """The last key's score is huge, but 0 for the last query, which alone may look at it."""
     q, k = q.abs(), k.clone()
     q[:, :, -1], k[:, :, -1] = 0, 1e30
     return q, k
@@ -255,8 +255,8 @@ assert made.largest <= 6 * 32, (
 # second and third equations by $e^m$: they read $\Phi(a \oplus b) = \Phi(a) + \Phi(b)$. Addition is
 # commutative and associative, and so is the maximum. Both sides of
 # $(a \oplus b) \oplus c = a \oplus (b \oplus c)$ therefore have the same $m$ and the same $\Phi$;
-# for a finite $m$, $\Phi$ determines $\ell$ and $o$, since $e^m > 0$; for $m = -\infty$ both are 0, as
-# empty results have them. The neutral element has $\Phi = 0$. ∎
+# for a finite $m$, $\Phi$ determines $\ell$ and $o$, since $e^m > 0$; for $m = -\infty$ the result
+# is empty, and both are 0. The neutral element has $\Phi = 0$. ∎
 #
 # So keys may be cut anywhere, handled by different processors, and merged in any order.
 # FlashAttention merges serially inside one program; Flash-Decoding (lesson 30) merges across
@@ -1526,7 +1526,8 @@ checks.relative_l2(
 # Scores from about -60 to 60: the running maximum has to carry from tile to tile.
 gen = checks.generator(18)
 q, k, v = (checks.randn(1, 2, 32, 16, generator=gen, scale=s) for s in (8.0, 2.0, 1.0))
-o, lse = flash_forward(q, k, v, blocks=(32, 16))
+with checks.compiled():
+    o, lse = flash_forward(q, k, v, blocks=(32, 16))
 checks.relative_l2(
     o,
     brute_force(q, k, v)[0],
