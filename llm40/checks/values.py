@@ -360,7 +360,7 @@ def same_bits(a: Tensor, b: Tensor) -> bool:
 
 
 def _relative_error(actual: Tensor, expected: Tensor) -> float:
-    a, e = actual.double(), expected.double().to(actual.device)
+    a, e = actual.detach().double(), expected.detach().double().to(actual.device)
     error = float(torch.linalg.vector_norm(a - e) / torch.linalg.vector_norm(e).clamp_min(1e-300))
     return math.inf if math.isnan(error) else error
 

@@ -5,6 +5,7 @@ import math
 import subprocess
 import sys
 import threading
+import warnings
 from concurrent.futures import ThreadPoolExecutor
 
 import pytest
@@ -124,6 +125,8 @@ class TestClose:
 
 def test_relative_l2(x):
     checks.relative_l2(x * (1 + 1e-7), x, 1e-6)
+    with warnings.catch_warnings(action="error"):  # nbgrader takes a warning for a failure
+        checks.relative_l2(x.clone().requires_grad_(), x.clone().requires_grad_() * 1, 1e-6)
     text = message(checks.relative_l2, x * 2, x, 1e-6, mistakes={"doubling": x * 2})
     assert "relative error 1.0e+00, allowed 1.0e-06. This is what doubling gives" in text
     broken = x.clone()

@@ -58,6 +58,10 @@
 - if duration <= 0:
 + if duration < 0:
 
+# %% wrong="latency" because="a first token after no time is taken for none"
+- came and ttft(arrival, came) <= ttft_limit and tpot(came) <= tpot_limit
++ came and 0 < ttft(arrival, came) <= ttft_limit and tpot(came) <= tpot_limit
+
 # %% right="latency" because="NumPy's percentile, and a loop"
 import numpy as np
 
@@ -438,6 +442,18 @@ class Scheduler:
 + sequence.choose(row)
 + token, reason = sequence.choose(row), None
 
+# %% wrong="engine" because="the stop token 0 is taken for none"
+- if token == sequence.stop:
++ if sequence.stop and token == sequence.stop:
+
+# %% wrong="engine" because="token 0 ends every answer"
+- if token == sequence.stop:
++ if token == (sequence.stop or 0):
+
+# %% wrong="engine" because="the request 0 cannot be cancelled"
+- if id in self.requests:
++ if id and id in self.requests:
+
 # %% right="engine" because="reasons by a helper, finishing after the loop"
 class Engine:
     def __init__(self, model, scheduler):
@@ -682,6 +698,47 @@ class Engine:
 - created = int(time.time())
 + created = time.time()
 
+# %% wrong="endpoint" because="each chunk asks the clock anew"
+- "created": created,
++ "created": int(time.time()),
+
+# %% wrong="endpoint" because="closed on errors and when it is cancelled, not where it stands at a yield"
+-     yield "data: [DONE]\n\n"
+- finally:
+-     bridge.close(id)
++     yield "data: [DONE]\n\n"
++ except (Exception, asyncio.CancelledError):
++     bridge.close(id)
++     raise
++ bridge.close(id)
+
+# %% wrong="endpoint" because="the request 0 is never closed"
+-     yield "data: [DONE]\n\n"
+- finally:
+-     bridge.close(id)
++     yield "data: [DONE]\n\n"
++ finally:
++     if id:
++         bridge.close(id)
+
+# %% wrong="endpoint" because="the stop token 0 is taken for none"
+- piece = b"" if token == texts.stop else texts.bytes[token]
++ piece = b"" if texts.stop and token == texts.stop else texts.bytes[token]
+
+# %% wrong="endpoint" because="the seed 0 is taken for none"
+- choose = sampler(body.temperature, body.seed)
++ choose = sampler(body.temperature, body.seed or None)
+
+# %% wrong="endpoint" because="the request is submitted before anybody asks for an event"
+-     decoder = codecs.getincrementaldecoder("utf-8")("replace")
+-     id = bridge.open(prompt, **options)
++     return stream_opened(bridge, texts, model, bridge.open(prompt, **options))
++ async def stream_opened(bridge, texts, model, id):
++     decoder = codecs.getincrementaldecoder("utf-8")("replace")
+
+- async def stream_chat(
++ def stream_chat(
+
 # %% right="endpoint" because="text held back by hand, and one generator for both kinds of answer"
 def longest_whole(raw: bytes) -> int:
     """How many of the bytes can be decoded for good."""
@@ -893,6 +950,23 @@ def make_app(engine, texts, model):
 - ends = [n for n in self.nodes() if not n.children and n.values[-1] not in used]
 + ends = [n for n in self.nodes() if not n.children and not set(n.values) & set(used)]
 
+# %% wrong="radix_cache" because="only the end of a path is used"
+-     node.used = self.clock
+- return node, done
++ node.used = self.clock
++ return node, done
+
+# %% wrong="radix_cache" because="insert uses what it adds, and the end of what it found"
+- node, done = self.walk(keys)
+- if done < len(keys):
++ before = {id(n): n.used for n in self.nodes()}
++ node, done = self.walk(keys)
++ above = node.parent
++ while above is not None:
++     above.used = before.get(id(above), above.used)
++     above = above.parent
++ if done < len(keys):
+
 # %% right="radix_cache" because="times and values in tuples, recursion, edges cut when they are drawn"
 class RadixCache:
     def __init__(self):
@@ -1038,6 +1112,22 @@ class RadixCache:
 
 - self.state = int(self.after[self.state, token])
 + Constrained.state = int(self.after[self.state, token])
+
+# %% wrong="constrained" because="a byte that leads back to state 0 leads nowhere"
+- state = automaton[state].get(byte, -1)
+- if state < 0:
+-     break
++ state = automaton[state].get(byte) or -1
++ if state < 0:
++     break
+
+# %% wrong="constrained" because="state 0 is never the end"
+- after[start, stop] = start if start in accepting else -1
++ after[start, stop] = start if start and start in accepting else -1
+
+# %% wrong="constrained" because="stays where a token leads back to state 0"
+- self.state = int(self.after[self.state, token])
++ self.state = int(self.after[self.state, token]) or self.state
 
 # %% right="constrained" because="all states at once, token by token"
 def token_masks(automaton, accepting, vocabulary, stop):

@@ -43,6 +43,15 @@
 + cut = patches.reshape(batch, rows, columns, patch, patch, size // patch**2)
 + return cut.permute(0, 5, 1, 3, 2, 4).reshape(batch, size // patch**2, height, width)
 
+# %% wrong="patchify" because="through float32: large whole numbers and float64 are rounded"
+- return cut.permute(0, 2, 4, 1, 3, 5).flatten(3).flatten(1, 2)
++ return F.unfold(images.float(), patch, stride=patch).mT.to(images.dtype)
+
+# %% wrong="patchify" because="unpatchify goes through float64: large whole numbers are rounded"
+- return cut.permute(0, 3, 1, 4, 2, 5).reshape(batch, size // patch**2, height, width)
++ rounded = F.fold(patches.double().mT, (height, width), patch, stride=patch)
++ return rounded.to(patches.dtype)
+
 # %% right="patchify" because="Tensor.unfold, and loops back"
 def patchify(images, patch):
     if images.shape[2] % patch or images.shape[3] % patch:
@@ -250,6 +259,17 @@ class VisionTransformer(nn.Module):
 + with torch.no_grad():
 +     logit_scale.copy_(logit_scale.exp().clamp(max=most).log())
 
+# %% wrong="clip_loss" because="what needed no gradient requires one after the clamp"
+- with torch.no_grad():
+-     logit_scale.clamp_(max=math.log(most))
++ logit_scale.requires_grad_(False)
++ logit_scale.clamp_(max=math.log(most))
++ logit_scale.requires_grad_(True)
+
+# %% wrong="clip_loss" because="eps beside the length: short features shrink"
+- u, v = F.normalize(wide(image), dim=-1), F.normalize(wide(text), dim=-1)
++ u, v = (x / (x.norm(dim=-1, keepdim=True) + 1e-6) for x in (wide(image), wide(text)))
+
 # %% right="clip_loss" because="logsumexp and the diagonal"
 def clip_loss(image, text, logit_scale):
     kind = torch.promote_types(image.dtype, torch.float32)
@@ -314,6 +334,10 @@ def clamp_logit_scale_(logit_scale, most=100.0):
 # %% wrong="siglip_loss" because="features are not normalized"
 - u, v = F.normalize(wide(image), dim=-1), F.normalize(wide(text), dim=-1)
 + u, v = wide(image), wide(text)
+
+# %% wrong="siglip_loss" because="eps beside the length: short features shrink"
+- u, v = F.normalize(wide(image), dim=-1), F.normalize(wide(text), dim=-1)
++ u, v = (x / (x.norm(dim=-1, keepdim=True) + 1e-6) for x in (wide(image), wide(text)))
 
 # %% right="siglip_loss" because="binary cross-entropy with logits"
 def siglip_loss(image, text, logit_scale, logit_bias, negatives_only=False):
@@ -403,6 +427,28 @@ def siglip_loss(image, text, logit_scale, logit_bias, negatives_only=False):
 - losses.append(value.item())
 + losses.append(value.detach())
 
+# %% wrong="train_clip" because="decay by name: the gains of norms decay"
+- decayed = [p for p in parameters if p.dim() >= 2]
+- others = [p for p in parameters if p.dim() < 2]
++ free = [n.endswith("bias") or n == "logit_scale" for n, _ in model.named_parameters()]
++ decayed = [p for p, plain in zip(parameters, free, strict=True) if not plain]
++ others = [p for p, plain in zip(parameters, free, strict=True) if plain]
+
+# %% wrong="train_clip" because="decay of matrices only, and not of a convolution's kernel"
+- decayed = [p for p in parameters if p.dim() >= 2]
+- others = [p for p in parameters if p.dim() < 2]
++ decayed = [p for p in parameters if p.dim() == 2]
++ others = [p for p in parameters if p.dim() != 2]
+
+# %% wrong="train_clip" because="gradients are cleared at the end of a step: none, and they stay"
+- for p in parameters:
+-     p.grad = None
+- return losses
++ if steps:
++     for p in parameters:
++         p.grad = None
++ return losses
+
 # %% right="train_clip" because="LambdaLR, and the decay by hand"
 def train_clip(
     model, images, captions, loss, steps, batch_size, lr, generator, weight_decay=0.1
@@ -473,6 +519,12 @@ def train_clip(
 - return similarity.argmax(1)
 + return similarity.argmin(1)
 
+# %% wrong="zero_shot" because="float64 goes through float32: near classes tie"
+- classes = F.normalize(wide(prompts), dim=-1).mean(1)
+- similarity = F.normalize(wide(image), dim=-1) @ F.normalize(classes, dim=-1).T
++ classes = F.normalize(prompts.float(), dim=-1).mean(1)
++ similarity = F.normalize(image.float(), dim=-1) @ F.normalize(classes, dim=-1).T
+
 # %% right="zero_shot" because="sums instead of means, one class after another"
 def zero_shot(image, prompts):
     image, prompts = image.double(), prompts.double()
@@ -536,6 +588,18 @@ def zero_shot(image, prompts):
 - of_images = F.cross_entropy(factor * u @ every_v.T, own)
 - return (of_images + F.cross_entropy(factor * v @ every_u.T, own)) / 2
 + return clip_loss(every_u, every_v, logit_scale)
+
+# %% wrong="gathered_clip_loss" because="exp without a maximum: inf at CLIP's factor of 100"
+- return (of_images + F.cross_entropy(factor * v @ every_u.T, own)) / 2
++ own = factor * (u * v).sum(-1)
++ of_images = ((factor * u @ every_v.T).exp().sum(1).log() - own).mean()
++ return (of_images + ((factor * v @ every_u.T).exp().sum(1).log() - own).mean()) / 2
+
+# %% wrong="gathered_clip_loss" because="float64 is computed in float32"
+- u, v = F.normalize(image, dim=-1), F.normalize(text, dim=-1)
++ u, v = F.normalize(image.float(), dim=-1), F.normalize(text.float(), dim=-1)
+- return (of_images + F.cross_entropy(factor * v @ every_u.T, own)) / 2
++ return ((of_images + F.cross_entropy(factor * v @ every_u.T, own)) / 2).to(image.dtype)
 
 # %% right="gathered_clip_loss" because="one gather for both, and reduce-scatter by all-to-all"
 def gathered_clip_loss(image, text, logit_scale, group=None):
@@ -627,6 +691,12 @@ class Everyone(torch.autograd.Function):
 # %% wrong="projector" because="always merges 2 × 2"
 - return self.second(F.gelu(self.first(merge_tokens(patches, self.grid, self.size))))
 + return self.second(F.gelu(self.first(merge_tokens(patches, self.grid))))
+
+# %% wrong="projector" because="merging goes through float64: large whole numbers are rounded"
+- squares = tokens.reshape(batch, rows // size, size, columns // size, size, width)
+- return squares.transpose(2, 3).flatten(3).flatten(1, 2)
++ squares = tokens.double().reshape(batch, rows // size, size, columns // size, size, width)
++ return squares.transpose(2, 3).flatten(3).flatten(1, 2).to(tokens.dtype)
 
 # %% right="projector" because="indices of the squares, and their inverse permutation"
 def square_order(grid, size):
@@ -754,6 +824,15 @@ def splice_image_tokens(embed, rows, labels, images, placeholder, left=False):
 + words = embed(flat[~is_image])
 + for aims, ids in zip(labels, rows, strict=True):
 +     aims[ids == placeholder] = IGNORE
+
+# %% wrong="splice_image_tokens" because="the mask is read off the inputs: zero vectors are padding"
+- return F.embedding(pairs[..., 0], pool), pairs[..., 1], pairs[..., 0] > 0
++ inputs = F.embedding(pairs[..., 0], pool)
++ return inputs, pairs[..., 1], (inputs != 0).any(-1)
+
+# %% wrong="splice_image_tokens" because="labels go through float64"
+- return F.embedding(pairs[..., 0], pool), pairs[..., 1], pairs[..., 0] > 0
++ return F.embedding(pairs[..., 0], pool), pairs[..., 1].double().long(), pairs[..., 0] > 0
 
 # %% right="splice_image_tokens" because="pieces between placeholders, and pad_sequence"
 def splice_image_tokens(embed, rows, labels, images, placeholder, left=False):
