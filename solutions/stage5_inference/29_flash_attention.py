@@ -2034,7 +2034,7 @@ for q_len, k_len, head_dim, blocks, causal in [
         f"{causal}."
     )
     checks.relative_l2(dq, expected, 3e-6, what="dq", hint=where)
-for (dtype, coarser), (wide, n) in itertools.product(HALVES.items(), ((1, 1600), (32, 16))):
+for (dtype, coarser), (wide, n) in itertools.product(HALVES.items(), ((1, 1600), (16, 16))):
     half = [checks.randn(1, 1, rows, 16, generator=gen) for rows in (16, n, n, 16)]
     half = [(t * size).to(dtype) for t, size in zip(half, (wide, 1, 1, 1), strict=True)]
     lse, delta, (expected, _, _) = kernel_inputs(*half)
@@ -2283,7 +2283,7 @@ for q_len, k_len, head_dim, blocks, causal in [
     )
     checks.relative_l2(dv, dv_exact, 3e-6, what="dv", hint=where)
     checks.relative_l2(dk, dk_exact, 3e-6, what="dk", hint=where)
-for (dtype, coarser), (wide, n) in itertools.product(HALVES.items(), ((1, 1600), (32, 16))):
+for (dtype, coarser), (wide, n) in itertools.product(HALVES.items(), ((1, 1600), (16, 16))):
     half = [checks.randn(1, 1, rows, 16, generator=gen) for rows in (n, 16, 16, n)]
     half = [(t * size).to(dtype) for t, size in zip(half, (wide, 1, 1, 1), strict=True)]
     lse, delta, (_, dk_exact, dv_exact) = kernel_inputs(*half)
