@@ -49,7 +49,7 @@ def online_softmax(x: Tensor, block: int) -> tuple[Tensor, Tensor]:
 - return m, l
 + return m.masked_fill(l == 0, -math.inf), l
 
-# %% right="online_softmax" because="keeps the logarithm of the sum, by logaddexp"
+# %% wrong="online_softmax" because="keeps the logarithm of the sum, by logaddexp: no digits where |m| is large"
 def online_softmax(x: Tensor, block: int) -> tuple[Tensor, Tensor]:
     m, log_sum = x[..., 0], x[..., 0]
     for start in range(1, x.shape[-1], block):
@@ -1357,3 +1357,88 @@ def version_numbers():
 # %% wrong="flash_dkdv_kernel" because="the tail begins inside the diagonal, which counts twice"
 - tail = tl.maximum(full, q_len // BLOCK_M * BLOCK_M)
 + tail = q_len // BLOCK_M * BLOCK_M
+
+# %% right="online_softmax" because="torch.where for a maximum that is -inf, no shift by 0"
+def online_softmax(x: Tensor, block: int) -> tuple[Tensor, Tensor]:
+    m, l = x.new_full(x.shape[:-1], -math.inf), x.new_zeros(x.shape[:-1])
+    for part in x.split(block, dim=-1):
+        new = torch.maximum(m, part.max(dim=-1).values)
+        old = torch.where(m == -math.inf, 0, l * torch.exp(m - new))
+        share = torch.exp((part - new[..., None]).masked_fill(part == -math.inf, -math.inf))
+        m, l = new, old + share.sum(dim=-1)
+    return m, l
+
+# %% wrong="online_softmax" because="reshape copies all of x where no view exists"
+- m = x.new_full(x.shape[:-1], -math.inf)
++ shape, x = x.shape[:-1], x.reshape(-1, x.shape[-1])
++ m = x.new_full(x.shape[:-1], -math.inf)
+- return m, l
++ return m.view(shape), l.view(shape)
+
+# %% wrong="merge_partials" because="the shift is clamped at a finite number"
+- shift = m.masked_fill(m == -math.inf, 0)
++ shift = m.clamp(min=-1e5)
+
+# %% wrong="merge_partials" because="l and o go through m + log(l)"
+- w_a, w_b = torch.exp(m_a - shift), torch.exp(m_b - shift)
+- return m, l_a * w_a + l_b * w_b, o_a * w_a[..., None] + o_b * w_b[..., None]
++ w_a, w_b = torch.exp(m_a + l_a.log() - shift), torch.exp(m_b + l_b.log() - shift)
++ o_a = o_a / l_a.masked_fill(l_a == 0, 1)[..., None]
++ o_b = o_b / l_b.masked_fill(l_b == 0, 1)[..., None]
++ return m, w_a + w_b, o_a * w_a[..., None] + o_b * w_b[..., None]
+
+# %% wrong="tiled_attention" because="the product of each tile is rounded to half precision"
+- acc = alpha[..., None] * acc + p @ v_tile
++ acc = alpha[..., None] * acc + p.to(v.dtype) @ v_tile.to(v.dtype)
+
+# %% right="tiled_attention" because="weights rounded to half precision as in the kernel, the product in float32"
+- acc = alpha[..., None] * acc + p @ v_tile
++ acc = alpha[..., None] * acc + p.to(v.dtype).to(work) @ v_tile
+
+# %% wrong="flash_forward_kernel" because="a padded key has a finite score, which counts where all others are lower"
+- s = tl.where(seen, s, float("-inf"))
++ s = tl.where(keys[None, :] < k_len, s, -1e9)
++ if CAUSAL:
++     s = tl.where(keys[None, :] <= rows[:, None] + shift, s, float("-inf"))
+
+# %% wrong="attention_backward_tiled" because="a mask of -10,000 is added, and a hidden score may be higher"
+- s = s.masked_fill(key > row[:, None] + shift, -math.inf)
++ s = s - 1e4 * (key > row[:, None] + shift)
+
+# %% wrong="attention_backward_tiled" because="the loop ends one key too far, which is a tile at a corner of the diagonal"
+- end = min(k_len, queries.stop + shift) if causal else k_len
++ end = min(k_len, queries.stop + shift + 1) if causal else k_len
+
+# %% right="flash_dq_kernel" because="a row that sees no key is left to the mask"
+- s = tl.dot(q, tl.trans(k), input_precision="ieee") * scale_log2 - lse[:, None]
++ p = tl.exp2(tl.dot(q, tl.trans(k), input_precision="ieee") * scale_log2 - lse[:, None])
+
+-         s = tl.where(seen, s, float("-inf"))
+-     p = tl.exp2(s)
++         p = tl.where(seen, p, 0.0)
+
+# %% wrong="flash_dq_kernel" because="q is scaled first and rounded to half precision again"
+- dq = tl.zeros((BLOCK_M, BLOCK_D), tl.float32)
++ dq = tl.zeros((BLOCK_M, BLOCK_D), tl.float32)
++ q = (q * (scale * 1.4426950408889634)).to(q.dtype)
+
+- s = tl.dot(q, tl.trans(k), input_precision="ieee") * scale_log2 - lse[:, None]
++ s = tl.dot(q, tl.trans(k), input_precision="ieee") - lse[:, None]
+
+# %% wrong="flash_dkdv_kernel" because="k is scaled first and rounded to half precision again"
+- scale_log2 = scale * 1.4426950408889634
++ k = (k * (scale * 1.4426950408889634)).to(k.dtype)
+
+- st = tl.dot(k, tl.trans(q), input_precision="ieee") * scale_log2 - lse[None, :]
++ st = tl.dot(k, tl.trans(q), input_precision="ieee") - lse[None, :]
+
+# %% wrong="flash_attention" because="k and v get no gradient where q needs none"
+- q, k, v, o, lse = ctx.saved_tensors
++ if not ctx.needs_input_grad[0]:
++     return None, None, None, None
++ q, k, v, o, lse = ctx.saved_tensors
+
+# %% right="flash_attention" because="a gradient only for the arguments that need one"
+- return *flash_backward(q, k, v, o, lse, do, ctx.causal), None
++ found = flash_backward(q, k, v, o, lse, do, ctx.causal)
++ return *(g if n else None for g, n in zip(found, ctx.needs_input_grad, strict=False)), None
