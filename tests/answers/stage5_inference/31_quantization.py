@@ -1028,13 +1028,6 @@ def unpack_int4(words, order="gptq"):
 - acc = tl.dot(w, x, acc, input_precision="ieee")
 + acc = tl.dot(w, x.to(tl.float32), acc, input_precision="ieee")
 
-# %% wrong="w4a16_kernel" because="rows past the last wrap around, and load words a second time"
-- out_rows, token_rows = outs[:, None].to(tl.int64), tokens[None, :].to(tl.int64)
-+ out_rows, token_rows = (outs % n_out)[:, None].to(tl.int64), tokens[None, :].to(tl.int64)
-
-- known = (outs < n_out)[:, None] & inside[None, :]
-+ known = inside[None, :]
-
 # %% right="w4a16_kernel" because="the weight is rounded, and both are widened for the product"
 - acc = tl.dot(w, x, acc, input_precision="ieee")
 + acc = tl.dot(w.to(tl.float32), x.to(tl.float32), acc, input_precision="ieee")
