@@ -157,7 +157,8 @@ def read_back(w: Tensor, bits: int, group, symmetric: bool = False) -> Tensor:
 # number. At the ends one has to look: rounding $z$ shifts the levels by up to half a step. With
 # $-\text{low}/\Delta = z + \delta$, $|\delta| \le \frac12$, the levels run from $\text{low} +
 # \delta\Delta$ to $\text{high} + \delta\Delta$. The end that sticks out does so by $|\delta|\Delta
-# \le \Delta/2$, and is clamped to the last level. So the bound holds there too.
+# \le \Delta/2$ and rounds to the last level (in a tie past it: hence the clamp). So the bound holds
+# there too.
 #
 # **Who shares a scale?** All numbers of the matrix (*per tensor*), a row (*per channel*: a row of
 # `nn.Linear.weight` makes one output channel), or $G$ consecutive numbers of a row (*per group*).
@@ -334,7 +335,7 @@ for bits in (1, 2, 3, 4, 8):  # a range that lies evenly around 0: its zero poin
 constant = torch.full((2, 6), 0.7)
 found = dequantize(*quantize_affine(-constant, 3))
 checks.close(found, -constant, what="a range of equal numbers")
-for wrong in (5, 7, 8, 0, -4):
+for wrong in (5, 7, 8, 24, 0, -4):
     checks.raises(
         ValueError, quantize_affine, torch.ones(2, 12), 4, wrong, because=f"{wrong} of 12 columns"
     )
@@ -350,6 +351,12 @@ for dtype in (torch.float64, torch.float16):
         what=f"int8 codes, no zero, scale in {dtype}",
         dtype=dtype,
     )
+for dtype in (torch.float16, torch.bfloat16):
+    step = torch.tensor([[400.0], [0.1]]).to(dtype)  # 400 · 201 passes float16's 65,504
+    found = dequantize(whole, step, torch.full((2, 1), 200, dtype=torch.uint8))
+    expected = (step.double() * (whole.double() - 200)).to(dtype)
+    hint = "The zero point comes off the codes, before the scale multiplies."
+    checks.close(found, expected, what=f"scale in {dtype}", dtype=dtype, hint=hint)
 ### END HIDDEN TESTS
 
 # %% [markdown]
@@ -436,8 +443,15 @@ for bits, group in [(8, "tensor"), (4, "channel"), (3, 8), (2, 4), (5, 1), (8, 2
         )
         again, _ = quantize_symmetric(-w, bits, group)
         checks.close(again.long(), -codes.long(), what="the codes of −w", hint=where)
-for wrong in (5, 8, 0):
-    checks.raises(ValueError, quantize_symmetric, torch.ones(2, 12), 4, wrong)
+for wrong in (5, 8, 24, 0, -4):
+    checks.raises(
+        ValueError,
+        quantize_symmetric,
+        torch.ones(2, 12),
+        4,
+        wrong,
+        because=f"{wrong} of 12 columns",
+    )
 ### END HIDDEN TESTS
 
 # %% [markdown]
@@ -644,6 +658,10 @@ few, _ = int8_by_hand(x, w, 100.0)
 found = llm_int8_matmul(x, w, 100.0)
 checks.close(found, few.float(), what="the product without outliers", rtol=1e-2)
 checks.close(llm_int8_matmul(torch.zeros(2, 12), w), torch.zeros(2, 3), what="the product of zeros")
+for dtype in (torch.float16, torch.bfloat16):  # 150,000 − 148,000: only the sum is rounded to half
+    x, w = torch.tensor([[5.0, 8.0]]).to(dtype), torch.tensor([[30_000.0, -18_500.0]]).to(dtype)
+    y, exact = llm_int8_matmul(x, w), x.double() @ w.double().T
+    checks.close(y, exact.to(dtype), what=f"a product whose two parts cancel, {dtype}", rtol=1e-2)
 ### END HIDDEN TESTS
 
 # %% [markdown]
@@ -680,7 +698,7 @@ def smoothquant_scales(x_absmax: Tensor, weights: Sequence[Tensor], alpha: float
     x_absmax: (columns,), the largest magnitude of each channel of the inputs. weights: one or more
     matrices (any rows, columns). alpha: 0 to 1. All of one floating format, and so is the result.
     Returns (columns,): x_absmax**alpha / w_absmax**(1 − alpha), where w_absmax is the largest
-    magnitude in a column of all weights, but at least 1e-5; and no s below 1e-5.
+    magnitude in a column of all weights, but at least 1e-5; and no s below 1e-5. 0**0 is 1.
     """
     ### BEGIN SOLUTION
     w_absmax = torch.cat(list(weights)).abs().amax(dim=0).clamp(min=1e-5)
@@ -690,11 +708,11 @@ def smoothquant_scales(x_absmax: Tensor, weights: Sequence[Tensor], alpha: float
 
 def smooth(gain: Tensor, weights: Sequence[Tensor], s: Tensor) -> tuple[Tensor, list[Tensor]]:
     """The gain (columns,) of an RMSNorm and the matrices (rows, columns) that read its output, with
-    s (columns,) moved from the one into the others: new tensors, of the same formats. The function
-    that they compute together is the same.
+    s (columns,) moved from the one into the others: new tensors, each in its own floating format,
+    whatever s has. The function that they compute together is the same.
     """
     ### BEGIN SOLUTION
-    return gain / s, [w * s for w in weights]
+    return (gain / s).to(gain.dtype), [(w * s).to(w.dtype) for w in weights]
     ### END SOLUTION
 
 
@@ -766,6 +784,20 @@ checks.close(
     rtol=1e-4,
     atol=0,
 )
+for alpha, expected in ((0.0, [1.0, 1e5, 0.5]), (1.0, [1e-5, 4.0, 1.0])):
+    s = smoothquant_scales(dead, [torch.tensor([[1.0, 0.0, 2.0]])], alpha)
+    checks.close(s, torch.tensor(expected), what=f"s of these, alpha {alpha}", rtol=1e-4, atol=0)
+formats = (torch.bfloat16, torch.float32, torch.float64)
+for own, of_s in ((own, of_s) for own in formats for of_s in formats if own != of_s):
+    gain, w = torch.tensor([2.0, 3.0, 5.0]).to(own), torch.tensor([[0.25, -1.0, 4.0]])
+    s = torch.tensor([4.0, 1.0, 0.5]).to(of_s)
+    new_gain, new = smooth(gain, [w.to(own), w], s)
+    where = f"The gain and a matrix in {own}, a matrix in float32, s in {of_s}."
+    expected = torch.tensor([0.5, 3.0, 10.0]).to(own)
+    checks.close(new_gain, expected, what="the gain", dtype=own, hint=where)
+    for moved, kept in zip(new, (own, torch.float32), strict=True):
+        expected = torch.tensor([[1.0, -1.0, 2.0]]).to(kept)
+        checks.close(moved, expected, what="a matrix", dtype=kept, hint=where)
 ### END HIDDEN TESTS
 
 # %% [markdown]
@@ -855,15 +887,16 @@ def gptq(
         `layer_hessian` returns it, not 0; both unchanged. Everything is computed in float64; scale
         is returned in float32 (in float64 for float64 weights).
     group: columns to a scale; it divides columns. block: columns to a block; the last may be
-        shorter. Both are at least 1, and one divides the other. ValueError where it is not so.
+        shorter, and a block of more than all columns counts as one of all. Both are at least 1, and
+        one then divides the other. ValueError where it is not so.
 
     First: the weights of a column whose hessian diagonal is 0 count as 0. Then damp times the mean
-    of the diagonal, as given, is added to the diagonal, U is the upper triangle with UᵀU = H⁻¹, and
-    the columns are taken from left to right. Where a group begins, its scale and zero are those
-    that `quantize_affine` gives for its columns as they are by then. A column's codes are
-    round(w / scale) + zero, clamped, and its error moves to all columns on its right, as above. A
-    block changes the columns beyond it in one product; inside it the order is yours. The result
-    does not depend on `block`.
+    of the diagonal, as given, is added to the diagonal (H is invertible by then), U is the upper
+    triangle with UᵀU = H⁻¹, and the columns are taken from left to right. Where a group begins, its
+    scale and zero are those that `quantize_affine` gives for its columns as they are by then. A
+    column's codes are round(w / scale) + zero, clamped, and its error moves to all columns on its
+    right, as above. A block changes the columns beyond it in one product; inside it the order is
+    yours. The result does not depend on `block`.
 
     bits=2, group=3, damp=0, hessian ((2, 1.5, 0), (1.5, 2, 0), (0, 0, 2)), the row (1.4, 2.4, 3):
     scale 1, zero 0. 1.4 becomes 1; of the missing 0.4, the second weight takes over 0.3 and becomes
@@ -871,6 +904,7 @@ def gptq(
     """
     ### BEGIN SOLUTION
     rows, columns = weight.shape
+    block = min(block, columns)
     if group < 1 or block < 1 or columns % group or (block % group and group % block):
         raise ValueError(f"{columns} columns, groups of {group}, blocks of {block}")
     diagonal = hessian.double().diagonal()
@@ -1024,7 +1058,8 @@ for rows, columns, bits, group in [(5, 24, 3, 8), (2, 36, 4, 12), (3, 20, 2, 20)
     w = normal(rows, columns, generator=gen, dtype=torch.float64)
     h = layer_hessian(related(80, columns, gen))
     right, step, z = gptq_by_solving(w, h, bits, group)
-    blocks = [b for b in (1, 2, 4, 8, 12, 24, 40, 128) if b % group == 0 or group % b == 0]
+    sizes = (1, 2, 4, 8, 12, 24, 40, 128)
+    blocks = [b for b in sizes if b % group == 0 or group % b == 0 or b >= columns]
     for block in blocks:
         with checks.unchanged(weight=w, hessian=h):
             codes, scale, zero = gptq(w, h, bits, group, block)
@@ -1035,6 +1070,7 @@ for rows, columns, bits, group in [(5, 24, 3, 8), (2, 36, 4, 12), (3, 20, 2, 20)
     checks.raises(ValueError, gptq, w, h, bits, 7, because=f"7 of {columns} columns")
 ones = torch.ones(2, 24)
 checks.raises(ValueError, gptq, ones, torch.eye(24), 4, 8, 12, because="8 and 12: no multiples")
+checks.raises(ValueError, gptq, ones, torch.eye(24), 4, 48, because="48 of 24 columns")
 checks.raises(ValueError, gptq, ones, torch.eye(24), 4, 0, 12)
 checks.raises(ValueError, gptq, ones, torch.eye(24), 4, 8, 0)
 # The work: columns beyond the block are touched once a block, not once a column.
@@ -1065,6 +1101,11 @@ assert float(scale.max()) < 5, (
 right, step, z = gptq_by_solving(w, layer_hessian(x), 3, 8)
 checks.close(scale, step.float(), what="scale with a dead column", dtype=torch.float32)
 checks.close(codes.long(), right, what="codes with a dead column")
+x[:, 9] *= 1e-6  # a quiet channel is not a dead one
+codes, scale, zero = gptq(w, layer_hessian(x), bits=3, group=8)
+right, step, z = gptq_by_solving(w, layer_hessian(x), 3, 8)
+checks.close(scale, step.float(), what="scale with a quiet column", dtype=torch.float32)
+checks.close(codes.long(), right, what="codes with a quiet column", hint="Dead is exactly 0.")
 few = related(5, 16, gen)  # fewer tokens than columns: singular without damping
 for damp in (0.01, 0.1, 1.0):
     wide = w.double()
@@ -1229,6 +1270,11 @@ errors, scales = awq_errors(w, x, 3, 4)
 best = min(range(20), key=errors.__getitem__)
 checks.close(errors[round(alpha * 20)], errors[best], what="the error with a dead channel")
 checks.close(s, scales[round(alpha * 20)].float(), what="s with a dead channel")
+for own, other in ((torch.float32, torch.float64), (torch.float64, torch.bfloat16)):
+    s, alpha = awq_search(w.to(own), x.to(other), 3, 4)  # of two formats
+    _, scales = awq_errors(w.to(own), x.to(other), 3, 4)
+    hint = f"weight in {own}, x in {other}."
+    checks.close(s, scales[round(alpha * 20)].to(own), what="s", dtype=own, rtol=1e-5, hint=hint)
 whole = torch.tensor([[0.0, 3.0, -4.0, 8.0]])  # every candidate is exact where nothing is rounded
 s, alpha = awq_search(torch.zeros(2, 4), whole, 4, 4)
 checks.close(alpha, 0.0, what="alpha where all are equally good", hint="Then the smallest.")
@@ -1344,9 +1390,10 @@ gen = checks.generator(11)
 
 def hadamard(n):
     """By its closed form: the sign is the parity of the ones that both indices have."""
-    return torch.tensor(
-        [[(-1.0) ** (i & j).bit_count() for j in range(n)] for i in range(n)]
-    ).double()
+    both = torch.arange(n)[:, None] & torch.arange(n)
+    for shift in (8, 4, 2, 1):  # the parity of sixteen bits ends in the last one
+        both = both ^ (both >> shift)
+    return 1.0 - 2 * (both & 1).double()
 
 
 for shape, size in [
@@ -1379,6 +1426,9 @@ checks.close(y, exact, what="float16, blocks of 1024", dtype=torch.float16, rtol
 big = torch.full((1, 512), 20_000.0, dtype=torch.float16)
 found = rotate(big, 512)[0, 1:]
 checks.close(found, torch.zeros(511).half(), what="float16 whose sums pass 65,504", atol=1.0)
+found = rotate(torch.full((1, 16), 10_000.0, dtype=torch.float16), 16)[:, 0]
+expected = torch.tensor([40_000.0]).half()
+checks.close(found, expected, what="float16 whose sums pass 65,504 before they are divided by 4")
 same = torch.ones(4)
 assert rotate(same, 1) is not same, "a new tensor is asked for, with blocks of 1 too"
 w, x = normal(5, 24, generator=gen), normal(7, 24, generator=gen)
@@ -1390,6 +1440,7 @@ assert made.largest <= 4 * 2 * 4096, (
 )
 for size in (3, 6, 0, -2, 16):
     checks.raises(ValueError, rotate, torch.ones(2, 24), size, because=f"24 numbers, size {size}")
+checks.raises(ValueError, rotate, torch.ones(2, 8), 16, because="8 numbers, size 16")
 ### END HIDDEN TESTS
 
 # %% [markdown]
@@ -1638,6 +1689,7 @@ for kind in ("mx", "nv"):
         checks.close(scale, s, what=f"{kind!r}, scale of a block with m = {m}", rtol=1e-6)
         checks.close(levels, right, what=f"{kind!r}, levels of a block with m = {m}")
 checks.raises(ValueError, quantize_fp4, torch.ones(2, 48), "mx")
+checks.raises(ValueError, quantize_fp4, torch.ones(2, 16), "mx")
 checks.raises(ValueError, quantize_fp4, torch.ones(2, 24), "nv")
 checks.raises(ValueError, quantize_fp4, torch.ones(1, 32), "fp4")
 ### END HIDDEN TESTS
@@ -1983,6 +2035,9 @@ for bits, group in [(3, "channel"), (4, 8), (2, "tensor"), (8, 4)]:
         assert y.dtype == dtype, f"the value is {y.dtype} for w in {dtype}"
         expected = (codes.to(kept) * spread(scale.to(kept), w)).to(dtype)
         checks.close(y.detach()[~tie], expected[~tie], what="the value", hint=where)
+        again = dequantize(*quantize_symmetric(w.detach(), bits, group)).to(dtype)
+        hint = f"to the last bit. {where}"
+        checks.close(y.detach(), again, what="the value", rtol=0, atol=0, hint=hint)
         # Numbers of one code are one number, to the last bit.
         rows = (
             [y.detach()]
@@ -2354,7 +2409,8 @@ def w4a16_kernel(
     Grid: (⌈n_out / BLOCK_N⌉, ⌈n_tokens / BLOCK_M⌉). Powers of two: BLOCK_M tokens, BLOCK_N outputs,
     BLOCK_W words, each at least 16. A tile of words may be smaller or larger than a group, and a
     group may begin inside it. w is computed in float32 and rounded to x's format; sums are float32.
-    A program loads each of its words once, and nothing outside the tensors.
+    A program loads each of its words once (rows past the last are masked, not wrapped around), and
+    nothing outside the tensors.
     """
     outs = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
     tokens = tl.program_id(1) * BLOCK_M + tl.arange(0, BLOCK_M)
@@ -2845,7 +2901,7 @@ checks.number(answer, 50, what="steps", hint="0.35 / 0.2 = 1.75 has code 2; the 
 # inputs, which is cheap because nothing is trained.
 
 # %% [markdown]
-# **3.** GPTQ lowers the output error of each layer by a quarter or more. Name two ways in which the
+# **3.** GPTQ more than halves the squared output error of the layers. Name two ways in which the
 # model's loss may all the same not fall.
 
 # %% [markdown] answer="layer-and-loss"

@@ -89,6 +89,27 @@
 +     cut = cut - zero.repeat(1, times).to(scale.dtype)
 + return cut * scale.repeat(1, times)
 
+# %% wrong="affine" because="dequantize multiplied out: in half scales rounded twice, and beyond float16's range"
+- cut = codes.unflatten(1, (scale.shape[1], -1)).to(scale.dtype)
+- if zero is not None:
+-     cut = cut - zero[..., None].to(scale.dtype)
+- return (cut * scale[..., None]).flatten(1)
++ cut = codes.unflatten(1, (scale.shape[1], -1)).to(scale.dtype) * scale[..., None]
++ if zero is not None:
++     cut = cut - (zero.to(scale.dtype) * scale)[..., None]
++ return cut.flatten(1)
+
+# %% wrong="affine" because="zero points are added in uint8, and 256 wraps to 0 before the clamp"
+- codes = (torch.round(cut / scale) + zero).clamp(0, 2**bits - 1)
++ codes = (torch.round(cut / scale).to(torch.int32) + zero.to(torch.int32)).to(torch.uint8)
++ codes = codes.clamp(0, 2**bits - 1)
+
+# %% wrong="affine" because="a group wider than the row is taken for the row"
+- if isinstance(group, int) and (group < 1 or columns % group):
++ if isinstance(group, int):
++     group = min(group, columns)
++ if isinstance(group, int) and (group < 1 or columns % group):
+
 # %% right="affine" because="repeats scales, bounds by torch.minimum, codes by adding the zero point first"
 def quantize_affine(w, bits, group="channel"):
     rows, columns = w.shape
@@ -153,6 +174,12 @@ def dequantize(codes, scale, zero=None):
 - if isinstance(group, int) and (group < 1 or columns % group):
 + if isinstance(group, int) and (group < 1 or w.numel() % group):
 
+# %% wrong="symmetric" because="a group wider than the row is taken for the row"
+- if isinstance(group, int) and (group < 1 or columns % group):
++ if isinstance(group, int):
++     group = min(group, columns)
++ if isinstance(group, int) and (group < 1 or columns % group):
+
 # %% right="symmetric" because="largest of minimum and maximum, row by row of a view"
 def quantize_symmetric(w, bits, group="channel"):
     rows, columns = w.shape
@@ -215,6 +242,10 @@ def quantize_symmetric(w, bits, group="channel"):
 - return (kept + sums.to(work) * x_scale * w_scale.T).to(x.dtype)
 + return (kept + sums.to(work) * x_scale * w_scale.T).float()
 
+# %% wrong="llm_int8" because="both parts are rounded to half before they are added"
+- return (kept + sums.to(work) * x_scale * w_scale.T).to(x.dtype)
++ return kept.to(x.dtype) + (sums.to(work) * x_scale * w_scale.T).to(x.dtype)
+
 # %% right="llm_int8" because="cuts the columns out, sums in float64"
 def llm_int8_matmul(x, w, threshold=6.0):
     work = torch.float64
@@ -261,16 +292,29 @@ def llm_int8_matmul(x, w, threshold=6.0):
 + w_absmax = torch.cat(list(weights)).abs().amax(dim=0)
 
 # %% wrong="smoothquant" because="s goes into the gain, too"
-- return gain / s, [w * s for w in weights]
-+ return gain * s, [w * s for w in weights]
+- return (gain / s).to(gain.dtype), [(w * s).to(w.dtype) for w in weights]
++ return (gain * s).to(gain.dtype), [(w * s).to(w.dtype) for w in weights]
 
 # %% wrong="smoothquant" because="s goes the wrong way"
-- return gain / s, [w * s for w in weights]
-+ return gain * s, [w / s for w in weights]
+- return (gain / s).to(gain.dtype), [(w * s).to(w.dtype) for w in weights]
++ return (gain * s).to(gain.dtype), [(w / s).to(w.dtype) for w in weights]
 
 # %% wrong="smoothquant" because="the matrices are changed in place"
-- return gain / s, [w * s for w in weights]
-+ return gain / s, [w.mul_(s) for w in weights]
+- return (gain / s).to(gain.dtype), [(w * s).to(w.dtype) for w in weights]
++ return (gain / s).to(gain.dtype), [w.mul_(s) for w in weights]
+
+# %% wrong="smoothquant" because="in logarithms 0**0 is NaN: a silent channel at alpha 0"
+- return (x_absmax**alpha / w_absmax ** (1 - alpha)).clamp(min=1e-5)
++ log = alpha * x_absmax.double().log() - (1 - alpha) * w_absmax.double().log()
++ return log.exp().clamp(min=1e-5).to(x_absmax.dtype)
+
+# %% wrong="smoothquant" because="matrices take the format of s"
+- return (gain / s).to(gain.dtype), [(w * s).to(w.dtype) for w in weights]
++ return (gain / s).to(gain.dtype), [w * s for w in weights]
+
+# %% wrong="smoothquant" because="the gain takes the format of s"
+- return (gain / s).to(gain.dtype), [(w * s).to(w.dtype) for w in weights]
++ return gain / s, [(w * s).to(w.dtype) for w in weights]
 
 # %% right="smoothquant" because="by logarithms, matrix by matrix"
 def smoothquant_scales(x_absmax, weights, alpha=0.5):
@@ -283,7 +327,8 @@ def smoothquant_scales(x_absmax, weights, alpha=0.5):
 
 
 def smooth(gain, weights, s):
-    return gain * (1 / s), [w @ torch.diag(s) for w in weights]
+    gained = (gain.double() * (1 / s.double())).to(gain.dtype)
+    return gained, [(w.double() @ torch.diag(s.double())).to(w.dtype) for w in weights]
 
 # %% wrong="gptq" because="rounding to nearest: no error moves"
 -         w[:, j + 1 : end] -= errors[:, j - start, None] * u[j, j + 1 : end]
@@ -421,6 +466,13 @@ def smooth(gain, weights, s):
 - return 2 / len(wide) * wide.T @ wide
 + return 2 / len(wide) * wide @ wide.T
 
+# %% wrong="gptq" because="quiet columns count as dead"
+- w = weight.double().masked_fill(diagonal == 0, 0)
++ w = weight.double().masked_fill(diagonal < 1e-8, 0)
+
+# %% wrong="gptq" because="the default block refuses one group of fewer columns than it"
+- block = min(block, columns)
+
 # %% right="gptq" because="lazily: each group takes all errors so far in one product; the inverse by cholesky_inverse"
 def layer_hessian(x):
     return torch.einsum("ti,tj->ij", x.double(), x.double()) * 2 / x.shape[0]
@@ -428,6 +480,7 @@ def layer_hessian(x):
 
 def gptq(weight, hessian, bits, group, block=128, damp=0.01):
     rows, columns = weight.shape
+    block = min(block, columns)
     if min(group, block) < 1 or columns % group or max(group, block) % min(group, block):
         raise ValueError("sizes")
     h = hessian.double().clone()
@@ -532,6 +585,19 @@ def gptq(weight, hessian, bits, group, block=128, damp=0.01):
 - return best[1].to(torch.promote_types(weight.dtype, torch.float32)), best[2]
 + return best[1].to(torch.promote_types(weight.dtype, torch.float32)), best[2] * grid
 
+# %% wrong="awq" because="float64 inputs give float32 weights a float64 s"
+- return best[1].to(torch.promote_types(weight.dtype, torch.float32)), best[2]
++ return best[1].to(torch.promote_types(torch.promote_types(weight.dtype, inputs.dtype), torch.float32)), best[2]
+
+- w, x = weight.double(), x.double()
++ inputs, w, x = x, weight.double(), x.double()
+
+# %% wrong="awq" because="stops at the first rise, and the curve has several valleys"
+-     if best is None or error < best[0]:
++     if best is not None and error > best[0]:
++         break
++     if best is None or error < best[0]:
+
 # %% right="awq" because="all candidates in a list; the error by the inputs' second moments"
 def awq_search(weight, x, bits, group, grid=20):
     w, inputs = weight.double(), x.double()
@@ -598,6 +664,10 @@ def awq_search(weight, x, bits, group, grid=20):
 # %% wrong="rotate" because="works in place"
 - return (y / math.sqrt(size)).to(x.dtype)
 + return x.copy_((y / math.sqrt(size)).to(x.dtype))
+
+# %% wrong="rotate" because="sums return to half precision before they are divided"
+- return (y / math.sqrt(size)).to(x.dtype)
++ return y.to(x.dtype) / math.sqrt(size)
 
 # %% right="rotate" because="from the largest distance down, scaled in each round"
 def rotate(x, size):
@@ -701,6 +771,11 @@ def quantize_fp4(x, kind):
 # %% wrong="qat" because="the gradient of rounding: none"
 - return back + (w - w.detach())
 + return back
+
+# %% wrong="qat" because="the scale is rounded to half before it multiplies"
+- back = dequantize(*quantize_symmetric(w.detach(), bits, group)).to(w.dtype)
++ codes, scale = quantize_symmetric(w.detach(), bits, group)
++ back = dequantize(codes, scale.to(w.dtype))
 
 # %% right="qat" because="w + (q − w), exact by Sterbenz's lemma"
 - return back + (w - w.detach())
