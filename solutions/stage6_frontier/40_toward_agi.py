@@ -1281,9 +1281,10 @@ def mcts(
     """Monte Carlo tree search with UCT in a game for one player.
 
     game.moves(position) lists the moves there, none at the end of a game; game.play(position, move)
-    gives the next position and changes nothing; game.reward(position), a Python float, is the reward
-    at an end, and sums, means and guesses are such floats. Moves are hashable. The tree's nodes are the ways to play from the root, as tuples of moves; two
-    ways to one position are two nodes. The root is the node ().
+    gives the next position and changes nothing; game.reward(position), a Python float, is the
+    reward at an end, and sums, means and guesses are such floats. Moves are hashable. The tree's
+    nodes are the ways to play from the root, as tuples of moves; two ways to one position are two
+    nodes. The root is the node ().
 
     Each of `simulations` ≥ 1:
     1. starts at the root, and as long as the node has moves and a child for each of them, goes to
