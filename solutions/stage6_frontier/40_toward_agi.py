@@ -206,6 +206,13 @@ assert weighted_vote(ten, [1.0, *[0.1] * 10]) == "a", "ten times 0.1 ties with 1
 assert weighted_vote(ten[::-1], [*[0.1] * 10, 1.0]) == "b", "ten times 0.1 ties with 1.0"
 assert weighted_vote(["a", "b"], [0.0, 0.0]) == "a", "an answer may win with a total of 0"
 assert weighted_vote([None, "b"], [5.0, 0.0]) == "b", "None never wins"
+# A weight of 0 counts for the place of its answer.
+for ballot in product("ab", repeat=3):
+    for weights in product((0.0, 0.5), repeat=3):
+        totals = {x: sum(w for y, w in zip(ballot, weights, strict=True) if y == x) for x in "ab"}
+        want = next(x for x in ballot if totals[x] == max(totals[y] for y in ballot))
+        got = weighted_vote(list(ballot), list(weights))
+        assert got == want, f"{ballot} with weights {weights}: {want!r}; yours is {got!r}"
 for wrong in (-0.5, math.nan, math.inf):
     for ballot in (["a", "b"], ["a", None]):
         checks.raises(ValueError, weighted_vote, ballot, [1.0, wrong], because=f"a weight {wrong}")
@@ -339,10 +346,11 @@ checks.close(
 
 ### BEGIN HIDDEN TESTS
 def exact_pass(n: int, c: int, k: int) -> float:
-    """1 minus a quotient of two products of integers, rounded once."""
+    """A quotient of two integers, made of products of integers, rounded once."""
     few, many = sorted((c, k))
     wrong = math.prod(range(n - few - many + 1, n - many + 1)) if few + many <= n else 0
-    return float(1 - Fraction(wrong, math.prod(range(n - few + 1, n + 1))))
+    every = math.prod(range(n - few + 1, n + 1))
+    return (every - wrong) / every
 
 
 g = checks.generator(2)
@@ -356,6 +364,11 @@ for n, c, k in [
     (997, 13, 400),
     (10**9, 10**4, 10**9 - 10**4),
     (10**9, 1, 7),
+    # A billion samples are not an infinity: drawing with replacement shows in the ninth digit.
+    (10**9, 10**4, 10**4),
+    (10**9, 2 * 10**8, 9),
+    (2 * 10**6, 300, 40),
+    (10**5, 30, 7),
     *(
         (int(n), 1 + int(a * (n - 1)), 1 + int(b * (n - 1)))
         for n, a, b in zip(
@@ -573,6 +586,24 @@ checks.close(float(got[0]), 1 / 3, rtol=1e-12, what="low of scores of 1/3 in flo
 many = torch.ones(4097, dtype=torch.bfloat16)  # a sum in this format stops at 256
 got = bootstrap_interval(many, torch.zeros(4097, dtype=torch.int64), 0.9, 20, g)
 checks.close(float(got[1]), 1.0, what="high of 4097 bfloat16 ones")
+for dtype, big in (
+    (torch.float32, 2**24),
+    (torch.float16, 2048),
+    (torch.bfloat16, 256),
+    (torch.int8, 127),
+    (torch.uint8, 255),
+    (torch.int32, 2**31 - 1),
+):
+    four = torch.tensor([big, 1, 1, 1], dtype=dtype)  # big + 1 does not fit into the format
+    ends = bootstrap_interval(four, torch.zeros(4, dtype=torch.int64), 0.9, 5, g)
+    for name, end in zip(("low", "high"), ends, strict=True):
+        checks.close(
+            float(end),
+            (big + 3) / 4,
+            rtol=1e-12,
+            what=f"{name} of one question with scores {big}, 1, 1, 1 in {dtype}",
+            hint="Computed in float64, the sums of a question's scores, too",
+        )
 scores, questions = asked(torch.rand(25, generator=g).tolist(), [2] * 25, g)
 wide = torch.stack([scores, scores - 1], dim=1)[:, 0]  # not contiguous
 checks.uses_generator(
@@ -673,8 +704,9 @@ def paired_test(
 ) -> float:
     """The two-sided p-value of a difference between two models, by flipping signs of questions.
 
-    a, b: (answers,), scores of two models, bool, integer or floating. questions: (answers,), int64,
-        the question of each answer (of both models), any numbers, any order, not equally often.
+    a, b: (answers,), scores of two models, each bool, integer or floating (a and b may differ).
+        questions: (answers,), int64, the question of each answer (of both models), any numbers, any
+        order, not equally often.
     d is the difference of the two question means, one number a question, in float64. The statistic
     is |Σ ±d|. Sums that fall short of the observed |Σ d| by at most 1e-9 · Σ|d| count as equal to
     it, and equal ones count as extreme.
@@ -811,6 +843,31 @@ low = torch.tensor([1.0, 0.0], dtype=torch.float16)
 checks.close(
     float(paired_test(low, 1 - low, torch.tensor([1, 2]), 9, g)), 1.0, what="p of 1 and −1, float16"
 )
+# d = (n + 1, −n, 3) / 2, once by a sum of scores, once by their difference, once in two formats.
+# In a format that rounds n + 1 to n, or has no place for it, p is another one.
+names = torch.tensor([1, 1, 2, 2, 3, 3])
+for dtype, n in (
+    (torch.float32, 2**24),
+    (torch.float16, 2048),
+    (torch.bfloat16, 256),
+    (torch.int8, 127),
+    (torch.uint8, 255),
+):
+    signed, plain = dtype != torch.uint8, torch.int64
+    for x, y, mine, other in (
+        ([n, 1, 0, 0, 3, 0], [0, 0, n, 0, 0, 0], dtype, dtype),
+        ([n, 0, 0, 0, 3, 0], [-signed, 0, n, 0 if signed else 1, 0, 0], dtype, dtype),
+        ([n + 1, 0, 0, 0, 3, 0], [0, 0, n, 0, 0, 0], plain, dtype),
+    ):
+        gaps = [Fraction(sum(x[i : i + 2]) - sum(y[i : i + 2]), 2) for i in (0, 2, 4)]
+        x, y = torch.tensor(x, dtype=mine), torch.tensor(y, dtype=other)
+        for one, two in ((x, y), (y, x)):
+            checks.close(
+                float(paired_test(one, two, names, 9, g)),
+                exact_p(gaps),
+                what=f"p of scores in {one.dtype} and {two.dtype}, d = {[*map(float, gaps)]}",
+                hint="Computed in float64, the sums and differences of scores, too",
+            )
 ### END HIDDEN TESTS
 
 # %% check="paired_test" points=2
@@ -844,6 +901,17 @@ for count, plus, resamples in ((13, 9, 5000), (21, 13, 5000), (40, 25, 3000)):
     assert abs(hits - max(round(hits), 0)) < 1e-6, (
         f"p = {got} is not (extreme + 1)/(resamples + 1) with {resamples} resamples"
     )
+# Questions without a difference are questions: 11 with one and 3 without are more than twelve.
+for one, none in ((11, 3), (12, 1), (2, 15)):
+    a = torch.tensor([1.0] * one + [0.5] * none)
+    b = torch.tensor([0.0] * one + [0.5] * none)
+    before = g.get_state()
+    got = 10 * float(paired_test(a, b, torch.arange(one + none), 9, g))
+    assert abs(got - max(round(got), 1)) < 1e-6, (
+        f"p of {one + none} questions, {none} of them without a difference, is (extreme + 1)/10 "
+        f"with 9 resamples; yours is {got / 10}"
+    )
+    assert not torch.equal(before, g.get_state()), "with more than 12 questions signs are drawn"
 scores, names = asked(torch.rand(30, generator=g).tolist(), [2] * 30, g)
 other = torch.rand(60, generator=g, dtype=torch.float64)
 checks.uses_generator(
@@ -1001,6 +1069,12 @@ for answer, reference, want in [
     ("0.1", "0.1000000000000000055511151231257827", 0), ("9007199254740993", "9007199254740992", 0),
     ("\n\t 42\r\n ", "42", 1), ("42", " 42\n", 1), ("42", "42", 1), ("42", "421", 0),
     ("421", "42", 0), ("100", "10", 0), ("1/7", "2/14", 1), ("1/7", "7", 0), ("7/1", "1/7", 0),
+    # Equal in their first 16, 28 and 37 digits, and not equal.
+    *(("1/3", f"0.{'3' * digits}", 0) for digits in (17, 28, 30, 38)),
+    ("123456789012345678/123456789012345679", "123456789012345679/123456789012345680", 0),
+    (f"1/{'9' * 38}", f"1/{'9' * 37}8", 0), (f"-1.{'0' * 35}1", "-1", 0),
+    (f"+1.{'0' * 35}1", "1", 0), (f"1{'0' * 37}1", f"1{'0' * 38}", 0),
+    ("246913578024691356/246913578024691358", "123456789012345678/123456789012345679", 1),
 ]:  # fmt: skip
     got = judged(answer, reference)
     assert got == want, f"{answer!r} for {reference!r} earns {want}; yours gives {got}"
@@ -1207,9 +1281,10 @@ def mcts(
     """Monte Carlo tree search with UCT in a game for one player.
 
     game.moves(position) lists the moves there, none at the end of a game; game.play(position, move)
-    gives the next position and changes nothing; game.reward(position) is the reward at an end.
-    Moves are hashable. The tree's nodes are the ways to play from the root, as tuples of moves; two
-    ways to one position are two nodes. The root is the node ().
+    gives the next position and changes nothing; game.reward(position), a Python float, is the
+    reward at an end, and sums, means and guesses are such floats. Moves are hashable. The tree's
+    nodes are the ways to play from the root, as tuples of moves; two ways to one position are two
+    nodes. The root is the node ().
 
     Each of `simulations` ≥ 1:
     1. starts at the root, and as long as the node has moves and a child for each of them, goes to
@@ -1357,9 +1432,14 @@ for rewards, simulations, c in (
     ([0.25, 0.25, 0.625, 0.875], 20, 0.5),
     ([0.75, 0.25, 0.75, 1.0], 20, 1.0),
     ([0.0, 0.75, 1.0], 30, 1.5),
+    # And here the tenth digit of a reward: float32 has seven.
+    ([0.5, 0.5 + 2**-30, 0.5], 4, 1.0),
+    ([0.5, 0.5 + 2**-31, 0.5 + 2**-30, 0.5], 13, 0.25),
 ):
     arms = dict(enumerate(rewards))
-    _, _, tree = mcts(Table(), arms, simulations, c, g)
+    best, _, tree = mcts(Table(), arms, simulations, c, g)
+    top = rewards.index(max(rewards))
+    assert best == [top], f"of rewards {rewards} number {top} is the highest; yours: {best}"
     got, want = [tree[(m,)][0] for m in arms], bandit(rewards, simulations, c, 0)
     assert got == want, f"rewards {rewards}, c = {c}: visited {want}; yours {got}: what is N?"
 # One level down: visits are a bandit's again, with the visits of *that* node in the logarithm.
@@ -1942,10 +2022,29 @@ assert [len(h) for h, _ in asked] == [2, 4, 6, 6], (
     f"the compacted history is what the next step goes on with: {[len(h) for h, _ in asked]}"
 )
 assert [len(seen) for seen in script.seen] == [2, 4, 4], "the model sees the compacted history"
-assert [m.call for m in script.seen[2]] == [None, None, 1, 1], "numbers go on after compaction"
+got = [m.call for m in run.history]
+assert got == [None, None, 1, 1, 2, 2], f"numbers go on after compaction: {got}"
 assert run.history == asked[3][0], "at 'budget' the history stands as it was before compact"
+asked.clear()
 run, _ = outcome(replies[:1], {"calculator": calculator}, steps=1, compacted=shrinking)
-assert (run.status, len(run.history)) == ("steps", 4), "after the last step nothing is compacted"
+got = run.status, len(run.history), len(asked)
+assert got == ("steps", 4, 1), f"after the last step compact is not asked: {got}"
+asked.clear()
+run, _ = outcome([replies[0], "so"], {"calculator": calculator}, compacted=shrinking)
+assert (run.status, len(asked)) == ("done", 2), "after the answer compact is not asked"
+asked.clear()
+run, _ = outcome(replies[:3], {"calculator": calculator}, steps=3, compacted=shrinking)
+assert (run.status, len(asked)) == ("steps", 3), f"max_steps comes before the budget: {run.status}"
+
+
+def beginning(history: list[Message], budget: int) -> list[Message]:
+    """Keeps no call."""
+    return history[:2]
+
+
+run, _ = outcome(replies, {"calculator": calculator}, steps=5, compacted=beginning)
+got = [m.call for m in run.history]
+assert got == [None, None, 4, 4], f"the fifth call of a run has number 4: {got}"
 
 
 def oversized(history: list[Message], budget: int) -> list[Message]:
@@ -1954,6 +2053,8 @@ def oversized(history: list[Message], budget: int) -> list[Message]:
 
 run, script = outcome(["x"], {}, compacted=oversized)
 assert (run.status, run.steps, script.seen) == ("budget", 0, []), "no model call without room"
+run, _ = outcome([], {}, steps=0, compacted=oversized)
+assert run.status == "steps", f"max_steps comes before the budget: {run.status}"
 ### END HIDDEN TESTS
 
 # %% check="agent" points=2
@@ -2134,6 +2235,9 @@ g = checks.generator(19)
 outcomes = {"same": 0, "shorter": 0, "none": 0}
 for number in range(60):
     history = some_history(g, number % 7, late=number % 2 == 1)
+    users = [i for i, m in enumerate(history) if m.role == "user"]
+    for i in users[:1] if number % 3 == 0 else users if number % 5 == 0 else []:
+        history[i] = NOTE  # the first user message is the task, whatever it says
     whole = cost(history)
     for budget in {whole, whole - 1, whole - 9, whole * 3 // 4, whole // 2, whole // 3, 12}:
         want = by_trying(history, budget)
@@ -2633,6 +2737,11 @@ def shrunk(number: int, answer: list[int]) -> float:
     return uneven(number, answer) / (1, 128, 16384)[number % 3]
 
 
+def partly(number: int, answer: list[int]) -> float:
+    """The same for every second prompt; 0.5 for the others, whatever the answer."""
+    return uneven(number, answer) if number % 2 else 0.5
+
+
 def nothing(number: int, answer: list[int]) -> float:
     return 0.0
 
@@ -2668,27 +2777,6 @@ def steps_taken():
     finally:
         names["weighted_step"] = step
 
-
-# %% check="r1_recipe" points=3
-cold, rl, final, collected = cooked(**LONG)
-scores = [share_right(m) for m in (small_base(30), cold, rl, final)]
-shown = "base {:.2f}, cold {:.2f}, rl {:.2f}, final {:.2f}".format(*scores)
-assert told(cold) > told(small_base(30)) + 0.3, "the demonstrations are no likelier after stage 1"
-assert scores[2] > scores[1], f"rewards teach more than the demonstrations: {shown}"
-assert scores[3] > scores[1], f"what was collected teaches more than the demonstrations: {shown}"
-### BEGIN HIDDEN TESTS
-watch = Watch(fifth)
-cold, rl, final, collected = cooked(watch, salt=31, **LONG)
-scores = [share_right(m) for m in (cold, rl, final)]
-shown = "cold {:.2f}, rl {:.2f}, final {:.2f}".format(*scores)
-assert scores[1] >= 0.6, f"after RL at least 0.6 of the questions are right: {shown}"
-assert scores[2] >= 0.6, f"after rejection sampling at least 0.6 are right: {shown}"
-late = watch.given[50 * 80 : 60 * 80]
-assert sum(late) / len(late) >= 0.5, (
-    f"in the last ten RL steps {sum(late) / len(late):.2f} of the samples were right, but the "
-    "model that they should come from is better"
-)
-### END HIDDEN TESTS
 
 # %% check="r1_recipe" points=2
 base = small_base(33)
@@ -2794,36 +2882,57 @@ assert distance < 0.3, (
     "are mean and deviation those of the group?"
 )
 # The weights themselves, in whatever order: Adam hides a factor that all of a step's weights share.
-watch = Watch(shrunk)
-with steps_taken() as taken:
-    cooked(watch, rl_steps=3, group=6, salt=42)
-assert [len(step) for step in taken] == [5 * 6] * 3, (
-    f"three RL steps are three weighted_steps, each on 30 answers; yours {[*map(len, taken)]}"
-)
-for i, step in enumerate(taken):
-    want = []
-    for at in range(30 * i, 30 * i + 30, 6):
-        earned = watch.given[at : at + 6]
-        ways = [[(r - fmean(earned)) / (spread(earned) + small or 1) for r in earned]
-                for spread, small in ((stdev, 1e-4), (pstdev, 1e-4), (stdev, 0))]  # fmt: skip
-        want += [
-            [n + 2, list(answer), *weights]
-            for (n, answer), *weights in zip(watch.asked[at : at + 6], *ways, strict=True)
-        ]
-    step, want = sorted(step), sorted(want)
-    assert [row[:2] for row in step] == [row[:2] for row in want], (
-        "a weighted_step is not on the answers that were rewarded"
+for rule, salt in ((shrunk, 42), (partly, 43)):
+    watch = Watch(rule)
+    with steps_taken() as taken:
+        cooked(watch, rl_steps=3, group=6, salt=salt)
+    assert [len(step) for step in taken] == [5 * 6] * 3, (
+        f"three RL steps are three weighted_steps, each on 30 answers; yours {[*map(len, taken)]}"
     )
-    right, population, bare = ([row[k] for row in want] for k in (2, 3, 4))
-    checks.close(
-        [row[2] for row in step],
-        right,
-        rtol=1e-3,
-        atol=1e-4,
-        what=f"the weights of RL step {i + 1}",
-        hint="(r − mean) / (std + 1e-4), with the sample deviation of the group",
-        mistakes={"the population's deviation": population, "leaving out 1e-4": bare},
-    )
+    for i, step in enumerate(taken):
+        want = []
+        for at in range(30 * i, 30 * i + 30, 6):
+            earned = watch.given[at : at + 6]
+            ways = [[(r - fmean(earned)) / (spread(earned) + small or 1) for r in earned]
+                    for spread, small in ((stdev, 1e-4), (pstdev, 1e-4), (stdev, 0))]  # fmt: skip
+            want += [
+                [n + 2, list(answer), *weights]
+                for (n, answer), *weights in zip(watch.asked[at : at + 6], *ways, strict=True)
+            ]
+        step, want = sorted(step), sorted(want)
+        assert [row[:2] for row in step] == [row[:2] for row in want], (
+            "a weighted_step is not on the answers that were rewarded"
+        )
+        right, population, bare = ([row[k] for row in want] for k in (2, 3, 4))
+        checks.close(
+            [row[2] for row in step],
+            right,
+            rtol=1e-3,
+            atol=1e-4,
+            what=f"the weights of RL step {i + 1}",
+            hint="(r − mean) / (std + 1e-4), with the sample deviation of the group",
+            mistakes={"the population's deviation": population, "leaving out 1e-4": bare},
+        )
+# Finetuning draws from lists of known order: demonstrations, and behind them what was collected.
+for stage, changes in (
+    ("cold", {"cold_steps": 4, "batch": 1}),
+    ("final", {"samples": 2, "final_steps": 4, "batch": 3}),
+):
+    sizes, source = sized(**changes), checks.generator(44)
+    with steps_taken() as taken:
+        collected = cooked(everything, salt=44, **changes)[3]
+    pool = list(SHOWN)
+    if stage == "final":
+        asked = [prompt for prompt in ASKED for _ in range(sizes.samples)]
+        sample(small_base(44), asked, sizes, source)
+        pool += collected
+    for i, step in enumerate(taken):
+        chosen = torch.randperm(len(pool), generator=source)[: sizes.batch].tolist()
+        want = [[pool[n].prompt[0], list(pool[n].answer), 1.0] for n in chosen]
+        assert step == want, (
+            f"step {i + 1} of {stage} is on the examples {chosen} of demonstrations + collected: "
+            f"{want}; yours {step}. Are they in this order?"
+        )
 # What is collected counts in the last stage, together with the demonstrations.
 _, _, final, collected = cooked(all_but_shown, samples=1, final_steps=40)
 assert told(final) > -1.2, "the demonstrations are not among the examples of the last stage"
@@ -2852,6 +2961,27 @@ def drawn_run(source: torch.Generator):
 
 
 checks.uses_generator(drawn_run, what="r1_recipe")
+### END HIDDEN TESTS
+
+# %% check="r1_recipe" points=3
+cold, rl, final, collected = cooked(**LONG)
+scores = [share_right(m) for m in (small_base(30), cold, rl, final)]
+shown = "base {:.2f}, cold {:.2f}, rl {:.2f}, final {:.2f}".format(*scores)
+assert told(cold) > told(small_base(30)) + 0.3, "the demonstrations are no likelier after stage 1"
+assert scores[2] > scores[1], f"rewards teach more than the demonstrations: {shown}"
+assert scores[3] > scores[1], f"what was collected teaches more than the demonstrations: {shown}"
+### BEGIN HIDDEN TESTS
+watch = Watch(fifth)
+cold, rl, final, collected = cooked(watch, salt=31, **LONG)
+scores = [share_right(m) for m in (cold, rl, final)]
+shown = "cold {:.2f}, rl {:.2f}, final {:.2f}".format(*scores)
+assert scores[1] >= 0.6, f"after RL at least 0.6 of the questions are right: {shown}"
+assert scores[2] >= 0.6, f"after rejection sampling at least 0.6 are right: {shown}"
+late = watch.given[50 * 80 : 60 * 80]
+assert sum(late) / len(late) >= 0.5, (
+    f"in the last ten RL steps {sum(late) / len(late):.2f} of the samples were right, but the "
+    "model that they should come from is better"
+)
 ### END HIDDEN TESTS
 
 # %% [markdown]

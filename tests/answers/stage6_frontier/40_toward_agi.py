@@ -65,6 +65,17 @@
 - if len(answers) != len(scores) or any(math.isnan(score) for score in scores):
 + if len(answers) != len(scores) or not all(math.isfinite(score) for score in scores):
 
+# %% wrong="votes" because="an occurrence of weight 0 is forgotten, and the place of its answer with it"
+- if answer is not None:
+-     given.setdefault(answer, []).append(weight)
++ if answer is not None and weight > 0:
++     given.setdefault(answer, []).append(weight)
+
+- return max(given, key=lambda answer: math.fsum(given[answer]), default=None)
++ if not given:
++     return next((answer for answer in answers if answer is not None), None)
++ return max(given, key=lambda answer: math.fsum(given[answer]), default=None)
+
 # %% right="votes" because="counters and loops over positions"
 def majority_vote(answers):
     from collections import Counter
@@ -146,6 +157,12 @@ def best_of_n(answers, scores):
 - return -math.expm1(none_right)
 + return math.comb(c, k) / math.comb(n, k)
 
+# %% wrong="pass_at_k" because="for large n it draws with replacement"
+- none_right = sum(math.log1p(-many / i) for i in range(n - few + 1, n + 1))
++ if n > 1_000_000:
++     return -math.expm1(few * math.log1p(-many / n))
++ none_right = sum(math.log1p(-many / i) for i in range(n - few + 1, n + 1))
+
 # %% right="pass_at_k" because="whole numbers, divided at the end"
 def pass_at_k(n, c, k):
     if k < 1 or k > n or c < 0 or c > n:
@@ -225,6 +242,12 @@ def pass_at_k(n, c, k):
 + turn = torch.rand(picked.shape, generator=generator)
 + at = first[picked] + (turn * size[picked]).long()
 + low, high = scores.double()[order][at].mean(dim=1).quantile(ends)
+
+# %% wrong="bootstrap_interval" because="bincount with float32 weights adds up in float32"
+- sums = torch.zeros(len(names), dtype=torch.float64).index_add_(0, where, scores.double())
+- means = sums / where.bincount()
++ weights = scores if scores.dtype == torch.float32 else scores.double()
++ means = (where.bincount(weights=weights) / where.bincount()).double()
 
 # %% right="bootstrap_interval" because="dictionaries, counts and a sorted list"
 def bootstrap_interval(scores, questions, level, resamples, generator):
@@ -322,6 +345,21 @@ def bootstrap_interval(scores, questions, level, resamples, generator):
 # %% wrong="paired_test" because="bool tensors cannot be subtracted"
 - gaps.index_add_(0, where, a.double() - b.double())
 + gaps.index_add_(0, where, (a - b).double())
+
+# %% wrong="paired_test" because="two formats are stacked to one, float16, before double()"
+- gaps.index_add_(0, where, a.double() - b.double())
++ both = torch.cat((a[None], b[None])).double()
++ gaps.index_add_(0, where, both[0] - both[1])
+
+# %% wrong="paired_test" because="the difference is taken in the scores' format"
+- gaps.index_add_(0, where, a.double() - b.double())
++ gaps.index_add_(0, where, (a * 1 - b * 1).double())
+
+# %% wrong="paired_test" because="questions without a difference are dropped before they are counted"
+- gaps /= where.bincount()
++ gaps = (gaps / where.bincount())[gaps != 0]
++ if len(gaps) == 0:
++     return 1.0
 
 # %% right="paired_test" because="sums in whole units where they are few, a loop where they are many"
 def paired_test(a, b, questions, resamples, generator):
@@ -485,6 +523,12 @@ def paired_test(a, b, questions, resamples, generator):
 - return float(bool(closing) and parse_number(answer) == wanted)
 + return bool(closing) and parse_number(answer) == wanted
 
+# %% wrong="verifiable_reward" because="Decimal rounds quotients and signs to 28 digits"
+- size = Fraction(decimal.replace(",", "")) if decimal else Fraction(int(above), int(below))
++ from decimal import Decimal
++
++ size = Decimal(decimal.replace(",", "")) if decimal else Decimal(above) / Decimal(below)
+
 # %% right="verifiable_reward" because="character by character"
 def verifiable_reward(text, reference):
     target = as_number(reference)
@@ -625,6 +669,11 @@ def as_number(s):
 # %% wrong="mcts" because="the global generator"
 - path.append(moves[int(torch.randint(len(moves), (1,), generator=generator))])
 + path.append(random.choice(moves))
+
+# %% wrong="mcts" because="guesses in float32 tie where rewards are near each other"
+- return totals[child] / n + c * math.sqrt(math.log(visits[node]) / n)
++ guess = totals[child] / n + c * math.sqrt(math.log(visits[node]) / n)
++ return float(torch.tensor(guess, dtype=torch.float32))
 
 # %% right="mcts" because="nodes as objects, recursion down the tree"
 def mcts(game, root, simulations, c, generator):
@@ -827,6 +876,28 @@ def mcts(game, root, simulations, c, generator):
 - Message("assistant", reply, number),
 + Message("assistant", "<call>" + reply.partition("<call>")[2], number),
 
+# %% wrong="agent" because="compact is asked once more when max_steps replies are made"
+- while steps < self.max_steps:
+-     try:
+-         history = self.compact(history, self.budget)
+-     except ValueError:
+-         return Run(None, "budget", steps, history)
++ while True:
++     try:
++         history = self.compact(history, self.budget)
++     except ValueError:
++         return Run(None, "budget", steps, history)
++     if steps >= self.max_steps:
++         break
+
+# %% wrong="agent" because="calls are counted in the history, which compaction shortens"
+- number = steps - 1
++ number = sum(m.role == "assistant" for m in history)
+
+# %% wrong="agent" because="one more than the last number in the history, which compaction may take"
+- number = steps - 1
++ number = max((m.call + 1 for m in history if m.call is not None), default=0)
+
 # %% right="agent" because="a regular expression and a generator of steps"
 class Agent:
     def __init__(self, model, tools, compact, max_steps, budget, max_output=500):
@@ -941,6 +1012,10 @@ class Agent:
 + for unit in units.values():
 +     gone.update(unit)
 +     history[min(gone)] = NOTE
+
+# %% wrong="compact" because="an older note in the first place is not the task"
+- task = next((i for i, m in enumerate(history) if m.role == "user"), None)
++ task = next((i for i, m in enumerate(history) if m.role == "user" and m != NOTE), None)
 
 # %% right="compact" because="counts how many units have to go"
 def compact(history, budget):
@@ -1190,6 +1265,18 @@ def force_thinking(write, prompts, waits, limit, end, wait):
 # %% wrong="r1_recipe" because="the models share their parameters"
 - cold = copy.deepcopy(base)
 + cold = copy.copy(base)
+
+# %% wrong="r1_recipe" because="groups of equal rewards are left out: the mean is over fewer answers"
+- weighted_step(rl, optimizer, tried, better.flatten().float())
++ use = (better != 0).any(1).repeat_interleave(sizes.group)
++ if not use.any():
++     use[:] = True
++ tried = [example for example, u in zip(tried, use.tolist()) if u]
++ weighted_step(rl, optimizer, tried, better.flatten()[use].float())
+
+# %% wrong="r1_recipe" because="what was collected stands before the demonstrations"
+- finetune(final, [*demonstrations, *collected], sizes.final_steps, sizes, generator)
++ finetune(final, [*collected, *demonstrations], sizes.final_steps, sizes, generator)
 
 # %% right="r1_recipe" because="advantages in plain Python, a function for each stage"
 def r1_recipe(base, demonstrations, prompts, reward, sizes, generator):
