@@ -1638,6 +1638,16 @@ for shape, bits, group, residual in [
         what=f"values, {where}",
         mistakes={"values per channel": swapped_v, "no rounding": v},
     )
+# Keys and values of two formats: each is computed in its own.
+wide = normal(2, 1, 13, 8, generator=g, dtype=torch.float64) + 3
+for k, v in ((wide, wide.float()), (wide.float(), wide), (wide.bfloat16(), wide)):
+    for found, right, given in zip(
+        quantize_kv(k, v, 3, 4, 4), by_hand(k, v, 3, 4, 4), (k, v), strict=True
+    ):
+        assert found.dtype == given.dtype, f"{given.dtype} comes back as {found.dtype}"
+        if given.dtype != torch.bfloat16:  # in which two codes can be equally near
+            fine = 1e-9 if given.dtype == torch.float64 else 1e-5
+            checks.close(found, right, rtol=fine, what=f"{given.dtype} beside another format")
 ### END HIDDEN TESTS
 
 # %% check="quantize_kv" points=1
@@ -1678,16 +1688,6 @@ for scale in (2.0**-30, 2.0**-100, 2.0**30):
         quantize_kv(scale * k, scale * v, 2, 4, 4), whole, ("keys", "values"), strict=True
     ):
         checks.close(found / scale, right, what=f"{name} of a range of about {4 * scale:.0e}")
-# Keys and values of two formats: each is computed in its own.
-wide = normal(2, 1, 13, 8, generator=g, dtype=torch.float64) + 3
-for k, v in ((wide, wide.float()), (wide.float(), wide), (wide.bfloat16(), wide)):
-    for found, right, given in zip(
-        quantize_kv(k, v, 3, 4, 4), by_hand(k, v, 3, 4, 4), (k, v), strict=True
-    ):
-        assert found.dtype == given.dtype, f"{given.dtype} comes back as {found.dtype}"
-        if given.dtype != torch.bfloat16:  # in which two codes can be equally near
-            fine = 1e-9 if given.dtype == torch.float64 else 1e-5
-            checks.close(found, right, rtol=fine, what=f"{given.dtype} beside another format")
 k, v = normal(1, 1, 3, 4, generator=g), normal(1, 1, 3, 4, generator=g)
 alone_k, alone_v = quantize_kv(k, v, 2, 1, 1)  # groups of one number
 checks.close(alone_k, k, what="keys in groups of one")
