@@ -1340,9 +1340,9 @@ axes[1].text(1, 225, "ridge of an H200", fontsize=8, color="#555555")
 axes[1].legend(fontsize=8)
 plot.caption(
     fig,
-    "Arithmetic, no measurement. Right: without cached tokens the intensity is about the batch: some "
-    "206 texts reach the ridge. With 2,048 tokens a text it bends long before; at 32,768 even a "
-    "batch of 1,024 stays below 8, since each text reads a cache of its own.",
+    "Arithmetic, no measurement. Right: without cached tokens the intensity is about the batch: "
+    "some 206 texts reach the ridge. With 2,048 tokens a text it bends long before; at 32,768 even "
+    "a batch of 1,024 stays below 8, since each text reads a cache of its own.",
 )
 plt.show()
 
@@ -2202,9 +2202,9 @@ ax.grid(axis="x", visible=False)
 ax.legend(fontsize=8)
 plot.caption(
     fig,
-    "With reuse a later turn costs its question and one token. A template that drops earlier reasoning "
-    "breaks the prefix at the last reply, and costs that reply's answer again. Three tokens of "
-    "time at the very front break it at token 0.",
+    "With reuse a later turn costs its question and one token. A template that drops earlier "
+    "reasoning breaks the prefix at the last reply, and costs that reply's answer again. Three "
+    "tokens of time at the very front break it at token 0.",
 )
 plt.show()
 
