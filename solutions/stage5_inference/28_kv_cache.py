@@ -102,7 +102,8 @@ def token_passes(prompt: int, new: int, cached: bool) -> int:
 
     prompt ≥ 1 tokens, new ≥ 0. A token counts as often as it passes. Without a cache every new
     token takes a pass of the whole text so far. With a cache the prompt passes once (prefill), then
-    each written token passes once when the next one is needed. Where new = 0, nothing passes.
+    each written token passes once when the next one is needed. Where new = 0, nothing passes. The
+    count is exact, however large.
 
     A prompt of 1 and 4 new tokens: 1 + 2 + 3 + 4 = 10 without a cache, 4 with one.
     """
@@ -144,6 +145,8 @@ for prompt, new in [(1, 0), (5, 0), (1, 1), (7, 1), (3, 2), (10, 25), (100, 7)]:
                 "the whole text each time, its last token too": sum(texts) + new,
             },
         )
+answer = token_passes(10**17, 3, cached=False)
+assert answer == 3 * 10**17 + 3, f"prompt 10**17, new 3: {answer}; a float is not exact there"
 ### END HIDDEN TESTS
 
 # %% [markdown]
@@ -213,8 +216,8 @@ class KVCache:
     ) -> tuple[Tensor, Tensor]:
         """Stores new tokens of one layer behind those it has, and returns all of that layer's.
 
-        k, v: (batch, kv_heads, new, head_dim), of any floating format and layout; unchanged. Of row
-        b the first counts[b] tokens are real and are stored, the others are padding: counts
+        k, v: (batch, kv_heads, new, head_dim), each of any floating format and layout; unchanged.
+        Of row b the first counts[b] tokens are real and are stored, the others are padding: counts
         (batch,), int64, from 0 to new; None means that all are real.
 
         Returns (keys, values), views of this layer's memory, (batch, kv_heads, longest, head_dim):
@@ -407,6 +410,12 @@ grown = torch.ones(2, 1, 1, 8, requires_grad=True)
 full.crop(5)
 keys, _ = full.append(0, 2 * grown, 2 * grown)
 assert not keys.requires_grad, "what is stored must have no graph: detach it"
+# Keys and values of two formats: neither goes through the other's.
+fine, coarse = torch.full((1, 1, 1, 2), 1 / 3), torch.full((1, 1, 1, 2), 1e5, dtype=torch.bfloat16)
+for k, v in ((fine, coarse), (coarse, fine), (fine.half(), coarse)):
+    mixed = KVCache(1, 1, 1, 2, 2).append(0, k, v)
+    for found, right, name in zip(mixed, (k, v), ("keys", "values"), strict=True):
+        checks.close(found, right.float(), what=f"{name}, of {k.dtype} and {v.dtype}")
 ### END HIDDEN TESTS
 
 # %% check="kv_cache" points=2
@@ -633,9 +642,10 @@ def generate_with_cache(
     max_new_tokens ≥ 0. Each token is the argmax of the logits of the last real token of its row.
 
     The first call passes all prompts, padded on the right with 0. Each further call passes one
-    token a row, shape (batch, 1); a row that has ended gets the count 0 and any id. forward is
-    called only when a token is still needed (with max_new_tokens = 0: never), so that in the end
-    every prompt and every written token but the last of its row has passed once.
+    token a row, shape (batch, 1); a row that has ended gets the count 0 and any id that the
+    model knows. forward is called only when a token is still needed (with max_new_tokens = 0:
+    never), so that in the end every prompt and every written token but the last of its row has
+    passed once.
     """
     ### BEGIN SOLUTION
     if not all(prompts):
@@ -724,6 +734,17 @@ def count_down(tokens, cache, counts):
 
 written = generate_with_cache(count_down, None, [[2], [4]], 3, stop=0)
 assert written == [[1, 0], [3, 2, 1]], f"counting down with stop=0: {written}; 0 is a token"
+
+
+def near_ties(tokens, cache, counts):
+    return 2**-30 * count_up(tokens, cache, counts)
+
+
+written = generate_with_cache(near_ties, None, [[1, 2], [10]], 2)
+assert written == [[3, 4], [11, 12]], (
+    f"with logits that differ by 2**-30: {written}, expected [[3, 4], [11, 12]]: take the argmax "
+    "of the logits themselves; their softmax rounds to equal numbers"
+)
 ### END HIDDEN TESTS
 
 # %% check="generate_with_cache" points=2
@@ -890,7 +911,7 @@ def cache_bytes(layers: Sequence[LayerCache], lengths: Sequence[int], bits: int 
     is None), one entry for each full `stride` of these. An entry is kv_heads · head_dim numbers for
     the key, as many for the value unless `tied`, and `extra` numbers. A `shared` layer keeps
     nothing. Numbers have `bits` bits; the sum over all layers and texts is rounded up to a whole
-    byte, once. Returns an int.
+    byte, once. window ≥ 0, stride ≥ 1. Returns an int, exact however large.
 
     Seven layers LayerCache(2, 32) and one text of 1 token: 7 · 2 · 2 · 32 · 2 = 1792 bytes.
     """
@@ -938,11 +959,14 @@ worked = [
     ("gpt-oss", [LayerCache(8, 64, window=128), LayerCache(8, 64)] * 18, [100_000], 3_691_118_592),
     ("no text", [LayerCache(8, 64)], [], 0),
     ("no tokens", [LayerCache(8, 64, stride=4)], [0], 0),
+    ("a window of 0", [LayerCache(1, 8, window=0), LayerCache(1, 8)], [5, 0], 160),
 ]
 for name, layout, lengths_of, expected in worked:
     answer = cache_bytes(layout, lengths_of)
     checks.kind(answer, int, what="cache_bytes")
     checks.close(answer, expected, what=name)
+answer = cache_bytes([LayerCache(1, 1, tied=True)], [2**60 + 1], bits=4)
+assert answer == 2**59 + 1, f"2**60 + 1 numbers of 4 bits take 2**59 + 1 bytes; yours: {answer}"
 ### END HIDDEN TESTS
 
 # %% check="cache_bytes" points=1
@@ -1217,7 +1241,8 @@ for batch in (1, 64):
         arithmetic_intensity(LLAMA_3_8B, batch, 10**10, "decode")[2], 4, to=1e-3, what="the limit"
     )
 checks.number(arithmetic_intensity(toy, 1, 0, "decode")[0], 2128, to=1e-9, what="FLOPs, 0 cached")
-checks.raises(ValueError, arithmetic_intensity, toy, 1, 5, "training")
+for phase in ("training", "Prefill", "DECODE", " decode", "pre", ""):
+    checks.raises(ValueError, arithmetic_intensity, toy, 1, 5, phase)
 ### END HIDDEN TESTS
 
 
@@ -1225,9 +1250,9 @@ checks.raises(ValueError, arithmetic_intensity, toy, 1, 5, "training")
 def roofline_time(flops: float, moved: float, peak: float, bandwidth: float) -> tuple[float, str]:
     """(seconds, what limits): the least time for so many FLOPs and moved bytes.
 
-    peak in FLOP/s and bandwidth in bytes/s; arithmetic and traffic overlap. What limits is
-    "compute" where arithmetic takes longer, else "memory". 1000 FLOPs and 50 bytes at 100 FLOP/s
-    and 10 bytes/s: (10.0, "compute").
+    flops ≥ 0, moved > 0; peak in FLOP/s and bandwidth in bytes/s; arithmetic and traffic overlap.
+    What limits is "compute" where arithmetic takes longer, by however little, else "memory". 1000
+    FLOPs and 50 bytes at 100 FLOP/s and 10 bytes/s: (10.0, "compute").
     """
     ### BEGIN SOLUTION
     compute, memory = flops / peak, moved / bandwidth
@@ -1254,6 +1279,9 @@ for flops, moved, peak, bandwidth, expected, name in [
     (1e12, 1e10, 989e12, 4.8e12, 1e10 / 4.8e12, "memory"),
     (0, 8, 3, 2, 4.0, "memory"),
     (64, 16, 32, 8, 2.0, "memory"),
+    (2**40 + 1, 2**40, 1, 1, 2.0**40, "compute"),
+    (3000, 1000, 2.0**60, 2.0**60, 3000 / 2**60, "compute"),
+    (1000, 3000, 2.0**60, 2.0**60, 3000 / 2**60, "memory"),
 ]:
     found, limit = roofline_time(flops, moved, peak, bandwidth)
     checks.number(found, expected, to=1e-9, what=f"seconds for {flops:g} FLOPs, {moved:g} bytes")
@@ -1312,9 +1340,9 @@ axes[1].text(1, 225, "ridge of an H200", fontsize=8, color="#555555")
 axes[1].legend(fontsize=8)
 plot.caption(
     fig,
-    "Arithmetic, no measurement. Right: without cached tokens the intensity is the batch, and 206 "
-    "texts would reach the ridge. With 2,048 tokens a text it bends long before; at 32,768 even a "
-    "batch of 1,024 stays below 8, since each text reads a cache of its own.",
+    "Arithmetic, no measurement. Right: without cached tokens the intensity is about the batch: "
+    "some 206 texts reach the ridge. With 2,048 tokens a text it bends long before; at 32,768 even "
+    "a batch of 1,024 stays below 8, since each text reads a cache of its own.",
 )
 plt.show()
 
@@ -1480,9 +1508,11 @@ def quantize_kv(
         token's channels are cut into groups of `group` consecutive channels, which share their
         levels. The last `residual` tokens come back as they are.
     Levels of a group: 2**bits, evenly spaced from its minimum to its maximum. A number goes to the
-        nearest level (torch.round of (x − min)/Δ), however small the range is. A group of equal
-        numbers comes back as it is. Computed in float32 (float64 for float64), then cast.
-    ValueError if residual is not positive, or group does not divide both residual and head_dim.
+        nearest level (torch.round of (x − min)/Δ), however small the range is (Δ is 0 or at least
+        1.2e-38, no subnormal number). A group of equal numbers comes back as it is. Computed in
+        float32 (float64 for float64), then cast, k and v each for itself.
+    ValueError if residual is not positive, or group does not divide both residual and head_dim, for
+        any number of tokens.
 
     bits=1, group=4, residual=4, head size 4, 5 tokens: the keys 0, 2, 4, 8 of one channel (tokens 0
     to 3) become 0, 0, 0, 8 (4 lies in the middle, and torch.round takes the even code), token 4
@@ -1608,6 +1638,16 @@ for shape, bits, group, residual in [
         what=f"values, {where}",
         mistakes={"values per channel": swapped_v, "no rounding": v},
     )
+# Keys and values of two formats: each is computed in its own.
+wide = normal(2, 1, 13, 8, generator=g, dtype=torch.float64) + 3
+for k, v in ((wide, wide.float()), (wide.float(), wide), (wide.bfloat16(), wide)):
+    for found, right, given in zip(
+        quantize_kv(k, v, 3, 4, 4), by_hand(k, v, 3, 4, 4), (k, v), strict=True
+    ):
+        assert found.dtype == given.dtype, f"{given.dtype} comes back as {found.dtype}"
+        if given.dtype != torch.bfloat16:  # in which two codes can be equally near
+            fine = 1e-9 if given.dtype == torch.float64 else 1e-5
+            checks.close(found, right, rtol=fine, what=f"{given.dtype} beside another format")
 ### END HIDDEN TESTS
 
 # %% check="quantize_kv" points=1
@@ -1620,6 +1660,10 @@ g = checks.generator(8)
 checks.close(v_hat, x, what="values that are all equal")
 checks.raises(ValueError, quantize_kv, x, x, 2, 4, 4, because="group 4 does not divide head_dim 2")
 checks.raises(ValueError, quantize_kv, x, x, 2, 2, 0, because="the residual is 0")
+for tokens in (0, 1, 4):  # also where nothing is rounded
+    short = x[:, :, :tokens]
+    for group, residual in ((2, 9), (4, 8), (2, -2)):
+        checks.raises(ValueError, quantize_kv, short, short, 2, group, residual)
 for dtype in (torch.float32, torch.bfloat16, torch.float16):
     k, v = ((5 + normal(2, 2, 20, 8, generator=g)).to(dtype) for _ in range(2))
     v[0, 0, 0] = torch.tensor([-6e4, 6e4] * 4).to(dtype)  # whose range is more than float16 holds
@@ -1639,7 +1683,7 @@ for dtype in (torch.float32, torch.bfloat16, torch.float16):
 # Numbers 2**30 times as small, or as large, come back so: a power of two rounds nothing.
 k, v = normal(2, 1, 13, 8, generator=g), normal(2, 1, 13, 8, generator=g)
 whole = quantize_kv(k, v, 2, 4, 4)
-for scale in (2.0**-30, 2.0**30):
+for scale in (2.0**-30, 2.0**-100, 2.0**30):
     for found, right, name in zip(
         quantize_kv(scale * k, scale * v, 2, 4, 4), whole, ("keys", "values"), strict=True
     ):
@@ -1682,7 +1726,7 @@ def accumulate_attention(weights: Tensor, kv_heads: int, past: Tensor | None = N
     past: (batch, kv_heads, at most keys), what earlier steps gave: the score of the first keys; the
         others are new. None: nothing yet. Unchanged.
     Returns (batch, kv_heads, keys): the sum over queries and over the query heads of a group, plus
-    the past; added and returned in float32, or in float64 where weights are.
+    the past; added and returned in float32, or in float64 where weights are, whatever past is.
 
     One query head, weights (1, 0), (¼, ¾): scores 1.25, 0.75. Then (½, ¼, ¼): 1.75, 1.0, 0.25.
     """
@@ -1751,6 +1795,19 @@ checks.close(
     dtype=torch.float32,
 )
 assert accumulate_attention(many.double(), 1).dtype == torch.float64, "float64 stays float64"
+for dtype in (torch.bfloat16, torch.float16, torch.float32, torch.float64):
+    w = normal(1, 6, 3, 5, generator=g).softmax(-1).to(dtype)
+    exact = w.double().unflatten(1, (2, 3)).sum(dim=(2, 3))
+    result = torch.float64 if dtype == torch.float64 else torch.float32
+    for past in (torch.float32, torch.float64):
+        checks.close(
+            accumulate_attention(w, 2, torch.ones(1, 2, 5, dtype=past)),
+            exact + 1,
+            rtol=1e-6,
+            what=f"scores of {dtype} weights, with a {past} past",
+            hint="Every sum, over heads too, is made in the format of the result",
+            dtype=result,
+        )
 ### END HIDDEN TESTS
 
 
@@ -1830,6 +1887,8 @@ for batch, heads, tokens, budget in [
             )
 low = torch.tensor([[[-3.0, -1.0, -2.0, -9.0, -8.0]]])
 checks.close(heavy_hitter_evict(low, 2)[0, 0], torch.tensor([1, 4]), what="negative scores")
+large = torch.full((1, 1, 6), 2.0**25)  # where a float32 plus 1 is itself
+checks.close(heavy_hitter_evict(large, 4)[0, 0], torch.tensor([0, 1, 4, 5]), what="large scores")
 close = 1 + torch.tensor([[[0.0, 1, 3, 2, 0, 0]]]) * 2**-22  # a few units in the last place apart
 checks.close(heavy_hitter_evict(close, 4)[0, 0], torch.tensor([2, 3, 4, 5]), what="close scores")
 ### END HIDDEN TESTS
@@ -2143,9 +2202,9 @@ ax.grid(axis="x", visible=False)
 ax.legend(fontsize=8)
 plot.caption(
     fig,
-    "With reuse a turn costs its question and one token. A template that drops earlier reasoning "
-    "breaks the prefix at the last reply, and costs that reply's answer again. Three tokens of "
-    "time at the very front break it at token 0.",
+    "With reuse a later turn costs its question and one token. A template that drops earlier "
+    "reasoning breaks the prefix at the last reply, and costs that reply's answer again. Three "
+    "tokens of time at the very front break it at token 0.",
 )
 plt.show()
 

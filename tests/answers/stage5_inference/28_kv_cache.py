@@ -22,6 +22,10 @@
 - return prompt + new - 1 if cached else new * prompt + new * (new - 1) // 2
 + return prompt + new - 1
 
+# %% wrong="token_passes" because="through a float, not exact above 2**53"
+- return prompt + new - 1 if cached else new * prompt + new * (new - 1) // 2
++ return prompt + new - 1 if cached else int(new * (prompt + (new - 1) / 2))
+
 # %% right="token_passes" because="summed call by call"
 def token_passes(prompt, new, cached):
     passed, text, known = 0, prompt, 0
@@ -167,6 +171,18 @@ def token_passes(prompt, new, cached):
 - self.v[:, :, :, :used] = self.v[:, rows, :, :used]
 + pass
 
+# %% wrong="kv_cache" because="values are rounded to the format of the keys"
+- self.v[layer][row, :, slot] = v.detach()[row, :, column].to(self.v.dtype)
++ self.v[layer][row, :, slot] = v.detach().to(k.dtype)[row, :, column].to(self.v.dtype)
+
+# %% wrong="kv_cache" because="keys are rounded to the format of the values"
+- self.k[layer][row, :, slot] = k.detach()[row, :, column].to(self.k.dtype)
++ self.k[layer][row, :, slot] = k.detach().to(v.dtype)[row, :, column].to(self.k.dtype)
+
+# %% wrong="kv_cache" because="reorder moves as many slots as the first layer holds"
+- used = int(self.lengths.max())
++ used = int(self.lengths[0].max())
+
 # %% right="kv_cache" because="a loop over the rows"
 class KVCache:
     def __init__(
@@ -276,6 +292,18 @@ class KVCache:
 - running[row] = written[row][-1] != stop
 + running[row] = not stop or written[row][-1] != stop
 
+# %% wrong="generate_with_cache" because="the argmax of the softmax, where close logits are equal"
+- chosen = logits[torch.arange(len(prompts)), last].argmax(-1)
++ chosen = logits[torch.arange(len(prompts)), last].softmax(-1).argmax(-1)
+
+# %% wrong="generate_with_cache" because="a stop token in the prompt ends the text"
+- running[row] = written[row][-1] != stop
++ running[row] = stop not in [*prompts[row], *written[row]]
+
+# %% wrong="generate_with_cache" because="a row that has ended passes -1, which the model does not know"
+- tokens, counts = chosen[:, None], running.long()
++ tokens, counts = torch.where(running, chosen, -1)[:, None], running.long()
+
 # %% right="generate_with_cache" because="prefill apart, then a while loop"
 def generate_with_cache(forward, cache, prompts, max_new_tokens, stop=None):
     if any(len(p) == 0 for p in prompts):
@@ -342,6 +370,14 @@ def generate_with_cache(forward, cache, prompts, max_new_tokens, stop=None):
 + tokens = n // layer.stride
 + numbers += entry * (tokens if layer.window is None else min(tokens, layer.window))
 
+# %% wrong="cache_bytes" because="a window of 0 is taken for none"
+- tokens = n if layer.window is None else min(n, layer.window)
++ tokens = min(n, layer.window or n)
+
+# %% wrong="cache_bytes" because="rounded through a float, not exact above 2**53 bits"
+- return -(-numbers * bits // 8)
++ return math.ceil(numbers * bits / 8)
+
 # %% right="cache_bytes" because="a sum of products, bits first"
 def cache_bytes(layers, lengths, bits=16):
     total = sum(
@@ -351,7 +387,7 @@ def cache_bytes(layers, lengths, bits=16):
         for c in layers
         if not c.shared
     )
-    return math.ceil(total / 8)
+    return (total + 7) // 8
 
 # %% wrong="arithmetic_intensity" because="weights are read again for each text"
 - moved = model.bytes_per_number * (model.parameters + batch * entry * entries)
@@ -394,6 +430,11 @@ def cache_bytes(layers, lengths, bits=16):
 -     raise ValueError(f"phase is 'prefill' or 'decode', not {phase!r}")
 + pass
 
+# %% wrong="arithmetic_intensity" because="phases in capitals are taken, too"
+- if phase not in ("prefill", "decode"):
++ phase = phase.strip().lower()
++ if phase not in ("prefill", "decode"):
+
 # %% right="arithmetic_intensity" because="new and old tokens, one formula"
 def arithmetic_intensity(model, batch, tokens, phase):
     new, old = {"prefill": (tokens, 0), "decode": (1, tokens)}.get(phase, (None, None))
@@ -425,6 +466,24 @@ def arithmetic_intensity(model, batch, tokens, phase):
 # %% wrong="roofline_time" because="a tie is called compute"
 - return (compute, "compute") if compute > memory else (memory, "memory")
 + return (compute, "compute") if compute >= memory else (memory, "memory")
+
+# %% wrong="roofline_time" because="times less than 1e-9 apart are called equal"
+- return (compute, "compute") if compute > memory else (memory, "memory")
++ if math.isclose(compute, memory, abs_tol=1e-9):
++     return max(compute, memory), "memory"
++ return (compute, "compute") if compute > memory else (memory, "memory")
+
+# %% wrong="roofline_time" because="times a billionth apart are called equal"
+- return (compute, "compute") if compute > memory else (memory, "memory")
++ if math.isclose(compute, memory):
++     return max(compute, memory), "memory"
++ return (compute, "compute") if compute > memory else (memory, "memory")
+
+# %% right="roofline_time" because="by the ridge, nothing moved called memory: moved is positive"
+def roofline_time(flops, moved, peak, bandwidth):
+    intensity = flops / moved if moved else 0.0
+    limit = "compute" if intensity > peak / bandwidth else "memory"
+    return max(flops / peak, moved / bandwidth), limit
 
 # %% right="roofline_time" because="by the ridge"
 def roofline_time(flops, moved, peak, bandwidth):
@@ -516,6 +575,28 @@ def roofline_time(flops, moved, peak, bandwidth):
 - return (low + codes * delta).to(x.dtype)
 + return codes.to(x.dtype)
 
+# %% wrong="quantize_kv" because="the format of the keys decides for the values, too"
+- wide = x.to(torch.promote_types(x.dtype, torch.float32))
++ wide = x.to(torch.promote_types(k.dtype, torch.float32))
+
+# %% wrong="quantize_kv" because="the format of the values decides for the keys, too"
+- wide = x.to(torch.promote_types(x.dtype, torch.float32))
++ wide = x.to(torch.promote_types(v.dtype, torch.float32))
+
+# %% wrong="quantize_kv" because="short texts return before the arguments are looked at"
+- tokens, head_dim = k.shape[-2:]
++ tokens, head_dim = k.shape[-2:]
++ if tokens < residual:
++     return k.clone(), v.clone()
+
+# %% wrong="quantize_kv" because="1e-20 is added to the divisor in place of a case for 0"
+- codes = torch.round((wide - low) / delta.masked_fill(delta == 0, 1))
++ codes = torch.round((wide - low) / (delta + 1e-20))
+
+# %% right="quantize_kv" because="multiplied with levels / range, which only a subnormal step overflows"
+- codes = torch.round((wide - low) / delta.masked_fill(delta == 0, 1))
++ codes = torch.round((wide - low) * torch.where(high > low, (2**bits - 1) / (high - low), 1.0))
+
 # %% right="quantize_kv" because="loops over groups, parts put together"
 def quantize_kv(k, v, bits=2, group=32, residual=128):
     if residual < 1 or residual % group != 0 or k.shape[-1] % group != 0:
@@ -568,6 +649,26 @@ def quantize_kv(k, v, bits=2, group=32, residual=128):
 + if past is not None:
 +     past += scores[..., : past.shape[-1]]
 +     scores = torch.cat([past, scores[..., past.shape[-1] :]], dim=-1)
+
+# %% wrong="accumulate_attention" because="the heads of a group are added in the format of the weights"
+- scores = weights.to(wide).unflatten(1, (kv_heads, -1)).sum(dim=(2, 3))
++ scores = weights.unflatten(1, (kv_heads, -1)).sum(dim=2).sum(dim=2, dtype=wide)
+
+# %% wrong="accumulate_attention" because="a float64 past makes the sum float64"
+- if past is not None:
+-     scores[..., : past.shape[-1]] += past.to(wide)
++ if past is not None:
++     return scores + F.pad(past, (0, scores.shape[-1] - past.shape[-1]))
+
+# %% wrong="accumulate_attention" because="where no key is new, the past is changed in place"
+- if past is not None:
+-     scores[..., : past.shape[-1]] += past.to(wide)
++ if past is not None:
++     past = past.to(wide)
++     if past.shape[-1] < scores.shape[-1]:
++         past = F.pad(past, (0, scores.shape[-1] - past.shape[-1]))
++     past += scores
++     scores = past
 
 # %% right="accumulate_attention" because="einsum and padding"
 def accumulate_attention(weights, kv_heads, past=None):
@@ -623,6 +724,16 @@ def heavy_hitter_evict(scores, budget):
 - order = scores[..., :older].sort(dim=-1, descending=True, stable=True).indices[..., :heavy]
 + earlier = scores[..., :older].double() - 1e-4 * torch.arange(older, device=scores.device)
 + order = earlier.topk(heavy, dim=-1).indices
+
+# %% wrong="heavy_hitter_evict" because="recent tokens get the maximum + 1, which is the maximum if that is large"
+def heavy_hitter_evict(scores, budget):
+    batch, kv_heads, tokens = scores.shape
+    if tokens <= budget:
+        return torch.arange(tokens).expand(batch, kv_heads, tokens).clone()
+    lifted = scores.clone()
+    lifted[..., tokens - (budget - budget // 2) :] = scores.amax(dim=-1, keepdim=True) + 1
+    order = lifted.sort(dim=-1, descending=True, stable=True).indices
+    return order[..., :budget].sort(dim=-1).values
 
 # %% right="heavy_hitter_evict" because="recent tokens get an infinite score"
 def heavy_hitter_evict(scores, budget):
