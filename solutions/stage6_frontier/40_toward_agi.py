@@ -676,9 +676,9 @@ plot.plt.show()
 # The **sign-flip test** asks: if the two were equally good, would a difference this large be
 # unusual? If they are exchangeable, $d_q$ might as well have been $-d_q$, for each question
 # independently. So flip signs in all $2^Q$ ways, and see in what share of them $|\sum_q \pm d_q|$
-# is at least the observed $|\sum_q d_q|$. That share is the **p-value**. It is exact for every $Q$
-# and every distribution. The flips of *one* question are one flip, however many answers it has:
-# clusters again.
+# is at least the observed $|\sum_q d_q|$. That share is the **p-value**. It needs no large $Q$ and
+# no shape of the differences, and with ties it errs on the safe side. The flips of *one* question
+# are one flip, however many answers it has: clusters again.
 #
 # %% tags=["experiment"]
 # Two sums that are equal on paper. Is each at least the other?
@@ -931,7 +931,7 @@ checks.uses_generator(
 # | the grader | where it goes wrong |
 # |---|---|
 # | `reference in text` | pays for listing many numbers, and 112 for 12 |
-# | the last number in the text | at nothing worse than luck, but "12 or 13" counts for 13 |
+# | the last number in the text | "12 or 13" counts for 13, "13, not 12" for 12 |
 # | `not abs(float(...) - 3) > 1e-6` | pays for `nan`; 6/2 is an error |
 # | `int(...)` | reads `1_000` and digits of other alphabets; an error at 5,000 digits |
 # | `eval(...)` | **whatever the text does**: files, network, `10**10**9` |
@@ -1801,7 +1801,7 @@ class Agent:
         however deep it is.
 
         The text of every tool message is cut to its first max_output characters; after that, each
-        "<" in it becomes "&lt;". So no call can come out of a tool's output, whoever repeats it.
+        "<" in it becomes "&lt;". So no call comes out of a tool's output that is repeated as it is.
         """
         ### BEGIN SOLUTION
         history, steps = [Message("system", system), Message("user", task)], 0
