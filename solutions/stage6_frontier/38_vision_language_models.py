@@ -246,6 +246,9 @@ checks.raises(ValueError, unpatchify, patches, 2, 4, 7, because="7 is no multipl
 checks.raises(
     ValueError, unpatchify, patches[..., :10], 2, 4, 6, because="10 numbers are no 2 × 2 pixels"
 )
+checks.raises(
+    ValueError, unpatchify, torch.zeros(1, 6, 4), 2, 3, 8, because="3 is no multiple of 2"
+)
 ### END HIDDEN TESTS
 
 # %% [markdown]
@@ -546,7 +549,7 @@ checks.close(
 model = VisionTransformer(8, 2, 1, width=64, layers=1, heads=2, registers=16, std=0.3)
 checks.drawn(model.register_tokens.detach(), mean=0.0, std=0.3, what="the registers at the start")
 ### BEGIN HIDDEN TESTS
-for std in (0.02, 0.7):
+for std in (0.02, 2.0):
     model = VisionTransformer(12, 2, 1, width=128, layers=1, heads=2, registers=9, std=std)
     for name in ("class_token", "register_tokens", "positions"):
         value = model.get_parameter(name).detach()
@@ -556,6 +559,7 @@ for std in (0.02, 0.7):
     tokens = torch.cat([model.class_token[None], model.register_tokens, model.positions]).detach()
     near = (F.normalize(tokens, dim=-1) @ F.normalize(tokens, dim=-1).T).fill_diagonal_(0).abs()
     assert near.max() < 0.6, "tokens and positions are drawn independently: two of yours are alike"
+    assert tokens.norm(dim=-1).min() > 7 * std, "every token and position is drawn, row 0 too"
 default = VisionTransformer(12, 2, 1, width=128, layers=0, heads=2)
 checks.drawn(default.positions.detach(), mean=0.0, std=0.02, what="positions, std by default")
 # The gradient of every parameter, against the formulas'
@@ -620,7 +624,8 @@ def clip_loss(image: Tensor, text: Tensor, logit_scale: Tensor) -> Tensor:
 
     image, text: (n, d), n ≥ 1, one floating dtype; row i of both belong together. They have lengths
     from 1e-6 to 1e6 and are normalized here. logit_scale: a tensor without axes, any floating
-    dtype, the logarithm of the factor on the cosines; nothing is clamped. Returns a tensor without
+    dtype, the logarithm of the factor on the cosines, whose exp is taken in the format of the
+    computation; nothing is clamped. Returns a tensor without
     axes: the mean of the rows' and the columns' mean cross-entropy. Half-precision features are
     computed in float32, and so is the result; else it has their dtype. Gradients reach all three
     arguments; none is changed.
@@ -803,6 +808,15 @@ checks.close(
     what="the loss of features with lengths from 1e-6 to 1e6",
     rtol=1e-4,
 )
+for half in (torch.tensor(3.3).bfloat16(), torch.tensor(11.5).half()):  # e^11.5 is no float16
+    half = half.to(image.device)
+    checks.close(
+        clip_loss(image, text, half),
+        clip_loss(image, text, half.float()),
+        what=f"the loss of float32 features with a scale in {half.dtype}",
+        rtol=1e-5,
+        hint="Widen the scale before exp",
+    )
 ### END HIDDEN TESTS
 
 # %% check="clip_loss" points=1
@@ -1003,6 +1017,9 @@ for alone in (False, True):
         names=("image", "text", "logit_scale", "logit_bias"),
         rtol=1e-6,
     )
+leaves = [t.float().requires_grad_() for t in (image, text)]
+siglip_loss(*leaves, torch.tensor(9.0, device=image.device), b.float()).backward()
+assert all(t.grad.isfinite().all() for t in leaves), "logits of 8,000: a gradient is not finite"
 huge = torch.tensor(-500.0, device=image.device)
 for sign in (1, -1):
     checks.close(
@@ -1374,6 +1391,11 @@ for size, steps in [(16, 5), (40, 2), (1, 3)]:
         assert [round(x) for x in seen] == drawn, "see step 1 of the docstring for what is drawn"
         assert [round(x) for x in said] == drawn, "captions do not belong to the images"
     assert torch.equal(g.get_state(), order.get_state()), "one draw from `generator` for each step"
+model.train()
+list(model.modules())[-1].eval()  # one part is frozen in evaluation mode
+modes = [part.training for part in model.modules()]
+train_clip(model, numbers, ids, noting, 2, 4, 0.0, checks.generator(14))
+assert modes == [part.training for part in model.modules()], "a part's training mode has changed"
 # The loss is −s: the scale rises in every step, up to the limit.
 notes.clear()
 losses = train_clip(model, numbers, ids, noting, 8, 40, 1.0, checks.generator(14))
@@ -1524,6 +1546,12 @@ checks.close(
     zero_shot(torch.ones(1, 2, dtype=torch.float64), close_by),
     torch.tensor([1]),
     what="two classes that float64 alone can tell apart",
+)
+opposed = torch.tensor([[[1.0, 1e-6], [-1.0, 1e-6]], [[0.3, 1.0], [0.3, 1.0]]])
+checks.close(
+    zero_shot(torch.tensor([[0.0, 1.0]]), opposed),
+    torch.tensor([0]),
+    what="a class whose sentences nearly cancel: a mean of any length is normalized",
 )
 image, prompts = far_apart(30, 3, g=g), far_apart(15, 3, g=g).view(5, 3, 3)
 checks.close(
@@ -2107,6 +2135,8 @@ for grid, vision_width, width, size in [((4, 6), 5, 7, 2), ((3, 3), 2, 4, 1), ((
     checks.close(found, x.float(), what=f"patches {grid} projected, size {size}", rtol=1e-4)
 projector, patches = projector.double(), patches.double()
 checks.close(projector(patches), x, what="the projection in float64", dtype=torch.float64)
+twice = torch.zeros(1, 24, 2, device=profile.device)
+checks.raises(ValueError, merge_tokens, twice, (2, 6), because="a grid of 2 × 6 has 12 tokens")
 
 
 def project_by_definition(patches: Tensor) -> Tensor:
@@ -2348,6 +2378,17 @@ checks.close(leaves[1].grad, cotangent[1, :4], what="the gradient of the second 
 due = torch.zeros_like(cotangent[0])
 due[0], due[2], due[4] = cotangent[0, 0], cotangent[0, 3] + cotangent[0, 4], cotangent[1, 4]
 checks.close(embed.weight.grad, due, what="the gradient of the embedding", rtol=1e-5)
+embed = Table(checks.randn(5, 3, generator=g))
+
+
+def words_alone(ids: Tensor) -> Tensor:
+    assert not ids.eq(0).any(), "embed was given the placeholder, 0 here"
+    return embed(ids)
+
+
+row = torch.tensor([3, 0, 2], device=profile.device)
+inputs, _, _ = splice_image_tokens(words_alone, [row], [row], images[:1], 0)
+checks.close(inputs[0, 1:3].detach(), images[0], what="an image whose placeholder has the id 0")
 # Law: padding on the left is padding on the right, moved.
 right = splice_image_tokens(embed, rows, labels, images, -1)
 moved = splice_image_tokens(embed, rows, labels, images, -1, left=True)
@@ -2948,6 +2989,7 @@ for batch, heads, seq, sections, theta in [
     (2, 1, 6, (3, 1, 2), 10_000.0),
     (3, 2, 2, (5, 2, 0), 700.0),
     (2, 2, 3, (2, 2, 2), 10_000.0),
+    (1, 2, 3, (2, 2, 1), 10_000.0),
 ]:
     x = checks.randn(batch, heads, seq, 2 * sum(sections), generator=g)
     positions = grid_positions(batch, seq, g)
@@ -2960,6 +3002,14 @@ for batch, heads, seq, sections, theta in [
         rtol=1e-4,
         mistakes={"blocks": blocks.float()},
     )
+x = torch.ones(1, 1, 1, 8, device=profile.device, dtype=torch.bfloat16)
+positions = torch.tensor([[[1001.0]], [[515.0]], [[259.0]]], device=profile.device)
+checks.close(
+    apply_mrope(x, positions, (2, 1, 1)).float(),
+    turned_by_definition(x.float(), positions, [0, 0, 1, 2]).float(),
+    what="x in bfloat16 at positions that bfloat16 has not",
+    rtol=1e-2,
+)
 for sections in ((0, 2, 2), (1, 0, 3), (16, 24, 24)):
     x = torch.zeros(1, 1, 2, 2 * sum(sections), device=profile.device)
     checks.raises(

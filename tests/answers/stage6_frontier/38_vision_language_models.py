@@ -276,7 +276,7 @@ def clip_loss(image, text, logit_scale):
     image, text = image.to(kind), text.to(kind)
     u = image / image.norm(dim=1, keepdim=True)
     v = text / text.norm(dim=1, keepdim=True)
-    z = torch.einsum("id,jd->ij", u, v) * torch.exp(logit_scale).to(kind)
+    z = torch.einsum("id,jd->ij", u, v) * torch.exp(logit_scale.to(kind))
     return (z.logsumexp(1) + z.logsumexp(0) - 2 * z.diagonal()).mean() / 2
 
 
@@ -1062,3 +1062,289 @@ def questions():
         "ratio": 999,
         "next": 27,
     }
+
+
+# %% wrong="patchify" because="unpatchify: 'ValueError where height or width is no multiple of `patch`': only the number of pixels is compared"
+def patchify(images: Tensor, patch: int) -> Tensor:
+    batch, channels, height, width = images.shape
+    if height % patch or width % patch:
+        raise ValueError(f"{height} x {width} pixels are no multiples of {patch}")
+    x = images.reshape(batch, channels, height // patch, patch, width // patch, patch)
+    x = x.permute(0, 2, 4, 1, 3, 5)
+    return x.reshape(batch, (height // patch) * (width // patch), channels * patch**2)
+
+
+def unpatchify(patches: Tensor, patch: int, height: int, width: int) -> Tensor:
+    batch, count, numbers = patches.shape
+    if numbers % patch**2:
+        raise ValueError(f"{numbers} numbers are no patches of {patch} x {patch}")
+    if count * patch**2 != height * width:
+        raise ValueError(f"{count} patches do not make {height} x {width} pixels")
+    rows, columns, channels = height // patch, width // patch, numbers // patch**2
+    x = patches.reshape(batch, rows, columns, channels, patch, patch)
+    return x.permute(0, 3, 1, 4, 2, 5).reshape(batch, channels, height, width)
+
+# %% wrong="vision_transformer" because="'independent normal draws with … standard deviation `std`': trunc_normal_ cuts at −2 and 2, which counts where std is large"
+class VisionTransformer(nn.Module):
+    def __init__(
+        self,
+        image_size: int,
+        patch: int,
+        channels: int,
+        width: int,
+        layers: int,
+        heads: int,
+        registers: int = 0,
+        std: float = 0.02,
+    ) -> None:
+        super().__init__()
+        self.patch, self.registers = patch, registers
+        count = (image_size // patch) ** 2
+        self.embed = nn.Linear(channels * patch**2, width)
+        self.class_token = nn.Parameter(torch.empty(width))
+        self.register_tokens = nn.Parameter(torch.empty(registers, width))
+        self.positions = nn.Parameter(torch.empty(1 + count, width))
+        for p in (self.class_token, self.register_tokens, self.positions):
+            if p.numel():
+                nn.init.trunc_normal_(p, std=std)
+        self.blocks = nn.ModuleList(EncoderBlock(width, heads) for _ in range(layers))
+        self.norm = nn.LayerNorm(width, eps=1e-6)
+
+    def forward(self, images: Tensor) -> tuple[Tensor, Tensor]:
+        x = self.embed(patchify(images, self.patch)) + self.positions[1:]
+        first = (self.class_token + self.positions[0]).expand(len(x), 1, -1)
+        scratch = self.register_tokens.expand(len(x), -1, -1)
+        x = torch.cat([first, scratch, x], dim=1)
+        for block in self.blocks:
+            x = block(x)
+        x = self.norm(x)
+        return x[:, 0], x[:, 1 + self.registers :]
+
+# %% wrong="vision_transformer" because="'positions start as independent normal draws': row 0, the class token's, starts at zero"
+class VisionTransformer(nn.Module):
+    def __init__(
+        self,
+        image_size: int,
+        patch: int,
+        channels: int,
+        width: int,
+        layers: int,
+        heads: int,
+        registers: int = 0,
+        std: float = 0.02,
+    ) -> None:
+        super().__init__()
+        self.patch, self.registers = patch, registers
+        count = (image_size // patch) ** 2
+        self.embed = nn.Linear(channels * patch**2, width)
+        self.class_token = nn.Parameter(std * torch.randn(width))
+        self.register_tokens = nn.Parameter(std * torch.randn(registers, width))
+        self.positions = nn.Parameter(torch.zeros(1 + count, width))
+        nn.init.normal_(self.positions.data[1:], std=std)  # the class token has no place
+        self.blocks = nn.ModuleList(EncoderBlock(width, heads) for _ in range(layers))
+        self.norm = nn.LayerNorm(width, eps=1e-6)
+
+    def forward(self, images: Tensor) -> tuple[Tensor, Tensor]:
+        x = self.embed(patchify(images, self.patch)) + self.positions[1:]
+        first = (self.class_token + self.positions[0]).expand(len(x), 1, -1)
+        scratch = self.register_tokens.expand(len(x), -1, -1)
+        x = torch.cat([first, scratch, x], dim=1)
+        for block in self.blocks:
+            x = block(x)
+        x = self.norm(x)
+        return x[:, 0], x[:, 1 + self.registers :]
+
+# %% wrong="clip_loss" because="'logit_scale: … any floating dtype': its exp is taken in its own half precision, which rounds, and overflows float16"
+def clip_loss(image: Tensor, text: Tensor, logit_scale: Tensor) -> Tensor:
+    image, text = F.normalize(wide(image), dim=-1), F.normalize(wide(text), dim=-1)
+    z = logit_scale.exp() * (image @ text.T)
+    own = torch.arange(len(z), device=z.device)
+    return (F.cross_entropy(z, own) + F.cross_entropy(z.T, own)) / 2
+
+
+def clamp_logit_scale_(logit_scale: Tensor, most: float = 100.0) -> None:
+    with torch.no_grad():
+        logit_scale.clamp_(max=math.log(most))
+
+# %% wrong="siglip_loss" because="'Finite for logits of any size … gradients as in clip_loss': the value is, but where() lets 0 · inf into the gradients"
+def siglip_loss(
+    image: Tensor,
+    text: Tensor,
+    logit_scale: Tensor,
+    logit_bias: Tensor,
+    negatives_only: bool = False,
+) -> Tensor:
+    u, v = F.normalize(wide(image), dim=-1), F.normalize(wide(text), dim=-1)
+    z = wide(logit_scale).exp() * (u @ v.T) + wide(logit_bias)
+    y = -torch.ones_like(z)
+    if not negatives_only:
+        y.fill_diagonal_(1)
+    x = y * z
+    each = torch.where(x > 0, torch.log1p(torch.exp(-x)), torch.log1p(torch.exp(x)) - x)
+    return each.sum() / len(image)
+
+# %% wrong="train_clip" because="'The training mode stays as it is': train() and back by the root's flag, which switches submodules that were frozen in eval mode"
+def train_clip(
+    model: DualEncoder,
+    images: Tensor,
+    captions: Tensor,
+    loss: Callable[[Tensor, Tensor, Tensor, Tensor], Tensor],
+    steps: int,
+    batch_size: int,
+    lr: float,
+    generator: torch.Generator,
+    weight_decay: float = 0.1,
+) -> list[float]:
+    mode = model.training
+    model.train()
+    matrices = [p for p in model.parameters() if p.dim() >= 2]
+    vectors = [p for p in model.parameters() if p.dim() < 2]
+    groups = [
+        {"params": matrices, "weight_decay": weight_decay},
+        {"params": vectors, "weight_decay": 0.0},
+    ]
+    optimizer = torch.optim.AdamW(groups, lr=lr, betas=(0.9, 0.98), eps=1e-6)
+    losses = []
+    for k in range(steps):
+        rows = torch.randperm(len(images), generator=generator)[:batch_size].to(images.device)
+        model.zero_grad()
+        value = loss(
+            model.encode_image(images[rows]),
+            model.encode_text(captions[rows]),
+            model.logit_scale,
+            model.logit_bias,
+        )
+        value.backward()
+        for group in optimizer.param_groups:
+            group["lr"] = lr * (1 + math.cos(math.pi * k / steps)) / 2
+        optimizer.step()
+        clamp_logit_scale_(model.logit_scale)
+        losses.append(value.item())
+    model.zero_grad()
+    model.train(mode)
+    return losses
+
+# %% wrong="zero_shot" because="'the mean (never zero) of its normalized templates, normalized': 1e-6 added to the length shortens a class whose sentences nearly cancel"
+def zero_shot(image: Tensor, prompts: Tensor) -> Tensor:
+    image, prompts = wide(image), wide(prompts)
+    mean = F.normalize(prompts, dim=-1).mean(1)
+    mean = mean / (mean.norm(dim=-1, keepdim=True) + 1e-6)
+    return (F.normalize(image, dim=-1) @ mean.T).argmax(1)
+
+# %% wrong="projector" because="merge: 'ValueError where the number of tokens is not that of the grid': twice as many become twice the batch"
+def merge_tokens(tokens: Tensor, grid: tuple[int, int], size: int = 2) -> Tensor:
+    rows, columns = grid
+    if rows % size or columns % size or tokens.shape[1] % (rows * columns):
+        raise ValueError(f"{tokens.shape[1]} tokens, grid {grid}, squares of {size}")
+    width = tokens.shape[-1]
+    x = tokens.reshape(-1, rows // size, size, columns // size, size, width)
+    return x.transpose(2, 3).flatten(3).flatten(1, 2)
+
+
+def unmerge_tokens(merged: Tensor, grid: tuple[int, int], size: int = 2) -> Tensor:
+    rows, columns = grid
+    batch, count, numbers = merged.shape
+    if rows % size or columns % size or numbers % size**2:
+        raise ValueError(f"grid {grid} and width {numbers}: no multiples")
+    if count * size**2 != rows * columns:
+        raise ValueError(f"{count} squares do not fill {grid}")
+    x = merged.reshape(batch, rows // size, columns // size, size, size, numbers // size**2)
+    return x.transpose(2, 3).flatten(1, 4)
+
+
+class Projector(nn.Module):
+    def __init__(self, vision_width: int, width: int, grid: tuple[int, int], size: int = 1) -> None:
+        super().__init__()
+        self.grid, self.size = grid, size
+        self.first = nn.Linear(size**2 * vision_width, width)
+        self.second = nn.Linear(width, width)
+
+    def forward(self, patches: Tensor) -> Tensor:
+        return self.second(F.gelu(self.first(merge_tokens(patches, self.grid, self.size))))
+
+# %% wrong="splice_image_tokens" because="'It is never given the placeholder': placeholders are embedded as id 0, which may be the placeholder itself"
+def splice_image_tokens(
+    embed: Callable[[Tensor], Tensor],
+    rows: Sequence[Tensor],
+    labels: Sequence[Tensor],
+    images: Sequence[Tensor],
+    placeholder: int,
+    left: bool = False,
+) -> tuple[Tensor, Tensor, Tensor]:
+    if sum(int((row == placeholder).sum()) for row in rows) != len(images):
+        raise ValueError("there must be as many images as placeholders")
+    queue = iter(images)
+    spliced, targets = [], []
+    for row, aims in zip(rows, labels, strict=True):
+        vectors = embed(row.masked_fill(row == placeholder, 0))
+        pieces, marks, last = [vectors[:0]], [aims[:0]], 0
+        for place in (row == placeholder).nonzero()[:, 0].tolist():
+            image = next(queue)
+            pieces += [vectors[last:place], image]
+            marks += [aims[last:place], aims.new_full((len(image),), IGNORE)]
+            last = place + 1
+        spliced.append(torch.cat([*pieces, vectors[last:]]))
+        targets.append(torch.cat([*marks, aims[last:]]))
+    longest = max(len(x) for x in spliced)
+    inputs = spliced[0].new_zeros(len(rows), longest, spliced[0].shape[1])
+    out = targets[0].new_full((len(rows), longest), IGNORE)
+    mask = torch.zeros_like(out, dtype=torch.bool)
+    for k, (x, y) in enumerate(zip(spliced, targets, strict=True)):
+        where = slice(longest - len(x), longest) if left else slice(0, len(x))
+        inputs[k, where], out[k, where], mask[k, where] = x, y, True
+    return inputs, out, mask
+
+# %% wrong="apply_mrope" because="'Angles are computed in float32 for half-precision x': positions are rounded to x's dtype first"
+def apply_mrope(
+    x: Tensor,
+    positions: Tensor,
+    sections: tuple[int, int, int],
+    interleaved: bool = False,
+    theta: float = 10_000.0,
+) -> Tensor:
+    half = x.shape[-1] // 2
+    if sum(sections) != half:
+        raise ValueError(f"{sections} do not add up to {half}")
+    if interleaved:
+        axes = [0] * half
+        for axis in (1, 2):
+            for k in range(sections[axis]):
+                if axis + 3 * k >= half:
+                    raise ValueError(f"axis {axis} has no {sections[axis]} pairs")
+                axes[axis + 3 * k] = axis
+    else:
+        axes = [0] * sections[0] + [1] * sections[1] + [2] * sections[2]
+    m = wide(positions.to(x.dtype))[axes].permute(1, 2, 0)
+    y = wide(x)
+    speeds = theta ** (-torch.arange(half, device=x.device, dtype=y.dtype) * 2 / x.shape[-1])
+    a = (m * speeds)[:, None]
+    p, q = y[..., :half], y[..., half:]
+    turned = torch.cat([p * a.cos() - q * a.sin(), q * a.cos() + p * a.sin()], dim=-1)
+    return turned.to(x.dtype)
+
+# %% wrong="apply_mrope" because="'height has the pairs 1, 4, 7, …, as many as its section says': refuses a last group cut off after its height, as (2, 2, 1)"
+def apply_mrope(
+    x: Tensor,
+    positions: Tensor,
+    sections: tuple[int, int, int],
+    interleaved: bool = False,
+    theta: float = 10_000.0,
+) -> Tensor:
+    half = x.shape[-1] // 2
+    if sum(sections) != half:
+        raise ValueError(f"{sections} do not add up to {half}")
+    if interleaved:
+        if 3 * max(sections[1:]) > half:
+            raise ValueError(f"{sections} cannot be interleaved in {half} pairs")
+        axes = [0] * half
+        axes[1 : 3 * sections[1] : 3] = [1] * sections[1]
+        axes[2 : 3 * sections[2] : 3] = [2] * sections[2]
+    else:
+        axes = [0] * sections[0] + [1] * sections[1] + [2] * sections[2]
+    y = wide(x)
+    m = positions.to(y.dtype)[axes].permute(1, 2, 0)
+    speeds = theta ** (-torch.arange(half, device=x.device, dtype=y.dtype) * 2 / x.shape[-1])
+    a = (m * speeds)[:, None]
+    p, q = y[..., :half], y[..., half:]
+    turned = torch.cat([p * a.cos() - q * a.sin(), q * a.cos() + p * a.sin()], dim=-1)
+    return turned.to(x.dtype)
