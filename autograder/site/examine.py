@@ -156,7 +156,8 @@ def find_broken_links(site: Path, pages: dict[str, Page]) -> list[str]:
     """Links of pages to files and anchors that are not there, and what would be loaded over a network."""
     problems = []
     for name, page in pages.items():
-        problems += [f"{name}: loads {address} over a network" for address in page.loads if _is_elsewhere(address)]
+        fetched = [a for a in page.loads if _is_elsewhere(a) and not a.startswith("data:")]  # data: the page carries it
+        problems += [f"{name}: loads {address} over a network" for address in fetched]
         for address in dict.fromkeys([*page.links, *page.loads]):
             if _is_elsewhere(address) or address in ("", "#"):
                 continue
