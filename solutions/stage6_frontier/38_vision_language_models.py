@@ -1020,6 +1020,14 @@ for alone in (False, True):
 leaves = [t.float().requires_grad_() for t in (image, text)]
 siglip_loss(*leaves, torch.tensor(9.0, device=image.device), b.float()).backward()
 assert all(t.grad.isfinite().all() for t in leaves), "logits of 8,000: a gradient is not finite"
+half = [torch.tensor(x, device=image.device).bfloat16() for x in (2.3, -4.7)]
+checks.close(
+    siglip_loss(image.float(), text.float(), *half),
+    siglip_by_definition(image, text, *half).float(),
+    what="the loss of float32 features with scale and bias in bfloat16",
+    rtol=1e-4,
+    hint="Widen the scale before exp",
+)
 huge = torch.tensor(-500.0, device=image.device)
 for sign in (1, -1):
     checks.close(

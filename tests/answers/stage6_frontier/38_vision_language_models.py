@@ -343,7 +343,7 @@ def clamp_logit_scale_(logit_scale, most=100.0):
 def siglip_loss(image, text, logit_scale, logit_bias, negatives_only=False):
     image, text = wide(image), wide(text)
     similarity = F.cosine_similarity(image[:, None], text[None], dim=-1)
-    logits = similarity * logit_scale.exp().to(image.dtype) + logit_bias.to(image.dtype)
+    logits = similarity * logit_scale.to(image.dtype).exp() + logit_bias.to(image.dtype)
     targets = torch.zeros_like(logits)
     if not negatives_only:
         targets = torch.eye(len(logits), device=logits.device, dtype=logits.dtype)
@@ -1084,75 +1084,19 @@ def unpatchify(patches: Tensor, patch: int, height: int, width: int) -> Tensor:
     x = patches.reshape(batch, rows, columns, channels, patch, patch)
     return x.permute(0, 3, 1, 4, 2, 5).reshape(batch, channels, height, width)
 
-# %% wrong="vision_transformer" because="'independent normal draws with … standard deviation `std`': trunc_normal_ cuts at −2 and 2, which counts where std is large"
-class VisionTransformer(nn.Module):
-    def __init__(
-        self,
-        image_size: int,
-        patch: int,
-        channels: int,
-        width: int,
-        layers: int,
-        heads: int,
-        registers: int = 0,
-        std: float = 0.02,
-    ) -> None:
-        super().__init__()
-        self.patch, self.registers = patch, registers
-        count = (image_size // patch) ** 2
-        self.embed = nn.Linear(channels * patch**2, width)
-        self.class_token = nn.Parameter(torch.empty(width))
-        self.register_tokens = nn.Parameter(torch.empty(registers, width))
-        self.positions = nn.Parameter(torch.empty(1 + count, width))
-        for p in (self.class_token, self.register_tokens, self.positions):
-            if p.numel():
-                nn.init.trunc_normal_(p, std=std)
-        self.blocks = nn.ModuleList(EncoderBlock(width, heads) for _ in range(layers))
-        self.norm = nn.LayerNorm(width, eps=1e-6)
+# %% wrong="vision_transformer" because="trunc_normal_ cuts at −2 and 2, which counts where std is large"
+- self.class_token = nn.Parameter(std * torch.randn(width))
+- self.register_tokens = nn.Parameter(std * torch.randn(registers, width))
+- self.positions = nn.Parameter(std * torch.randn(1 + patches, width))
++ self.class_token = nn.Parameter(nn.init.trunc_normal_(torch.empty(width), std=std))
++ self.register_tokens = nn.Parameter(nn.init.trunc_normal_(torch.empty(registers, width), std=std))
++ self.positions = nn.Parameter(nn.init.trunc_normal_(torch.empty(1 + patches, width), std=std))
 
-    def forward(self, images: Tensor) -> tuple[Tensor, Tensor]:
-        x = self.embed(patchify(images, self.patch)) + self.positions[1:]
-        first = (self.class_token + self.positions[0]).expand(len(x), 1, -1)
-        scratch = self.register_tokens.expand(len(x), -1, -1)
-        x = torch.cat([first, scratch, x], dim=1)
-        for block in self.blocks:
-            x = block(x)
-        x = self.norm(x)
-        return x[:, 0], x[:, 1 + self.registers :]
-
-# %% wrong="vision_transformer" because="'positions start as independent normal draws': row 0, the class token's, starts at zero"
-class VisionTransformer(nn.Module):
-    def __init__(
-        self,
-        image_size: int,
-        patch: int,
-        channels: int,
-        width: int,
-        layers: int,
-        heads: int,
-        registers: int = 0,
-        std: float = 0.02,
-    ) -> None:
-        super().__init__()
-        self.patch, self.registers = patch, registers
-        count = (image_size // patch) ** 2
-        self.embed = nn.Linear(channels * patch**2, width)
-        self.class_token = nn.Parameter(std * torch.randn(width))
-        self.register_tokens = nn.Parameter(std * torch.randn(registers, width))
-        self.positions = nn.Parameter(torch.zeros(1 + count, width))
-        nn.init.normal_(self.positions.data[1:], std=std)  # the class token has no place
-        self.blocks = nn.ModuleList(EncoderBlock(width, heads) for _ in range(layers))
-        self.norm = nn.LayerNorm(width, eps=1e-6)
-
-    def forward(self, images: Tensor) -> tuple[Tensor, Tensor]:
-        x = self.embed(patchify(images, self.patch)) + self.positions[1:]
-        first = (self.class_token + self.positions[0]).expand(len(x), 1, -1)
-        scratch = self.register_tokens.expand(len(x), -1, -1)
-        x = torch.cat([first, scratch, x], dim=1)
-        for block in self.blocks:
-            x = block(x)
-        x = self.norm(x)
-        return x[:, 0], x[:, 1 + self.registers :]
+# %% wrong="vision_transformer" because="the class token's position starts at zero"
+- self.positions = nn.Parameter(std * torch.randn(1 + patches, width))
++ places = std * torch.randn(1 + patches, width)
++ places[0] = 0
++ self.positions = nn.Parameter(places)
 
 # %% wrong="clip_loss" because="'logit_scale: … any floating dtype': its exp is taken in its own half precision, which rounds, and overflows float16"
 def clip_loss(image: Tensor, text: Tensor, logit_scale: Tensor) -> Tensor:
