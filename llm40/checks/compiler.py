@@ -89,6 +89,7 @@ def sources(kernel: Any) -> tuple[tuple, ...]:
             found[key] = ()  # it may call itself
             text = textwrap.dedent(inspect.getsource(fn))
             used = {node.id for node in ast.walk(ast.parse(text)) if isinstance(node, ast.Name)}
+            used -= {*fn.__code__.co_varnames, *fn.__code__.co_cellvars}  # its own, whatever the notebook calls so
             names = fn.__globals__ | inspect.getclosurevars(fn).nonlocals
             meanings = {name: _meaning(names[name], reach) for name in sorted(used & names.keys())}
             found[key] = (key, fn.__name__, text, tuple(meanings.items()))

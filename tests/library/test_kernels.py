@@ -294,6 +294,13 @@ class TestCompiled:
         self.launch(has_a_wrong_branch, DOUBLE=False)
         assert "Cannot access global variable LIMIT" in message(self.launch, has_a_wrong_branch, DOUBLE=True)
 
+    def test_a_global_with_the_name_of_an_argument_is_no_part_of_a_kernel(self, monkeypatch):
+        from llm40.checks import compiler
+
+        before = compiler.sources(uses_much)
+        monkeypatch.setitem(uses_much.fn.__globals__, "n", 3)
+        assert compiler.sources(uses_much) == before  # or each check of a notebook compiles it anew
+
     def test_an_autotuned_kernel(self):
         x, y = torch.randn(7), torch.empty(7)
 
