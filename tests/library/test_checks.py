@@ -236,7 +236,7 @@ class TestCounting:
     def test_the_modes_do_not_load_the_compiler(self):
         code = (
             "import sys, torch; from llm40 import checks; x = torch.ones(2)\n"
-            "with checks.allocations(), checks.forbidden('softmax'): x + 1\n"
+            "with checks.allocations(), checks.flops(), checks.forbidden('softmax'): x + 1\n"
             "print('torch._dynamo' in sys.modules)"
         )
         done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
@@ -255,6 +255,30 @@ def test_moved_counts_what_operations_read_and_write():
         y.T[0]
     assert work.steps == [("to_copy", 60), ("add", 80)]
     assert work.total == 140
+
+
+@pytest.mark.parametrize("recorded", [True, False])
+def test_flops_are_those_of_pytorchs_counter(recorded):
+    from torch.utils.flop_counter import FlopCounterMode
+
+    layer = torch.nn.TransformerEncoderLayer(16, 2, batch_first=True)
+    convolution = torch.nn.Conv1d(16, 4, 3)
+
+    def work():
+        with torch.inference_mode(not recorded):
+            x = layer(torch.ones(2, 5, 16))
+            y = convolution(x.mT) @ torch.ones(3, 2)
+            z = torch.einsum("bik,bjk->bij", x, x).sum() + y.sum()
+        if recorded:
+            z.backward()
+
+    for _ in range(2):  # the second time in evaluation mode, which has a path of its own
+        with checks.flops() as counted:
+            work()
+        with FlopCounterMode(display=False) as counter:
+            work()
+        assert counted.total == counter.get_total_flops() > 0
+        layer.eval()
 
 
 triton = pytest.importorskip("triton")
