@@ -1532,7 +1532,7 @@ for language in languages:
 # and it does not compete for a place among the living. Nor may it be thrown away because others
 # live on.
 #
-# **Length.** Log-probabilities are negative, and every token adds one. Compared by their sums,
+# **Length.** Log-probabilities are at most 0, and every token adds one. Compared by their sums,
 # short hypotheses win, and the shortest of all is the empty one. Divided by their length $L$ they
 # compete fairly, perhaps too fairly. In between, Wu et al. (2016) divide by
 #
@@ -2423,7 +2423,7 @@ for beam, alpha in ((1, 0.0), (2, 0.0), (4, 0.0), (4, 0.6), (4, 2.0)):
 #
 # The encoder–decoder lost most of the market. One stack that reads and writes, trained on every
 # token of any text, turned out to be the simplest thing to scale, and a chat has no natural point
-# at which a source ends and a target begins. What has changed inside that stack between 2018 and
+# at which a source ends and a target begins. What has changed inside that stack between 2019 and
 # 2024 can be read from six files. Below are the fields of the published `config.json` that decide
 # the shape, with the published values, as Python dictionaries. (Two things are written out that the
 # files leave to defaults: whether the head is tied, and GPT-2's `n_inner`.)
@@ -2515,7 +2515,7 @@ CONFIGS = {
 # | part | GPT-2 | LLaMA, Mistral, Mixtral | DeepSeek-V3 |
 # |---|---|---|---|
 # | positions | a learned table $(n_\text{positions}, d)$ | rotary: no parameters | rotary, in 64 of a head's 192 features |
-# | biases | on every linear layer | none | none |
+# | biases | on every linear layer but the head | none | none |
 # | norm | LayerNorm: scale and shift | RMSNorm: scale | RMSNorm: scale |
 # | norms | 2 a layer, 1 at the end | the same | the same, and 2 more inside each attention |
 # | attention | $q, k, v, o$, each $d \times d$ | $q, o$: $d \times H d_h$; $k, v$: $d \times H_{kv} d_h$ | MLA, below |
@@ -3046,8 +3046,8 @@ plot.plt.show()
 # %% [markdown]
 # On the title page DeepSeek-V3 has 37 billion active parameters. Your count says 37.6 with the
 # table of tokens and 36.6 without it: a token reads one row of that table, and the arithmetic below
-# leaves it out. Mixtral's paper counts it in (13 billion: your 12.9). When two counts of active
-# parameters differ by about $V d$, this is why.
+# leaves it out. Mixtral's paper says 13 billion, which fits both (12.9 and 12.7). When two counts
+# of active parameters differ by about $V d$, this is why.
 
 # %% [markdown]
 # ## FLOPs of a token
@@ -3070,8 +3070,8 @@ plot.plt.show()
 # activations; each still gets its gradient by a product of the same size. With $2N$ forward, this
 # is the $6N$ per token of the scaling laws.
 #
-# Norms, activations, softmax, rotations are linear in the width and left out, as in every such
-# count.
+# Norms, activations, softmax, rotations take no matrix product and are left out, as is usual in
+# such counts.
 
 
 # %% exercise="flops_per_token" minutes=25 difficulty=3 path="more"
@@ -3532,7 +3532,7 @@ lines = [columns, ["---"] * len(columns), *rows]
 display(Markdown("\n".join(f"| {' | '.join(line)} |" for line in lines)))
 
 # %% [markdown]
-# Six years in one table. The norm moved and lost its shift, positions became rotations, the
+# Five years in one table. The norm moved and lost its shift, positions became rotations, the
 # feed-forward layer got a gate and then experts, and most of the rest is the fight against the
 # cache: with 128 heads and 61 layers DeepSeek-V3 keeps less per token than any of the others but
 # GPT-2.
