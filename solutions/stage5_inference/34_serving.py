@@ -612,6 +612,16 @@ def compute(scheduler, plan) -> None:
                 scheduler.finish(sequence)
 
 
+class Remembering(Blocks):
+    """Blocks that know the first four tokens of every text, all but its last, from earlier ones."""
+
+    def admit(self, sequence: Sequence) -> bool:
+        admitted = super().admit(sequence)
+        if admitted:
+            sequence.computed = min(4, len(sequence.tokens) - 1)
+        return admitted
+
+
 def names(plan) -> list[tuple[str, int]]:
     return [("ABCDEFGHIJ"[sequence.id], count) for sequence, count in plan]
 
@@ -767,6 +777,13 @@ for who, length in enumerate((1, 3, 2)):
 plan = scheduler.step()
 assert names(plan) == [("A", 1), ("B", 3)], "the budget is used up to the last token"
 assert [s.id for s in scheduler.waiting] == [2], "with no budget left nobody is admitted"
+# What admit found computed is not pending, and takes nothing of the budget.
+scheduler = Scheduler(Remembering(count=40, size=4), budget=8, max_running=4)
+for who, length in enumerate((9, 3, 30)):
+    scheduler.add(Sequence(who, list(range(length)), max_new=2))
+plan = scheduler.step()
+due = [("A", 5), ("B", 1), ("C", 2)]
+assert names(plan) == due, f"with 4, 2 and 4 tokens found computed: {due}, yours {names(plan)}"
 ### END HIDDEN TESTS
 
 # %% check="scheduler" points=2

@@ -1561,6 +1561,12 @@ checks.close(
     torch.tensor([0]),
     what="a class whose sentences nearly cancel: a mean of any length is normalized",
 )
+faint = torch.tensor([[[1e-6, 0.0], [0.0, 1.0]], [[2.1, 1.0], [2.1, 1.0]]])  # at 45 and 25 degrees
+checks.close(
+    zero_shot(torch.tensor([[1.2, 1.0]]), faint),  # at 40 degrees
+    torch.tensor([0]),
+    what="a class with a sentence of length 1e-6, which counts as much as the other",
+)
 image, prompts = far_apart(30, 3, g=g), far_apart(15, 3, g=g).view(5, 3, 3)
 checks.close(
     zero_shot(image, prompts),

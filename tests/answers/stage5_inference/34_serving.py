@@ -321,6 +321,10 @@ class Scheduler:
             spare -= count
         return plan
 
+# %% wrong="scheduler" because="what admit found computed takes budget again"
+- plan.append((sequence, min(sequence.pending, left)))
++ plan.append((sequence, min(len(sequence.tokens), left)))
+
 # %% wrong="engine" because="a token is chosen in the middle of a prompt"
 - if sequence.pending:
 -     continue

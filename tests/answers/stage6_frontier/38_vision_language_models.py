@@ -1175,6 +1175,10 @@ def zero_shot(image: Tensor, prompts: Tensor) -> Tensor:
     mean = mean / (mean.norm(dim=-1, keepdim=True) + 1e-6)
     return (F.normalize(image, dim=-1) @ mean.T).argmax(1)
 
+# %% wrong="zero_shot" because="1e-6 added to each length halves a template as short as that"
+- classes = F.normalize(wide(prompts), dim=-1).mean(1)
++ classes = (wide(prompts) / (wide(prompts).norm(dim=-1, keepdim=True) + 1e-6)).mean(1)
+
 # %% wrong="projector" because="merge: 'ValueError where the number of tokens is not that of the grid': twice as many become twice the batch"
 def merge_tokens(tokens: Tensor, grid: tuple[int, int], size: int = 2) -> Tensor:
     rows, columns = grid
