@@ -15,6 +15,7 @@ from dataclasses import dataclass, field
 from typing import Any
 from unittest import mock
 
+import numpy as np
 import torch
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
@@ -319,19 +320,21 @@ def traffic(*, dry: bool = False, only: Tensor | None = None) -> Iterator[Traffi
     if not (profile.has_triton and profile.interpret):
         yield None
         return
+    from triton import language
     from triton.runtime.interpreter import InterpreterBuilder, TensorHandle
 
     seen = Traffic()
     load, store = InterpreterBuilder.create_masked_load, InterpreterBuilder.create_masked_store
 
     def note(pointers: Any, mask: Any, into: Counter) -> Any:
-        inside = mask.data.astype(bool)  # a scalar that was spread over a block is of int8
+        # A scalar that was spread over a block is of int8, and a block pointer's mask is a plain array of NumPy.
+        inside = np.asarray(mask.data).astype(bool)
         into.update(pointers.data[inside].tolist())
         touched = inside & (not dry)
         if only is not None:
             first, last = only.data_ptr(), only.data_ptr() + only.numel() * only.element_size()
             touched = touched & (pointers.data >= first) & (pointers.data < last)
-        return TensorHandle(touched, mask.dtype)
+        return TensorHandle(touched, language.int1)
 
     def counting_load(self, pointers, mask, *rest):
         return load(self, pointers, note(pointers, mask, seen.read), *rest)

@@ -303,6 +303,14 @@ def double_some_kernel(x, y, n, programs, BLOCK: tl.constexpr):
 
 
 @triton.jit
+def double_block_kernel(x, y, n, BLOCK: tl.constexpr):
+    start = tl.program_id(0) * BLOCK
+    source = tl.make_block_ptr(x, (n,), (1,), (start,), (BLOCK,), (0,))
+    target = tl.make_block_ptr(y, (n,), (1,), (start,), (BLOCK,), (0,))
+    tl.store(target, 2 * tl.load(source, boundary_check=(0,), padding_option="zero"), boundary_check=(0,))
+
+
+@triton.jit
 def far_kernel(x, row, BLOCK: tl.constexpr, WIDE: tl.constexpr):
     r = tl.program_id(0)
     if WIDE:
@@ -365,6 +373,13 @@ class TestKernels:
             double_some_kernel[(2,)](x, y, 21, 1, BLOCK=16)
         assert set(seen.read) == checks.addresses(x[:16])
         checks.close(y, torch.cat([2 * x[:16], torch.full((8,), -1.0)]))
+
+    def test_traffic_of_block_pointers(self):
+        x, y = torch.randn(24), torch.full((24,), -1.0)
+        with checks.traffic() as seen:
+            double_block_kernel[(2,)](x, y, 21, BLOCK=16)
+        assert set(seen.read) == checks.addresses(x[:21])
+        checks.close(y, torch.cat([2 * x[:21], torch.full((3,), -1.0)]))
 
     def test_traffic_of_rows_far_apart(self):
         x = torch.zeros(1)
