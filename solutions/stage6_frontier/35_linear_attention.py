@@ -136,11 +136,15 @@ def unrolled(q, k, v, log_decay=None, beta=None, state=None):
 
 
 def mixed_formats(function, exact, q, k, v, *more):
-    """o has v's dtype where q and k have another."""
+    """o has v's dtype where q and k have another; nothing else is rounded to it, so the state is
+    exact."""
     for keys, values in ((torch.bfloat16, torch.float32), (torch.float32, torch.float16)):
         given = (q.to(keys), k.to(keys), v.to(values), *more)
-        what = f"o for q and k in {keys}, v in {values}"
-        checks.close(function(*given), exact(*given).to(values), dtype=values, what=what)
+        what = f"for q and k in {keys}, v in {values}"
+        o, state = checks.parts(function(*given), "o", "state")
+        due, last = exact(*given)
+        checks.close(o, due.to(values), dtype=values, what=f"o {what}")
+        checks.close(state, last.float(), what=f"the state {what}")
 
 
 def rounded_once(function):
@@ -231,7 +235,11 @@ q, k, v = drawn(gen, 2, 2, 11, 6, 5)
 checks.keeps_dtype(
     linear_attention_parallel, q, k, v, reference=lambda *t: unrolled(*t)[0], what="o"
 )
-mixed_formats(linear_attention_parallel, lambda *t: unrolled(*t)[0], q, k, v)
+for keys, values in ((torch.bfloat16, torch.float32), (torch.float32, torch.float16)):
+    given = (q.to(keys), k.to(keys), v.to(values))
+    what = f"o for q and k in {keys}, v in {values}"
+    due = unrolled(*given)[0].to(values)
+    checks.close(linear_attention_parallel(*given), due, dtype=values, what=what)
 large_later(linear_attention_parallel, lambda *t: unrolled(*t)[0], q, k, v)
 rounded_once(linear_attention_parallel)
 checks.gradients(linear_attention_parallel, lambda *t: unrolled(*t)[0], q, k, v, names="qkv")
@@ -346,7 +354,7 @@ for dtype, kept in ((torch.bfloat16, torch.float32), (torch.float64, torch.float
         state = linear_attention_recurrent(*given, begin)[1]
         exact = unrolled(*given, state=begin)[1].to(kept)
         checks.close(state, exact, dtype=kept, what=f"the state of {dtype} inputs")
-mixed_formats(lambda *t: linear_attention_recurrent(*t)[0], lambda *t: unrolled(*t)[0], q, k, v)
+mixed_formats(linear_attention_recurrent, unrolled, q, k, v)
 rounded_once(lambda *t: linear_attention_recurrent(*t)[0])
 checks.gradients(
     lambda q, k, v, s: linear_attention_recurrent(q, k, v, s)[0],
@@ -480,7 +488,7 @@ for dtype, kept in ((torch.bfloat16, torch.float32), (torch.float64, torch.float
         state = linear_attention_chunked(*given, 5, begin)[1]
         exact = unrolled(*given, state=begin)[1].to(kept)
         checks.close(state, exact, dtype=kept, what=f"the state of {dtype} inputs")
-mixed_formats(lambda *t: linear_attention_chunked(*t, 4)[0], lambda *t: unrolled(*t)[0], q, k, v)
+mixed_formats(lambda *t: linear_attention_chunked(*t, 4), unrolled, q, k, v)
 for chunk in (5, 14):
     given = (lambda *t, c=chunk: linear_attention_chunked(*t, c)[0], lambda *t: unrolled(*t)[0])
     large_later(*given, q, k, v)
@@ -1150,11 +1158,14 @@ o, new = state_update(state, *(t.double() for t in (q, k, v, decay, beta)))
 exact, last = unrolled(*(t[:, :, None] for t in (q, k, v, decay, beta)), state=state)
 checks.close(new, last.float(), dtype=torch.float32, what="a float32 state, tokens in float64")
 checks.close(o, exact[:, :, 0], dtype=torch.float64, rtol=1e-5, what="o of tokens in float64")
-mixed_formats(
-    lambda *t: state_update(state, *t)[0],
-    lambda *t: unrolled(*(x[:, :, None] for x in t), state)[0][:, :, 0],
-    q, k, v, decay, beta,
-)  # fmt: skip
+
+
+def one_token(*t):
+    exact, last = unrolled(*(x[:, :, None] for x in t), state)
+    return exact[:, :, 0], last
+
+
+mixed_formats(lambda *t: state_update(state, *t), one_token, q, k, v, decay, beta)
 checks.gradients(
     lambda s, q, k, v, g, b: state_update(s, q, k, v, g, b)[0],
     lambda s, q, k, v, g, b: unrolled(*(t[:, :, None] for t in (q, k, v, g, b)), s)[0][:, :, 0],
@@ -1579,9 +1590,7 @@ for dtype, kept in ((torch.bfloat16, torch.float32), (torch.float64, torch.float
         state = gated_linear_attention(*given, 5, begin)[1]
         exact = unrolled(*given, state=begin)[1].to(kept)
         checks.close(state, exact, dtype=kept, what=f"the state of {dtype} inputs")
-mixed_formats(
-    lambda *t: gated_linear_attention(*t, 4)[0], lambda *t: unrolled(*t)[0], q, k, v, log_decay
-)
+mixed_formats(lambda *t: gated_linear_attention(*t, 4), unrolled, q, k, v, log_decay)
 rounded_once(lambda *t: gated_linear_attention(*t, torch.zeros_like(t[2][..., :1]), 100)[0])
 checks.gradients(
     lambda q, k, v, g, s: gated_linear_attention(q, k, v, g, 4, s)[0],
@@ -2014,8 +2023,8 @@ for dtype, kept in ((torch.bfloat16, torch.float32), (torch.float64, torch.float
         exact = unrolled(q_, k_, v_, decay, b_, begin)[1].to(kept)
         checks.close(state, exact, dtype=kept, what=f"the state of {dtype} inputs")
 mixed_formats(
-    lambda q, k, v, b, g: delta_rule_chunked(q, k, v, b, 4, g)[0],
-    lambda q, k, v, b, g: unrolled(q, k, v, g, b)[0],
+    lambda q, k, v, b, g: delta_rule_chunked(q, k, v, b, 4, g),
+    lambda q, k, v, b, g: unrolled(q, k, v, g, b),
     q, k, v, beta, log_decay,
 )  # fmt: skip
 # Small values replace large ones under one key: o is v, rounded once.

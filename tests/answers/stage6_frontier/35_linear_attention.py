@@ -594,6 +594,10 @@ def gated_linear_attention(q, k, v, log_decay, chunk, state=None):
         state = total * state + added
     return torch.cat(o, 2).to(dtype), state
 
+# %% wrong="gated_linear_attention" because="log-decays take v's format first, which may be half precision"
+- q, k, v, log_decay = wide(q, k, v, log_decay)
++ q, k, v, log_decay = wide(q, k, v, log_decay.to(v.dtype))
+
 # %% wrong="wy_factors" because="no solve"
 - solved = torch.linalg.solve_triangular(system, right, upper=False, unitriangular=True)
 + solved = right
@@ -807,6 +811,12 @@ def delta_rule_chunked(q, k, v, beta, chunk, log_decay=None, state=None):
         outputs.append(faded_q[:, :, n] @ state + inside[:, :, n] @ new)
         state = sums[:, :, n, -1:].exp().mT * state + faded_k[:, :, n].mT @ new
     return torch.cat(outputs, 2)[:, :, :seq].to(dtype), state
+
+# %% wrong="delta_rule_chunked" because="beta takes v's format first, which may be half precision"
+- log_decay = torch.zeros_like(beta) if log_decay is None else log_decay
+- q, k, v, beta, log_decay = wide(q, k, v, beta, log_decay)
++ log_decay = torch.zeros_like(beta) if log_decay is None else log_decay
++ q, k, v, beta, log_decay = wide(q, k, v, beta.to(v.dtype), log_decay)
 
 # %% wrong="chunk_kernel" because="drops the state between chunks"
 - state = tl.dot(tl.trans(k), v, state * tl.exp2(total), input_precision="ieee")
