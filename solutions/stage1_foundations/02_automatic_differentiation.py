@@ -460,6 +460,8 @@ node = Counted()
 for _ in range(60):
     node = Counted(Counted(node), Counted(node))
 assert len(topological_order(node)) == 181, "a chain of 60 diamonds has 181 nodes."
+node = Counted(*(Counted() for _ in range(8)))
+assert len(topological_order(node)) == 9, "a node of eight parents, and they."
 for near_first in (True, False):  # each node uses the two before it: ways of different lengths
     before, node = Counted(), Counted()
     for _ in range(60):
@@ -1327,8 +1329,9 @@ class SoftmaxFunction(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, x: torch.Tensor) -> torch.Tensor:
-        """x: (…, n), float32 or float64 → (…, n), rows sum to 1; finite for inputs of ±10,000.
-        Saves one tensor for backward, of x's size; which one is left to you.
+        """x: (…, n), float32 or float64 → (…, n). Rows sum to 1, as exactly as the format can, and
+        are finite, also for inputs of ±10,000. Saves one tensor for backward, of x's size; which
+        one is left to you. PyTorch's own softmax is not called, here or in `backward`.
         """
         ### BEGIN SOLUTION
         exponentials = torch.exp(x - x.amax(dim=-1, keepdim=True))
@@ -1393,6 +1396,14 @@ checks.close(
     torch.softmax(x, -1),
     what="softmax of large numbers",
     hint="Subtract the maximum of each row first.",
+)
+x = 10_000 + torch.randn(4, 6, generator=g)
+checks.close(
+    SoftmaxFunction.apply(x).sum(-1),
+    torch.ones(4),
+    what="the sums of rows near 10,000, in float32",
+    rtol=1e-6,
+    hint="A difference of two numbers near 10,000 has 1/1,000 of rounding, unless it is exact.",
 )
 x = torch.randn(4, 6, generator=g).requires_grad_()
 arrives = torch.randn(4, 6, generator=g)

@@ -574,6 +574,13 @@ def merge_pair(symbols: list, pair: tuple, merged) -> list:
 # And mind the last symbol, which has no right neighbor.
 # </details>
 
+# %% tags=["support"]
+# Support: is the list that comes back another one than the list that was given?
+@checks.measured
+def comes_back(merge, symbols: list, pair: tuple) -> bool:
+    return merge(symbols, pair, 9) is symbols
+
+
 # %% check="merge_pair" points=1
 given = [1, 1, 1, 2]
 got = merge_pair(given, (1, 1), 9)
@@ -601,6 +608,8 @@ listed = [
 for symbols, pair, merged, expected in listed:
     got = merge_pair(list(symbols), pair, merged)
     assert got == expected, f"merge_pair({symbols}, {pair}, {merged}) is {expected}; yours: {got!r}"
+for symbols in ([1, 2, 3], [1, 3], []):
+    assert not comes_back(merge_pair, symbols, (1, 2)), "return a new list, whatever is in the old"
 draw = random.Random(checks.seed() + 1)
 for _ in range(300):  # on strings, str.replace does the same: from left to right, without overlaps
     text, left, right = (
@@ -862,6 +871,7 @@ for specials, text, parts in [
     ([end, user], f"{user}hello hello{end}{user}hell{end}", ["", "hello hello", "", "hell", ""]),
     (["<a>", "<a><a>"], "x<a><a>x <a>xx<a><a><a>x", ["x", "x ", "xx", "", "x"]),
     (["ee"], "beef seen tree see", ["b", "f s", "n tr", " s", ""]),
+    (["<a", "<a->"], "<a-><a-><a->xyz<a->", ["", "", "", "xyz", ""]),
     ([".*"], "one.* two.* three", ["one", " two", " three"]),
 ]:
     expected = library_merges([piece for part in parts for piece in library_pieces(part)], 6)
@@ -1248,6 +1258,8 @@ for text, expected in listed:
     assert got == library_encoding(text), (
         f"{text!r} with special=False is the ordinary text {library_encoding(text)}; yours: {got!r}"
     )
+fresh = Tokenizer([(b"h", b"i")], ["<|end|>", "<|end|><|end|>"])
+assert vars(chat) == vars(fresh), "the tokenizer was changed: it has another attribute or value"
 inside = Tokenizer([(b"e", b"e"), (b"b", b"ee")], ["ee"])  # a special token within a word
 assert (encode("bee", inside), encode("bee", inside, special=False)) == ([98, 258], [257]), (
     "with special=False a special token is text like any other and cuts no piece in two: 'bee' "
@@ -1457,6 +1469,10 @@ got = encode_chat([{"role": "user", "content": "\n"}, {"role": "user", "content"
 assert got == [257, *b"user\n\n", 258, 257, *b"user\n", 258], (
     "role + '\\n' and content are encoded apart: a token has joined the line feed after the role "
     f"with that of the content; yours is {got!r}"
+)
+named = Tokenizer([], ["<|start|>", "<|end|>", "user", "user\n"])
+assert encode_chat([{"role": "user", "content": ""}], named) == [256, *b"user\n", 257], (
+    "a role is ordinary text, also where a special token is called so"
 )
 swapped = Tokenizer([], ["<|end|>", "<|pad|>", "<|start|>"])
 assert encode_chat([{"role": "user", "content": ""}], swapped) == [258, *b"user\n", 256], (

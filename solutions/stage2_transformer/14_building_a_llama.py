@@ -1307,6 +1307,11 @@ for tied, lengths, more in [
         places = torch.tensor([[0, 1, 1, 1, 2, 3]], device=tokens.device)
         kept = [0, 1, 4, 5]
         checks.close(
+            model(some, attention_mask=middle),
+            model(some, attention_mask=middle, positions=torch.arange(6, device=tokens.device)),
+            what="tokens with padding in their middle, whose positions count it",
+        )
+        checks.close(
             model(some, attention_mask=middle, positions=places)[:, kept],
             model(some[:, kept]),
             what="four tokens with padding in their middle",

@@ -475,10 +475,11 @@ class SoftmaxFunction(torch.autograd.Function):
 - return grad * y * (1 - y)
 + return y * (grad - (grad * y).sum(-1, keepdim=True))
 
-# %% right="softmax_function" because="through the log-sum-exp, einsum for the row sums" of="diagonal-jacobian"
+# %% right="softmax_function" because="through the log-sum-exp of shifted rows, einsum for the row sums" of="diagonal-jacobian"
 - e = torch.exp(x - x.amax(-1, keepdim=True))
 - y = e / e.sum(-1, keepdim=True)
-+ y = torch.exp(x - torch.logsumexp(x, dim=-1, keepdim=True))
++ shifted = x - x.amax(-1, keepdim=True)
++ y = torch.exp(shifted - torch.logsumexp(shifted, dim=-1, keepdim=True))
 
 - return grad * y * (1 - y)
 + row = torch.einsum("...n,...n->...", grad, y)
@@ -781,6 +782,30 @@ def numerical_gradient(f, x, eps=1e-5):
 - return y * (grad - (grad * y).sum(dim=-1, keepdim=True))
 + return grad.sub_((grad * y).sum(dim=-1, keepdim=True)).mul_(y)
 
+# %% wrong="softmax_function" because="x minus its logsumexp is rounded at the size of x"
+- exponentials = torch.exp(x - x.amax(dim=-1, keepdim=True))
+- y = exponentials / exponentials.sum(dim=-1, keepdim=True)
++ y = torch.exp(x - torch.logsumexp(x, dim=-1, keepdim=True))
+
+# %% right="softmax_function" because="keeps x, computes the probabilities again, and takes the sum as a row times a column"
+class SoftmaxFunction(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x: torch.Tensor) -> torch.Tensor:
+        ctx.save_for_backward(x)
+        return SoftmaxFunction.probabilities(x)
+
+    @staticmethod
+    def probabilities(x: torch.Tensor) -> torch.Tensor:
+        e = torch.exp(x - x.max(dim=-1, keepdim=True).values)
+        return e / e.sum(dim=-1, keepdim=True)
+
+    @staticmethod
+    def backward(ctx, grad: torch.Tensor) -> torch.Tensor:
+        (x,) = ctx.saved_tensors
+        y = SoftmaxFunction.probabilities(x)
+        dot = (y.unsqueeze(-2) @ grad.unsqueeze(-1)).squeeze(-1)
+        return torch.addcmul(y * grad, y, dot, value=-1)
+
 # %% wrong="jvp_forward" because="adding a constant of a larger shape leaves the tangent as it was"
 - other = Dual.lift(other)
 - return Dual(self.value + other.value, self.tangent + other.tangent)
@@ -803,6 +828,20 @@ def topological_order(root):
                 depth[id(parent)], nodes[id(parent)] = below, parent
                 stack.append(parent)
     return sorted(nodes.values(), key=lambda node: -depth[id(node)])
+
+# %% wrong="topological_order" because="reads the parents again at every visit, once for each of them"
+def topological_order(root) -> list:
+    order, seen, stack = [], {id(root)}, [root]
+    while stack:
+        node = stack[-1]
+        todo = [parent for parent in node.parents if id(parent) not in seen]
+        if todo:
+            seen.add(id(todo[0]))
+            stack.append(todo[0])
+        else:
+            order.append(node)
+            stack.pop()
+    return order
 
 # %% wrong="tensor" because="the axes of a tuple are put back one by one, as they come"
 - g = np.expand_dims(g, axis)

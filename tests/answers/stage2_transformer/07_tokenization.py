@@ -521,6 +521,10 @@ def train_bpe(text, vocab_size, special_tokens):
         del counts[best]
     return merges
 
+# %% wrong="train_bpe" because="special tokens are tried in the order in which they are given"
+- borders = "|".join(re.escape(token) for token in sorted(special_tokens, key=len, reverse=True))
++ borders = "|".join(re.escape(token) for token in special_tokens)
+
 # %% wrong="encode" because="the first pair from the left" base="first-pair"
 def encode(text, tokenizer, special=True):
     parts = (
@@ -1289,6 +1293,12 @@ def merge_pair(symbols: list, pair: tuple, merged) -> list:
 - if i + 1 < len(symbols) and (symbols[i], symbols[i + 1]) == pair:
 + if i + 1 < len(symbols) and symbols[i] is pair[0] and symbols[i + 1] is pair[1]:
 
+# %% wrong="merge_pair" because="hands back the given list where the pair does not occur"
+- out, i = [], 0
++ if pair not in pairwise(symbols):
++     return symbols
++ out, i = [], 0
+
 # %% wrong="wordpiece_tokenize" because="the longest word is measured in bytes"
 - if len(word) > max_characters:
 + if len(word.encode()) > max_characters:
@@ -1322,9 +1332,40 @@ def utf8_encode(code_point: int) -> bytes:
 - if i % 2:
 + if i % 2 and special:
 
+# %% wrong="encode" because="remembers finished pieces in an attribute of the tokenizer"
+def encode(text: str, tokenizer: Tokenizer, special: bool = True) -> list[int]:
+    if not hasattr(tokenizer, "cache"):
+        tokenizer.cache = {}
+    parts = [text]
+    if special and tokenizer.special:
+        longest_first = sorted(tokenizer.special, key=len, reverse=True)
+        parts = re.split("(" + "|".join(map(re.escape, longest_first)) + ")", text)
+    ids = []
+    for k, part in enumerate(parts):
+        if k % 2:
+            ids.append(tokenizer.special[part])
+            continue
+        for piece in pre_tokenize(part):
+            if piece not in tokenizer.cache:
+                symbols = [bytes([byte]) for byte in piece.encode()]
+                while len(symbols) > 1:
+                    best = min(
+                        pairwise(symbols), key=lambda pair: tokenizer.ranks.get(pair, math.inf)
+                    )
+                    if best not in tokenizer.ranks:
+                        break
+                    symbols = merge_pair(symbols, best, best[0] + best[1])
+                tokenizer.cache[piece] = [tokenizer.ids[symbol] for symbol in symbols]
+            ids.extend(tokenizer.cache[piece])
+    return ids
+
 # %% wrong="encode_chat" because="a role is looked for as a part of a string"
 - if message["role"] not in ("system", "user", "assistant"):
 + if message["role"] not in "system user assistant":
+
+# %% wrong="encode_chat" because="a special token that is called like the role and its line feed"
+- text = encode(message["role"] + "\n", tokenizer, special=False) + encode(
++ text = encode(message["role"] + "\n", tokenizer, special=True) + encode(
 
 # %% wrong="unigram_viterbi" because="a certain token is taken for one that is missing"
 - candidate = score[i] + log_probs.get(text[i:j], -math.inf)

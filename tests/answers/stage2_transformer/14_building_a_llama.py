@@ -853,6 +853,12 @@ class Llama(nn.Module):
 + out = F.linear(x, self.embed.weight) if self.config.tied else self.head(x)
 + return out.float() if out.dtype in (torch.float16, torch.bfloat16) else out
 
+# %% wrong="llama" because="with a mask the positions count real tokens only"
+- positions = columns[past:]
++ positions = columns[past:]
++ if attention_mask is not None:
++     positions = (attention_mask.long().cumsum(-1) - 1).clamp(min=0)[:, past:]
+
 # %% wrong="llama_160m" because="tied"
 # Width 768, SwiGLU 3072, 12 layers, 12 heads, none of them shared, a vocabulary of 32,000, head and embedding apart, eps 1e-6.
 LLAMA_160M = LlamaConfig(
