@@ -172,6 +172,14 @@ def padding_mask(lengths: Tensor, k_len: int) -> Tensor:
 # `torch.tril` has an argument that shifts its diagonal. Which shift makes the last row full?
 # </details>
 
+# %% tags=["support"]
+# Support: where a mask is made when PyTorch's default device is "meta"
+@checks.measured
+def device_by_default(make_mask) -> str:
+    with torch.device("meta"):
+        return make_mask(2, 2).device.type
+
+
 # %% check="masks" points=1
 mask = causal_mask(2, 5)
 assert getattr(mask, "dtype", None) == torch.bool, (
@@ -203,6 +211,9 @@ for device in (profile.device, torch.device("meta")):
     assert made.type == device.type, (
         f"causal_mask ignores its device: {device} is asked for, the mask is on {made}"
     )
+assert device_by_default(causal_mask) == "meta", (
+    "without a device the mask is on PyTorch's default device, whatever was chosen for that"
+)
 ### END HIDDEN TESTS
 
 # %% check="masks" points=1
@@ -519,6 +530,8 @@ checks.gradients(
     hint="Rows without a visible key must pass back 0",
 )
 hidden_from_all = torch.zeros(5, 6, dtype=torch.bool, device=q.device)
+with checks.unchanged(mask=hidden_from_all):
+    scaled_dot_product_attention(q, k, v, hidden_from_all)
 checks.gradients(
     lambda q, k, v: output(q, k, v, hidden_from_all),
     lambda q, k, v: 0 * (q.sum() + k.sum() + v.sum()) * q[..., :4],
@@ -984,7 +997,8 @@ for shape in [
     checks.close(out, expected, what=f"the output with a mask of shape {shape}")
 only_first = torch.zeros(q_len, k_len, dtype=torch.bool, device=x.device)
 only_first[0, :2] = True  # query 0 sees two keys, the others nothing
-out, _ = mine(x, context, only_first)
+with checks.unchanged(mask=only_first):
+    out, _ = mine(x, context, only_first)
 checks.close(
     out[:, 1:],
     mine.out_proj.bias.expand(batch, q_len - 1, d_model),
@@ -1269,8 +1283,10 @@ for shape in [
     mask = (torch.rand(shape, generator=g) < 0.6).to(q.device)
     mask[..., -1, :] = False  # the last query sees nothing
     full = mask.expand(batch, heads, q_len, k_len)
+    with checks.unchanged(mask=mask):
+        out = grouped_query_attention(q, k, v, mask)
     checks.close(
-        grouped_query_attention(q, k, v, mask),
+        out,
         pytorch_attention(q, wide_k, wide_v, full),
         what=f"the output with a mask of shape {shape}",
     )

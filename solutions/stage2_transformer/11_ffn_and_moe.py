@@ -636,13 +636,14 @@ checks.close(
     what="the choice among softmaxes that are 0",
     hint="It is the scores that tie, not the logits",
 )
-faint = torch.tensor([[-30.0, -31.0, -32.0]], device=profile.device)  # scores of 1e-13 and less
-checks.close(
-    top_k_router(faint, 2, scoring="sigmoid")[0],
-    torch.tensor([[1.0, math.exp(-1)]]).to(faint) / (1 + math.exp(-1)),
-    what="the weights for sigmoids of 1e-13, renormalized",
-    hint="Their sum is small, and it is what they are divided by",
-)
+for best in (-30.0, -80.0):  # scores of 1e-13, and of 1e-35
+    faint = torch.tensor([[best, best - 1, best - 2]], device=profile.device)
+    checks.close(
+        top_k_router(faint, 2, scoring="sigmoid")[0],
+        torch.tensor([[1.0, math.exp(-1)]]).to(faint) / (1 + math.exp(-1)),
+        what=f"the weights for sigmoids of {math.exp(best):.0e}, renormalized",
+        hint="Their sum is small, and it is what they are divided by",
+    )
 for word in ("", "relu", None):
     checks.raises(
         ValueError, top_k_router, torch.zeros(2, 3), 1, True, word, because=f"scoring={word!r}"

@@ -2246,6 +2246,15 @@ checks.close(
     token_spread(torch.ones(2, 4, 3)), torch.zeros(2), what="the spread of equal tokens", atol=1e-6
 )
 checks.close(token_spread(torch.zeros(4, 3)), torch.tensor(0.0), what="the spread of a zero matrix")
+# Tokens that are nearly equal: what they have in common is 10,000 times what sets them apart.
+common = torch.randn(1, 8, generator=g, dtype=torch.float64)
+x = common + 1e-4 * torch.randn(7, 8, generator=g, dtype=torch.float64)
+due = torch.linalg.matrix_norm(x - x.mean(0)) / torch.linalg.matrix_norm(x)
+hint = "A difference of squares has no digits left."
+checks.close(token_spread(x), due, what="the spread of nearly equal tokens", hint=hint)
+checks.close(
+    token_spread(x.float()), due.float(), what="the same in float32", rtol=1e-2, hint=hint
+)
 ### END HIDDEN TESTS
 
 # %% check="token_rank" points=1

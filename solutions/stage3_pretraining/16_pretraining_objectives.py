@@ -1611,14 +1611,28 @@ checks.close(
 )
 ### END HIDDEN TESTS
 
+# %% tags=["support"]
+# Support: what is alive between the two passes and at the peak, and the gradient of `hidden`
+@checks.measured
+def alive_in(
+    loss_of: Callable, hidden: Tensor, heads: nn.ModuleList, targets: Tensor, smallest: int
+) -> tuple[int, int, Tensor]:
+    """Elements of tensors of `smallest` elements and more: (kept until backward(), peak, grad)."""
+    hidden = hidden.detach().clone().requires_grad_()
+    with Alive(smallest) as meter:
+        loss = loss_of(hidden, heads, targets)
+        kept = sum(meter.alive.values())
+        loss.backward()
+    return kept, meter.peak, hidden.grad
+
+
 # %% check="parallel_mtp_loss" points=3
 g = checks.generator(15)
 hidden = torch.randn(2, 24, 8, generator=g, requires_grad=True)
 heads = nn.ModuleList(nn.Linear(8, 300, bias=False) for _ in range(6))
 targets = torch.randint(0, 300, (2, 24), generator=g)
-with Alive(smallest=2 * 18 * 300 // 2) as meter:
-    parallel_mtp_loss(hidden, heads, targets).backward()
-peak = meter.peak / (2 * 24 * 300)
+_, peak, _ = alive_in(parallel_mtp_loss, hidden, heads, targets, 2 * 18 * 300 // 2)
+peak /= 2 * 24 * 300
 assert peak < 4.5, (
     f"at the peak your function has {peak:.1f} times the logits of one head alive, with 6 heads; "
     f"one head at a time needs 2 to 4"
@@ -1629,20 +1643,17 @@ for batch, seq, d, vocab, n in [(2, 32, 8, 400, 12), (1, 48, 4, 700, 9), (3, 20,
     heads = nn.ModuleList(nn.Linear(d, vocab, bias=False) for _ in range(n))
     targets = torch.randint(0, vocab, (batch, seq), generator=g)
     size = batch * seq * vocab
-    with Alive(smallest=batch * (seq - n) * vocab // 2) as meter:
-        loss = parallel_mtp_loss(hidden, heads, targets)
-        kept = sum(meter.alive.values()) / size
-        loss.backward()
-    peak = meter.peak / size
-    assert kept < 1.5, (
-        f"after the call, before backward(), tensors of {kept:.1f} times the logits of one head "
-        f"are still alive, with {n} heads"
+    smallest = batch * (seq - n) * vocab // 2
+    kept, peak, got = alive_in(parallel_mtp_loss, hidden, heads, targets, smallest)
+    assert kept < 1.5 * size, (
+        f"after the call, before backward(), tensors of {kept / size:.1f} times the logits of one "
+        f"head are still alive, with {n} heads"
     )
-    assert peak < 4.5, (
-        f"at the peak {peak:.1f} times the logits of one head are alive, with {n} heads"
+    assert peak < 4.5 * size, (
+        f"at the peak {peak / size:.1f} times the logits of one head are alive, with {n} heads"
     )
     due = torch.autograd.grad(sum(separate_losses(hidden, heads, targets)), hidden)[0]
-    checks.close(hidden.grad, due, what="the gradient of hidden", rtol=1e-4)
+    checks.close(got, due, what="the gradient of hidden", rtol=1e-4)
 ### END HIDDEN TESTS
 
 # %% tags=["experiment"]
@@ -2098,6 +2109,15 @@ checks.close(
     what="the loss with the default weight",
     hint="It is 0.3",
 )
+for dtype in (torch.float16, torch.bfloat16):
+    half = [t.to(dtype) for t in (a, b)]
+    checks.close(
+        mtp_loss(half, tokens),
+        mtp_loss([t.float() for t in half], tokens),
+        what=f"the loss of logits in {dtype}",
+        dtype=torch.float32,
+        hint="As in `causal_lm_loss`",
+    )
 checks.gradients(
     lambda a, b: mtp_loss([a, b], tokens),
     lambda a, b: (

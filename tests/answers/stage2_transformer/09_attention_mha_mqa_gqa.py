@@ -913,6 +913,13 @@ def induction_weights(vocab_size, length):
 + queries = torch.arange(q_len)[:, None] + (k_len - q_len)
 + keys = torch.arange(k_len)[None, :]
 
+# %% wrong="masks" because="without a device it is the CPU, whatever PyTorch's default is"
+- queries = torch.arange(q_len, device=device)[:, None] + (k_len - q_len)
+- keys = torch.arange(k_len, device=device)[None, :]
++ device = device or "cpu"
++ queries = torch.arange(q_len, device=device)[:, None] + (k_len - q_len)
++ keys = torch.arange(k_len, device=device)[None, :]
+
 # %% wrong="sdpa" because="hidden scores are −10,000, and visible ones may be lower"
 - scores = scores.masked_fill(~mask, torch.finfo(scores.dtype).min)
 + scores = scores.masked_fill(~mask, -10000.0)
@@ -930,6 +937,17 @@ def induction_weights(vocab_size, length):
 - return weights @ v, weights
 + return (weights.float() @ v.float()).to(v.dtype), weights.float()
 
+# %% wrong="sdpa" because="opens the empty rows of the caller's mask in place"
+def scaled_dot_product_attention(q, k, v, mask=None):
+    scores = (q / math.sqrt(q.shape[-1])) @ k.mT
+    if mask is None:
+        weights = scores.softmax(-1)
+    else:
+        empty = ~mask.any(-1, keepdim=True)
+        mask |= empty
+        weights = scores.masked_fill(~mask, -torch.inf).softmax(-1).masked_fill(empty, 0.0)
+    return weights @ v, weights
+
 # %% wrong="gqa" because="hidden scores are −10,000, and visible ones may be lower"
 - scores = scores.masked_fill(~mask, torch.finfo(scores.dtype).min)
 + scores = scores.masked_fill(~mask, -10000.0)
@@ -943,6 +961,19 @@ def induction_weights(vocab_size, length):
 - scores = (stacked @ k.transpose(-2, -1)).view(batch, heads, q_len, k_len)
 + stacked = q.reshape(batch, kv_heads, -1, head_dim)
 + scores = (stacked @ k.transpose(-2, -1)).view(batch, heads, q_len, k_len) / math.sqrt(head_dim)
+
+# %% wrong="gqa" because="opens the empty rows of the caller's mask in place"
+- if mask is not None:
+-     scores = scores.masked_fill(~mask, torch.finfo(scores.dtype).min)
+- weights = torch.softmax(scores, dim=-1)
+- if mask is not None:
+-     weights = weights.masked_fill(~mask, 0.0)
++ if mask is None:
++     weights = scores.softmax(-1)
++ else:
++     empty = ~mask.any(-1, keepdim=True)
++     mask |= empty
++     weights = scores.masked_fill(~mask, -torch.inf).softmax(-1).masked_fill(empty, 0.0)
 
 # %% wrong="attention_entropy" because="all heads divided by the number of rows of the first"
 - return rows.sum((0, 2)) / counted.sum((0, 2)).clamp(min=1)

@@ -1090,6 +1090,10 @@ def moe_numbers():
 + total = weights.sum(-1, keepdim=True).clamp(min=1e-6)
 + return weights / total if renormalize else weights, indices
 
+# %% wrong="top_k_router" because="1e-20 is added to the sum of the weights"
+- return weights / weights.sum(-1, keepdim=True) if renormalize else weights, indices
++ return weights / (weights.sum(-1, keepdim=True) + 1e-20) if renormalize else weights, indices
+
 # %% wrong="moe_forward" because="dropped choices go to expert 0 with weight 0"
 - chosen = indices.reshape(-1)
 + weights = weights * (indices >= 0)

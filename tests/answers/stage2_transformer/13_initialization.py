@@ -991,6 +991,13 @@ def attention_entropy(weights):
     weights = weights.to(torch.promote_types(weights.dtype, torch.float32))
     return -torch.xlogy(weights, weights).sum(-1)
 
+# %% wrong="token_rank" because="the spread as a difference of squares, which cancels"
+- apart = torch.linalg.matrix_norm(x - x.mean(-2, keepdim=True))
+- whole = torch.linalg.matrix_norm(x)
++ whole = torch.linalg.matrix_norm(x)
++ common = x.shape[-2] * x.mean(-2).square().sum(-1)
++ apart = (whole.square() - common).clamp(min=0).sqrt()
+
 # %% wrong="sigma_reparam" because="sigma detached" base="sigma-detached"
 class SigmaReparamLinear(nn.Module):
     def __init__(self, in_features, out_features, bias=True):
