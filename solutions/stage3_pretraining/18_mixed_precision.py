@@ -1980,6 +1980,7 @@ with checks.forbidden(
     checks.close(
         weight.grad, torch.full((3,), 0.25), what="the gradient after a new iteration's unscale_"
     )
+    scaler.update()  # gradients were looked at, and the step left out: allowed
 # The loss itself stays, and is scaled in its own format.
 loss = torch.tensor(1 / 3)
 with checks.unchanged(loss=loss):

@@ -1036,6 +1036,8 @@ y, last = selective_scan(u.to(torch.bfloat16), dt, A, B, C, D, state.double())
 assert (y.dtype, last.dtype) == (torch.bfloat16, torch.float32), (
     f"for u in bfloat16 y has dtype {y.dtype}, the state {last.dtype}: bfloat16 and float32"
 )
+_, last = selective_scan(u, dt.double(), A.double(), B.double(), C.double(), D, state)
+assert last.dtype == torch.float32, f"u in float32, all else in float64: the state is {last.dtype}"
 y, last = selective_scan(u.double(), dt, A, B, C, D, state)
 exact, exact_last = selective_loop(u, dt, A, B, C, D, state)
 checks.close(y, exact, dtype=torch.float64, what="y for u in float64, the rest in float32")
@@ -2316,6 +2318,8 @@ for dtype in (torch.float16, torch.bfloat16):
     what = f"the state for {dtype}, A = 0"
     checks.close(last, exact_last, what=what, dtype=torch.float32, hint="Float32 between chunks.")
 u, dt, A, B, C, D, start = ssd_inputs(2, 30, 2, 3, 1, 4, gen)
+_, last = ssd_chunked(u, dt.double(), A.double(), B.double(), C.double(), 8, D, start)
+assert last.dtype == torch.float32, f"u in float32, all else in float64: the state is {last.dtype}"
 y, last = ssd_chunked(u.double(), dt, A, B, C, 8, D, start)
 exact, exact_last = heads_loop(u, dt, A, B, C, D, start)
 checks.close(y, exact, dtype=torch.float64, what="y for u in float64, the rest in float32")

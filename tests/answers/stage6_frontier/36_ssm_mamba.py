@@ -302,6 +302,10 @@ def selective_scan(u, dt, A, B, C, D=None, state=None):
         y = y + D.to(wide) * x
     return y.to(u.dtype), b[:, -1]
 
+# %% wrong="selective_scan" because="a float64 A decides the format too"
+- wide = torch.promote_types(u.dtype, torch.float32)
++ wide = torch.promote_types(torch.promote_types(u.dtype, torch.float32), A.dtype)
+
 # %% wrong="compose" because="the opposite order"
 - (a_1, b_1), (a_2, b_2) = first, second
 + (a_1, b_1), (a_2, b_2) = second, first
