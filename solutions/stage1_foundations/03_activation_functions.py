@@ -1182,6 +1182,7 @@ for kind, activation in [
                 layer(x),
                 formula(x),
                 dtype=torch.float64,
+                atol=1e-12,  # far below 0 an activation is a difference of numbers near 1
                 what=f"{name} of shape {shape}, hidden {hidden}",
             )
         checks.gradients(layer, formula, x, names=["x"])
@@ -1705,6 +1706,8 @@ checks.relative_l2(
 gen = checks.generator(16)
 for rows, n_cols, block in [(1, 1, 16), (3, 13, 8), (2, 33, 32), (4, 16, 16), (2, 7, None)]:
     grad, gate, up = (checks.randn(rows, n_cols, generator=gen, scale=3.0) for _ in range(3))
+    if n_cols == 1:
+        gate = gate.abs()  # the slope is 0 near −1.28, and one number has no other to be compared to
     where = f"{rows} rows of {n_cols} in blocks of {block or 'the default size'}."
     with (
         checks.launches() as launched,

@@ -2236,8 +2236,8 @@ for rows, vocab, block, ignored in [
 ]:
     logits = checks.randn(rows, vocab, generator=g, scale=3.0)
     targets = torch.randint(0, vocab, (rows,), generator=g).to(profile.device)
-    targets[0], targets[-1] = vocab - 1, 0
-    logits[0, -1] -= 6
+    targets[-1], targets[0] = 0, vocab - 1
+    logits[0, -1] -= 6  # an unlikely target: its gradient has a size
     if rows > 2:
         targets[2] = ignored
     check_gradient(

@@ -1089,6 +1089,7 @@ for batch, heads, seq, d, span in [
         terms.sum(0),
         what=f"the scores, batch {batch}, {heads} heads, {seq} tokens, d {d}, span {span}",
         dtype=torch.float32,
+        atol=2e-6,  # three terms may cancel
         mistakes={
             "dividing by √d, not by √(3d)": terms.sum(0) * 3**0.5,
             "leaving out position–content": terms[0] + terms[1],

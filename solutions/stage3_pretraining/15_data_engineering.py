@@ -264,6 +264,7 @@ same_numbers(
 )
 ### BEGIN HIDDEN TESTS
 same_numbers(quality_signals(""), dict.fromkeys(LIMITS, 0), "signals of the empty text")
+assert quality_signals("## a ### b")["hashes"] == 5 / 4, "every # counts, not every word with one"
 same_numbers(quality_signals(" \n\t\n "), dict.fromkeys(LIMITS, 0), "signals of white space")
 g = checks.generator(1)
 for _ in range(12):
@@ -1702,8 +1703,8 @@ for batch, seq in [(1, 1), (3, 9), (2, 16), (4, 5)]:
     checks.close(got, expected, what=f"the mask of {ids.tolist()}", dtype=torch.bool)
     strided = torch.stack([ids, ids + 1], dim=-1)[..., 0]
     checks.close(document_mask(strided), expected, what="the mask of a strided view of ids")
-many = torch.tensor([[0, 0, 256, 65_536, 2**32, 2**32]], device=profile.device)
-expected = torch.eye(6, device=profile.device).bool()
+many = torch.tensor([[0, 0, 256, 65_536, 2**32, 2**32, 2**32 + 1]], device=profile.device)
+expected = torch.eye(7, device=profile.device).bool()
 expected[1, 0] = expected[5, 4] = True
 checks.close(document_mask(many)[0, 0], expected, what=f"the mask of {many.tolist()}")
 assert document_mask(torch.zeros(2, 3, dtype=torch.long, device="meta")).is_meta, (
@@ -2159,8 +2160,8 @@ class ResumableLoader:
         ### END SOLUTION
 
     def state_dict(self) -> dict[str, int]:
-        """{"seed", "epoch", "index"}: index is the number of batches of this epoch that were given;
-        after an epoch's last batch that is all of them, until the next call.
+        """{"seed", "epoch", "index"}: index is the number of batches of this epoch that were given.
+        After an epoch's last batch that is all of them, or already none of the next epoch.
         The dictionary does not change when the loader goes on, and is the same on every rank."""
         ### BEGIN SOLUTION
         return {"seed": self.seed, "epoch": self.epoch, "index": self.index}

@@ -993,6 +993,8 @@ for actions, off, shift in [(6, 0, 0), (6, 1, 0), (2, 1, 0), (11, 1, 900), (3, 0
         leaf.grad = torch.full_like(x, 5.0)
         with checks.kept(logits=leaf, ref_logits=y, old_logits=z):
             got = kl_by_enumeration(leaf, y, kind, z if off else None)
+        with checks.kept(logits=x, ref_logits=y):
+            kl_by_enumeration(x, y, kind, z if off else None)
         sampler = "another policy" if off else "the policy"
         checks.close(got[0], value, atol=1e-12, what=f"{kind}, {actions} actions of {sampler}")
         checks.close(

@@ -1585,6 +1585,16 @@ def document_mask(ids: Tensor) -> Tensor:
     itself = torch.eye(seq, dtype=torch.bool, device=ids.device)
     return (same & causal | itself)[:, None]
 
+# %% wrong="document_mask" because="ids in float32, where neighbors beyond 2^24 are equal"
+def document_mask(ids: Tensor) -> Tensor:
+    seq = ids.shape[1]
+    numbers = ids.float()
+    same = (numbers[:, :, None] - numbers[:, None, :]).abs() < 0.5
+    causal = torch.ones(seq, seq, dtype=torch.bool, device=ids.device).tril()
+    real = ids != PAD
+    eye = torch.eye(seq, dtype=torch.bool, device=ids.device)
+    return ((same & causal & real[:, None, :]) | eye)[:, None]
+
 # %% wrong="minhash_signature" because="even multipliers are made odd, so another hash function is computed"
 def minhash_signature(ids: np.ndarray, seeds: np.ndarray) -> np.ndarray:
     multipliers, offsets = seeds[0] | np.uint64(1), seeds[1]
@@ -1654,6 +1664,22 @@ def quality_signals(text: str) -> dict[str, float]:
         "stop_words": len(set(STOP_WORDS) & set(words_of(text))),
     }
 
+# %% wrong="quality_signals" because="counts words that hold a #"
+def quality_signals(text: str) -> dict[str, float]:
+    words = text.split()
+    lines = [line.strip() for line in text.splitlines() if line.strip()]
+    n_words, n_lines = max(len(words), 1), max(len(lines), 1)
+    return {
+        "words": len(words),
+        "mean_word_length": sum(map(len, words)) / n_words,
+        "hashes": sum("#" in word for word in words) / n_words,
+        "ellipses": (text.count("...") + text.count("…")) / n_words,
+        "bullet_lines": sum(line.startswith(BULLETS) for line in lines) / n_lines,
+        "ellipsis_lines": sum(line.endswith(("...", "…")) for line in lines) / n_lines,
+        "letter_words": sum(any(c.isalpha() for c in word) for word in words) / n_words,
+        "stop_words": len(set(STOP_WORDS) & set(words_of(text))),
+    }
+
 # %% wrong="resumable_loader" because="digits of seed and epoch are joined: (1, 11) has the order of (11, 1)"
 class ResumableLoader:
     def __init__(self, items: Sequence, batch: int, seed: int = 0, rank: int = 0, ranks: int = 1):
@@ -1677,6 +1703,35 @@ class ResumableLoader:
         start = self.index * self.batch + self.rank * share
         self.index += 1
         return [self.items[i] for i in self.order()[start : start + share]]
+
+    def state_dict(self) -> dict[str, int]:
+        return {"seed": self.seed, "epoch": self.epoch, "index": self.index}
+
+    def load_state_dict(self, state: dict[str, int]) -> None:
+        self.seed, self.epoch, self.index = state["seed"], state["epoch"], state["index"]
+
+# %% right="resumable_loader" because="the epoch turns with its last batch, not with the next call"
+class ResumableLoader:
+    def __init__(self, items: Sequence, batch: int, seed: int = 0, rank: int = 0, ranks: int = 1):
+        if batch % ranks or not 0 <= rank < ranks or len(items) < batch:
+            raise ValueError("batch, rank and ranks do not go together")
+        self.items, self.batch, self.rank, self.ranks = items, batch, rank, ranks
+        self.seed, self.epoch, self.index = seed, 0, 0
+
+    def __iter__(self) -> "ResumableLoader":
+        return self
+
+    def __next__(self) -> list:
+        if self.index >= len(self.items) // self.batch:
+            self.epoch, self.index = self.epoch + 1, 0
+        order = np.random.default_rng([self.seed, self.epoch]).permutation(len(self.items))
+        size = self.batch // self.ranks
+        start = self.index * self.batch + self.rank * size
+        part = [self.items[i] for i in order[start : start + size].tolist()]
+        self.index += 1
+        if self.index == len(self.items) // self.batch:
+            self.epoch, self.index = self.epoch + 1, 0
+        return part
 
     def state_dict(self) -> dict[str, int]:
         return {"seed": self.seed, "epoch": self.epoch, "index": self.index}

@@ -296,6 +296,19 @@ def kl_by_enumeration(logits, ref_logits, kind, old_logits=None):
     pull = weight * slope
     return (weight * each).sum().detach(), pull - logp.detach().exp() * pull.sum()
 
+# %% wrong="kl_by_enumeration" because="switches the caller’s logits to requires_grad"
+def kl_by_enumeration(
+    logits: Tensor, ref_logits: Tensor, kind: str, old_logits: Tensor | None = None
+) -> tuple[Tensor, Tensor]:
+    logits.requires_grad_(True)
+    logp = torch.log_softmax(logits, -1)
+    ref_logp = torch.log_softmax(ref_logits, -1).detach()
+    old = logits if old_logits is None else old_logits
+    old_logp = torch.log_softmax(old, -1).detach()
+    value = (old_logp.exp() * kl_penalty(logp, ref_logp, kind, old_logp)).sum()
+    (gradient,) = torch.autograd.grad(value, logits)
+    return value.detach(), gradient.detach()
+
 # %% wrong="grpo_loss" because="the sign of the objective"
 - loss = -torch.minimum(rho * a, rho.clamp(1 - clip[0], 1 + clip[1]) * a)
 + loss = torch.minimum(rho * a, rho.clamp(1 - clip[0], 1 + clip[1]) * a)
