@@ -56,7 +56,8 @@ def main() -> int:
 
 def sweep(shell, source: str, seeds: int, seconds: float) -> tuple[int, list[tuple[int, str]]]:
     """How many seeds a check was run at, 0 where it draws nothing, and those at which it fails: (seed, error)."""
-    lines, why = worker.in_child(lambda report: run_at(shell, source, range(1, seeds + 1), seconds, report), 3 * seconds)
+    every = range(1, seeds + 1)
+    lines, why = worker.in_child(lambda report: run_at(shell, source, every, seconds, report), 3 * seconds)
     if why:
         return len(lines), [(len(lines) + 1, why)]
     failures = []

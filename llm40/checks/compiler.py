@@ -29,6 +29,11 @@ from llm40.checks.work import watched_launches
 CAPABILITY = 90  # compute capability 9.0: H100, H200
 PTX_VERSION = 80  # the first for it; said here, so that no ptxas is asked for its version
 OPTIONS = ("num_warps", "num_stages", "num_ctas", "maxnreg")
+TF32_PRODUCT = re.compile(r"tt\.dot .*inputPrecision = tf32 : tensor<[^>]*xf32>")
+ROUNDED = (
+    "rounds float32 to TF32, ten bits of mantissa, before it multiplies: tl.dot's default on a GPU, which the "
+    'interpreter does not show. input_precision="ieee" asks for float32.'
+)
 POINTERS = {
     "float64": "fp64",
     "float32": "fp32",
@@ -51,8 +56,9 @@ def compiled() -> Iterator[None]:
 
     A kernel is compiled once for each combination of argument types and constants with which it is launched: at the end
     of the block, and not again in the same process. The first time it is compiled as far as PTX, for other types as far
-    as Triton's own language. If Triton refuses it, its own sentence is the message. On a GPU, where the launch itself
-    compiles, and where Triton is not installed, nothing is done.
+    as Triton's own language. If Triton refuses it, its own sentence is the message; products of float32 that a GPU
+    would round to TF32 are refused too. On a GPU, where the launch itself compiles, and where Triton is not installed,
+    nothing is done.
 
     Whole numbers are compiled as 32- or 64-bit arguments by their size; Triton's special treatment of 1 and of
     multiples of 16 is left out.
@@ -70,7 +76,7 @@ def compiled() -> Iterator[None]:
     for (functions, types), kernel in launched.items():
         problem = refusal(functions, types)
         if problem:
-            raise AssertionError(f"{kernel} runs in Triton's interpreter and does not compile for a GPU: {problem}")
+            raise AssertionError(f"{kernel} {problem}")
 
 
 # --- What is measured: a kernel as text, its arguments as types -------------------------------------------------------
@@ -154,7 +160,7 @@ def argument_types(kernel: Any, args: tuple, kwargs: dict[str, Any]) -> tuple:
 
 @cache
 def refusal(functions: tuple, types: tuple) -> str | None:
-    """What Triton's compiler has against a kernel, given as `sources` and `argument_types`; None where it has nothing.
+    """What is to be said of a kernel, behind its name, given as `sources` and `argument_types`; None for nothing.
 
     None too where this machine's Triton can't compile, or an argument's type is not one of those known here.
     """
@@ -176,7 +182,7 @@ def _refusal(functions: tuple, types: tuple) -> str | None:
         try:
             made = _rebuilt(functions, modules)
             constants = {name: _value(meaning[0], made, modules) for name, kind, *meaning in arguments if meaning}
-            _compile(
+            rounded = _compile(
                 made[functions[0][0]],
                 {name: kind for name, kind, *_ in arguments},
                 constants,
@@ -185,8 +191,8 @@ def _refusal(functions: tuple, types: tuple) -> str | None:
                 whole,
             )
         except Exception as error:  # whatever Triton raises is its answer
-            return _told(error, modules)
-    return None
+            return f"runs in Triton's interpreter and does not compile for a GPU: {_told(error, modules)}"
+    return ROUNDED if rounded else None
 
 
 def _compile(
@@ -196,8 +202,8 @@ def _compile(
     options: dict[str, Any],
     modules: dict[str, ModuleType],
     whole: bool,
-) -> None:
-    """triton.compile without its cache on disk, whose key alone takes half a second."""
+) -> bool:
+    """triton.compile without its cache on disk, whose key alone takes half a second; whether TF32 is used."""
     ir = sys.modules["triton._C.libtriton"].ir
     target = modules["triton.backends.compiler"].GPUTarget("cuda", CAPABILITY, 32)
     backend = modules["triton.compiler.compiler"].make_backend(target)
@@ -209,13 +215,15 @@ def _compile(
     code = source.make_ir(
         target, settings, backend.get_codegen_implementation(settings), backend.get_module_map(), context
     )
+    rounded = bool(TF32_PRODUCT.search(str(code)))
     stages: dict[str, Any] = {}
     backend.add_stages(stages, settings, source.language)
     metadata: dict[str, Any] = {}
     for stage, run in stages.items():
         code = run(code, metadata)
         if stage == ("ptx" if whole else "ttir"):
-            return
+            break
+    return rounded
 
 
 @cache

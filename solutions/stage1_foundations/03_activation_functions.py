@@ -1707,7 +1707,9 @@ gen = checks.generator(16)
 for rows, n_cols, block in [(1, 1, 16), (3, 13, 8), (2, 33, 32), (4, 16, 16), (2, 7, None)]:
     grad, gate, up = (checks.randn(rows, n_cols, generator=gen, scale=3.0) for _ in range(3))
     if n_cols == 1:
-        gate = gate.abs()  # the slope is 0 near −1.28, and one number has no other to be compared to
+        gate = (
+            gate.abs()
+        )  # the slope is 0 near −1.28, and one number has no other to be compared to
     where = f"{rows} rows of {n_cols} in blocks of {block or 'the default size'}."
     with (
         checks.launches() as launched,

@@ -574,6 +574,7 @@ def merge_pair(symbols: list, pair: tuple, merged) -> list:
 # And mind the last symbol, which has no right neighbor.
 # </details>
 
+
 # %% tags=["support"]
 # Support: is the list that comes back another one than the list that was given?
 @checks.measured

@@ -172,6 +172,7 @@ def padding_mask(lengths: Tensor, k_len: int) -> Tensor:
 # `torch.tril` has an argument that shifts its diagonal. Which shift makes the last row full?
 # </details>
 
+
 # %% tags=["support"]
 # Support: where a mask is made when PyTorch's default device is "meta"
 @checks.measured

@@ -1253,8 +1253,8 @@ def mla_decode_kernel(
     Grid: (splits, ⌈heads / BLOCK_H⌉, batch). Split s has the keys s·n … (s+1)·n − 1 below
     lengths[b], with n = ⌈lengths[b] / splits⌉ rounded up to a multiple of BLOCK_N. BLOCK_R ≥ RANK,
     BLOCK_P ≥ ROPE, BLOCK_H and BLOCK_N are powers of two, at least 16. q and cache share one dtype;
-    sums are float32. The cache may be larger than 2³¹ elements. Nothing outside the tensors is
-    read.
+    sums are float32, and products of float32 are without TF32. The cache may be larger than 2³¹
+    elements. Nothing outside the tensors is read.
     """
     split, head_block, batch = tl.program_id(0), tl.program_id(1), tl.program_id(2).to(tl.int64)
     rows = head_block * BLOCK_H + tl.arange(0, BLOCK_H)

@@ -2252,9 +2252,7 @@ x = common + 1e-4 * torch.randn(7, 8, generator=g, dtype=torch.float64)
 due = torch.linalg.matrix_norm(x - x.mean(0)) / torch.linalg.matrix_norm(x)
 hint = "A difference of squares has no digits left."
 checks.close(token_spread(x), due, what="the spread of nearly equal tokens", hint=hint)
-checks.close(
-    token_spread(x.float()), due.float(), what="the same in float32", rtol=1e-2, hint=hint
-)
+checks.close(token_spread(x.float()), due.float(), what="the same in float32", rtol=1e-2, hint=hint)
 ### END HIDDEN TESTS
 
 # %% check="token_rank" points=1

@@ -1612,6 +1612,7 @@ checks.close(
 )
 ### END HIDDEN TESTS
 
+
 # %% tags=["support"]
 # Support: what is alive between the two passes and at the peak, and the gradient of `hidden`
 @checks.measured

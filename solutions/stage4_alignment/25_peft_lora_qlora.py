@@ -55,6 +55,7 @@
 # | $c_i$ | `absmax`, (blocks,) | the largest absolute value in block $i$ of a quantized tensor |
 
 # %%
+import gc
 import math
 from collections.abc import Sequence
 from types import FunctionType, MethodType, ModuleType
@@ -1314,6 +1315,18 @@ class _FrozenProduct(torch.autograd.Function):
 
 
 @checks.measured
+def largest_left(layer: nn.Module, x: Tensor) -> int:
+    """Elements of the largest tensor that a forward pass leaves behind, wherever it is kept."""
+
+    def tensors() -> list[Tensor]:
+        return [t for t in gc.get_objects() if issubclass(type(t), Tensor)]
+
+    before = {id(t) for t in tensors()}
+    y = layer(x)
+    return max(t.numel() for t in [y, *tensors()] if id(t) not in before)
+
+
+@checks.measured
 def held_bytes(layer: nn.Module) -> int:
     """Bytes of all tensors that the layer leads to, each storage once and whole."""
     places, visited, todo = {}, set(), [layer]
@@ -1442,6 +1455,7 @@ for text in ("the first", "another"):
     )
     y.sum().backward()
 assert held_bytes(layer) < 40_000, "after a forward pass the layer keeps the dequantized weight"
+assert largest_left(layer, x) < 128 * 256, "a forward pass keeps the dequantized weight, on ctx?"
 ### END HIDDEN TESTS
 
 # %% [markdown]

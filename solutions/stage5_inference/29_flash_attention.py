@@ -1224,8 +1224,9 @@ def flash_forward_kernel(
     CAUSAL: query i sees keys j ≤ i + k_len − q_len; a row that sees none gives o = 0, lse = -inf.
 
     Grid: (heads, ⌈q_len / BLOCK_M⌉, batch). BLOCK_M rows of queries, BLOCK_N of keys, powers of
-    two, at least 16; BLOCK_D = tile_width(HEAD_DIM). Sums in float32. Each program loads what it
-    needs once, and nothing outside the tensors; no key tile above the causal diagonal.
+    two, at least 16; BLOCK_D = tile_width(HEAD_DIM). Sums in float32, products of float32 without
+    TF32. Each program loads what it needs once, and nothing outside the tensors; no key tile above
+    the causal diagonal.
     """
     head, tile, batch = tl.program_id(0), tl.program_id(1), tl.program_id(2).to(tl.int64)
     if CAUSAL:  # the heavy rows first
@@ -1878,8 +1879,8 @@ def flash_dq_kernel(
     lse.
 
     q, do, dq: (batch, heads, q_len, HEAD_DIM); k, v: (batch, heads / group, k_len, HEAD_DIM); lse
-    (base 2) and delta: (batch, heads, q_len) float32, contiguous. Masks, strides, grouping, grid
-    and loads as in `flash_forward_kernel`. A row that sees no key (lse = -inf) has dq = 0.
+    (base 2) and delta: (batch, heads, q_len) float32, contiguous. Masks, strides, grouping, grid,
+    formats and loads as in `flash_forward_kernel`. A row that sees no key (lse = -inf) has dq = 0.
     """
     head, tile, batch = tl.program_id(0), tl.program_id(1), tl.program_id(2).to(tl.int64)
     if CAUSAL:  # the heavy rows first
@@ -2108,7 +2109,8 @@ def flash_dkdv_kernel(
     group's query heads.
 
     q, do: (batch, heads, q_len, HEAD_DIM); k, v, dk, dv: (batch, heads / group, k_len, HEAD_DIM);
-        lse (base 2) and delta: (batch, heads, q_len) float32, contiguous. Strides as above.
+        lse (base 2) and delta: (batch, heads, q_len) float32, contiguous. Strides and formats as
+        above.
     Grid: (heads / group, ⌈k_len / BLOCK_N⌉, batch). A row that sees no key (lse = -inf) adds 0.
 
     Each program loads what it needs once, and nothing outside the tensors; no query tile above the

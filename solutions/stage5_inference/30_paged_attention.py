@@ -2262,6 +2262,7 @@ for from_size, to_size, length, dtype in [
     (4, 4, 8, torch.bfloat16),
     (1, 3, 4, torch.float64),
     (5, 2, 0, torch.float32),
+    (8, 2, 1, torch.float32),
 ]:
     own = torch.float64 if dtype == torch.float64 else torch.float32
     source = PagedKVCache(3, 1, 2, 30, from_size, dtype=own)
@@ -2276,6 +2277,10 @@ for from_size, to_size, length, dtype in [
     moved = migrate(goes, source, target)
     checks.kind(moved, int, what="the sequence's number in the target")
     assert moved not in others, "its number in the target belongs to another sequence"
+    needed = -(-(length + 2 if length else 0) // to_size)
+    assert len(target.tables[moved]) == needed, (
+        f"{len(target.tables[moved])} blocks of {to_size} in the target; {needed} hold the sequence"
+    )
     there.tokens[moved] = notes.tokens.pop(goes)
     notes.compare("in the source, after one of two that share has moved")
     there.compare("in the target")

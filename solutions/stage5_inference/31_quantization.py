@@ -2408,9 +2408,9 @@ def w4a16_kernel(
 
     Grid: (⌈n_out / BLOCK_N⌉, ⌈n_tokens / BLOCK_M⌉). Powers of two: BLOCK_M tokens, BLOCK_N outputs,
     BLOCK_W words, each at least 16. A tile of words may be smaller or larger than a group, and a
-    group may begin inside it. w is computed in float32 and rounded to x's format; sums are float32.
-    A program loads each of its words once (rows past the last are masked, not wrapped around), and
-    nothing outside the tensors.
+    group may begin inside it. w is computed in float32 and rounded to x's format; sums are float32,
+    products of float32 without TF32. A program loads each of its words once (rows past the last are
+    masked, not wrapped around), and nothing outside the tensors.
     """
     outs = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
     tokens = tl.program_id(1) * BLOCK_M + tl.arange(0, BLOCK_M)

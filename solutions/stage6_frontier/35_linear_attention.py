@@ -2321,9 +2321,9 @@ def chunk_kernel(
 
     Grid: (⌈D_V / BLOCK_V⌉, heads, batch). CHUNK, BLOCK_V and BLOCK_K ≥ D_K are powers of two, at
     least 16; seq ≥ 1. Sums, decays and the state in float32, the operands of a product in the
-    inputs' dtype; fast decays make nothing NaN or infinite, and cost later chunks no digits. Each
-    program loads each row of q and k, its columns of v and each log-decay once, and nothing outside
-    the tensors.
+    inputs' dtype, and of float32 without TF32; fast decays make nothing NaN or infinite, and cost
+    later chunks no digits. Each program loads each row of q and k, its columns of v and each
+    log-decay once, and nothing outside the tensors.
     """
     block, head, batch = tl.program_id(0), tl.program_id(1), tl.program_id(2).to(tl.int64)
     first = block * BLOCK_V  # this program's first column of v, of o and of the state

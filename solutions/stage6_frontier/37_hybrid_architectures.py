@@ -878,7 +878,7 @@ class Layers:
     count: int
     per_entry: int = 0  # numbers of an entry
     stride: int = 1  # whole tokens for each entry
-    window: int | None = None  # entries at most
+    window: int | None = None  # entries at most, 1 or more
     state: int = 0  # numbers, whatever the length
     entry_bytes: float = 2  # bytes of a number of an entry
     state_bytes: float = 4  # bytes of a number of the state
@@ -1137,6 +1137,9 @@ assert out.dtype == torch.bfloat16, f"out has q's dtype, bfloat16; yours is {out
 big = [1e4 * torch.ones(1, 1, 6, 4), 1e4 * torch.ones(1, 1, 6, 4), torch.ones(1, 1, 6, 4)]
 out, _ = compressed_attention(*big, 2)
 checks.close(out[0, 0, 1:], torch.ones(5, 4), what="out where scores are 2e8")
+out, _ = compressed_attention(-big[0], *big[1:], 2)
+hint = "A hidden block counts nothing, however low the others are."
+checks.close(out[0, 0, 1:], torch.ones(5, 4), what="out where scores are -2e8", hint=hint)
 ### END HIDDEN TESTS
 
 # %% [markdown]

@@ -244,6 +244,12 @@ if profile.has_triton:
             v = v * LIMIT
         tl.store(y + i, v, mask=i < n)
 
+    @triton.jit
+    def squares(x, y, PRECISE: tl.constexpr):
+        i = tl.arange(0, 16)[:, None] * 16 + tl.arange(0, 16)[None, :]
+        a = tl.load(x + i)
+        tl.store(y + i, tl.dot(a, a, input_precision="ieee") if PRECISE else tl.dot(a, a))
+
     @triton.autotune([triton.Config({"BLOCK": 8}, num_warps=2)], key=["n"])
     @triton.jit
     def is_tuned(x, y, n, BLOCK: tl.constexpr):
@@ -300,6 +306,16 @@ class TestCompiled:
         before = compiler.sources(uses_much)
         monkeypatch.setitem(uses_much.fn.__globals__, "n", 3)
         assert compiler.sources(uses_much) == before  # or each check of a notebook compiles it anew
+
+    def test_products_of_float32_are_not_rounded_to_tf32(self):
+        def launch(dtype, precise):
+            x = torch.eye(16, dtype=dtype)
+            with checks.compiled():
+                squares[(1,)](x, torch.empty(16, 16), PRECISE=precise)
+
+        launch(torch.float32, True)
+        launch(torch.float16, False)
+        assert message(launch, torch.float32, False).startswith("squares rounds float32 to TF32")
 
     def test_an_autotuned_kernel(self):
         x, y = torch.randn(7), torch.empty(7)

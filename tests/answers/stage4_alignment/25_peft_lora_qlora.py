@@ -475,6 +475,47 @@ class QLoRALinear(nn.Module):
         y = y + (x @ self.A.T) @ self.B.T * self.scaling
         return y if self.bias is None else y + self.bias
 
+# %% wrong="qlora_linear" because="the weight is kept as an attribute of ctx, past save_for_backward"
+class QLoRALinear(nn.Module):
+    """y = x W′ᵀ + bias + scaling · B A x, where W′ is the frozen weight in NF4."""
+
+    def __init__(self, base: nn.Linear, rank: int, alpha: float = 16.0, block: int = 64) -> None:
+        super().__init__()
+        weight = base.weight.detach()
+        self.shape, self.block, self.scaling = tuple(weight.shape), block, alpha / rank
+        packed, absmax = quantize_nf4(weight, block)
+        codes, scales, mean = double_quantize(absmax)
+        self.register_buffer("packed", packed)
+        self.register_buffer("codes", codes)
+        self.register_buffer("scales", scales)
+        self.register_buffer("mean", mean)
+        self.register_buffer("bias", None if base.bias is None else base.bias.detach().clone())
+        self.A = nn.Parameter(weight.new_empty(rank, base.in_features))
+        self.B = nn.Parameter(weight.new_zeros(base.out_features, rank))
+        nn.init.kaiming_uniform_(self.A, a=math.sqrt(5))
+
+    @torch.no_grad()
+    def dequantized(self) -> Tensor:
+        absmax = double_dequantize(self.codes, self.scales, self.mean)
+        return dequantize_nf4(self.packed, absmax, self.shape, self.block)
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = FrozenProduct.apply(x, self)
+        if self.bias is not None:
+            y = y + self.bias
+        return y + self.scaling * (x @ self.A.T @ self.B.T)
+
+
+class FrozenProduct(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x: Tensor, layer: QLoRALinear) -> Tensor:
+        ctx.weight = layer.dequantized()
+        return x @ ctx.weight.T
+
+    @staticmethod
+    def backward(ctx, dy: Tensor):
+        return dy @ ctx.weight, None
+
 # %% wrong="dora_linear" because="the norm of W, not of W + sBA"
 - norm = (self.base.weight + self.scaling * self.B @ self.A).norm(dim=1)
 + norm = self.base.weight.norm(dim=1)

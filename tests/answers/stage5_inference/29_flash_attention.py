@@ -1401,6 +1401,10 @@ def online_softmax(x: Tensor, block: int) -> tuple[Tensor, Tensor]:
 + if CAUSAL:
 +     s = tl.where(keys[None, :] <= rows[:, None] + shift, s, float("-inf"))
 
+# %% wrong="flash_forward_kernel" because="float32 scores by TF32, tl.dot's default"
+- s = tl.dot(q, tl.trans(k), input_precision="ieee")
++ s = tl.dot(q, tl.trans(k))
+
 # %% wrong="attention_backward_tiled" because="a mask of -10,000 is added, and a hidden score may be higher"
 - s = s.masked_fill(key > row[:, None] + shift, -math.inf)
 + s = s - 1e4 * (key > row[:, None] + shift)
@@ -1431,6 +1435,10 @@ def online_softmax(x: Tensor, block: int) -> tuple[Tensor, Tensor]:
 
 - st = tl.dot(k, tl.trans(q), input_precision="ieee") * scale_log2 - lse[None, :]
 + st = tl.dot(k, tl.trans(q), input_precision="ieee") - lse[None, :]
+
+# %% wrong="flash_dkdv_kernel" because="dk is summed by TF32, tl.dot's default"
+- dk = tl.dot(dst.to(q.dtype), q, dk, input_precision="ieee")
++ dk = tl.dot(dst.to(q.dtype), q, dk)
 
 # %% wrong="flash_attention" because="k and v get no gradient where q needs none"
 - q, k, v, o, lse = ctx.saved_tensors

@@ -1070,6 +1070,10 @@ def migrate(sequence, source, target):
     source.free(sequence)
     return moved
 
+# %% wrong="migrate" because="takes as many slots as the source's blocks have"
+- slots = target.reserve(moved, length)
++ slots = target.reserve(moved, len(source.tables[sequence]) * size)[:length]
+
 # %% wrong="merge_kernel" because="the mean of the splits' outputs"
 - share, keep = tl.exp2(lse - base), tl.exp2(top - base)
 + share, keep = tl.where(lse > -float("inf"), 1.0, 0.0), tl.where(top > -float("inf"), 1.0, 0.0)
@@ -1339,6 +1343,10 @@ def merge_kernel(
 - m = higher
 + m = higher
 + first = stop
+
+# %% wrong="paged_decode_kernel" because="float32 is multiplied as TF32, tl.dot's default"
+- s = tl.dot(q, tl.trans(k), input_precision="ieee") * log2_scale
++ s = tl.dot(q, tl.trans(k)) * log2_scale
 
 # %% wrong="questions" because="halves, no sharing, and one block more"
 - "mean_waste": sum(range(16)) / 16,

@@ -906,6 +906,10 @@ def delta_rule_chunked(q, k, v, beta, chunk, log_decay=None, state=None):
 + state *= tl.exp(total * 0.6931471805599453)
 + state += tl.dot(tl.trans(k), (v * rest[:, None]).to(k.dtype), input_precision="ieee")
 
+# %% wrong="chunk_kernel" because="float32 is multiplied as TF32, tl.dot's default"
+- state = tl.dot(tl.trans(k), v, state * tl.exp2(total), input_precision="ieee")
++ state = tl.dot(tl.trans(k), v, state * tl.exp2(total))
+
 # %% wrong="linear_numbers" because="adds in place of replacing"
 - "overwrite": 0.25 * (0.75 * 8) + 0.75 * 2,
 + "overwrite": 0.75 * 8 + 0.75 * 2,
