@@ -885,8 +885,8 @@ class DataParallel(nn.Module):
     At the beginning all parameters and buffers become those of rank 0. The call passes on all
     arguments. After `finish()`, the .grad of each parameter that requires one is the mean over
     ranks of what it was after the backward pass, where a missing one (None) counts as zeros; it is
-    None where it was missing on all ranks. There is one backward pass for each `finish()`, and any
-    number of such pairs; ranks may use different parameters.
+    None where it was missing on all ranks. There is one backward pass for each `finish()`, before
+    which every .grad is None, and any number of such pairs; ranks may use different parameters.
 
     Buckets are those of make_buckets([*module.parameters()], bucket_bytes), and each is reduced by
     one dist.all_reduce(…, async_op=True), called during the backward pass, as soon as its gradients

@@ -2981,6 +2981,9 @@ need = 16 * 12 * 80 * 8192**2 / tp / pp + 34 * 4096 * 8192 / tp * 80 // pp * min
 compare_plan(LARGE, 512, need * (1 + 1e-9))
 edge = Job(layers=8, width=1024, heads=8, seq=64, batch=8, bubble=0.375)
 compare_plan(edge, 4, 0.5e9)  # a bubble of 3/8 is allowed
+# tp = 3 would send less, and does not divide a node of 8.
+thirds = Job(layers=24, width=8192, heads=12, seq=4096, batch=512, node=8, slow=9, bubble=1.0)
+compare_plan(thirds, 48, 24e9)
 ### END HIDDEN TESTS
 
 

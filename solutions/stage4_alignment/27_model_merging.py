@@ -179,7 +179,14 @@ checks.close(
 checks.close(merged["steps"], torch.tensor(7), what="an integer that is the same in both states")
 ### BEGIN HIDDEN TESTS
 g = checks.generator(1)
-for count, weights in [(1, None), (2, None), (3, [0.5, 2.0, 1.5]), (4, [3, -1, 1, 2]), (1, [4.0])]:
+for count, weights in [
+    (1, None),
+    (2, None),
+    (3, [0.5, 2.0, 1.5]),
+    (4, [3, -1, 1, 2]),
+    (1, [4.0]),
+    (2, [-3.0, 1.0]),
+]:
     states = [
         {
             "a.weight": checks.randn(5, 3, device="cpu", generator=g),
@@ -229,10 +236,10 @@ checks.close(
     rtol=4e-3,
     hint="Sum in float32, round at the end",
 )
-large = [{"w": torch.tensor([3e38, -3e38])}, {"w": torch.tensor([2e38, -1e38])}]
+large = [{"w": torch.tensor([3e38, -3e38, 3e38])}, {"w": torch.tensor([2e38, -1e38, -3e38])}]
 checks.close(
     average(large)["w"],
-    torch.tensor([2.5e38, -2e38]),
+    torch.tensor([2.5e38, -2e38, 0.0]),
     what="a mean of values near 3e38",
     hint="Their sum overflows: divide first",
 )
@@ -272,6 +279,10 @@ assert out["embed"] is out["head"], (
 checks.close(
     out["head"], (embeds[0] + 2 * embeds[1] + 5 * embeds[2]) / 8, what="the mean of a tied head"
 )
+# A square matrix and its transposed view: one address and shape, and two tensors.
+square = torch.randn(3, 3, generator=g)
+turned = average([{"w": square, "t": square.T}])
+checks.close(turned["t"], square.T, what="a matrix that is another's transposed view")
 # Tied in the first state only: their means differ.
 loose = average([{"embed": embeds[0], "head": embeds[0]}, {"embed": embeds[1], "head": embeds[2]}])
 checks.close(

@@ -1228,6 +1228,27 @@ def plan_parallelism(config, gpus, memory):
         raise ValueError("nothing fits")
     return min(found)[1]
 
+# %% wrong="plan_parallelism" because="tp is at most node, and need not divide it"
+def plan_parallelism(config: Job, gpus: int, memory: float) -> tuple[int, int, int]:
+    best, least = None, float("inf")
+    for tp in range(1, config.node + 1):
+        if config.heads % tp or gpus % tp:
+            continue
+        for pp in range(1, config.layers + 1):
+            if config.layers % pp or gpus % (tp * pp):
+                continue
+            dp = gpus // (tp * pp)
+            if config.batch % dp:
+                continue
+            costs = step_costs(config, dp, tp, pp)
+            if costs["memory"] > memory or costs["bubble"] > config.bubble:
+                continue
+            if costs["weighted"] < least:
+                best, least = (dp, tp, pp), costs["weighted"]
+    if best is None:
+        raise ValueError("nothing fits")
+    return best
+
 # %% wrong="questions" because="half of it"
 - "reduces": 4 * 32,
 - "wire": 2 * 7 / 8 * 4096 * 8192 * 2 / 1e6,

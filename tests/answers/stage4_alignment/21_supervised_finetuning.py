@@ -715,6 +715,42 @@ def finetune(model, examples, steps, batch_size, lr, generator, warmup=10):
         losses.append(float(loss.detach()))
     return losses
 
+# %% wrong="finetune" because="stale gradients of frozen parameters count in the norm"
+- torch.nn.utils.clip_grad_norm_(trained, 1.0)
++ torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+
+# %% wrong="finetune" because="targets that are PAD are taken for padding"
+def finetune(
+    model: nn.Module,
+    examples: list[tuple[list[int], list[int]]],
+    steps: int,
+    batch_size: int,
+    lr: float,
+    generator: torch.Generator,
+    warmup: int = 10,
+) -> list[float]:
+    live = [p for p in model.parameters() if p.requires_grad]
+    device = live[0].device
+    optimizer = torch.optim.AdamW(live, lr=lr, betas=(0.9, 0.95), eps=1e-8, weight_decay=0.0)
+    losses = []
+    for t in range(steps):
+        for group in optimizer.param_groups:
+            group["lr"] = lr * min(1.0, (t + 1) / warmup) * (steps - t) / steps
+        picks = torch.randint(len(examples), (batch_size,), generator=generator).tolist()
+        chosen = [examples[i] for i in picks]
+        width = max(len(ids) for ids, _ in chosen)
+        tokens = torch.tensor([ids + [PAD] * (width - len(ids)) for ids, _ in chosen])
+        labels = torch.tensor([marks + [PAD] * (width - len(marks)) for _, marks in chosen])
+        labels[labels == PAD] = IGNORE
+        optimizer.zero_grad()
+        loss = sft_loss(model(tokens.to(device)), labels.to(device))
+        loss.backward()
+        nn.utils.clip_grad_norm_(live, 1.0)
+        optimizer.step()
+        losses.append(loss.item())
+    optimizer.zero_grad()
+    return losses
+
 # %% wrong="evaluate_exact_match" because="padding on the right"
 -         tokens = torch.tensor([[PAD] * gap + prompt for gap, prompt in rows], device=device)
 -         mask = torch.tensor([[False] * gap + [True] * len(p) for gap, p in rows], device=device)

@@ -116,6 +116,21 @@ def average(states, weights=None):
                 made.append(([s[name] for s in states], out[name]))
     return out
 
+# %% wrong="average" because="differences to the first state, which overflow"
+- terms = (share * tensor.to(wide) for share, tensor in zip(shares, tensors, strict=True))
+- seen[where] = sum(terms).to(first.dtype)
++ start = first.detach().to(wide)
++ terms = (s * (t.to(wide) - start) for s, t in zip(shares, tensors, strict=True))
++ seen[where] = (start + sum(terms)).to(first.dtype)
+
+# %% wrong="average" because="one address and shape are one tensor, a transposed view too"
+- where = (first.shape, *((tensor.data_ptr(), tensor.stride()) for tensor in tensors))
++ where = (first.shape, *(tensor.data_ptr() for tensor in tensors))
+
+# %% wrong="average" because="refuses weights whose sum is negative"
+- if len(weights) != len(states) or math.fsum(weights) == 0:
++ if len(weights) != len(states) or math.fsum(weights) <= 0:
+
 # %% wrong="greedy_soup" because="a member must be better, not only as good"
 - if score >= best:
 + if score > best:
