@@ -208,6 +208,7 @@ checks.close(float(table["MQA"]), 2.0, what="MQA at 128k tokens, in GiB")
 for hidden, head_dim, expected in [
     (1536, 96, {"MHA": 3072, "GQA-8": 1536, "MQA": 192, "MLA": 224}),
     (960, 40, {"MHA": 1920, "GQA-8": 640, "MQA": 80, "MLA": 224}),
+    (1000, 96, {"MHA": 1920, "GQA-8": 1536, "MQA": 192, "MLA": 224}),  # 10 heads, 40 numbers more
 ]:
     other = cache_comparison(1000, hidden, 24, head_dim, kv_rank=192, rope_dim=32)
     for name, elements in expected.items():
@@ -2363,6 +2364,14 @@ checks.close(
     count,
     what="the number of pairs in a mask of 200 tokens",
 )
+for two in ([2, 7], (2, 7)):
+    distant = (torch.arange(9)[:, None] - torch.arange(9)).abs() > 1
+    rows = torch.tensor([i in two for i in range(9)])
+    checks.close(
+        longformer_mask(9, 2, two),
+        ~distant | rows[:, None] | rows,
+        what=f"the mask of 9 tokens with the global tokens {two}, as a {type(two).__name__}",
+    )
 checks.raises(ValueError, longformer_mask, 5, -2, because="a window of −2 is none")
 checks.raises(ValueError, longformer_mask, 5, -1, because="a window of −1 is none")
 assert longformer_mask(3, 2, [1], device="meta").device.type == "meta", (

@@ -283,6 +283,12 @@ p = torch.tensor([[0.5, 0.5 - 2.0**-40], [0.0, 1.0]], dtype=torch.float64)
 for u, expected in [(0.3, [0]), (0.7, [1])]:
     out = verify(q, p, torch.tensor([1]), torch.tensor([1 - 2.0**-53, u], dtype=torch.float64))
     assert out.tolist() == expected, "where p is nowhere above q, a rejection draws from p"
+# A residual as small as 2⁻²⁸ is not an empty one.
+q = torch.tensor([[0.5 + 2.0**-28, 0.5 - 2.0**-28]], dtype=torch.float64)
+p = torch.tensor([[0.5, 0.5], [1.0, 0.0]], dtype=torch.float64)
+uniforms = torch.tensor([1 - 2.0**-30, 0.3], dtype=torch.float64)
+out = verify(q, p, torch.tensor([0]), uniforms)
+assert out.tolist() == [1], "however small the residual is, a rejection draws from it"
 # p(token) = 0 is rejected even by u = 0.
 out = verify(
     torch.tensor([[1.0, 0.0]]),
@@ -492,6 +498,8 @@ for alpha in (0.0, 0.2, 0.53, 0.8, 0.95, 1.0):
             assert answer == best, (
                 f"best_gamma({alpha}, {cost}, {verify_cost}, {largest}) is {best}, not {answer}"
             )
+for half, quarter in ((0.5, 0.0), (0.25, 0.25)):  # gamma 0 and 1 are equally fast, exactly
+    assert best_gamma(0.5, half, quarter) == 0, "of several that are best, the smallest"
 ### END HIDDEN TESTS
 
 # %% [markdown]

@@ -1796,6 +1796,10 @@ def sparse_numbers():
 - "MHA": gib(2 * heads * head_dim),
 + "MHA": gib(2 * 32 * head_dim),
 
+# %% wrong="mla_cache_bytes" because="MHA keeps the width, though its heads need not fill it"
+- "MHA": gib(2 * heads * head_dim),
++ "MHA": gib(2 * hidden),
+
 # %% wrong="decode_absorbed" because="softmax without a maximum: NaN in float32 where a score passes 88"
 - average = scores.softmax(-1) @ entries[..., :kv_rank]  # (batch, heads, kv_rank)
 + p = scores.exp()
@@ -1859,6 +1863,15 @@ def sparse_numbers():
 # %% wrong="longformer_mask" because="the device is ignored"
 - index = torch.arange(length, device=device)
 + index, device = torch.arange(length), None
+
+# %% wrong="longformer_mask" because="a tuple of two tokens is taken for one element"
+- special = torch.zeros(length, dtype=torch.bool, device=device)
+- special[list(global_tokens)] = True
+- return mask | special[:, None] | special
++ if global_tokens:
++     mask[global_tokens] = True
++     mask[:, global_tokens] = True
++ return mask
 
 # %% wrong="bigbird_mask" because="the device is ignored"
 - return blocks.repeat_interleave(block, 0).repeat_interleave(block, 1).to(device)

@@ -85,6 +85,24 @@ def verify(draft_probs, target_probs, tokens, uniforms):
             break
     return torch.cat([tokens[:k], tokens.new_tensor([choice])])
 
+# %% wrong="verify" because="a residual below a millionth counts as empty"
+def verify(draft_probs: Tensor, target_probs: Tensor, tokens: Tensor, uniforms: Tensor) -> Tensor:
+    q, p, u = draft_probs.double(), target_probs.double(), uniforms.double()
+    accepted = 0
+    while accepted < len(tokens):
+        token = tokens[accepted]
+        if u[accepted] * q[accepted, token] >= p[accepted, token]:
+            break
+        accepted += 1
+    weights = p[accepted]
+    if accepted < len(tokens):
+        residual = (p[accepted] - q[accepted]).clamp(min=0)
+        if residual.sum() > 1e-6:
+            weights = residual
+    cdf = weights.cumsum(0)
+    x = torch.searchsorted(cdf, u[-1:] * cdf[-1], right=True)
+    return torch.cat([tokens[:accepted], x])
+
 # %% wrong="speedup" because="the closed form, 0/0 at alpha = 1"
 - return float(sum(alpha**j for j in range(gamma + 1)))
 + return (1 - alpha ** (gamma + 1)) / (1 - alpha)
@@ -177,6 +195,10 @@ def best_gamma(alpha, cost, verify_cost=0.0, largest=16):
         if speedup(alpha, gamma, cost, verify_cost) > speedup(alpha, best, cost, verify_cost):
             best = gamma
     return best
+
+# %% wrong="speedup" because="the largest of several that are best"
+- return max(range(largest + 1), key=lambda g: speedup(alpha, g, cost, verify_cost))
++ return max((speedup(alpha, g, cost, verify_cost), g) for g in range(largest + 1))[1]
 
 # %% wrong="speculative_generate" because="the target's cache keeps the rejected tokens"
 - for reader in (target, draft):  # the last token was drawn, and has been read by nobody
