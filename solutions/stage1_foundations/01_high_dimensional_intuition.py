@@ -1272,6 +1272,13 @@ checks.raises(
 )
 a, b = low_rank_approximation(torch.eye(3), 3)
 checks.close(a @ b, torch.eye(3), what="a @ b at full rank")
+noise = torch.randn(60, 40, generator=checks.generator(49), dtype=torch.float64)
+a, b = low_rank_approximation(noise, 5)
+checks.close(
+    (noise - a @ b).norm(),
+    torch.linalg.svdvals(noise)[5:].norm(),
+    what="the error of rank 5 for a matrix whose singular values fall slowly",
+)
 ### END HIDDEN TESTS
 
 # %% [markdown]
@@ -1405,6 +1412,13 @@ for keep in (1, 3, 7):
         torch.tensor(float(keep)).double(),
         what=f"the effective rank with {keep} equal singular values of 9",
     )
+# One large singular value and a hundred of a ten-thousandth: together they count.
+values = torch.tensor([1.0] + [1e-4] * 100, dtype=torch.float64)
+checks.close(
+    effective_rank(torch.diag(values)),
+    torch.distributions.Categorical(probs=values).entropy().exp(),
+    what="the effective rank with a tail of small singular values",
+)
 checks.close(
     effective_rank(torch.zeros(4, 1, dtype=torch.float64)),
     torch.tensor(0.0).double(),

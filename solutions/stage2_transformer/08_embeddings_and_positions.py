@@ -843,6 +843,12 @@ for heads, length in [(1, 1), (8, 5), (12, 33), (3, 17)]:
         what=f"the weights with {heads} heads, {length} tokens",
         hint="They should be those of scores + slope · j under a causal mask",
     )
+away = 699 - torch.arange(700.0)
+checks.close(
+    alibi_bias(2, 700)[:, -1],
+    -torch.tensor([[1 / 16], [1 / 256]]) * away,
+    what="the bias of the last of 700 tokens",
+)
 # Law: a longer bias continues a shorter one, and depends on the distance alone.
 checks.close(
     alibi_bias(6, 20)[:, :9, :9],
@@ -1579,6 +1585,13 @@ def exact(x):
     return torch.cat([z.real, z.imag, x[..., 6:]], -1)
 
 
+odd = torch.tensor([1.0] * 6 + [-0.0, math.inf]).expand(5, 8)
+passed = apply_rope(odd, *rope_cache(20, 6, 30.0))[:, 6:].contiguous().view(torch.int32)
+checks.close(
+    passed,
+    odd[:, 6:].contiguous().view(torch.int32),
+    what="the bits of −0 and ∞ in features that pass through",
+)
 checks.gradients(lambda x: apply_rope(x, cos, sin, 4), exact, x, names=("x",))
 checks.close(apply_rope(x, cos, sin, 4), exact(x), what="x in float64", dtype=torch.float64)
 ### END HIDDEN TESTS

@@ -275,6 +275,13 @@ def low_rank_approximation(w: Tensor, rank: int) -> tuple[Tensor, Tensor]:
     u, sigma, vh = torch.svd(w)
     return u[:, :rank].clone(), (vh[:, :rank] * sigma[:rank]).T
 
+# %% wrong="low_rank_approximation" because="a randomized decomposition, which is nearly the best"
+def low_rank_approximation(w, rank):
+    if not 1 <= rank <= min(w.shape):
+        raise ValueError(f"rank must be between 1 and {min(w.shape)}, not {rank}")
+    u, sigma, v = torch.svd_lowrank(w, q=min(rank + 6, *w.shape))
+    return u[:, :rank] * sigma[:rank], v[:, :rank].T.clone()
+
 # %% wrong="effective_rank" because="squares the singular values"
 def effective_rank(w: Tensor) -> Tensor:
     sigma = torch.linalg.svdvals(w).square()
@@ -324,6 +331,15 @@ def effective_rank(w: Tensor) -> Tensor:
         return w.new_zeros(())
     total = sigma.sum()
     return total * torch.exp(-(sigma @ sigma.log()) / total)
+
+# %% wrong="effective_rank" because="singular values below a thousandth are dropped"
+def effective_rank(w):
+    sigma = torch.linalg.svdvals(w)
+    sigma = sigma[sigma > 1e-3 * sigma.max()]
+    if len(sigma) == 0:
+        return w.new_zeros(())
+    share = sigma / sigma.sum()
+    return (-(share * share.log()).sum()).exp()
 
 # %% wrong="johnson_lindenstrauss" because="directions not scaled"
 def johnson_lindenstrauss(x: Tensor, k: int, generator: torch.Generator) -> Tensor:

@@ -93,7 +93,7 @@ def silu(x):
 def silu_backward(x, grad):
     s = 0.5 * (1 + torch.tanh(x / 2))
     y = x * s
-    return grad * (y + s * (1 - y))
+    return grad * (y * (1 - s) + s)
 
 # %% wrong="dropout" because="what is kept is not scaled up" base="what-kept"
 def dropout(x, p=0.5, training=True, generator=None):
@@ -597,6 +597,15 @@ def key_questions():
 - return 0.5 * x * (1 + torch.erf(x / math.sqrt(2)))
 + return (0.5 * x * (1 + torch.erf(x.float() / math.sqrt(2)))).to(x.dtype)
 
+# %% wrong="gelu" because="built from |x| and relu, whose slopes at 0 are 0"
+def gelu(x, approximate="none"):
+    if approximate == "none":
+        size = x.abs()
+        return torch.relu(x) - 0.5 * size * (1 - torch.erf(size / math.sqrt(2)))
+    if approximate == "tanh":
+        return 0.5 * x * (1 + torch.tanh(math.sqrt(2 / math.pi) * (x + 0.044715 * x**3)))
+    raise ValueError(approximate)
+
 # %% wrong="silu" because="a clamp at −88, which is right for float32: in float16 the gradient is NaN below −11"
 - return x * torch.sigmoid(x)
 + return x / (1 + torch.exp(-x.clamp(min=-88.0)))
@@ -607,6 +616,15 @@ def key_questions():
 + with torch.enable_grad():
 +     leaf = x.detach().requires_grad_()
 +     return torch.autograd.grad(leaf * torch.sigmoid(leaf), leaf, grad)[0]
+
+# %% wrong="silu" because="f + s (1 - f), which cancels to 0 where x is huge"
+def silu(x: Tensor) -> Tensor:
+    return x * torch.sigmoid(x)
+
+
+def silu_backward(x: Tensor, grad: Tensor) -> Tensor:
+    f = silu(x)
+    return grad * (f + torch.sigmoid(x) * (1 - f))
 
 # %% wrong="dropout" because="a new generator of the same seed"
 - keep = torch.rand(x.shape, generator=generator, device=x.device) >= p
@@ -622,6 +640,20 @@ def key_questions():
 # %% wrong="dropout" because="half precision comes back as float32"
 - return x * keep * scale
 + return x * (keep.float() * scale)
+
+# %% wrong="dropout" because="always drops the same number of elements"
+def dropout(
+    x: Tensor, p: float = 0.5, training: bool = True, generator: torch.Generator | None = None
+) -> Tensor:
+    if not 0 <= p <= 1:
+        raise ValueError(f"p is {p}")
+    if not training or p == 0:
+        return x
+    if p == 1:
+        return x * 0
+    order = torch.randperm(x.numel(), generator=generator, device=x.device)
+    keep = (order >= round(p * x.numel())).reshape(x.shape)
+    return x * keep / (1 - p)
 
 # %% wrong="mlp_classifier" because="dropout on the logits, too"
 - return self.layers[-1](x)

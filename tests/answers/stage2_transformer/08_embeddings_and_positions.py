@@ -392,6 +392,22 @@ def alibi_bias(heads, length):
     back = torch.arange(length).float()[None, :] - torch.arange(length).float()[:, None]
     return alibi_slopes(heads).view(-1, 1, 1) * back.tril() + future
 
+# %% wrong="alibi_bias" because="distances in bfloat16, whole numbers up to 256 only"
+def alibi_slopes(heads: int) -> Tensor:
+    power = 2 ** math.floor(math.log2(heads))
+
+    def series(n):
+        return 2.0 ** (-8 * torch.arange(1, n + 1, dtype=torch.float32) / n)
+
+    return torch.cat([series(power), series(2 * power)[0::2][: heads - power]])
+
+
+def alibi_bias(heads: int, length: int) -> Tensor:
+    place = torch.arange(length)
+    distance = (place[:, None] - place).bfloat16()  # half the memory for the large table
+    bias = -alibi_slopes(heads)[:, None, None] * distance.float()
+    return bias.masked_fill(distance < 0, -math.inf)
+
 # %% wrong="disentangled_scores" because="divides by the root of d" base="divides-root"
 def disentangled_scores(q: Tensor, k: Tensor, pos_q: Tensor, pos_k: Tensor) -> Tensor:
     batch, heads, seq, d = q.shape
@@ -768,6 +784,20 @@ def apply_rope(x, cos, sin, start=0):
     part = x[..., :r].to(wide)
     y[..., :r] = (part * c + rotate_half(part) * s).to(x.dtype)
     return y
+
+# %% wrong="apply_rope" because="the rest is turned by 0, which changes −0 and ∞"
+def apply_rope(x: Tensor, cos: Tensor, sin: Tensor, start: int = 0) -> Tensor:
+    seq, half = x.shape[-2], cos.shape[1]
+    if start + seq > len(cos):
+        raise ValueError(f"{start + seq} positions, but the table has {len(cos)}")
+    work = torch.float64 if x.dtype == torch.float64 else torch.float32
+    c, s = cos[start : start + seq].to(work), sin[start : start + seq].to(work)
+    rest = x.shape[-1] - 2 * half
+    c = F.pad(torch.cat([c, c], -1), (0, rest), value=1.0)  # the rest turns by 0
+    s = F.pad(torch.cat([s, s], -1), (0, rest), value=0.0)
+    y = x.to(work)
+    swapped = torch.cat([-y[..., half : 2 * half], y[..., :half], y[..., 2 * half :]], -1)
+    return (y * c + swapped * s).to(x.dtype)
 
 # %% wrong="interleaved_to_half" because="the conversion in the other direction"
 def interleaved_to_half(w, rotary_dim=None):

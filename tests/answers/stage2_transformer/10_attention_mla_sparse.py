@@ -104,7 +104,7 @@ def mla_cache_bytes(config, batch, seq, bytes_per_element=2):
 
 def cache_comparison(seq, hidden=4096, layers=32, head_dim=128, kv_rank=512, rope_dim=64):
     widths = {
-        "MHA": 2 * hidden,
+        "MHA": 2 * (hidden - hidden % head_dim),
         "GQA-8": 16 * head_dim,
         "MQA": 2 * head_dim,
         "MLA": kv_rank + rope_dim,
