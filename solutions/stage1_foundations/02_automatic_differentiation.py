@@ -66,8 +66,8 @@ from llm40 import checks, data, plot
 # $f(x\pm\varepsilon)$ are rounded, each to a relative $u \approx 10^{-16}$ in float64, and the
 # difference of two nearly equal numbers keeps the rounding and loses the rest: an error of about
 # $u\,|f|/\varepsilon$, which *grows* as $\varepsilon$ shrinks. The best $\varepsilon$ balances the
-# two: $\varepsilon^2 \approx u/\varepsilon$, about $10^{-5}$. In float32, where
-# $u \approx 10^{-7}$, the best is $10^{-2}$ and the result is good to two or three digits:
+# two: $\varepsilon^2 \approx u/\varepsilon$, about $10^{-5}$, for ten digits. In float32, where
+# $u \approx 10^{-7}$, the best is about $10^{-2}$ and the result is good to four digits or so:
 # gradients are always checked in float64.
 
 
@@ -218,7 +218,7 @@ plot.caption(
     fig,
     "The error of a numerical gradient against its step. From the right, the central difference "
     "falls twice as fast as the forward difference; from the left, rounding takes over. In float32 "
-    "no step gives more than three digits.",
+    "no step gives more than about four digits.",
 )
 plt.show()
 
@@ -1638,8 +1638,9 @@ with checks.unchanged(x=x, v=v):
 # and it is what fills a GPU in training.
 #
 # **Checkpointing** trades it for time. Cut the network into segments of $s$ layers. On the way
-# forward keep only the input of each segment, $n/s$ of them. On the way back, run a segment forward
-# once more, now keeping its $s$ activations, go back through it, and forget them. At any time
+# forward keep only the input of each segment (and the state of the random numbers, if it draws
+# any), $n/s$ of them. On the way back, run a segment forward once more, now keeping its $s$
+# activations, go back through it, and forget them. At any time
 #
 # $$\frac{n}{s} + s \qquad\text{is kept, which is smallest at } s = \sqrt n:\ 2\sqrt n ,$$
 #
@@ -1654,7 +1655,8 @@ with checks.unchanged(x=x, v=v):
 
 # %% exercise="checkpoint" minutes=40 difficulty=3 path="more"
 def checkpoint(fn, *inputs: torch.Tensor) -> torch.Tensor:
-    """fn(*inputs), keeping nothing for backward but the inputs; backward calls fn a second time.
+    """fn(*inputs), keeping nothing for backward but the inputs and the state of the random numbers;
+    backward calls fn a second time.
 
     fn: takes the tensors and returns one tensor. It may also use parameters, those of a module
     that it is or only calls, which get their gradients in `.grad` when `.backward()` is called on a

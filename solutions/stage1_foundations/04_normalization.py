@@ -91,8 +91,8 @@ def layer_norm(
 
     x: (..., D), any floating format and any strides. weight, bias: (D,) or None, which stands for 1
     and for 0. Returns (..., D) in x's dtype. float16 and bfloat16 are computed in float32; float64
-    stays float64. x is not changed, and gradients flow through mean and variance. eps is added to
-    the variance, which divides by D. Without PyTorch's own layer norm.
+    stays float64. x is not changed, and gradients flow through mean and variance. The variance is
+    a mean: it divides by D, not by D − 1. Without PyTorch's own layer norm.
     """
     ### BEGIN SOLUTION
     wide = x if x.dtype == torch.float64 else x.float()
@@ -256,7 +256,7 @@ checks.close(
 #
 # One statistic in place of two, one learned vector in place of two. After the division,
 # $\lVert y\rVert = \sqrt D$ (for $w = 1$ and negligible $\varepsilon$): RMSNorm keeps the direction
-# of $x$ and sets its length. Every LLaMA, Qwen, Mistral, Gemma and DeepSeek model uses it.
+# of $x$ and sets its length. Every LLaMA, Qwen, Mistral, Gemma and DeepSeek language model uses it.
 #
 # ### Exercise · RMSNorm
 
@@ -396,8 +396,8 @@ for scale in (1e-2, 1.0, 500.0):
 # ### What a norm cannot see
 #
 # A photograph shows what each of them throws away. Cut it into patches of 8 × 8 pixels; the 192
-# color values of a patch are one row $x$. A shadow multiplies a row by a constant, haze multiplies
-# *and* adds one. For negligible $\varepsilon$,
+# color values of a patch are one row $x$. A shadow multiplies a row by a constant; haze *also adds*
+# a constant to all its values. For negligible $\varepsilon$,
 #
 # $$\mathrm{RMSNorm}(a x) = \mathrm{RMSNorm}(x) \quad (a > 0), \qquad \mathrm{LayerNorm}(a x + c\,\mathbf 1) = \mathrm{LayerNorm}(x),$$
 #
@@ -908,11 +908,12 @@ checks.relative_l2(dw, expected[1], 2e-6, what="dw in float32")
 ### END HIDDEN TESTS
 
 # %% [markdown]
-# The projection has a consequence for training. Whatever is only ever seen through a norm gets a
-# gradient at right angles to itself, so each plain gradient step makes it *longer* (Pythagoras),
-# and the longer it is, the smaller its next gradient: $dx \propto 1/\lVert x\rVert$. The effective
-# learning rate anneals itself, and weight decay, which shortens, is what holds against it. The cell
-# below lets one point move under $-dx$; the loss rewards pointing to the right.
+# The projection has a consequence for training. For negligible $\varepsilon$, whatever is only ever
+# seen through a norm gets a gradient at right angles to itself, so each plain gradient step makes
+# it *longer* (Pythagoras), and the longer it is, the smaller its next gradient:
+# $dx \propto 1/\lVert x\rVert$. The effective learning rate anneals itself, and weight decay, which
+# shortens, is what holds against it. The cell below lets one point move under $-dx$; the loss
+# rewards pointing to the right.
 
 # %% tags=["experiment"]
 angles = torch.arange(16) * (2 * math.pi / 16)
@@ -967,16 +968,15 @@ plt.show()
 # $q \cdot k = \lVert q\rVert \lVert k\rVert \cos\theta$, and nothing bounds the lengths. In large
 # models they grow during training until one weight is 1 and the others 0; such a softmax has no
 # gradient, and training breaks down. Dehghani et al. (2023) met this at 8 billion parameters, and
-# the cure had been proposed by Henry et al. (2020): normalize queries and keys, head by head,
-# before the product,
+# put a LayerNorm on queries and keys. Henry et al. (2020) had divided them by their lengths, head
+# by head, and scaled the product by one learned number. With one for each head this is
 #
 # $$s_{ij} = \gamma_h\, \frac{q_i}{\lVert q_i\rVert}\cdot\frac{k_j}{\lVert k_j\rVert} = \gamma_h \cos\theta_{ij}, \qquad |s_{ij}| \le |\gamma_h| ,$$
 #
-# with one learned gain $\gamma_h$ a head in place of the usual $1/\sqrt d$. Models of today use
-# RMSNorm for it, head by head (Qwen3, Gemma 3); OLMo 2 normalizes the whole width, before it is
-# split into heads. Head by head it is the same up to constants: an RMSNorm row has the length
-# $\sqrt d$, so with unit gains and the scale $1/\sqrt d$ the score is $\sqrt d\cos\theta$: $\gamma
-# = \sqrt d$.
+# with the learned gain $\gamma_h$ in place of the usual $1/\sqrt d$. Models of today use RMSNorm
+# for it, head by head (Qwen3, Gemma 3); OLMo 2 normalizes the whole width, before it is split into
+# heads. Head by head it is the same up to constants: an RMSNorm row has the length $\sqrt d$, so
+# with unit gains and the scale $1/\sqrt d$ the score is $\sqrt d\cos\theta$: $\gamma = \sqrt d$.
 #
 # ### Exercise · QK-Norm
 

@@ -40,8 +40,8 @@
 # a model in reinforcement learning is held near where it started (stage 4).
 #
 # You will write all of these, keep them finite where naive code gives NaN, and use them: on the
-# words of Python's documentation, in a classifier that reads a passage word by word, and in a
-# Triton kernels for the size at which the loss, of all things, is what no longer fits in memory.
+# words of Python's documentation, in a classifier that reads a passage word by word, and in Triton
+# kernels for the size at which the loss, of all things, is what no longer fits in memory.
 
 # %%
 import math
@@ -593,7 +593,8 @@ plt.show()
 # $\frac12\mathbb E\lambda^2$ agree to second order. $k_3$ has both virtues, by a **control
 # variate**: $\mathbb E_p[r] = \sum p\,\frac qp = 1$, so $r - 1$ has mean 0 and may be added to
 # $k_1$ for nothing. And $r - 1 - \log r \ge 0$ is once more $\log t \le t - 1$. When $k_1$ is below
-# 0, $r$ is large, and the two balance. (All this for $q > 0$ wherever $p$ is.)
+# 0, $r$ is large, and the two balance. (All this for $q > 0$ wherever $p$ is; that $k_3$ is
+# unbiased also needs $p > 0$ wherever $q$ is.)
 #
 # In float32, $e^\lambda - 1$ for small $\lambda$ rounds to something that can make $k_3$ negative
 # after all. `torch.expm1` computes it to about the last digit.
@@ -2395,7 +2396,7 @@ if on_gpu:
         xlabel="peak memory (GiB)",
         title=f"Loss and gradient, {rows:,} tokens, {vocab:,} words, bfloat16",
     )
-    plot.caption(fig, "The logits alone are 2 GiB. The fused loss adds one number a row.")
+    plot.caption(fig, "The logits alone are 2 GiB. The fused loss adds three numbers a row.")
 else:
     ax.set(
         xlabel="tensors of the logits' size that are made, the logits included",

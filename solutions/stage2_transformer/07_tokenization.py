@@ -206,7 +206,7 @@ def without_libraries(*names: str) -> Iterator[None]:
 # | 0x10000 to 0x10FFFF | `11110xxx 10xxxxxx 10xxxxxx 10xxxxxx` |
 #
 # English costs one byte a letter, Greek, Russian, Hebrew and Arabic two, most of India's scripts,
-# Thai, Chinese, Japanese and Korean three, emoji four. That is decided before any tokenizer is
+# Thai, Chinese, Japanese and Korean three, most emoji four. That is decided before any tokenizer is
 # trained, and you will see it again in the last experiment. A first byte can never be mistaken for
 # a continuation (`10…`), so a reader who falls into the middle of a stream finds the next border.
 # And not every sequence of bytes is text: a lone `10xxxxxx`, a first byte whose followers are
@@ -511,7 +511,7 @@ for name, text in sample:
 # full. Why is that a good idea? A pair that stands $c$ times without overlaps shortens the text by
 # $c$ tokens when it is joined. **BPE is greedy compression**: each new entry of the vocabulary is
 # the one that saves most at that moment, overlaps aside. (Greedy is not optimal. Finding the best
-# list of merges is NP-complete, Whittington et al. 2024.)
+# list of merges is NP-hard, Whittington et al. 2024.)
 #
 # ### The mathematics: what one merge changes
 #
@@ -534,9 +534,10 @@ for name, text in sample:
 # people skip is the −1 for the neighbors; without it the trainer keeps believing in pairs that no
 # longer exist.
 #
-# A small calculation shows what this buys. Each visit to a place removes one token from the words,
-# and a word type of $n$ bytes can lose at most $n - 1$. So **all visits of the whole training
-# together** are fewer than the bytes of the distinct words, however many merges there are.
+# A small calculation shows what this buys. Each join at a place removes one token from the words,
+# and a word type of $n$ bytes can lose at most $n - 1$. So **all joins of the whole training
+# together** are fewer than the bytes of the distinct words, however many merges there are. (Visits
+# to words that have lost the pair meanwhile come on top.)
 #
 # ### Overlaps
 #
@@ -568,7 +569,7 @@ def merge_pair(symbols: list, pair: tuple, merged) -> list:
 
 
 # %% [markdown]
-# <details><summary>Hint: a <code>for</code> loop does not fit</summary>
+# <details><summary>Hint: a plain <code>for</code> loop fits badly</summary>
 #
 # After a match the position moves on by two, otherwise by one: a `while` loop with its own index.
 # And mind the last symbol, which has no right neighbor.
@@ -1777,8 +1778,9 @@ plot.plt.show()
 # $\dfrac{\text{count}(\ell r)}{\text{count}(\ell)\,\text{count}(r)}$. Where does that come from?
 # Let each token have probability $p = \text{count}/N$ and the text the probability $\prod p$.
 # Joining replaces $p(\ell)\,p(r)$ by $p(\ell r)$ at each place, which changes the log-likelihood
-# per place by $\log\frac{p(\ell r)}{p(\ell)\,p(r)}$: the **pointwise mutual information** of the
-# two. BPE asks how often a pair occurs, WordPiece how surprising it is that the two stand together.
+# per place by about $\log\frac{p(\ell r)}{p(\ell)\,p(r)}$: the **pointwise mutual information** of
+# the two. BPE asks how often a pair occurs, WordPiece how surprising it is that the two stand
+# together.
 #
 # Cutting a word needs no merges, only the vocabulary: take the **longest** entry that begins the
 # word, then the longest that continues it, and so on. Pieces that continue a word are written with

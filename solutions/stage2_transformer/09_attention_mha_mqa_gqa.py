@@ -255,8 +255,8 @@ assert made == lengths.device, (
 #
 # **A row with nothing to attend.** A padded query, or a sequence of length 0 in a batch, may see no
 # key at all. Softmax over an empty set is 0/0. Left alone it gives NaN, and one NaN in a batch
-# makes the whole gradient NaN one step later. The useful convention: no key, no contribution; the
-# weights and the output are 0, and so is the gradient.
+# makes the whole gradient NaN, and one step later the parameters. The useful convention: no key, no
+# contribution; the weights and the output are 0, and so is the gradient.
 #
 # **Range.** float16 ends at 65504. With $d_k = 128$ a product $q\cdot k$ of activations around 25
 # is already beyond it, although the score after the division would be a harmless 7000. Divide
@@ -341,8 +341,8 @@ def scaled_dot_product_attention(
 # <details><summary>Hint: NaN in a row without keys</summary>
 #
 # If every score is −∞, softmax subtracts the maximum and computes −∞ − (−∞). Either avoid the −∞,
-# or repair the row afterwards; then look at the gradient too, because `0 × NaN` is NaN on the way
-# back.
+# or repair the row afterwards; then look at the gradient too. On the way back through the softmax
+# `0 × NaN` is NaN; the `masked_fill` before it stops that, an added −∞ does not.
 # </details>
 
 # %% check="sdpa" points=2
@@ -770,7 +770,7 @@ plot.plt.show()
 
 # %% exercise="mha" minutes=25 difficulty=2
 class MultiHeadAttention(nn.Module):
-    """Multi-head self- or cross-attention with biases, as in "Attention Is All You Need".
+    """Multi-head self- or cross-attention of "Attention Is All You Need", with PyTorch's biases.
 
     d_model: width of the token vectors, a multiple of `heads` (else ValueError). Head h owns the
     features h·head_dim … (h+1)·head_dim − 1 of the projected queries, keys and values, and the same
@@ -2018,7 +2018,7 @@ axes[1].grid(axis="x", visible=False)
 plot.caption(
     fig,
     "Layer 1 looks back by one, layer 2 does induction (a head that looks at everything alike "
-    "would score about 0.1). Dotted: the whole model. Heads share their job: most can be removed "
+    "would score about 0.07). Dotted: the whole model. Heads share their job: most can be removed "
     "without loss. No head is a sink here.",
 )
 plot.plt.show()

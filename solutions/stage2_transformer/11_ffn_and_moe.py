@@ -424,8 +424,8 @@ def top_k_router(
     indices: int64, the k experts with the largest score (+ bias), best first; among equal scores
         the lower number first. Only the scores count: logits of 100 and 200 have equal sigmoids.
     weights: their scores, without the bias, in the dtype of the scores; with `renormalize` divided
-        by their sum over the k, however small it is (but not 0: some score is taken to be above 0).
-        Gradients flow to logits.
+        by their sum over the k, however small it is; a sum of exactly 0 does not occur. Gradients
+        flow to logits.
     """
     ### BEGIN SOLUTION
     experts = logits.shape[-1]
@@ -1223,10 +1223,10 @@ plot.plt.show()
 #
 # The factor $N$ fixes the scale. With $f_i = 1/N$ for all experts,
 # $\sum_i f_iP_i = \frac1N\sum_i P_i = \frac1N$, so $\mathcal L_{bal} = \alpha$ for any number of
-# experts. If one expert gets everything with certainty, $f_1 = P_1 = 1$ and
-# $\mathcal L_{bal} = \alpha N$. (Between them 1 is not a strict lower bound: where $f$ and $P$
-# disagree the sum can fall below it. Where experts that are more loaded also have more probability,
-# it cannot.)
+# experts. If, with $k = 1$, one expert gets everything with certainty, $f_1 = P_1 = 1$ and
+# $\mathcal L_{bal} = \alpha N$; with larger $k$, $f_1 = \frac1k$ and it is $\alpha N/k$. (Between
+# them 1 is not a strict lower bound: where $f$ and $P$ disagree the sum can fall below it. Where
+# experts that are more loaded also have more probability, it cannot.)
 #
 # Conventions differ. Here $f$ is a share of all $Tk$ assignments. Hugging Face's Mixtral divides by
 # $T$ only, so that its loss is $k$ times ours.
@@ -1245,7 +1245,8 @@ plot.plt.show()
 def load_balancing_loss(probs: Tensor, indices: Tensor, alpha: float = 1.0) -> Tensor:
     """Switch's auxiliary loss, α N Σ f·P, a scalar.
 
-    It is α where the load is uniform, and α N where one expert gets everything with probability 1.
+    It is α where the load is uniform, and α N / k where all tokens choose the same expert with
+    probability 1.
 
     probs: (tokens, num_experts), float32 or float64, the router's probabilities for all experts,
         rows summing to 1. The loss has their dtype.
@@ -1969,7 +1970,7 @@ checks.raises(ValueError, group_limit, torch.zeros(1, 10), 3, 1, because="10 exp
 # asking how far the temperature is from its goal. The sign makes the step independent of the batch
 # size; the price is that it never comes to rest and swings around balance in steps of $u$. The gate
 # values contain no bias, so a token that was talked into an expert that suits it less also gives it
-# less weight, and no gradient comes from the balance at all.
+# less weight (unless $k = 1$ is renormalized), and no gradient comes from the balance at all.
 #
 # Why does it converge? Raise $b_i$ while everything else stays, and more tokens choose $i$: the
 # load is a rising function of its own bias. So an error has a definite sign, and a small step
@@ -2353,8 +2354,8 @@ plot.plt.show()
 # worth 0.03 to 0.06 on two of the seeds; on the third the collapsed model is as good as the
 # balanced ones. So a collapsed MoE is not a broken one; it is little more than a dense model with
 # unused memory. What *cannot* be seen at this size is the claim of Wang et al. that the bias beats
-# the auxiliary loss: here the auxiliary loss is ahead by 0.00 to 0.03, on three seeds and with one
-# setting of each, which settles nothing.
+# the auxiliary loss: by these figures the auxiliary loss is ahead by 0.00 to 0.02, on three seeds
+# and with one setting of each, which settles nothing.
 #
 # ### What is dropped, if there is a limit
 #
@@ -2595,8 +2596,9 @@ def grouped_gemm_kernel(
 
     Grid: (⌊n_rows / BLOCK_M⌋ + n_groups) · ⌈n_cols / BLOCK_N⌉ programs; program p computes columns
     tile p mod ⌈n_cols / BLOCK_N⌉ of row tile p // ⌈n_cols / BLOCK_N⌉. A row tile belongs to one
-    group. Programs without a row tile write nothing. Every element of out is written once, nothing
-    outside the tensors is read. GROUPS: n_groups, rounded up to a power of two.
+    group. Programs without a row tile write nothing. Every element of a group's rows of out is
+    written once, nothing outside the tensors is read. GROUPS: n_groups, rounded up to a power of
+    two.
     """
     col_tiles = tl.cdiv(n_cols, BLOCK_N)
     tile, col_tile = tl.program_id(0) // col_tiles, tl.program_id(0) % col_tiles
@@ -3127,8 +3129,8 @@ plot.plt.show()
 
 # %% [markdown]
 # `benchmarks/11_ffn_and_moe.py` repeats this with the versions and errors on record. For a sense of
-# scale: reading one expert's 6.3 MB takes 1.3 µs at full bandwidth, less than launching a kernel
-# for it.
+# scale: reading one expert's gate and up, 6.3 MB, takes 1.3 µs at full bandwidth, less than
+# launching a kernel for it.
 #
 # ## Key questions
 #
@@ -3148,11 +3150,11 @@ def moe_numbers() -> dict[str, float | str]:
     "decode":  Mixtral's 8 experts, 2 different ones per token. A server generates for 8 users at
                once, one token each, routed evenly at random and independently. How many of a
                layer's 8 experts must be read from memory, on average?
-    "leak":    a decoder with an MoE layer. In which of these can a LATER token of the text change
-               an earlier token's output? "a" top-2 routing without capacity; "b" top-1 routing
-               with capacity, tokens served in their order; "c" top-2 routing with capacity, all
-               first choices served before any second choice; "d" top-2 routing with a bias that
-               is updated between batches.
+    "leak":    a decoder with an MoE layer; where there is a capacity, it is a fixed number. In
+               which of these can a LATER token of the text change an earlier token's output?
+               "a" top-2 routing without capacity; "b" top-1 routing with capacity, tokens served
+               in their order; "c" top-2 routing with capacity, all first choices served before any
+               second choice; "d" top-2 routing with a bias that is updated between batches.
     """
     ### BEGIN SOLUTION
     return {

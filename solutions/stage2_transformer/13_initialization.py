@@ -347,9 +347,9 @@ checks.raises(
 # $\mathrm{norm}(x)$ each row is divided by the root of its own mean square, so what enters $W$ has
 # mean square 1, whatever $q$ is.
 #
-# Three of these four are exponential in depth. At $n\sigma^2 = 1.1$ a hundred linear layers
-# multiply the mean square by 14,000; at 0.9 they divide it by 38,000. The fourth is not, and it is
-# the one of which today's models are made.
+# Three of these four are exponential in depth, unless one step's factor is exactly 1. At
+# $n\sigma^2 = 1.1$ a hundred linear layers multiply the mean square by 14,000; at 0.9 they divide
+# it by 38,000. The fourth is not, and it is the one of which today's models are made.
 
 
 # %% exercise="forward_variance" minutes=20 difficulty=2
@@ -2558,9 +2558,10 @@ plot.plt.show()
 # Every pair multiplies the share of the second singular direction by $(s_2/s_1)^2$; as the weights
 # move slowly, the estimate keeps up. $u$ and $v$ are not learned: they are **buffers**, saved with
 # the model, and no gradient passes through their update. Nor is one missing:
-# $\sigma = \max_{u,v} u^\top W v$, and at a maximum the derivative with respect to $u$ and $v$
-# is 0. What remains is $\partial\sigma/\partial W = uv^\top$, so with
-# $G = \partial\ell/\partial\widehat W$
+# $\sigma$ is the maximum of $u^\top W v$ over unit vectors, and there the derivative is 0 in every
+# direction in which these can turn. What remains of the estimate is
+# $\partial\sigma/\partial W = uv^\top$ (that of the norm itself, once $u$ and $v$ have converged),
+# so with $G = \partial\ell/\partial\widehat W$
 #
 # $$ \frac{\partial \ell}{\partial\gamma} = \frac{\langle G, W\rangle}{\sigma}, \qquad
 # \frac{\partial \ell}{\partial W} =
@@ -2882,8 +2883,8 @@ assert reached, "no gradient reaches the input"
 # rate, then at ten times that, then at ten times with each of three remedies:
 #
 # - **warm-up** over the first 40 updates;
-# - **QK-norm**: a LayerNorm with learned gain on each head's queries and keys, so that a score is a
-#   cosine times a learned factor;
+# - **QK-norm**: a LayerNorm on each head's queries and keys, so that a score is, at first, a cosine
+#   of centered vectors times $\sqrt{d_k}$ (later with learned gains and biases);
 # - **σReparam** in every linear layer of the blocks.
 #
 # The entropy of each causal row is divided by the largest possible (the logarithm of the number of

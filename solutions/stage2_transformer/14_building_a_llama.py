@@ -2632,13 +2632,13 @@ checks.close(learning_rate(4, options), 1.0, what="the last rate where warm-up i
 # ### The run, and its state
 #
 # **Exact resume.** Training is a map $s_{t+1} = f(s_t)$, and a run is resumed exactly if and only
-# if the checkpoint holds all that $f$ reads: the weights; Adam's two moments and its own count of
-# steps; the step, which sets the learning rate; and the two streams of random numbers, the one that
-# picks the windows and PyTorch's default one, from which dropout draws. "Exactly" is meant to the
-# last bit, which is what makes it testable: floating-point addition is deterministic if it is done
-# in the same order, so a resumed run has no excuse for a difference in the seventh digit. (On a GPU
-# some kernels add in any order; then equality holds only with
-# `torch.use_deterministic_algorithms`.)
+# if the checkpoint holds all that $f$ reads: the weights and buffers; Adam's two moments and its
+# own count of steps; the step, which sets the learning rate; and the two streams of random numbers,
+# the one that picks the windows and PyTorch's default one, from which dropout draws. "Exactly" is
+# meant to the last bit, which is what makes it testable: floating-point addition is deterministic
+# if it is done in the same order, so on the same machine, with as many threads, a resumed run has
+# no excuse for a difference in the seventh digit. (On a GPU some kernels add in any order; then
+# equality holds only with `torch.use_deterministic_algorithms`.)
 #
 # Why care? The classic symptom of a forgotten piece is a bump of the loss at each restart, which on
 # a cluster means several a day. And a bug at step 90,000 can be studied only if step 89,900 can be

@@ -48,7 +48,7 @@
 # | **Jaccard similarity** | $J(A,B)=\lvert A\cap B\rvert\,/\,\lvert A\cup B\rvert$, from 0 (nothing in common) to 1 (the same set) |
 # | **signature** | $k$ hash values that stand for a set of any size |
 # | **row** | a sequence of fixed length, the `capacity`, as the model is trained on it |
-# | **epoch** | one pass over all items |
+# | **epoch** | one pass over all items, but for a rest that fills no batch |
 # | **rank** | a process of a distributed run; each gets its own part of every batch |
 
 # %%
@@ -88,8 +88,8 @@ def hash64(text: str) -> int:
 
 
 # %% [markdown]
-# `hash64` and not Python's `hash`: that one is **salted**, with another salt in every process, so
-# that the signatures of yesterday's run would not match today's.
+# `hash64` and not Python's `hash`: for text that one is **salted**, with another salt in every
+# process, so that the signatures of yesterday's run would not match today's.
 
 
 # %% tags=["support"]
@@ -622,10 +622,10 @@ checks.close(
 #
 # Each hash function is a coin that falls on "equal" with probability $J$. With $k$ of them the
 # share of equal minima estimates $J$ without bias and with the standard error
-# $\sqrt{J(1-J)/k}$: at most 0.044 for $k=128$, however large the documents are.
+# $\sqrt{J(1-J)/k}$: at most 0.045 for $k=128$, however large the documents are.
 #
 # **Which hash functions?** $h(x)=ax+b$ with random $a$ and $b$. Libraries often take the remainder
-# modulo the prime $2^{61}-1$. In 64-bit arithmetic $ax$, which has up to 122 bits, overflows first,
+# modulo the prime $2^{61}-1$. In 64-bit arithmetic $ax$, which has up to 125 bits, overflows first,
 # so that the result is not the textbook's function. Overflow itself, though, is a fine
 # remainder: modulo $2^{64}$. If $a$ is odd, no two ids collide, for an odd number has an inverse
 # there. (The ids must look random already; BLAKE2b sees to that.)
@@ -1629,7 +1629,8 @@ for bad in ([0], [3, -1], [5, 6]):
 # otherwise its first token might have position 300. (Rotary attention sees only differences of
 # positions, so that under a mask the restart changes nothing there.) And the label of a document's
 # last token would be the first token of another: nobody can know that one, so it is ignored (label
-# −100). In practice a document ends with an end token, which is then the only one without a label.
+# −100). In practice a document ends with an end token, which is then the only one without a label,
+# where no document was cut.
 #
 # A row is described by the number of the document that each token belongs to; −1 is padding:
 #
@@ -1961,8 +1962,8 @@ def mixture_weights(sizes: Sequence[float], temperature: float) -> Tensor:
 # %% [markdown]
 # <details><summary>Hint: beyond float64</summary>
 #
-# $n^{1/T}=e^{\log n/T}$, and a softmax over $\log n/T$ subtracts the largest before it takes the
-# exponential.
+# $n^{1/T}=e^{\log n/T}$, and a softmax subtracts the largest before it takes the exponential. For a
+# tiny $T$ that is too late, for $\log n/T$ itself is infinite: subtract before you divide.
 # </details>
 #
 # <details><summary>Hint: empty sources at infinite temperature</summary>

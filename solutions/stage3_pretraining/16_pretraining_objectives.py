@@ -399,9 +399,9 @@ checks.close(
 # ```
 #
 # The price is in the third dial. A token that is seen by an earlier position may not be a target,
-# or that position would read off its answer: only tokens from position $P$ on count. A causal LM is
-# graded on $T-1$ tokens of the same text, a prefix LM on $T-P$ (where $P \ge 1$; without a prefix
-# it is a causal LM).
+# or that position would read off its answer: only tokens from position $P$ on count (and never
+# token 0, which nothing precedes). A causal LM is graded on $T-1$ tokens of the same text, a prefix
+# LM on $T-P$ (where $P \ge 1$; without a prefix it is a causal LM).
 
 
 # %% exercise="prefix_lm_mask" minutes=8 difficulty=1
@@ -1015,9 +1015,10 @@ axes[0, 0].legend(loc="upper left", fontsize=8)
 plot.caption(
     fig,
     "A quarter of the tokens hidden, mean span 3. Above: how often a position is hidden, in 2000 "
-    "draws. T5's code never hides the first position and always the last. Yours is even inside and "
-    "lower at the two ends, which is what 'every arrangement alike' means: fewer runs can reach an "
-    "end. Below: twelve of your arrangements, dark is hidden.",
+    "draws. T5's code never hides the first position and always the last. Yours is nearly even "
+    "inside, a little above the line, and lower at the two ends, which is what 'every arrangement "
+    "alike' means: fewer runs can reach an end. Below: twelve of your arrangements, dark is "
+    "hidden.",
 )
 plot.plt.show()
 
@@ -1400,11 +1401,11 @@ plot.plt.show()
 #
 # **The memory.** A head's logits are $B\,T\,V$ numbers. With 8 sequences of 4096 tokens, a
 # vocabulary of 128k, in float32, that is 16 GiB, for one head; their gradient is as large. Four
-# heads done the obvious way keep four of each until the backward pass. They need not: the heads do
-# not depend on one another. Run head 1 forward *and backward*, keep the gradient that arrives at
-# $h$, which has only $B\,T\,d$ numbers, and throw its logits away. Then head 2. The gradients at
-# $h$ add up, and go down the trunk once. The peak falls from $O(nV + d)$ to $O(V + d)$ per token,
-# at no cost in time.
+# heads done the obvious way keep four tensors of that size until the backward pass. They need not:
+# the heads do not depend on one another. Run head 1 forward *and backward*, keep the gradient that
+# arrives at $h$, which has only $B\,T\,d$ numbers, and throw its logits away. Then head 2. The
+# gradients at $h$ add up, and go down the trunk once. The peak falls from $O(nV + d)$ to $O(V + d)$
+# per token, this way at no cost in time.
 #
 # The exercise asks for this behind an ordinary loss: a tensor with `.backward()`, as everyone
 # expects. There are two ways to get there. You may compute the gradients during the forward pass
