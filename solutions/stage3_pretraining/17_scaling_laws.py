@@ -375,7 +375,8 @@ plot.plt.show()
 # On log–log axes a pure power ($E=0$) is a line of slope $-\alpha$: the same *factor* in $x$ always
 # buys the same *factor* in $y$. The floor bends the line up. For text, $E$ is the entropy that no
 # model can remove, and leaving it out of a fit makes $\alpha$ too small: the fit must explain the
-# bend by a flatter line, and extrapolates too high in the middle and too low at the end.
+# bend by a flatter line, which runs too high in the middle of the data, and too low at their ends
+# and beyond.
 #
 # Three unknowns, but only $\alpha$ is hard. For a given $\alpha$ the law is linear in $E$ and $A$,
 # and the best pair solves two linear equations. So search one number and solve for the others
@@ -673,8 +674,8 @@ axes[1].set_title("Where the vertices lie")
 plot.caption(
     fig,
     "Left: loss of the runs, parabolas and their vertices (stars). At the two small budgets the "
-    "smallest model wins, so their vertices are guesses beyond the data. Right: the same vertices "
-    "with the two published slopes through the last one.",
+    "smallest model wins: their vertices lie at the edge of the data, and little holds them. "
+    "Right: the same vertices with the two published slopes through the last one.",
 )
 plot.plt.show()
 
@@ -828,8 +829,8 @@ checks.close(
 # **L-BFGS** from the best few.
 #
 # When does L-BFGS stop? When the objective changes by less than a tolerance, an *absolute* one. The
-# sum over forty runs is about 10⁻³, their mean 10⁻⁵; with residuals of a permille it is 10⁻⁶. A
-# default tolerance of 10⁻⁹ is then reached on the first flat stretch. Those who replicated
+# sum over forty runs is about 10⁻³, their mean 2.5·10⁻⁵, and with residuals of a permille less than
+# 10⁻⁶. A default tolerance of 10⁻⁹ is then reached on the first flat stretch. Those who replicated
 # Chinchilla's third fit traced its numbers to an optimizer that had stopped early: it averaged
 # where it meant to add. Set the tolerances yourself.
 
@@ -1308,10 +1309,10 @@ for name, cost in (("6N", 6 * fine.exp()), ("exact", per_token)):
 
 # %% [markdown]
 # The surface is the same and the data are the same; only the price list has changed, and the
-# exponent with it: counted in full, small budgets move to larger models, and the line gets flatter.
-# The distance between Kaplan's 0.73 and Chinchilla's 0.5 is explained in large part by such
-# entries: embeddings and heads that are not counted, warmups too long for short runs, a batch and
-# learning rate not tuned for each size (Pearce and Song; Porian et al.).
+# exponent with it: counted in full, small budgets move to larger models, and the line gets a little
+# flatter. Two studies explain much of the distance between Kaplan's 0.73 and Chinchilla's 0.5 by
+# such entries: embeddings and heads that are not counted, warmups too long for short runs, a batch
+# and learning rate not tuned for each size (Pearce and Song; Porian et al.).
 #
 # ## Runs of your own {#sweep}
 #
@@ -1436,9 +1437,9 @@ plot.plt.show()
 # %% [markdown]
 # Four models and one seed are little, and where the loss is still near that of byte frequencies,
 # the models have hardly begun. Where no star stands, the parabola opens down or its vertex lies
-# beyond the models: then the best model for that budget is one that you did not train. Try other
-# widths, budgets and rates; a rate that is right for one size is rarely right for all, and the
-# curve bends with it.
+# beyond the models (absurdly far, say at N = 0, where it hardly opens): then the best model for
+# that budget is one that you did not train. Try other widths, budgets and rates; a rate that is
+# right for one size is rarely right for all, and the curve bends with it.
 #
 # ## A model is also used {#inference}
 #
@@ -1839,7 +1840,7 @@ for i, (values, name) in enumerate(
 axes[0].set(yscale="log", xlabel="steps taken", ylabel="|G|² and tr Σ; sequences")
 axes[0].set_xticks(range(4), ["0", "10", "40", "160"])
 axes[0].legend(fontsize=8)
-axes[0].set_title("The noise scale grows")
+axes[0].set_title("Gradient and noise along one run")
 ratio = torch.logspace(-2, 2, 80)
 axes[1].plot(ratio, 1 + 1 / ratio, color=plot.COLORS[0], label="steps ÷ fewest steps")
 axes[1].plot(

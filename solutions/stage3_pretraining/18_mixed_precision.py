@@ -96,7 +96,7 @@ from torch.utils.checkpoint import checkpoint
 # | format | sign, exponent, mantissa | largest | smallest normal | smallest | step after 1 |
 # |---|---|---|---|---|---|
 # | FP32 | 1, 8, 23 | 3.4·10³⁸ | 1.2·10⁻³⁸ | 1.4·10⁻⁴⁵ | 2⁻²³ |
-# | TF32 | 1, 8, 10 | 3.4·10³⁸ | 1.2·10⁻³⁸ | | 2⁻¹⁰ |
+# | TF32 | 1, 8, 10 | 3.4·10³⁸ | 1.2·10⁻³⁸ | 1.1·10⁻⁴¹ | 2⁻¹⁰ |
 # | BF16 | 1, 8, 7 | 3.4·10³⁸ | 1.2·10⁻³⁸ | 9.2·10⁻⁴¹ | 2⁻⁷ |
 # | FP16 | 1, 5, 10 | 65504 | 6.1·10⁻⁵ | 6.0·10⁻⁸ | 2⁻¹⁰ |
 # | FP8 E5M2 | 1, 5, 2 | 57344 | 6.1·10⁻⁵ | 1.5·10⁻⁵ | 2⁻² |
@@ -2699,10 +2699,11 @@ plot.plt.show()
 # | GELU | its input | $4h$ |
 # | second feed-forward matrix | its input | $4h$ |
 #
-# Together $16h + as$ numbers, and 4 statistics, which are kept in float32 even if the rest is not.
-# At two bytes per number this is the formula of Korthikanti et al. (2022), $sbh\,(34 + 5as/h)$
-# bytes per layer, without its dropout masks: $32\,sbh + 2\,as^2b$. The residual additions and the
-# scaling and masking of the scores keep nothing.
+# Together $16h + as$ numbers, and 4 statistics, which GPUs and autocast keep in float32 even if the
+# rest is not (a `.bfloat16()` model on a CPU does not). At two bytes per number this is the formula
+# of Korthikanti et al. (2022), $sbh\,(34 + 5as/h)$ bytes per layer, without its dropout masks:
+# $32\,sbh + 2\,as^2b$. The residual additions and the scaling and masking of the scores keep
+# nothing.
 #
 # At the end: the final LayerNorm (its input and 2 statistics), the head (its input, $h$), and the
 # loss, which keeps the log-probabilities in float32: $V$ numbers of 4 bytes per token.
@@ -2838,7 +2839,8 @@ def training_memory(
 # <details><summary>Hint: measure</summary>
 #
 # `saved_bytes(lambda: model(tokens, targets), model)` is the judge. Change one size at a time and
-# look at the difference: one more layer, one more head, twice the tokens.
+# look at the difference: one more layer, one more head, twice the tokens. On a CPU it shows 2 bytes
+# for each statistic of a `.bfloat16()` model, where the formula counts 4.
 # </details>
 
 # %% check="training_memory" points=1
@@ -3077,7 +3079,7 @@ plot.curves(
 plot.caption(
     fig,
     "From your formula. Left: half precision leaves the 16 bytes per parameter as they are and "
-    "halves the activations; checkpointing all but removes them. The last bar runs the eight "
+    "about halves the activations; checkpointing all but removes them. The last bar runs the eight "
     "sequences one after the other and adds up gradients. Right: the attention weights grow with "
     "the square of the length and take over beyond some 1,000 tokens, even when only one block's "
     "are alive. Not keeping them at all is FlashAttention, lesson 29.",

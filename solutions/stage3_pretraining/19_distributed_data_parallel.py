@@ -864,10 +864,11 @@ assert result == [[3, 1]], f"parameters 0 and 2 need no gradient: [[3, 1]], your
 # is there, its all-reduce starts, with `async_op=True`: the call returns a handle at once, and gloo
 # works in a thread of its own while the backward pass goes on.
 #
-# Two traps, both of which end in silence:
+# Two traps:
 #
 # - **Order.** Collectives are matched by the order in which they are called. On one rank bucket 2
-#   may be full before bucket 1, on another after. So bucket $b$ starts when all before it have.
+#   may be full before bucket 1, on another after: gloo mixes them in silence if they are equally
+#   large, and aborts if not. So bucket $b$ starts when all before it have.
 # - **Unused parameters.** A batch that takes one branch gives the other no gradient: its bucket is
 #   never full, the other ranks wait for ever. So after the backward pass, `finish()` starts what is
 #   left, with zeros for what is missing. A gradient that is missing *everywhere* must stay `None`:
@@ -3092,8 +3093,8 @@ def questions() -> dict[str, float | int | str]:
               GPUs of 80 GB (10⁹ bytes). The lowest ZeRO stage whose weights, gradients and state
               fit, leaving activations aside: 0, 1, 2 or 3.
     "tokens": rank 0 has 300 labels with a mean loss of 2.0, rank 1 has 100 with a mean of 4.0.
-              Averaging the gradients of these means minimizes the mean of the two means. How much
-              larger is its value than the global token mean?
+              Averaging the gradients of these means minimizes the mean of the two means. By how
+              much is its value larger than the global token mean (the difference)?
     "fsdp":   how many times as many bytes does FSDP (stage 3) send as data parallel training, per
               step, if weights are gathered for the forward and again for the backward pass?
     "hang":   a rank skips a branch of the model in one batch, and the job hangs. Why?

@@ -3163,7 +3163,8 @@ for tokens in (64, 256, 1024):
 # parallelism sends what tensor parallelism does, and keeps less; least of all keeps data
 # parallelism, whose ranks see half of the tokens each. (Here the gathered $h$ is kept whole;
 # Megatron keeps a part and gathers once more.) Milliseconds, between processes that share a few
-# cores, say little beyond that: small tensors all cost about the same, the latency.
+# cores, say little beyond that: for tensors this small they show mostly latency, and how busy the
+# cores are.
 
 # %% tags=["experiment", "figure"]
 # Figure: numbers sent for each layer by strategy, against the width

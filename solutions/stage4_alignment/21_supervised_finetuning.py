@@ -375,7 +375,7 @@ def turn_examples(messages: list[dict]) -> list[tuple[list[int], list[tuple[int,
     The conversation is cut before every user message and at its end. For each cut, everything
     before it is rendered with keep_reasoning="last" and no generation prompt. A rendering without a
     span is left out. So every assistant message is trained exactly once, with its own reasoning,
-    after the very ids that a model is shown at inference.
+    after the very ids that a model is shown at inference with keep_reasoning="last".
     """
     ### BEGIN SOLUTION
     cuts = [i for i, message in enumerate(messages) if message["role"] == "user"]
@@ -727,8 +727,8 @@ def accumulate(
     in memory at a time. p.grad is added to, never set to zero: None counts as zero. That of a
     frozen or unused parameter, all values, requires_grad and the training mode stay as they are.
 
-    Returns the sum of this rank's losses, as a plain number: averaged over the ranks it is the
-    global token mean.
+    Returns the sum of this rank's losses, as a plain number: with `items` and `world` given, its
+    average over the ranks is the global token mean.
     """
     ### BEGIN SOLUTION
     if items is None:
@@ -1944,9 +1944,9 @@ plot.plt.show()
 # After 8 steps the text is clearly worse, and not one question is answered yet; after 72 it takes
 # more than twice as many bits. Nothing in the loss asks the model to keep predicting text.
 #
-# Part of it has a plain cause, the first line of the output. Special tokens were never trained, and
-# their random embeddings are twice as long as those of text. The embedding is also the head, so the
-# first steps pull hard on weights that every token shares.
+# Part of it has a plain cause, the first line of the output. Special tokens but `<|endoftext|>`
+# were never trained, and their random embeddings are twice as long as those of text. The embedding
+# is also the head, so the first steps pull hard on weights that every token shares.
 #
 # With replay the text loses a tenth or so, most of it in the first steps. What that costs in
 # exact match is less than seeds differ among themselves. How the books are kept matters here: one

@@ -614,9 +614,10 @@ checks.close(
 #    b = \frac{\sum_i (\ell_i - \bar\ell)\,(r_i - \bar r)}{\sum_i (\ell_i - \bar\ell)^2} . $$
 #
 # If they are correlated, because good answers *are* longer, that part is taken away too. What
-# remains is the reward at equal length: no longer the truth, but also nothing that can be raised by
-# padding an answer. Two repairs at the root: pairs of equal length, or the difference in length as
-# an extra input of the fitted model that is left out when the model is used.
+# remains is the reward at equal length: no longer the truth, but on these answers no straight line
+# in the length is left in it; a bend may be. Two repairs at the root: pairs of equal length, or the
+# difference in length as an extra input of the fitted model that is left out when the model is
+# used.
 
 
 # %% exercise="remove_length" minutes=10 difficulty=1
@@ -958,7 +959,7 @@ def reinforce_loss(
     """Loss, minimized: −(returns − baseline) · log π(answer), the mean over all answers.
 
     logp: (…, seq), floating: the policy's log-probability of each token. Outside the answer
-        anything may stand, −inf too; it gets a gradient of 0.
+        anything may stand, −inf and NaN too; it gets a gradient of 0.
     mask: (…, seq), bool, True on the answer's tokens. log π(answer) is the sum of logp over them;
         an answer without tokens has log π = 0 and still counts in the mean.
     returns: (…), floating: what each answer got.
@@ -1205,8 +1206,8 @@ print(f"its KL from a single draw: {distance:.4f} nats, and log 2 − 1/2 = {mat
 #
 # **How often does it win?** Against one fresh draw, in the smooth case, the best of $n + 1$
 # exchangeable draws is the fresh one with probability $1/(n+1)$: the win rate is $n/(n+1)$, and
-# with ties (each counted half) at most that. The best of 4 wins four times in five, whatever the
-# rewards.
+# with ties (each counted half) at most that. Where none tie, the best of 4 wins four times in five,
+# whatever the rewards.
 
 
 # %% exercise="best_of_n" minutes=20 difficulty=3

@@ -51,7 +51,8 @@
 # | **GSPO** | yes | `"sequence"` | (0.0003, 0.0004) | `"sequence"` | 0 |
 # | **DeepSeek-V3.2** | no | `"token"` | (ε, ε) | `"sequence"` | β, `"k3_corrected"` |
 #
-# (V3.2's report names no ε and β, and masks some sequences besides; DAPO also draws groups again.)
+# (DeepSeekMath names no ε: 0.2 is PPO's. V3.2's report names no ε and β, and masks some sequences
+# besides; DAPO also draws groups again.)
 #
 # ### Notation
 #
@@ -312,9 +313,9 @@ checks.close(row, advantages[1:2], what="a row by itself")
 # | $A<0$, lower it | $(1-\varepsilon)A$: far enough; **gradient 0** | $\rho A$: wrong way; full gradient |
 #
 # With the clip alone and no minimum, a token on the wrong side would get no gradient either, and
-# could never come back. PPO's critic is fenced in the same manner, by one line: its loss is the
-# larger of $(V-R)^2$ and the same with $V$ held within $V_{\text{old}}\pm\varepsilon_v$. Larger
-# *loss* is what smaller *objective* was: pessimism again.
+# nothing of its own could bring it back. PPO's critic is fenced in the same manner, by one line:
+# its loss is the larger of $(V-R)^2$ and the same with $V$ held within
+# $V_{\text{old}}\pm\varepsilon_v$. Larger *loss* is what smaller *objective* was: pessimism again.
 
 
 # %% exercise="ppo_losses" minutes=20 difficulty=2
@@ -1076,9 +1077,9 @@ plot.plt.show()
 # $$ \ell_{b,t} = -\min\big(\rho A_b,\ \operatorname{clip}(\rho, 1-\varepsilon_{\text{low}},
 # 1+\varepsilon_{\text{high}})A_b\big)\,w_{b,t} + \beta\,k_{b,t} . $$
 #
-# **Two fences.** DAPO raises only the upper one. A token of probability 0.01 may grow to 0.012
-# under $\varepsilon = 0.2$; one of 0.9 may go to 1. The upper fence is what keeps rare
-# tokens rare, and entropy falls.
+# **Two fences.** DAPO raises only the upper one. A token of probability 0.01 is rewarded up to
+# 0.012 under $\varepsilon = 0.2$; one of 0.9 up to 1. The upper fence is what keeps rare tokens
+# rare, and entropy falls.
 #
 # **One ratio or many.** The reward belongs to the whole answer. GSPO takes one ratio for it, the
 # geometric mean of its tokens' ratios, $s_b = \exp\big(\frac1{n_b}\sum_t \log\rho_{b,t}\big)$, and
@@ -1534,8 +1535,9 @@ for temperature in (0.0, -1.0):
 #
 # Weights that may be huge ruin an average, so they are **truncated**: $\min(\pi_{\text{old}}/\mu,
 # C)$. Truncation only ever makes a weight smaller, a bias, in exchange for a bounded variance. The
-# mean weight without a cap is no thermometer: under $\mu$ it is 1 for near policies and far ones.
-# The spread of the weights is one, and so is the mean of the truncated ones, which falls below 1.
+# mean weight without a cap is no thermometer: under $\mu$ its expectation is 1 for near policies
+# and far ones. The spread of the weights is one, and so is the mean of the truncated ones, which
+# falls below 1.
 
 
 # %% exercise="sampler_weights" minutes=12 difficulty=2 path="more"

@@ -348,7 +348,8 @@ def optimal_policy(ref: Tensor, reward: Tensor, beta: float) -> Tensor:
 # <details><summary>Hint: exp overflows</summary>
 #
 # Work with logarithms until the last step. `softmax` subtracts the largest before it exponentiates,
-# and it divides by Z.
+# and it divides by Z. Beside quotients of 10⁶ float32 rounds log ref to 1/16, beyond still more:
+# take off the row's largest reward that ref allows before you divide by beta.
 # </details>
 
 # %% check="optimal_policy" points=2
@@ -440,8 +441,8 @@ for beta in (0.0, -0.1):
 # $$ L_{DPO} = -\log\sigma(h),\qquad h = \hat r(x, y_w) - \hat r(x, y_l),\qquad
 #    \hat r(x,y) = \beta\log\frac{\pi(y\mid x)}{\pi_{ref}(y\mid x)}. $$
 #
-# **Noisy labels.** If a share ε of the labels is flipped, $-\log\sigma(h)$ drives $h$ of a clean
-# pair to infinity, and of a flipped one too. **cDPO** mixes the two labels:
+# **Noisy labels.** If a share ε of the labels is flipped, $-\log\sigma(h)$ drives $h$ of a pair
+# that has one label to infinity, be it clean or flipped. **cDPO** mixes the two labels:
 # $(1-\varepsilon)(-\log\sigma(h)) + \varepsilon(-\log\sigma(-h))$, whose minimum is finite, where
 # $\sigma(h) = 1-\varepsilon$. **Robust DPO** subtracts instead:
 # $[(1-\varepsilon)(-\log\sigma(h)) - \varepsilon(-\log\sigma(-h))]/(1-2\varepsilon)$. Over flips
@@ -466,7 +467,7 @@ def dpo_loss(
 
     Returns (loss, chosen_rewards, rejected_rewards): the mean over the batch, 0-dimensional; and
     β(log π − log π_ref), (batch,) each, for reports: they carry no gradient. All in the dtype of
-    the inputs. A gap of 1e4 of either sign gives a finite loss and gradient.
+    the inputs. An h of 1e4 of either sign gives a finite loss and gradient.
 
     Worked: policy −12 and −15, reference −13 and −14, β = 0.1: rewards 0.1 and −0.1, loss 0.59814
     (−log σ(0.2)); with ε = 0.1 it is 0.61814.
@@ -652,8 +653,8 @@ plot.plt.show()
 # $$ -\,\beta\,\sigma(\hat r_l - \hat r_w)\;\big[\nabla\log\pi(y_w) - \nabla\log\pi(y_l)\big]: $$
 #
 # a direction, and a weight that is large where the implicit rewards have the pair the wrong way
-# round. (The weight has a β in front that is often dropped. Adam does not notice; everything that
-# compares gradients does.)
+# round. (The weight has a β in front that is often dropped. Adam does not notice, but for its
+# `eps`; everything that compares gradients does.)
 #
 # It reads as "raise the chosen, lower the rejected". What happens is something else once answers
 # share parameters. Take the smallest model that shares: answer $y$ has fixed features $\phi_y$, and

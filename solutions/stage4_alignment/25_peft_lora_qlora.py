@@ -719,10 +719,10 @@ for targets in (["proj"], ["eq_proj"], ["ers.0.q_proj"], ["embed"]):
 # $\Phi^{-1}(p)$.
 #
 # Two difficulties. The outermost quantiles are infinite: $\Phi^{-1}(1)=\infty$. So the last value
-# stands not at share 1 but at $\delta$, half a step before it. And an even number of values in a
-# symmetric table has no zero, which padding and pruned weights need. So the two halves get
-# different steps: seven values below zero, eight above. Half a step is $1/30$ for 15 values and
-# $1/32$ for 16, and the table takes the middle of the two:
+# stands not at share 1 but at $\delta$, half a step before it, where 15 or 16 equal steps lead from
+# 0 to 1. And an even number of values in a symmetric table has no zero, which padding and pruned
+# weights need. So the two halves get different steps: seven values below zero, eight above. Half a
+# step is $1/30$ if there are 15 and $1/32$ if 16, and the table takes the middle of the two:
 #
 # $$ \delta = 1 - \tfrac12\big(\tfrac1{30}+\tfrac1{32}\big) = 0.9677083. $$
 #

@@ -117,9 +117,9 @@ print(f"pairs that never finish one: {int((turns < 1).sum())} of {len(turns)}")
 # ## Interpolation
 #
 # The most direct repair: squeeze the positions. Token $n$ of the long text is placed at $n/s$, so
-# that 2,048 tokens lie between 0 and 512. Angles that were never seen are gone. Networks
-# interpolate better than they extrapolate: Chen et al. bound a score between two trained positions,
-# and the bound is at least 600 times tighter than the one beyond them.
+# that 2,048 tokens lie between 0 and 512. Angles that were never seen are gone. Scores between
+# trained positions cannot swing far: Chen et al. bound an attention score there, and the bound is
+# at least 600 times smaller than the one beyond them.
 #
 # Since angle = position × frequency, dividing positions is dividing frequencies.
 
@@ -258,9 +258,11 @@ for bad in ((100.0, 2, 2.0), (100.0, 5, 2.0), (100.0, 8, 0.9)):
 #
 # While a model writes, the length grows with each token, and the base with it. Keys that were
 # cached rotated are then wrong: they were turned with an older base, and scores against them depend
-# on more than the distance. One must cache keys unrotated and turn all of them at each step, or fix
-# the base once, for the longest length expected. transformers keeps rotated keys and changes the
-# base while it goes on: its cached and uncached results differ beyond $L$.
+# on more than the distance. For scores that depend on it alone one must cache keys unrotated and
+# turn all of them at each step, or fix the base once, for the longest length expected. (Unrotated
+# keys and values, too, come from the second layer on out of states that older bases shaped.)
+# transformers keeps rotated keys and changes the base while it goes on: its cached and uncached
+# results differ beyond $L$.
 
 
 # %% exercise="dynamic_ntk" minutes=10 difficulty=1
@@ -378,7 +380,7 @@ def yarn_frequencies(
 
     ramp "index": linear in the pair's index between low = i(beta_fast) and high = i(beta_slow);
         with `truncate` low is rounded down and high up; then low is at least 0 and high at most
-        dim − 1; where high equals low, 0.001 is added to high (no case puts it below low). Pairs
+        dim − 1; where high equals low, 0.001 is added to high (in no check is it below low). Pairs
         up to low keep their frequency, pairs from high on have it divided by scale.
     ramp "rotations": linear in the turns r = trained·ω/2π between beta_slow (divided by scale) and
         beta_fast (kept); `truncate` means nothing.
@@ -1684,9 +1686,9 @@ plot.curves(
     title=f"Scale {SCALE:g}: who is slowed",
     ax=ax,
 )
-unfinished = int((TRAINED * w / math.tau >= 1).sum())
-ax.axvspan(unfinished - 0.5, 15.5, color="#eeeeee", zorder=0)
-ax.text(unfinished - 0.3, 1.05, "no full turn in training", fontsize=9)
+finished = int((TRAINED * w / math.tau >= 1).sum())
+ax.axvspan(finished - 0.5, 15.5, color="#eeeeee", zorder=0)
+ax.text(finished - 0.3, 1.05, "no full turn in training", fontsize=9)
 ax.legend(loc="lower right")
 plot.caption(
     fig,
@@ -2035,7 +2037,8 @@ def questions() -> dict[str, float | int | str]:
     "unturned":  head dimension 128, base 10,000, trained on 4,096 tokens: how many of the 64 pairs
                  never finish a turn in training? (a whole number)
     "recompute": dynamic NTK, and the text grows beyond the trained length. What in a cache of
-                 rotated keys and of values must be made anew: "keys", "values", "both", "neither"?
+                 rotated keys and of values must be made anew, for scores that depend on
+                 distance alone: "keys", "values", "both", "neither"?
     "place":     StreamingLLM with 4 sinks and a window of 1,020. The millionth token arrives: at
                  which position (from 0) is its query turned? (a whole number)
     "sink":      the first token holds 0.8 of a head's attention, and is dropped from the cache. By

@@ -317,10 +317,10 @@ def greedy_soup(
     evaluate: gives a state's score on held-out data; higher is better.
 
     Each state is scored once by itself. They are tried from the best to the worst; of equal scores
-    the one that comes first in `states`. The first is in. Each later one is in if the score of the
-    plain mean (all weights alike) of the members and it is greater than or equal to the score of
-    the members' mean. `evaluate` is called 2·len(states) − 1 times. ValueError where there are no
-    states. A soup of one member may be that state itself. You may call `average`.
+    the one that comes first in `states` goes first. The first is in. Each later one is in if the
+    score of the plain mean (all weights alike) of the members and it is greater than or equal to
+    the score of the members' mean. `evaluate` is called 2·len(states) − 1 times. ValueError where
+    there are no states. A soup of one member may be that state itself. You may call `average`.
 
     Worked number: weights 0, 1 and 4, score −(w − 1.5)²: tried in the order 1, 0, 2. Members are
     1 (score −0.25); 0 makes a mean of 0.5 and is refused; 4 makes 2.5 and is refused (−1).
@@ -408,8 +408,9 @@ checks.raises(ValueError, greedy_soup, [], lambda s: 0.0, because="There are no 
 # %% [markdown]
 # ## Slerp: around, not through
 #
-# A mean of two vectors is shorter than they are: at an angle of 90° two unit vectors have a mean of
-# length 0.71. **Slerp**, spherical linear interpolation, goes along the arc instead.
+# A mean of two vectors of one length is shorter than they are, unless they are parallel: at an
+# angle of 90° two unit vectors have a mean of length 0.71. **Slerp**, spherical linear
+# interpolation, goes along the arc instead.
 #
 # Let $u, v$ be the directions (unit vectors) of $a$ and $b$, at an angle $\theta$. The plane that
 # they span has the orthonormal basis $u$ and $w = (v - u\cos\theta)/\sin\theta$. A turn of $u$ by
@@ -1265,8 +1266,8 @@ for points in (1, 0):
 #
 # Take a network with one hidden layer of $h$ units, and exchange two units: their rows of the first
 # weight matrix, their biases, and their columns of the second. Not one output changes, because a
-# sum has no order. So such a network, if its units all differ, exists in $h!$ copies: for $h = 32$
-# more than $10^{35}$, most of them far apart.
+# sum has no order. So such a network, if its units all differ, exists in at least $h!$ copies: for
+# $h = 32$ more than $10^{35}$, most of them far apart.
 #
 # Two trainings from different starts end in different copies. Their mean mixes a unit that finds a
 # loop with one that finds a stroke. Two finetunings from *one* start stay in the same copy, and
@@ -1332,7 +1333,8 @@ def permute_hidden(state: State, order: Tensor) -> State:
 #
 # Take each column's mean off and divide it by its norm. Then `a.T @ b` holds all the correlations.
 # A column of zeros stays one if you divide by a tiny number instead of 0. But the mean of many 0.1s
-# need not be 0.1: take each column's first value off first, and what never varies is exactly 0.
+# need not be 0.1, even in float64: take each column's first value off first, and what never varies
+# is exactly 0.
 # </details>
 #
 # <details><summary>Hint: the order or its inverse</summary>
