@@ -40,7 +40,7 @@ REPOSITORY ?=
 option = $(if $($(1)),--$(2) "$($(1))")
 
 .DEFAULT_GOAL := help
-.PHONY: help setup lab check submit course run prove grade bench-grading gpu gpu-wheels site test lint lock release clean
+.PHONY: help setup lab check submit course run prove sweep grade bench-grading gpu gpu-wheels site test lint lock release clean
 
 help: ## this list
 	@sed -n 's/^\([a-z-]*\):.*## /\1	/p' Makefile | while IFS="$$(printf '\t')" read -r t d; do printf '  make %-13s %s\n' "$$t" "$$d"; done
@@ -76,6 +76,10 @@ run: $(SETUP) ## execute every lesson, and prove that the stubs fail [LESSON=09 
 prove: $(SETUP) ## is every wrong answer caught, every right one accepted? [LESSON=09 ANSWERS=file.py MUTANTS=1 JUDGED=1]
 	@test -n "$(LESSON)" || { echo "make prove asks for a lesson: make prove LESSON=09"; exit 2; }
 	.venv/bin/python tests/prove.py "$(LESSON)" $(call option,ANSWERS,answers) $(if $(MUTANTS),--mutants) $(if $(JUDGED),--judged)
+
+sweep: $(SETUP) ## does a check refuse the answer at one seed of a thousand? [LESSON=09 SEEDS=1000 SECONDS_EACH=60]
+	@test -n "$(LESSON)" || { echo "make sweep asks for a lesson: make sweep LESSON=09"; exit 2; }
+	.venv/bin/python tests/sweep.py "$(LESSON)" $(call option,SEEDS,seeds) $(call option,SECONDS_EACH,seconds)
 
 grade: $(SETUP) ## grade a class; without a folder, the sample class [SUBMITTED=dir OUT=dir LESSON=09 STUDENT=id JOBS=2 AGAIN=1 COMPARE=1 LATE=config.py DB=postgresql+psycopg://… SCHEDULER=tcp://… LIMITS="--memory 8000" UNSAFE=1 VERBOSE=1]
 	$(RUN) grade $(if $(UNSAFE),--unsafe) $(if $(AGAIN),--again) $(if $(COMPARE),--compare) $(if $(VERBOSE),--verbose) $(LIMITS) \

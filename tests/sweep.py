@@ -1,6 +1,6 @@
 """Whether a check decides differently at another seed: each check of a lesson against the reference, over many seeds.
 
-    make sweep LESSON=09 [SEEDS=1000]
+    make sweep LESSON=09 [SEEDS=1000] [SECONDS_EACH=60]
     python tests/sweep.py 09 [--seeds 1000] [--seconds 60]
 
 A check that refuses a right answer at one seed of a thousand is a fault. The notebook is walked through once; where a
