@@ -1862,9 +1862,9 @@ assert made.largest <= 2 * 256 * 8, (
 # - Multiply by $1/\sqrt D$ once, on the finished sum: $B \times D$ multiplications, not
 #   $B_q \times B_k$ per tile.
 # - **Keys not to be seen.** Rows beyond the end load as 0, so their products add nothing, unless
-#   $p$ overflows: a padded key's score is 0, and $2^{0 - L_2}$ is infinite when the row's real scores
-#   are all low ($L < -89$). So is $p$ of a key above the diagonal with a huge score. Then $\infty
-#   \cdot 0$ is NaN. Choose with `where`; trust neither the zero nor a product with the mask.
+#   $p$ overflows: a padded key's score is 0, and $2^{0 - L_2}$ is infinite when the row's real
+#   scores are all low ($L < -89$). So is $p$ of a key above the diagonal with a huge score. Then
+#   $\infty \cdot 0$ is NaN. Choose with `where`; trust neither the zero nor a product with the mask.
 #
 # ### Exercise · dq
 
