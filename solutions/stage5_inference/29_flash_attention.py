@@ -1864,7 +1864,7 @@ assert made.largest <= 2 * 256 * 8, (
 # - **Keys not to be seen.** Rows beyond the end load as 0, so their products add nothing, unless
 #   $p$ overflows: a padded key's score is 0, and $2^{0 - L_2}$ is infinite when the row's real
 #   scores are all low ($L < -89$). So is $p$ of a key above the diagonal with a huge score. Then
-#   $\infty \cdot 0$ is NaN. Choose with `where`; trust neither the zero nor a product with the mask.
+#   $\infty \cdot 0$ is NaN. Choose with `where`; trust neither the zero nor a product with a mask.
 #
 # ### Exercise · dq
 
