@@ -805,9 +805,10 @@ def decode_absorbed(
 
     Returns (y, cache): y (batch, d_model) in the dtype of c_q, and the cache with the new entry
     behind the old ones, (batch, past + 1, kv_rank + rope_dim), in the cache's dtype, which may be
-    coarser than that of all else. Scores may be of any size. No keys or values of single heads are
-    ever made: no tensor has more elements than the largest of the new cache, the scores (batch,
-    heads, past + 1), w_q and w_out.
+    coarser than that of all else; the token may see its own entry so rounded or as it came. Scores
+    may be of any size. No keys or values of single heads are ever made: no tensor has more elements
+    than the largest of the new cache, the scores (batch, heads, past + 1), the absorbed queries
+    (batch, heads, kv_rank + rope_dim), w_q and w_out.
     """
     ### BEGIN SOLUTION
     kv_rank, rope_dim = w_q.shape[1], q_rope.shape[-1]
@@ -1162,14 +1163,14 @@ plot.plt.show()
 # ## On the hardware: a kernel for the absorbed step
 #
 # Decoding usually waits for memory. MLA changes the balance. For each cached token a step reads
-# $r + d_r$ numbers and does, for each of $H$ heads, a score of $r + d_r$ terms and a sum of $r$
-# terms:
+# $r + d_r$ numbers of two bytes and does, for each of $H$ heads, a score of $r + d_r$ terms and a
+# sum of $r$ terms:
 #
 # $$ \text{intensity} = \frac{2H\,(r + d_r) + 2H\,r}{2\,(r + d_r)\ \text{bytes}} = \frac{H\,(2r + d_r)}{r + d_r}\ \frac{\text{FLOP}}{\text{byte}} \approx 1.9\,H . $$
 #
 # With 16 heads that is 30, far below the 206 at which an H200 (989 TFLOP/s, 4.8 TB/s) has as much
 # arithmetic as bandwidth. With 128 heads it is 242: the same step is limited by the tensor cores.
-# MHA sits at 1, whatever the number of heads.
+# MHA, with numbers of two bytes too, sits at 1, whatever the number of heads.
 #
 # Both limits are reached only if each entry of the cache is **loaded once**: for all heads, and for
 # the score and the average alike. That is what the kernel is for. PyTorch's products read the cache

@@ -469,7 +469,7 @@ def tiled_attention(
 
     Returns (o, lse): o like q, and lse (batch, heads, q_len), the natural log-sum-exp of each row's
     scaled scores, float32 (float64 for float64 inputs). A row that sees no key gives o = 0 and lse
-    = -inf. For half-precision inputs scores, products and sums are float32.
+    = -inf. For half-precision inputs scores, weights, products and sums are float32.
 
     No tensor larger than q, k or a tile of scores is made; tiles that the causal mask hides whole
     are not visited.
@@ -1188,10 +1188,11 @@ print(f"{launched.count} launch, {launched.programs} programs; {where}")
 # 3. **`acc = tl.dot(p, v, acc)`** accumulates inside the tensor cores; `acc += tl.dot(p, v)` may
 #    cost an addition.
 # 4. **Heavy rows first.** Causal programs differ in work: the last query tile visits all keys, the
-#    first one tile. Programs start in order of their id, the first axis of the grid running
-#    fastest. So the heads are the first axis, and the tiles, turned round, the second: the last
-#    tiles of all heads start first, and the short ones fill the gaps at the end. The few tiles of a
-#    head that run at the same time walk over its keys together, and share them in the L2 cache.
+#    first one tile. Programs start, as a rule, in order of their id, the first axis of the grid
+#    running fastest. So the heads are the first axis, and the tiles, turned round, the second: the
+#    last tiles of all heads start first, and the short ones fill the gaps at the end. The few tiles
+#    of a head that run at the same time walk over its keys together, and share them in the L2
+#    cache.
 # 5. **64-bit offsets** where a batch or a row is multiplied by its stride; `load_tile` does the
 #    rows.
 # 6. **Grouped heads by index**: query head `h` reads key-value head `h // group`. Nothing is
@@ -1308,8 +1309,8 @@ def flash_forward_kernel(
 #
 # <details><summary>Hint: a type error on a GPU that the interpreter does not show</summary>
 #
-# `p` is float32; `tl.dot` wants both operands alike: `p.to(v.dtype)`. m, l and acc start as float32
-# and stay so.
+# `p` is float32; `tl.dot` wants both operands alike: `p.to(v.dtype)`, which rounds the weights, as
+# `tiled_attention` did not. m, l and acc start as float32 and stay so.
 # </details>
 
 # %%
@@ -1860,9 +1861,10 @@ assert made.largest <= 2 * 256 * 8, (
 #   Mixing bases is the classic silent error.
 # - Multiply by $1/\sqrt D$ once, on the finished sum: $B \times D$ multiplications, not
 #   $B_q \times B_k$ per tile.
-# - **Padding.** Rows beyond the end load as 0, so their products add nothing. With one exception: a
-#   padded key's score is 0, and $p = 2^{0 - L_2}$ overflows when the row's real scores are all low
-#   ($L < -89$); then $\infty \cdot 0$ is NaN. Mask $p$, do not trust the zero.
+# - **Keys not to be seen.** Rows beyond the end load as 0, so their products add nothing, unless
+#   $p$ overflows: a padded key's score is 0, and $2^{0 - L_2}$ is infinite when the row's real
+#   scores are all low ($L < -89$). So is $p$ of a key above the diagonal with a huge score. Then
+#   $\infty \cdot 0$ is NaN. Choose with `where`; trust neither the zero nor a product with a mask.
 #
 # ### Exercise · dq
 
@@ -1940,7 +1942,8 @@ def flash_dq_kernel(
 # <details><summary>Hint: the same loops</summary>
 #
 # The same two bounds and the same two loops as in the forward kernel, without m, l and rescaling.
-# `lse` is known before the first tile, so `p` is final as soon as it is computed.
+# `lse` is known before the first tile, so `p` is final as soon as it is computed. Where a row sees
+# no key, lse is −inf, and a score of −inf less that is NaN: mask after the subtraction.
 # </details>
 
 

@@ -82,8 +82,8 @@ plt = plot.plt
 # less than twice what it needs.
 #
 # Paging reserves $\lceil n/S \rceil S$. If $n \bmod S$ is as likely to be one value as another, the
-# loss is a constant number of slots, whatever $n$ is. The losses of the other two grow with the
-# limit and with the length.
+# loss is on average a constant number of slots, whatever $n$ is. The losses of the other two grow
+# with the limit and with the length.
 #
 # ### Exercise · Fragmentation
 
@@ -548,9 +548,9 @@ class PagedKVCache:
     def write(self, layer: int, slots: Tensor, k: Tensor, v: Tensor) -> None:
         """Stores keys and values in one layer: token i, (kv_heads, head_dim), goes to slots[i].
 
-        k, v: (tokens, kv_heads, head_dim), of any floating format and layout, rounded once, to the
-        pool's; slots: (tokens,), int64, all different. They stay unchanged, and what is stored has
-        no graph.
+        k, v: (tokens, kv_heads, head_dim), of any floating format and layout, rounded to the pool's
+        as .to does; slots: (tokens,), int64, all different. They stay unchanged, and what is stored
+        has no graph.
         """
         ### BEGIN SOLUTION
         block, offset = slots // self.block_size, slots % self.block_size
@@ -1709,9 +1709,9 @@ assert prefix_hash_blocks([], 4) == [], "no tokens, no names"
 # may not.
 #
 # Among those that may go: the least recently used. All blocks of one request were used at the same
-# time, and there the order matters. Without its parent a block can never be found again, since a
-# search goes along the chain; it would lie there until its turn comes. So of blocks used at the
-# same time the *deeper* one goes first, and a chain is eaten from its end. (SGLang keeps the
+# time, and there the order matters. Without its parent a block is not found, since a search goes
+# along the chain: until the parent is inserted again, it lies there in vain. So of blocks used at
+# the same time the *deeper* one goes first, and a chain is eaten from its end. (SGLang keeps the
 # chains as a radix tree and evicts leaves: the same order from another structure.)
 #
 # Two edges decide whether it is right:
@@ -1734,8 +1734,8 @@ class PrefixCache:
     names.
 
     Time is counted: each call of insert or match is a moment later than the one before. A block's
-    last use is the last moment in which it was returned by match, or was the one that the cache
-    knew for a block of inserted tokens.
+    last use is the last moment in which match returned it, or insert took it in, or insert met its
+    tokens again and let it stay.
     Lists that are passed in stay unchanged.
     """
 
@@ -2321,7 +2321,8 @@ notes.compare("in the source, at last")
 # **Why split.** One sequence of 100,000 tokens with 8 key–value heads makes 8 programs; an H200 has
 # 132 multiprocessors, and 124 of them would watch. **Flash-Decoding** cuts each sequence's keys
 # into $P$ splits, programs of their own. Each writes the output over *its* keys, $o_p$, and the
-# logarithm of its sum, $L_p = \log_2 \sum_j 2^{s_j}$ in base 2. These two are enough to merge:
+# logarithm of its sum, $L_p = \log_2 \sum_j 2^{s_j}$ in base 2, where $s_j$ is the scaled score
+# times $\log_2 e$. These two are enough to merge:
 #
 # $$o = \frac{\sum_j 2^{s_j} v_j}{\sum_j 2^{s_j}} = \frac{\sum_p 2^{L_p}\, o_p}{\sum_p 2^{L_p}},$$
 #
@@ -2557,8 +2558,9 @@ def paged_decode_kernel(
     Grid: (splits, kv_heads, batch). Split s has the keys s·n … (s+1)·n − 1 that are below the
     sequence's length, n = ⌈length / splits⌉ rounded up to a multiple of BLOCK_N. BLOCK_G ≥ group,
     BLOCK_D ≥ HEAD_DIM and BLOCK_N are powers of two, at least 16. Sums in float32, and products of
-    float32 without TF32; weights may take v's dtype for theirs. Of k, v and tables each program
-    loads its keys and values, and at most one table entry for each key, once; nothing else.
+    float32 without TF32; for their product with v the weights may be rounded to v's dtype. Of k, v
+    and tables each program loads its keys and values, and at most one table entry for each key,
+    once; nothing else.
     """
     split, kv_head, batch = tl.program_id(0), tl.program_id(1), tl.program_id(2).to(tl.int64)
     rows, cols = tl.arange(0, BLOCK_G), tl.arange(0, BLOCK_D)

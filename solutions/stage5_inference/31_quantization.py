@@ -41,9 +41,9 @@
 #   channels are far larger than the rest (**outliers**), and a shared scale follows the largest.
 # - Three answers to outliers: keep them in full precision (LLM.int8), move them into the weights
 #   (SmoothQuant), turn the coordinates until there are none (rotations).
-# - Round-to-nearest minimizes the error of each weight. What matters is the error of the *output*.
-#   GPTQ lets later weights make up for the errors of earlier ones; AWQ protects the weights that
-#   meet large inputs.
+# - Round-to-nearest minimizes, for given scales, the error of each weight. What matters is that of
+#   the *output*. GPTQ lets later weights make up for the errors of earlier ones; AWQ protects the
+#   weights that meet large inputs.
 # - Where all of that is not enough, train with rounded weights (**quantization-aware training**).
 #
 # "W4A16" means weights in 4 bits, activations in 16; "W8A8" both in 8.
@@ -803,9 +803,9 @@ for own, of_s in ((own, of_s) for own in formats for of_s in formats if own != o
 # %% [markdown]
 # ## GPTQ: later weights make up for earlier ones {#gptq}
 #
-# Rounding to nearest minimizes $\lVert \hat W - W\rVert$. The model feels $\lVert X(\hat W -
-# W)^\top\rVert$. Take one row $w$ of $W$ $(n)$ and a change $d$ $(n)$ of it. The output's squared
-# error is a quadratic form,
+# For given scales, rounding to nearest minimizes $\lVert \hat W - W\rVert$. The model feels $\lVert
+# X(\hat W - W)^\top\rVert$. Take one row $w$ of $W$ $(n)$ and a change $d$ $(n)$ of it. The
+# output's squared error is a quadratic form,
 #
 # $$\lVert X d\rVert^2 \propto d^\top H d, \qquad H = \tfrac{2}{T}\, X^\top X \quad (n, n),$$
 #
@@ -887,8 +887,8 @@ def gptq(
         `layer_hessian` returns it, not 0; both unchanged. Everything is computed in float64; scale
         is returned in float32 (in float64 for float64 weights).
     group: columns to a scale; it divides columns. block: columns to a block; the last may be
-        shorter, and a block of more than all columns counts as one of all. Both are at least 1, and
-        one then divides the other. ValueError where it is not so.
+        shorter, and a block of more than all columns counts as one of all. After that both are at
+        least 1, and one divides the other. ValueError where it is not so.
 
     First: the weights of a column whose hessian diagonal is 0 count as 0. Then damp times the mean
     of the diagonal, as given, is added to the diagonal (H is invertible by then), U is the upper
@@ -1322,9 +1322,11 @@ assert sum(gains) / 6 < 0.85, (
 # $$H_1 = (1), \qquad H_{2n} = \begin{pmatrix} H_n & H_n\\ H_n & -H_n\end{pmatrix}, \qquad H_n H_n^\top = nI .$$
 #
 # A lone outlier $a$ in one channel becomes $\pm a/\sqrt n$ in *all* of them. In general an output
-# is a sum of $n$ inputs with random-looking signs, so it is nearly normal, and the largest of $n$
-# normal numbers grows only as $\sqrt{2\ln n}$: about 3 standard deviations for $n = 256$, whatever
-# the channels were before. The norm of a token is unchanged, so the range shrinks.
+# is a sum of $n$ inputs, and where the inputs' signs have nothing to do with a row of $H_n$ it is
+# nearly normal: the largest of $n$ such numbers grows only as $\sqrt{2\ln n}$, about 3 standard
+# deviations for $n = 256$. The norm of a token is unchanged, so the range shrinks. A token whose
+# signs follow a row fares worse: a constant one becomes a lone outlier, $\sqrt n$ times as large.
+# So QuaRot (below) also draws $n$ random signs for the residual stream, the same for all tokens.
 #
 # **Cost.** Doubling is also the algorithm: apply $H_n$ to both halves, then add and subtract. That
 # is $\log_2 n$ steps of $n$ additions, the fast Walsh–Hadamard transform, in place of $n^2$

@@ -350,8 +350,8 @@ def token_kl(student: Tensor, teacher: Tensor, mask: Tensor, reverse: bool = Fal
     mask: (batch, seq), bool. Tokens where it is False have no influence, not even NaN, in value and
         gradient. The mean is over the True tokens of the whole batch; 0 if there are none.
 
-    Finite logits of any size give a finite result. Returns a 0-dimensional tensor. Gradients flow
-    to student only. Inputs are not changed.
+    Logits up to ±1e30 give a finite result. Returns a 0-dimensional tensor. Gradients flow to
+    student only. Inputs are not changed.
 
     Example: student logits [0, 0], teacher logits [ln 3, 0]: forward 0.1308, reverse 0.1438.
     """
@@ -510,7 +510,7 @@ def generalized_jsd(student: Tensor, teacher: Tensor, mask: Tensor, beta: float)
     mask: (batch, seq), bool. Tokens where it is False have no influence, not even NaN, in value and
         gradient. The mean is over the True tokens of the whole batch; 0 if there are none.
 
-    Finite logits of any size give a finite result and gradient. Returns a 0-dimensional tensor.
+    Logits up to ±1e30 give a finite result and gradient. Returns a 0-dimensional tensor.
     Gradients flow to student only. Inputs are not changed.
 
     Example: student logits [0, 0], teacher logits [ln 3, 0]. m is (0.525, 0.475) at beta 0.1, and
@@ -741,9 +741,9 @@ plot.plt.show()
 # $$ \mathrm{KL}_k = \sum_{v\in K} p_v\log\frac{p_v}{q_v} + p_\star\log\frac{p_\star}{q_\star}. $$
 #
 # Merging outcomes can only lose information (the log-sum inequality: $\sum a_i\log\frac{a_i}{b_i}
-# \ge (\sum a_i)\log\frac{\sum a_i}{\sum b_i}$), so $\mathrm{KL}_k$ grows with k up to the full KL,
-# and stays a divergence: it is zero where the student is right about the k and about their sum.
-# Within the tail the student is free.
+# \ge (\sum a_i)\log\frac{\sum a_i}{\sum b_i}$), so $\mathrm{KL}_k$ never falls as k grows (each set
+# holds the one before) up to the full KL, and stays a divergence: it is zero where the student is
+# right about the k. Within the tail the student is free.
 #
 # One thing can go wrong in numbers. $q_\star$ as $1-\sum q_v$ is 0 in float32 as soon as the
 # student is sure, and its logarithm −∞. Sum what is *in* the tail instead.
@@ -764,7 +764,7 @@ def top_k_kl(student: Tensor, top_logp: Tensor, top_index: Tensor, mask: Tensor)
         gradient. The mean is over the True tokens of the whole batch; 0 if there are none.
 
     With k = vocab there is no rest, and the result is the KL of the k outcomes. Nothing is
-    renormalized. Logits of any size give a finite result and gradient, also where the student's
+    renormalized. Logits up to ±1e30 give a finite result and gradient, also where the student's
     tail rounds to 0 next to 1. Returns a 0-dimensional tensor in the dtype of student. Gradients
     flow to student only. Inputs are not changed.
 

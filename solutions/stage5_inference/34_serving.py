@@ -136,7 +136,7 @@ def ttft(arrival: float, times: list[float]) -> float:
 
 
 def tpot(times: list[float]) -> float:
-    """Mean seconds a token, over the gaps between tokens; 0.0 for fewer than two tokens.
+    """Mean gap between tokens, (last time − first) / (tokens − 1); 0.0 for fewer than two tokens.
 
     Tokens at 1.0, 1.2, 1.8 s: two gaps in 0.8 s, so 0.4.
     """
@@ -1847,6 +1847,7 @@ def make_app(engine, texts: Texts, model: str) -> FastAPI:
             both.
         400, param "messages", code "context_length_exceeded": prompt and max_tokens together exceed
             engine.limit. The message tells that limit. Nothing is submitted.
+        Where the model is another one and the length is exceeded too, either answer will do.
     """
     ### BEGIN SOLUTION
     bridge = Bridge(engine)
@@ -1912,7 +1913,8 @@ def make_app(engine, texts: Texts, model: str) -> FastAPI:
 # <details><summary>Hint: half a character</summary>
 #
 # `codecs.getincrementaldecoder("utf-8")("replace")` makes an object whose `decode(bytes)` gives the
-# characters that are complete and keeps the rest; `decode(bytes, final=True)` gives up on the rest.
+# characters that are complete, U+FFFD for what is none, and keeps an end that it takes for half a
+# character; `decode(bytes, final=True)` keeps nothing.
 # </details>
 #
 # <details><summary>Hint: where does the error's field stand?</summary>
@@ -2980,8 +2982,8 @@ class Constrained:
 # <details><summary>Hint: one token</summary>
 #
 # Keep a current state; replace it by `automaton[state].get(byte)` for each byte; give up at the
-# first None. 70 states × 4,096 tokens are 300,000 such walks, nearly all of which end at their
-# first byte.
+# first None. RECORD's 61 states × 4,096 tokens are 250,000 such walks, nearly all of which end at
+# their first byte.
 # </details>
 #
 # <details><summary>Hint: minus infinity</summary>

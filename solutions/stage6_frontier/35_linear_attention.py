@@ -177,7 +177,7 @@ def large_later(function, exact, q, k, v):
 # $$o_t = \sum_{j \le t} (q_t\cdot k_j)\, v_j, \qquad O = \big(QK^\top \circ M\big)\,V,$$
 #
 # with $M$ the causal mask of ones and zeros. This is the **parallel form**: a matrix of all pairs,
-# $(S, S)$, as in attention, and $2S^2(d_k + d_v)$ FLOPs.
+# $(n, n)$ for $n$ tokens, as in attention, and $2n^2(d_k + d_v)$ FLOPs.
 #
 # The exponential stood between $QK^\top$ and $V$ and fixed the order. Now nothing stands between
 # them but the mask, which zeroes pairs.
@@ -393,7 +393,7 @@ assert made.largest <= 2 * 16 * 16, (
 # %% [markdown]
 # ### Chunks
 #
-# Neither form trains well. The parallel one costs a square. The recurrent one makes $S$ small steps
+# Neither form trains well. The parallel one costs a square. The recurrent one makes $n$ small steps
 # one after another, each too small for a tensor core, and its state travels to memory and back at
 # every step.
 #
@@ -403,8 +403,8 @@ assert made.largest <= 2 * 16 * 16, (
 # $$O = \underbrace{Q S}_{\text{earlier chunks}} + \underbrace{(QK^\top\circ M)\,V}_{\text{inside}},
 # \qquad S \leftarrow S + K^\top V .$$
 #
-# All are products of matrices. The steps one after another are $S/C$; the FLOPs are
-# $2S(C\,d_k + C\,d_v + 2d_k d_v)$, linear in the length. $C = 1$ is the recurrent form, $C = S$
+# All are products of matrices. The steps one after another are $n/C$; the FLOPs are
+# $2n(C\,d_k + C\,d_v + 2d_k d_v)$, linear in the length. $C = 1$ is the recurrent form, $C = n$
 # the parallel one.
 #
 # ### Exercise · Pairs inside, a state between
@@ -2258,7 +2258,8 @@ plt.show()
 # The chunk's arithmetic is yours already, with three things to mind:
 #
 # 1. **`tl.dot` wants two operands of one dtype.** In half precision cast the second operand of each
-#    product; sums are float32. For float32, `input_precision="ieee"`.
+#    product; sums are float32. For float32, `input_precision="ieee"`. (On a CPU the interpreter's
+#    bfloat16 is wrong: the checks use float32 and float16.)
 # 2. **exp2.** Multiply the log-decays by $\log_2 e$ once, and use `tl.exp2` throughout.
 # 3. **The last chunk.** It hangs over the end. What lies there loads as 0: a key of 0 writes
 #    nothing, and a log-decay of 0 fades nothing. The state after it is right without a mask.
@@ -2365,9 +2366,9 @@ def chunk_kernel(
 # %% [markdown]
 # <details><summary>Hint: sums inside a tile</summary>
 #
-# `tl.cumsum(g, 0)` is inclusive, and `tl.sum(g, 0)` is its last value. `sums[:, None] - sums[None,
-# :]` is the (CHUNK, CHUNK) tile of differences, and `tl.where(mask, difference, float("-inf"))`
-# before `tl.exp2` is the mask.
+# `tl.cumsum(g, 0)` is inclusive, and `tl.sum(g, 0)` is its last value, up to rounding. `sums[:,
+# None] - sums[None, :]` is the (CHUNK, CHUNK) tile of differences, and `tl.where(mask, difference,
+# float("-inf"))` before `tl.exp2` is the mask.
 # </details>
 #
 # <details><summary>Hint: the order of the two uses of the state</summary>
@@ -2647,8 +2648,8 @@ checks.relative_l2(state, last, 1e-3, what="the state of several blocks in float
 # %% [markdown]
 # ## On the hardware
 #
-# Causal attention over $S$ tokens costs $2SD$ FLOPs a token and head, what the mask hides left
-# out; a chunk kernel $2C(d_k + d_v) + 4d_kd_v$, whatever $S$ is (and the scores once more for
+# Causal attention over $n$ tokens costs $2nD$ FLOPs a token and head, what the mask hides left
+# out; a chunk kernel $2C(d_k + d_v) + 4d_kd_v$, whatever $n$ is (and the scores once more for
 # each further block of columns). Somewhere the lines cross. On a GPU the next cell measures
 # where: your kernel beside PyTorch's FlashAttention-2, in bfloat16, two texts, 16 heads of 128.
 # On a CPU it draws the limits of an H200, arithmetic and bytes, for the same shapes: arithmetic,
@@ -2872,8 +2873,8 @@ checks.number(
 
 # %% [markdown] answer="why-chunks"
 # The recurrent form makes outer products and matrix–vector products, which have no use for tensor
-# cores, moves the state for every token, and makes S dependent steps. Chunks turn all of it into
-# products of matrices with sides of 64 to 128, and S/C steps. Up to C about d the extra pairs cost
+# cores, moves the state for every token, and makes n dependent steps. Chunks turn all of it into
+# products of matrices with sides of 64 to 128, and n/C steps. Up to C about d the extra pairs cost
 # no more than the products with the state.
 
 # %% [markdown]

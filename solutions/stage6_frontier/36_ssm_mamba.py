@@ -548,7 +548,7 @@ def ssm_kernel(A_bar: Tensor, B_bar: Tensor, C: Tensor, length: int) -> Tensor:
 # </details>
 
 # %% check="ssm_kernel" points=1
-# The system of the last visible check: its answer to a 1 is its kernel.
+# The system of the recurrence's visible check: its answer to a 1 is its kernel.
 A_bar, B_bar, C = (torch.tensor([pair]) for pair in ([0.5, 1.0], [1.0, 2.0], [4.0, 10.0]))
 checks.close(
     ssm_kernel(A_bar, B_bar, C, 4),
@@ -1344,9 +1344,9 @@ plt.show()
 
 # %% [markdown]
 # **What it should cost.** A gated scan reads $a$ and $b$ and writes $h$, with two multiplications
-# for each: memory is the limit, and a copy of as many bytes the yardstick. On a CPU the kernels run
-# in Triton's interpreter, which takes tens of microseconds for *each element* of a scan, so the
-# checks are small.
+# for each combination: memory is the limit, and a copy of as many bytes the yardstick. On a CPU the
+# kernels run in Triton's interpreter, which takes tens of microseconds for *each element* of a
+# scan, so the checks are small.
 #
 # ### Exercise · The gated scan
 #
@@ -3125,13 +3125,13 @@ plt.show()
 #
 # **One layer, by counting.** Feed ones only. Every token is alike, so each state obeys $h_t = a
 # h_{t-1} + b$ with one fixed $a = e^{\Delta A}$, strictly between 0 and 1. Then $h_t = h_* +
-# \alpha\, a^t$, and what is read is $y_t = c_0 + \sum_{n=1}^N c_n a_n^t$. How often can it cross a
-# threshold? Claim: at most $N$ times. A sum of $k$ terms $c_n a_n^t$ with different positive bases
-# has at most $k - 1$ zeros, unless it is 0 throughout. For one term that is clear. For $k$ terms
-# divide by $a_1^t$: the zeros stay, and one term is constant now. Between two zeros the derivative
-# has one (Rolle), and the derivative has $k - 1$ terms, thus at most $k - 2$ zeros. ∎ With the
-# constant less the threshold as one more term, of base 1, that makes $N$. Parity of ones crosses at
-# every token.
+# \alpha\, a^t$, and what one channel reads, before `out_proj`, is $y_t = c_0 + \sum_{n=1}^N c_n
+# a_n^t$. How often can it cross a threshold? Claim: at most $N$ times. A sum of $k$ terms $c_n
+# a_n^t$ with different positive bases has at most $k - 1$ zeros, unless it is 0 throughout. For one
+# term that is clear. For $k$ terms divide by $a_1^t$: the zeros stay, and one term is constant now.
+# Between two zeros the derivative has one (Rolle), and the derivative has $k - 1$ terms, thus at
+# most $k - 2$ zeros. ∎ With the constant less the threshold as one more term, of base 1, that makes
+# $N$. Parity of ones crosses at every token.
 #
 # **Any depth, by convergence.** On ones every state converges; so what the layer hands on does, and
 # what the next does with it. In the end the output stands still, and at finite precision it stops

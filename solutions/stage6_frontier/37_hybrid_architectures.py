@@ -455,9 +455,10 @@ for decay in (-120.0, -40.0, 30.0, 200.0):
 #
 # Each is simple. What makes hybrids awkward in practice is what one does *to* a cache. Beam search
 # reorders its rows: every tensor in it must follow, states too. Speculative decoding takes tokens
-# back: keys can be cut off, a state cannot, since $h_{t-1}$ is not in $h_t$ any more. So an engine
-# copies the states before it drafts. A prefix shared by two requests can be shared as keys at any
-# length; as a state only at the lengths where somebody kept it.
+# back: a full layer's keys can be cut off, a state cannot, since $h_{t-1}$ is not in $h_t$ any
+# more; nor does a local layer still hold what left its window. So an engine copies states and
+# windows before it drafts. A prefix shared by two requests can be shared as keys at any length; as
+# a state only at the lengths where somebody kept it.
 
 # %% [markdown]
 # ### Exercise · The cache
@@ -1146,9 +1147,10 @@ checks.close(out[0, 0, 1:], torch.ones(5, 4), what="out where scores are -2e8", 
 # ### Exercise · Which blocks
 #
 # The weights are there already, so selection is nearly free: add them up over the query heads that
-# share keys, and take the largest. Three blocks are always taken, since no summary can judge them:
-# the first of the text (attention sinks live there), the block that the query stands in, which is
-# not whole yet, and the one before.
+# share keys, and take the largest. Three blocks are always taken, as NSA does: the first of the
+# text (attention sinks live there), the block that the query stands in, which need not be whole and
+# so has no summary yet, and the one before, so that the nearest tokens are read wherever in its
+# block the query stands.
 
 
 # %% exercise="select_blocks" minutes=20 difficulty=2
@@ -1383,10 +1385,11 @@ assert out.dtype == torch.float16, f"out has q's dtype, float16; yours is {out.d
 # - **heavily compressed**: one summary for 128 tokens, all of them read;
 # - **compressed sparse**: one for 4 tokens, of which an indexer (lesson 10) picks the best few.
 #
-# (V4 begins with two heavily compressed layers, and then they alternate: 23 and 20 of 43.) One
-# function does both: the second is the first with a choice. (V4's summaries are weighted means
-# with learned weights, keys and values are one tensor, and each head has a sink. The settings here
-# are those of transformers' `deepseek_v4`.)
+# (Two heavily compressed layers come first in V4-Pro, then both kinds alternate. transformers'
+# default of 43 layers goes on with a heavily compressed one: 23 and 20.) One function does both:
+# the second is the first with a choice. (V4's summaries are weighted means with learned weights,
+# keys and values are one tensor, and each head has a sink. The settings here are those of
+# transformers' `deepseek_v4`.)
 
 # %% [markdown]
 # ### Exercise · Summaries and a window

@@ -858,10 +858,10 @@ assert needs == [False, False], "what needed no gradient needs one now"
 # negatives in full, as many as there are.
 #
 # **Why a bias?** At the start all cosines are near 0. Without $b$ every pair has probability one
-# half, and the pushes of each image's $n-1$ negatives swamp the pull of the one positive: the
-# first steps would do nothing but drive everything apart. With $b=-10$ every pair is taken for a
-# mismatch, which is right for all but one in $n$, and the few positives have the word. The paper
-# starts at $e^s = 10$, $b = -10$.
+# half, and the pushes of each image's $n-1$ negatives swamp the pull of the one positive: the first
+# steps would do nothing but drive everything apart. With $b=-10$ every logit starts near $-10$:
+# each pair is taken for a mismatch. For the negatives that is right, so their pushes nearly vanish,
+# and the few positives have the word. The paper starts at $e^s = 10$, $b = -10$.
 #
 # **A sum can be cut.** Pairs of this device's images with *another* device's texts are all
 # negatives. Each device sums over its own pairs, then sends its texts on to the next, and repeats.
@@ -1066,11 +1066,11 @@ checks.close((own + others) / 5, whole, what="the loss of two devices", rtol=1e-
 # words. (CLIP's text encoder is causal and reads off its last token; SigLIP's sees both ways. This
 # one sees both ways and averages.) A linear layer without bias takes each into the common space.
 #
-# The training loop has four rules from CLIP's paper, and each has a reason:
+# The training loop has four rules, the last three of them from CLIP's paper:
 #
 # - an image stands once in a batch. A second copy would be a negative that is none;
-# - weight decay for matrices only. Decay of gains and biases, and of the scale, would pull them
-#   to 0, where nothing says that they belong;
+# - weight decay for parameters of two or more axes only. Decay of gains and biases, and of the
+#   scale, would pull them to 0, where nothing says that they belong;
 # - $\beta_2 = 0.98$ and $\epsilon=10^{-6}$, as the paper has them for vision transformers; the rate
 #   falls along a half cosine;
 # - the scale is clamped after each step.
@@ -1455,8 +1455,8 @@ assert right > 0.8, f"the nearest caption names the digit for {right:.0%} of hel
 # \hat c = \arg\max_c\; \frac{u}{\lVert u\rVert}\cdot w_c. $$
 #
 # Both norms matter. Without the inner one, a sentence with a long vector outvotes the others.
-# Without the outer one, a class whose sentences disagree has a short mean and loses against classes
-# whose sentences agree, whatever the image shows.
+# Without the outer one, a class whose sentences disagree has a short mean, and so a score nearer to
+# 0 than its cosine is: it can lose though it is the nearest.
 
 
 # %% exercise="zero_shot" minutes=10 difficulty=1
@@ -2659,9 +2659,9 @@ plot.plt.show()
 # $m_t=m_h=m_w$, and every pair is turned as RoPE would turn it: a language model that was trained
 # with RoPE goes on unchanged.
 #
-# This is the paper's rule. `transformers` 5.23 continues at $s + \max(h, w)$ (5.2 did not), which
-# is the same for an image. For a video of more frames than rows and columns it is not: text after
-# it then repeats times that the video has used.
+# This is the paper's rule. `transformers` 5.23 continues at $s$ plus the larger of the numbers of
+# rows and columns, after merging (5.2 did not), which is the same for an image. For a video of more
+# frames than rows and columns it is not: text after it then repeats times that the video has used.
 
 
 # %% exercise="mrope_position_ids" minutes=20 difficulty=2 path="more"

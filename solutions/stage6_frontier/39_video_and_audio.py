@@ -39,9 +39,9 @@
 # **Split space and time.** A video has too many patches for all to see all. Attention inside each
 # frame, then along each place, costs a fraction and still connects everything.
 #
-# **Transport noise.** **Flow matching** learns a velocity field that carries noise to data, along
-# paths straight enough for a few steps. The network is a Transformer whose
-# norms are steered by the time and the label.
+# **Transport noise.** **Flow matching** learns a velocity field that carries noise to data. It is
+# trained on straight lines; the paths of its flow bend, but so little that a few steps follow them.
+# The network is a Transformer whose norms are steered by the time and the label.
 #
 # **Mask instead of noise.** For text the noise is a mask. **Masked diffusion** trains on any share
 # of masks at once, and fills many places in one pass.
@@ -128,9 +128,9 @@ def vowel(name: str, pitch: float, seconds: float, size: float = 1.0) -> Tensor:
 # N/2\rfloor . $$
 #
 # **Why a window?** Cutting multiplies the sound by a box, so the spectrum is smeared by the box's
-# transform, whose side lobes die out as slowly as $1/k$. A window that fades to 0 has a main lobe
-# twice as wide and side lobes that die out as $1/k^3$: a loud tone no longer hides a soft one far
-# away.
+# transform, whose side lobes die out as slowly as $1/k$. The Hann window, which fades to 0, has a
+# main lobe twice as wide and side lobes that die out as $1/k^3$: a loud tone no longer hides a soft
+# one far away.
 #
 # **What $N$ buys.** Bins are $f_s/N$ apart: 40 Hz at $N=400$ (25 ms). Two tones closer than about
 # two bins merge, or one without a window. Twice the $N$ separates them, and blurs in time by the
@@ -1286,15 +1286,15 @@ assert not any(value.requires_grad for value in found), "the codebook carries x'
 # One codebook for all of EnCodec's 128 dimensions, at 6 kilobits a second and 75 vectors a second,
 # would spend 80 bits on a vector: $2^{80}$ entries. **Residual vector quantization** (SoundStream,
 # Zeghidour et al. 2021) spends them in eight stages of 10 bits: quantize, subtract, quantize what
-# is left with a second codebook, and so on. Eight times 1024 entries reach $2^{80}$ sums.
+# is left with a second codebook, and so on. Eight times 1024 entries reach up to $2^{80}$ sums.
 #
 # $$ r_0 = x,\qquad c_i = \arg\min_k \lVert r_i - e^{(i)}_k\rVert,\qquad r_{i+1} = r_i -
 # e^{(i)}_{c_i},\qquad \hat x = \sum_i e^{(i)}_{c_i}. $$
 #
 # The first $n$ codes are the codes at $n$ stages, so one stream serves several bit rates. Often one
 # reads that the error falls with each stage. It can't rise where a codebook holds a zero, nor, on
-# average, on the residuals to which k-means *fitted* it. Elsewhere even the nearest entry may be
-# farther from the residual than nothing at all.
+# average, on the residuals on which it is a fixed point of k-means. Elsewhere even the nearest
+# entry may be farther from the residual than nothing at all.
 
 
 # %% exercise="residual_vector_quantize" minutes=10 difficulty=2
@@ -2572,8 +2572,9 @@ plot.plt.show()
 #
 # Text has no half-noisy tokens. Its noise is the mask: at time $t$ each token is, independently,
 # masked with probability $t$. A bidirectional network $p_\theta$ sees what is left and predicts all
-# masked tokens at once. That is BERT (lesson 16), but for two things: the share of masks is drawn
-# anew from $(0, 1]$ for every text, and the loss is weighted:
+# masked tokens at once. That is BERT (lesson 16), but for three things: what is chosen always
+# becomes the mask, the share of masks is drawn anew from $(0, 1]$ for every text, and the loss is
+# weighted:
 #
 # $$ L(x) = E_{t\sim U(0,1]}\;E_{M}\;\frac1t\sum_{i\in M}-\log p_\theta(x_i\mid x_{\setminus M}).
 # $$

@@ -86,8 +86,9 @@ for n in (1, 5, 25, 125):
 # %% [markdown]
 # Two things follow. The vote goes to the *likeliest* answer, and it need not be likelier than one
 # half: 0.3 wins against seven wrong answers with 0.1 each. And $a^*$ need not be right. Voting
-# turns questions whose mode is right into certain successes and all others into certain failures;
-# its limit is the share of questions whose mode is right, and no number of samples passes it.
+# turns, ties aside, questions whose mode is right into certain successes and all others into
+# certain failures; its limit is the share of questions whose mode is right, and no number of
+# samples passes it.
 #
 # **Best-of-n** needs a score for each answer: from a verifier, a reward model, a test suite. With a
 # perfect score it succeeds as soon as one sample is right, with probability $1-(1-p)^n$. A
@@ -258,7 +259,8 @@ checks.raises(ValueError, best_of_n, ["a"], [1.0, 2.0], because="one answer, two
 # It is unbiased: a random subset of independent samples is $k$ independent samples, so the
 # expectation of "all wrong" over subsets *and* samples is $(1-p)^k$.
 #
-# As floats the binomials overflow long before their quotient is interesting. Write it as a product:
+# As floats the binomials overflow long before their quotient is interesting; whole numbers do not,
+# but have millions of digits where $n$ is large. Write it as a product:
 #
 # $$ \prod_{i=n-c+1}^{n}\Big(1-\frac ki\Big) \;=\; \prod_{i=n-k+1}^{n}\Big(1-\frac ci\Big). $$
 #
@@ -272,7 +274,7 @@ def pass_at_k(n: int, c: int, k: int) -> float:
 
     1 ≤ k ≤ n and 0 ≤ c ≤ n, else ValueError. Exactly 1.0 when n − c < k (every subset of k holds a
     right one), exactly 0.0 when c = 0. Otherwise the relative error is below 1e-9, also where the
-    result is tiny. n may be a billion, if c or k is at most 10,000; both are not needed.
+    result is tiny. n may be a billion, if the smaller of c and k is at most 10,000.
 
     Example: n = 4, c = 1, k = 2 gives 0.5.
     """
@@ -677,8 +679,9 @@ plot.plt.show()
 # unusual? If they are exchangeable, $d_q$ might as well have been $-d_q$, for each question
 # independently. So flip signs in all $2^Q$ ways, and see in what share of them $|\sum_q \pm d_q|$
 # is at least the observed $|\sum_q d_q|$. That share is the **p-value**. It needs no large $Q$ and
-# no shape of the differences, and with ties it errs on the safe side. The flips of *one* question
-# are one flip, however many answers it has: clusters again.
+# no shape of the differences, and ties, to within the tolerance that follows, count as extreme:
+# they err on the safe side. The flips of *one* question are one flip, however many answers it has:
+# clusters again.
 #
 # %% tags=["experiment"]
 # Two sums that are equal on paper. Is each at least the other?
