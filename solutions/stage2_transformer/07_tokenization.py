@@ -1035,7 +1035,7 @@ plot.plt.show()
 # `abc` is `a·bc`. Any other order would cut the text in a way that the training never saw.
 #
 # **Special tokens** are looked for before anything else. They stand for no text: `<|endoftext|>` is
-# one id, above all merges, and the model learns to end there. The same twelve characters typed by a
+# one id, above all merges, and the model learns to end there. The same thirteen characters typed by a
 # user must not become that id; hence the switch `special`.
 #
 # **Decoding** is concatenation (a special token is shown by its name). But the tokens are bytes,

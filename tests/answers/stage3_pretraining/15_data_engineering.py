@@ -1214,7 +1214,8 @@ def mixture_weights(sizes, temperature):
         raise ValueError(temperature)
     sizes = np.array(sizes, dtype=np.float64)
     p, full = np.zeros_like(sizes), sizes > 0
-    logs = np.log(sizes[full]) / temperature
+    logs = np.log(sizes[full])
+    logs = (logs - logs.max()) / temperature
     p[full] = np.exp(logs - np.logaddexp.reduce(logs))
     return torch.from_numpy(p)
 
@@ -1595,6 +1596,14 @@ def document_mask(ids: Tensor) -> Tensor:
     eye = torch.eye(seq, dtype=torch.bool, device=ids.device)
     return ((same & causal & real[:, None, :]) | eye)[:, None]
 
+# %% right="document_mask" because="from where each document begins, padding at itself"
+def document_mask(ids: Tensor) -> Tensor:
+    at = torch.arange(ids.shape[1], device=ids.device)
+    begins = ids == PAD
+    begins[:, 1:] |= ids[:, 1:] != ids[:, :-1]
+    start = torch.where(begins, at, torch.zeros_like(at)).cummax(1).values
+    return ((at >= start[:, :, None]) & (at <= at[:, None]))[:, None]
+
 # %% wrong="minhash_signature" because="even multipliers are made odd, so another hash function is computed"
 def minhash_signature(ids: np.ndarray, seeds: np.ndarray) -> np.ndarray:
     multipliers, offsets = seeds[0] | np.uint64(1), seeds[1]
@@ -1610,6 +1619,14 @@ def mixture_weights(sizes: Sequence[float], temperature: float) -> Tensor:
     powers = torch.where(shares > 0, shares ** (1 / temperature), 0.0)
     return powers / powers.sum()
 
+# %% wrong="mixture_weights" because="the largest is subtracted after the division, which overflows"
+def mixture_weights(sizes: Sequence[float], temperature: float) -> Tensor:
+    if not temperature > 0:
+        raise ValueError("the temperature has to be positive")
+    sizes = torch.tensor([float(n) for n in sizes], dtype=torch.float64)
+    logits = (sizes.log() / temperature).masked_fill(sizes == 0, -math.inf)
+    return logits.softmax(0)
+
 # %% wrong="packed_inputs" because="rows are joined to one: equal ids at a row's end and the next's start run on"
 def packed_inputs(tokens: Tensor, ids: Tensor) -> tuple[Tensor, Tensor]:
     flat, words = ids.reshape(-1), tokens.reshape(-1)
@@ -1621,6 +1638,30 @@ def packed_inputs(tokens: Tensor, ids: Tensor) -> tuple[Tensor, Tensor]:
     labels = torch.full_like(words, IGNORE)
     labels[:-1] = torch.where((flat[1:] == flat[:-1]) & (flat[1:] != PAD), words[1:], IGNORE)
     return positions.view(ids.shape), labels.view(ids.shape)
+
+# %% right="packed_inputs" because="plain Python over each row's runs of equal ids"
+from itertools import groupby
+
+
+def packed_inputs(tokens: Tensor, ids: Tensor) -> tuple[Tensor, Tensor]:
+    positions, labels = [], []
+    for row, numbers in zip(tokens.tolist(), ids.tolist(), strict=True):
+        places, following, at = [], [], 0
+        for number, run in groupby(numbers):
+            n = len(list(run))
+            if number == PAD:
+                places += [0] * n
+                following += [IGNORE] * n
+            else:
+                places += range(n)
+                following += [*row[at + 1 : at + n], IGNORE]
+            at += n
+        positions.append(places)
+        labels.append(following)
+    return tuple(
+        torch.tensor(rows, dtype=torch.int64, device=ids.device).reshape(ids.shape)
+        for rows in (positions, labels)
+    )
 
 # %% wrong="quality_classifier" because="fit trains the weight alone, the bias stays 0"
 class QualityClassifier(nn.Module):
