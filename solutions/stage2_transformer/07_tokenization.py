@@ -1035,8 +1035,8 @@ plot.plt.show()
 # `abc` is `a·bc`. Any other order would cut the text in a way that the training never saw.
 #
 # **Special tokens** are looked for before anything else. They stand for no text: `<|endoftext|>` is
-# one id, above all merges, and the model learns to end there. The same thirteen characters typed by a
-# user must not become that id; hence the switch `special`.
+# one id, above all merges, and the model learns to end there. The same thirteen characters typed by
+# a user must not become that id; hence the switch `special`.
 #
 # **Decoding** is concatenation (a special token is shown by its name). But the tokens are bytes,
 # and a character may be spread over several of them: `🙂` is four bytes and perhaps three tokens.
