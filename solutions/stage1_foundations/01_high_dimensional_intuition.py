@@ -32,8 +32,8 @@
 # 3. **Dot products grow with the dimension**, like $\sqrt d$. Attention divides by exactly that.
 # 4. **A matrix stretches space along perpendicular axes**, and often only a few of them matter.
 #    That is **low rank**, and why a finetuned copy of a large model can fit into a few megabytes.
-# 5. **Distances survive a random projection.** Throw 3,000 coordinates onto 300 random directions,
-#    and who is near whom hardly changes.
+# 5. **Distances survive a random projection.** Throw 3,000 coordinates onto 300 random directions:
+#    lengths and distances change by a few percent.
 #
 # You will build a tool for each, try it on handwritten digits, on the text of Python's own
 # documentation and on a photograph, and at the end open a trained network and look at its weights.

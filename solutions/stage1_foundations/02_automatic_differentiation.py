@@ -330,9 +330,9 @@ for shape, other in [
 # ## An order in which to go back
 #
 # Every result remembers its **parents**, the values it was made from. That is the whole graph.
-# Going back, a value may only hand its gradient on when the gradients from *all* the places that
-# used it have arrived. An order in which this always holds is a **topological order**: parents
-# before children on the way forward, and so children before parents in reverse.
+# Going back, a value hands its gradient on once, when the gradients from *all* the places that used
+# it have arrived. An order in which this always holds is a **topological order**: parents before
+# children on the way forward, and so children before parents in reverse.
 #
 # The picture to keep in mind is a diamond: `a` is used by `b` and by `c`, and both are used by `d`.
 # From `d`, a walk that follows the first edge it sees to the end reaches `a` before `c` has spoken.
@@ -1250,6 +1250,8 @@ for seed, names in [(checks.seed(), digits), (checks.seed() + 1, turn)]:
         f"seed {seed}: {accuracy:.1%} of the unseen digits are right; at least 90 % are asked for."
     )
     assert len(predict(pictures[:1])) == 1, "one picture alone gets one digit."
+    alone = np.concatenate([predict(pictures[held_out][i : i + 1]) for i in range(40)])
+    assert (alone == guess[:40]).all(), "a picture's digit depends on the others in the call."
 # Law: the pictures that a linear map takes for one digit form a convex set; ReLU bends it.
 corners = np.random.default_rng(checks.seed()).integers(0, 2, (10_000, 64)).astype(float)
 guess = np.asarray(predict(corners))
@@ -1640,7 +1642,7 @@ with checks.unchanged(x=x, v=v):
 # **Checkpointing** trades it for time. Cut the network into segments of $s$ layers. On the way
 # forward keep only the input of each segment (and the state of the random numbers, if it draws
 # any), $n/s$ of them. On the way back, run a segment forward once more, now keeping its $s$
-# activations, go back through it, and forget them. At any time
+# activations, go back through it, and forget them. At most
 #
 # $$\frac{n}{s} + s \qquad\text{is kept, which is smallest at } s = \sqrt n:\ 2\sqrt n ,$$
 #

@@ -35,7 +35,7 @@
 # - **sigmoid** and **tanh** flatten out on both sides. A unit that is far out has a derivative near
 #   zero: it is **saturated**, and what lies before it stops learning.
 # - **ReLU**, $\max(0, x)$, has derivative 1 on the whole right side. On the left it is 0, and a
-#   unit that is on the left for every input gets no gradient ever again: it is **dead**.
+#   unit that is on the left for every input gets no gradient: it is **dead**.
 # - **GELU** and **SiLU** (also called Swish) follow ReLU on the far sides and are smooth in
 #   between, so that a unit a little to the left still has a gradient.
 # - **Gated units** (GLU, SwiGLU, GeGLU) no longer bend a number by itself: one projection of the
@@ -215,7 +215,7 @@ for form in ("none", "tanh"):
 # climbs back to 0. And it is computed **from the input alone**: nothing but $x$ has to be kept for
 # the backward pass. Your GPU kernel will use both formulas as they stand.
 #
-# On a computer one more thing matters. $e^{-x}$ overflows in float32 below $x = -88$.
+# On a computer one more thing matters. $e^{-x}$ overflows in float32 below $x = -88.7$.
 # $x/(1+e^{-x})$ survives that ($-100/\infty = -0$), but its automatic derivative is
 # $\infty/\infty^2$, which is NaN, and $x\,e^x/(1+e^x)$ is NaN at $+100$ already. `torch.sigmoid` is
 # right everywhere.
@@ -964,9 +964,10 @@ assert accuracy >= 0.95, (
 
 # %% [markdown]
 # Now see units die. A ReLU unit is **dead** when it is 0 for every training picture: then no
-# picture sends it a gradient, and its own weights never move again. All it takes is one step that
-# pushes its bias too far down, so large learning rates kill. For GELU and SiLU a unit counts as
-# dead here when its *derivative* is below 0.001 on every picture.
+# picture sends it a gradient, and its own weights stop (with Adam after the steps that its moments
+# still carry). All it takes is one step that pushes its bias too far down, so large learning rates
+# kill. For GELU and SiLU a unit counts as dead here when its *derivative* is below 0.001 on every
+# picture.
 
 # %% tags=["experiment"]
 images, labels = data.digits()
@@ -2001,7 +2002,7 @@ elif profile.has_triton:
         fig,
         "Traffic of SwiGLU's element-wise part. The times are arithmetic, not a measurement: "
         f"{rows} × {hidden} in bfloat16 at the 4.8 TB/s of an H200's memory. Fusion saves 2 of 5 "
-        "tensors forward and 4 of 9 backward, and nothing else.",
+        "tensors forward and 4 of 9 backward; the arithmetic stays.",
     )
 else:
     plt.close(fig)

@@ -2082,8 +2082,8 @@ for name, loss in losses.items():
 #   Nothing of $q$ and $k$ needs to be kept.
 #
 # A block of a token's heads is two-dimensional: `head` as a column `(BLOCK_H, 1)` and `pair` as a
-# row `(1, BLOCK_HALF)` broadcast to a tile of addresses. Neither 40 heads nor 3 pairs are powers of
-# two, so both edges need the mask.
+# row `(1, BLOCK_HALF)` broadcast to a tile of addresses. Neither 12 query heads nor 3 pairs are
+# powers of two, so both edges need the mask.
 #
 # The number of a token times its stride passes $2^{31}$ at sizes that exist (a million tokens of
 # 4,096 numbers): convert program numbers, and the heads' numbers too, to 64 bits before you

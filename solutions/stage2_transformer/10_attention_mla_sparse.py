@@ -1791,8 +1791,8 @@ plot.plt.show()
 # window** of $W$ tokens, so that query $i$ sees the keys $j$ with $i - W < j \le i$, itself among
 # them. Cost per token is then $O(W)$, and so is the cache. A layer sees $W - 1$ tokens back; what
 # it wrote there came from $W - 1$ tokens further back. Through $n$ layers information can travel
-# $n(W-1)$ tokens, in Mistral 7B (32 layers, $W = 4096$) 131,040. *Can*: each of the hops has to
-# carry it on, and a model trained with full attention has never learned to.
+# $n(W-1)$ tokens, far more than a window. *Can*: each of the hops has to carry it on, and a model
+# trained with full attention has never learned to.
 #
 # Masks as in lesson 09: boolean, True = may attend, the last query aligned to the last key.
 
@@ -3441,8 +3441,8 @@ plot.plt.show()
 # %% [markdown]
 # ## The patterns, side by side
 #
-# Six masks of 64 tokens, all made by your functions. The last is not a rule but a choice: what the
-# trained indexer of layer 2 picks on one text of the recall task.
+# Six masks of 64 tokens, five of them made by your functions. The last is not a rule but a choice:
+# what the trained indexer of layer 2 picks on one text of the recall task.
 
 # %% tags=["experiment", "figure"]
 # Figure: six masks of 64 tokens

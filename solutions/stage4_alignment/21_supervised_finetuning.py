@@ -567,7 +567,7 @@ plot.plt.show()
 #
 # $$ \frac1M \sum_{m=1}^{M} \frac{1}{n_m} \sum_{i \in m} \ell_i, $$
 #
-# in which a token of micro-batch $m$ has the weight $1/(M n_m)$ in place of $1/N$: too much by the
+# in which a token of micro-batch $m$ has the weight $1/(M n_m)$ in place of $1/N$: wrong by the
 # factor $N/(M n_m)$. In pretraining all $n_m$ are equal and the two agree. In SFT they are not.
 # With replies of 10 and 1000 tokens in two micro-batches of one each, a token of the short reply
 # weighs $1010/(2 \cdot 10) = 50.5$ times what it should. Hugging Face's Trainer did this until
@@ -1031,7 +1031,7 @@ checks.raises(ValueError, collate, [([1], [1])], 1, 1, "both", because="'right' 
 # - **Positions** count from 0 again. With rotary positions only differences matter, so inside one
 #   example nothing changes; with learned positions, or in a row longer than the model was trained
 #   for, it matters a great deal. Libraries also recognize by positions that restart where examples
-#   begin (by default transformers' `DataCollatorWithFlattening` gives nothing else).
+#   begin (by default transformers' `DataCollatorWithFlattening` gives no other sign).
 # - **Attention.** A token sees its own example only. The mask is block-diagonal and causal.
 
 

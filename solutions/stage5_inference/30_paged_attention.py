@@ -2308,8 +2308,8 @@ notes.compare("in the source, at last")
 # ## The kernel: one query, many keys, scattered
 #
 # `paged_attention` reads every key, writes it in order, and reads it again. A kernel follows the
-# table and reads once. Decode is bound by exactly these bytes: a third of them is left. (If Triton
-# is new to you: lesson 03 introduces it, lesson 29 has the forward kernel.)
+# table and reads once. Decode is bound by exactly these bytes: at most a third of them is left. (If
+# Triton is new to you: lesson 03 introduces it, lesson 29 has the forward kernel.)
 #
 # **What one program does.** It takes one key–value head of one sequence, and *all* query heads that
 # share it: they are the rows of a tile, so that each key is loaded once for the group. It walks

@@ -181,9 +181,9 @@ def verify(draft_probs: Tensor, target_probs: Tensor, tokens: Tensor, uniforms: 
 #
 # <details><summary>Hint: u close to 1</summary>
 #
-# Rounded to float32, a u just below 1 is 1. Then no entry of the running sum is larger than
-# u · total, and the search returns an index that does not exist. In float64 it stays below, but
-# for a subnormal total, which no distribution has.
+# Rounded to float32, a u just below 1 is 1. Then no entry of the running sum is larger than u ·
+# total, and the search returns an index that does not exist. In float64 it stays below, if total is
+# the sum's last entry and not subnormal, as of no distribution.
 # </details>
 
 # %% check="verify" points=2
@@ -587,8 +587,8 @@ def speculative_generate(
 #
 # <details><summary>Hint: how far to roll back</summary>
 #
-# The text's last token was drawn from a distribution. Neither model has read it. So each cache
-# holds at most all of the text but that token, and may hold less.
+# The text's last token was drawn from a distribution. Neither model has read it (but for a `stop`
+# that was drafted). So each cache holds at most all of the text but that token, and may hold less.
 # </details>
 
 # %% tags=["support"]

@@ -1133,8 +1133,8 @@ for name, grad in zip("qkv", grads, strict=True):
         f"where queries see no block, {name}'s gradient is not finite"
     )
     assert bool(grad.abs().max() > 0), f"no gradient flows to {name}"
-out, _ = compressed_attention(*(t.detach().bfloat16() for t in inputs), 3)
-assert out.dtype == torch.bfloat16, f"out has q's dtype, bfloat16; yours is {out.dtype}"
+for part in compressed_attention(*(t.detach().bfloat16() for t in inputs), 3):
+    assert part.dtype == torch.bfloat16, f"both have q's dtype, bfloat16; yours is {part.dtype}"
 big = [1e4 * torch.ones(1, 1, 6, 4), 1e4 * torch.ones(1, 1, 6, 4), torch.ones(1, 1, 6, 4)]
 out, _ = compressed_attention(*big, 2)
 checks.close(out[0, 0, 1:], torch.ones(5, 4), what="out where scores are 2e8")
@@ -1491,6 +1491,10 @@ for i, grad in enumerate(grads):
     checks.close((grad * way).sum(), change, what=f"the gradient of {'qkv'[i]}", rtol=1e-4)
 out = summary_attention(*(t.detach().bfloat16() for t in inputs), 3, 2)
 assert out.dtype == torch.bfloat16, f"out has q's dtype, bfloat16; yours is {out.dtype}"
+big = [1e4 * torch.ones(1, 1, 6, 4), 1e4 * torch.ones(1, 1, 6, 4), torch.ones(1, 1, 6, 4)]
+for sign in (1, -1):
+    out = summary_attention(sign * big[0], *big[1:], 2, 2)
+    checks.close(out, torch.ones(1, 1, 6, 4), what=f"out where all scores are {2e8 * sign:.0e}")
 ### END HIDDEN TESTS
 
 # %% [markdown]

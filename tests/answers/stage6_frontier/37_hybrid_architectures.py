@@ -324,6 +324,24 @@ def compressed_attention(q, k, v, block):
     weights = scores.softmax(-1) * seen
     return weights @ means_v, weights
 
+# %% wrong="compressed_attention" because="the weights of half-precision input stay float32"
+def compressed_attention(q: Tensor, k: Tensor, v: Tensor, block: int) -> tuple[Tensor, Tensor]:
+
+    n, head_dim = q.shape[2:]
+    blocks, group = n // block, q.shape[1] // k.shape[1]
+    keys, values = (
+        z[:, :, : blocks * block].unflatten(2, (blocks, block)).mean(3) for z in (k, v)
+    )
+    keys, values = (z.repeat_interleave(group, dim=1) for z in (keys, values))
+    scores = q @ keys.mT / math.sqrt(head_dim)
+    ends = torch.arange(1, blocks + 1, device=q.device) * block - 1
+    seen = ends <= torch.arange(n, device=q.device)[:, None]
+    empty = ~seen.any(-1, keepdim=True)
+    wide = scores if scores.dtype == torch.float64 else scores.float()
+    wide = wide.masked_fill(~seen, float("-inf")).masked_fill(empty, 0.0)
+    weights = wide.softmax(-1) * seen
+    return (weights @ values.to(weights.dtype)).to(q.dtype), weights
+
 # %% wrong="select_blocks" because="each head chooses for itself: the first of a group decides"
 - sums = weights.detach().unflatten(1, (kv_heads, -1)).sum(2)
 + sums = weights.detach().unflatten(1, (kv_heads, -1))[:, :, 0]
@@ -477,6 +495,33 @@ def summary_attention(q, k, v, block, window, chosen=None):
             scores = scores.masked_fill(off, float("-inf"))
         rows.append((scores.softmax(-1)[..., None] * values).sum(2))
     return torch.stack(rows, dim=2).to(q.dtype)
+
+# %% wrong="summary_attention" because="exp without taking off the maximum"
+def summary_attention(
+    q: Tensor, k: Tensor, v: Tensor, block: int, window: int, chosen: Tensor | None = None
+) -> Tensor:
+
+    n, head_dim = q.shape[2:]
+    blocks, group = n // block, q.shape[1] // k.shape[1]
+
+    def joined(z):
+        means = z[:, :, : blocks * block].unflatten(2, (blocks, block)).mean(3)
+        return torch.cat([z, means], dim=2).repeat_interleave(group, dim=1)
+
+    keys, values = joined(k), joined(v)
+    here = torch.arange(n, device=q.device)[:, None]
+    there = torch.arange(n, device=q.device)
+    near = (there <= here) & (there > here - window)
+    first = torch.arange(blocks, device=q.device) * block
+    past = first + block - 1 <= here
+    if chosen is not None:
+        past = past & chosen
+    near, past = (m.expand(*q.shape[:2], n, -1) for m in (near, past))
+    seen = torch.cat([near, past], dim=-1)
+    scores = q @ keys.mT / math.sqrt(head_dim)
+    weights = scores.exp() * seen
+    weights = weights / weights.sum(-1, keepdim=True)
+    return weights @ values
 
 # %% wrong="hybrid_questions" because="all layers grow"
 - token = 12 * 2 * 2 * 256 * 2
