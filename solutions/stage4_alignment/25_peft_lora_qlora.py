@@ -339,7 +339,8 @@ checks.drawn(
     hint="nn.init.kaiming_uniform_ with a = √5",
     mistakes={"a = 0": bound * math.sqrt(2), "a normal one of std 1/rank": 1 / 64},
 )
-assert float(wide.A.detach().abs().max()) <= bound, "A is uniform in ±1/√in_features"
+largest = float(wide.A.detach().abs().max())
+assert largest <= bound * (1 + 1e-6), "A is uniform in ±1/√in_features"  # float32's 1/20 is more
 again = LoRALinear(nn.Linear(400, 30), 64)
 assert not torch.equal(again.A, wide.A), "two layers have the same A: it is drawn anew each time"
 for rank in (0, -3):
