@@ -70,11 +70,12 @@ def sweep(shell, source: str, seeds: int, seconds: float) -> tuple[int, list[tup
 
 def run_at(shell, source: str, seeds, seconds: float, report) -> None:
     """In the child: run the check at each seed as long as there is time, and report what it raised."""
-    from llm40.checks import inputs
+    from llm40 import checks
 
     asked = []
-    seed_of_run = inputs.seed
-    inputs.seed = lambda: asked.append(True) or seed_of_run()
+    seed_of_run = checks.seed
+    # Checks ask by this name, and generators by that of their module.
+    checks.seed = checks.inputs.seed = lambda: asked.append(True) or seed_of_run()
     begun = time.monotonic()
     for seed in seeds:
         os.environ["LLM40_SEED"] = str(seed)
