@@ -76,9 +76,28 @@ class Triton(Absent):
         return 1 << max(n - 1, 0).bit_length()
 
 
+def _patch_language_once() -> None:
+    """Triton's interpreter puts its own functions into triton.language at a launch, and again at each call of a jitted
+    helper, tl.sum too: a sixth of a lesson's time. What is patched already is left as it is."""
+    from triton.runtime import interpreter
+
+    patch, language = interpreter._patch_lang, triton.language
+
+    def patch_once(fn: Any) -> Any:
+        used = [value for value in fn.__globals__.values() if value is language or value is language.core]
+        if used and not any(language.core.is_builtin(module.load) for module in used):
+            return interpreter._LangPatchScope()  # nothing to restore
+        return patch(fn)
+
+    interpreter._patch_lang = patch_once
+
+
 if profile.has_triton:
     import triton
     import triton.language as tl
+
+    if profile.interpret:
+        _patch_language_once()
 else:
     tl = Language("triton.language")
     triton = Triton("triton", tl)

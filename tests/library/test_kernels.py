@@ -159,6 +159,13 @@ if profile.has_triton:
         tl.store(y + i, tl.exp(v) + total(v) + tl.cdiv(n, 3) + v.max(0), mask=i < n)
 
     @triton.jit
+    def calls_often(y, n):
+        v = tl.zeros((8,), tl.float32)
+        for _ in range(0, n):
+            v += total(v + 1)
+        tl.store(y + tl.arange(0, 8), v)
+
+    @triton.jit
     def uses_a_global(x, y, n, BLOCK: tl.constexpr):
         i = tl.arange(0, BLOCK)
         tl.store(y + i, tl.load(x + i, mask=i < n, other=0.0) * LIMIT, mask=i < n)
@@ -255,6 +262,24 @@ if profile.has_triton:
     def is_tuned(x, y, n, BLOCK: tl.constexpr):
         i = tl.arange(0, BLOCK)
         tl.store(y + i, tl.load(x + i, mask=i < n, other=0.0) * LIMIT, mask=i < n)
+
+
+@pytest.mark.skipif(not (profile.has_triton and profile.interpret), reason="needs Triton's interpreter")
+def test_calls_of_helpers_do_not_patch_the_language_again(monkeypatch):
+    from triton.runtime import interpreter
+
+    patched = []
+    patch = interpreter._patch_builtin
+    monkeypatch.setattr(interpreter, "_patch_builtin", lambda *args: patched.append(args) or patch(*args))
+    y = torch.empty(8)
+    counts = []
+    for n in (1, 1, 3):  # the first may have to patch what stays patched
+        patched.clear()
+        calls_often[(1,)](y, n)
+        counts.append(len(patched))
+    assert counts[1] == counts[2] > 0
+    assert tl.core.is_builtin(tl.load)  # restored behind the launch
+    assert torch.equal(y, torch.full((8,), 16.0 + 16 * 17 + 16 * 17 * 17))  # v → 17 v + 16
 
 
 @pytest.mark.skipif(not (profile.has_triton and profile.interpret), reason="needs Triton's interpreter")
