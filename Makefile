@@ -77,9 +77,9 @@ prove: $(SETUP) ## is every wrong answer caught, every right one accepted? [LESS
 	@test -n "$(LESSON)" || { echo "make prove asks for a lesson: make prove LESSON=09"; exit 2; }
 	.venv/bin/python tests/prove.py "$(LESSON)" $(call option,ANSWERS,answers) $(if $(MUTANTS),--mutants) $(if $(JUDGED),--judged)
 
-sweep: $(SETUP) ## does a check refuse the answer at one seed of a thousand? [LESSON=09 SEEDS=1000 SECONDS_EACH=60]
+sweep: $(SETUP) ## does a check refuse the answer at one seed of a thousand? [LESSON=09 CHECK=3a SEEDS=1000 SECONDS_EACH=60]
 	@test -n "$(LESSON)" || { echo "make sweep asks for a lesson: make sweep LESSON=09"; exit 2; }
-	.venv/bin/python tests/sweep.py "$(LESSON)" $(call option,SEEDS,seeds) $(call option,SECONDS_EACH,seconds)
+	.venv/bin/python tests/sweep.py "$(LESSON)" $(call option,CHECK,check) $(call option,SEEDS,seeds) $(call option,SECONDS_EACH,seconds)
 
 grade: $(SETUP) ## grade a class; without a folder, the sample class [SUBMITTED=dir OUT=dir LESSON=09 STUDENT=id JOBS=2 AGAIN=1 COMPARE=1 LATE=config.py DB=postgresql+psycopg://… SCHEDULER=tcp://… LIMITS="--memory 8000" UNSAFE=1 VERBOSE=1]
 	$(RUN) grade $(if $(UNSAFE),--unsafe) $(if $(AGAIN),--again) $(if $(COMPARE),--compare) $(if $(VERBOSE),--verbose) $(LIMITS) \

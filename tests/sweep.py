@@ -1,7 +1,7 @@
 """Whether a check decides differently at another seed: each check of a lesson against the reference, over many seeds.
 
-    make sweep LESSON=09 [SEEDS=1000] [SECONDS_EACH=60]
-    python tests/sweep.py 09 [--seeds 1000] [--seconds 60]
+    make sweep LESSON=09 [CHECK=3a] [SEEDS=1000] [SECONDS_EACH=60]
+    python tests/sweep.py 09 [--check 3a] [--seeds 1000] [--seconds 60]
 
 A check that refuses a right answer at one seed of a thousand is a fault. The notebook is walked through once; where a
 check stands, a forked process runs it at seed after seed (LLM40_SEED), for at most so many seconds. Checks that draw
@@ -28,6 +28,7 @@ TOLD = 3  # failing seeds of one check that are told in full
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("lesson", help="its number")
+    parser.add_argument("--check", help="only the one of this number, such as 3a")
     parser.add_argument("--seeds", type=int, default=1000, help="how many (default 1000)")
     parser.add_argument("--seconds", type=float, default=60.0, help="the most that one check may take (default 60)")
     chosen = parser.parse_args()
@@ -36,12 +37,19 @@ def main() -> int:
     if len(found) != 1:
         print(f'no lesson "{chosen.lesson}" in solutions/: its number is asked for, such as 09', file=sys.stderr)
         return 2
+    cells = read_lesson(found[0]).cells
+    numbers = [cell.number for cell in cells if cell.role == "check"]
+    if chosen.check not in (None, *numbers):
+        print(f"{found[0].stem} has no check {chosen.check}; it has {', '.join(numbers)}", file=sys.stderr)
+        return 2
     shell = worker.new_shell()
     tried = failed = 0
-    for cell in read_lesson(found[0]).cells:
+    for cell in cells:
         if cell.kind != "code" or cell.role == "experiment":
             continue
         if cell.role == "check":
+            if chosen.check not in (None, cell.number):
+                continue
             name = f"{chosen.lesson.zfill(2)} check {cell.number} ({cell.name})"
             seeds, failures = sweep(shell, cell.source, chosen.seeds, chosen.seconds)
             print(f"{name}: {seeds} seeds, {len(failures)} fail" if seeds else f"{name}: draws nothing", flush=True)

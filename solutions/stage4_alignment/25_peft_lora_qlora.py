@@ -1350,13 +1350,16 @@ def held_bytes(layer: nn.Module) -> int:
 
 
 def nearest_nf4(weight: Tensor, block: int) -> tuple[Tensor, Tensor]:
-    """The nearest NF4 value for each weight and its block's absmax, in float64 and its shape."""
+    """The nearest NF4 value for each weight and its block's absmax, in float64 and its shape; NaN
+    where two values are so equally near that float32 may take either.
+    """
     flat = weight.detach().double().flatten().cpu()
     absmax = torch.cat([b.abs().max().expand(len(b)) for b in flat.split(block)])
     up = torch.special.ndtri(torch.linspace(0.5, 0.96770833333, 9, dtype=torch.float64))
     down = torch.special.ndtri(torch.linspace(0.5, 0.96770833333, 8, dtype=torch.float64))
     values = torch.cat([-down.flip(0), up[1:]]) / up[-1]
-    near = values[(flat[:, None] / absmax[:, None] - values).abs().argmin(dim=1)]
+    distances, nearest = (flat[:, None] / absmax[:, None] - values).abs().topk(2, largest=False)
+    near = values[nearest[:, 0]].masked_fill(distances.diff(dim=1)[:, 0] < 1e-6, math.nan)
     return near.view(weight.shape), absmax.view(weight.shape)
 
 
@@ -1403,7 +1406,8 @@ for columns, rows, rank, alpha, block, bias in [
     assert not w.requires_grad, "dequantized() carries a graph"
     every = absmax.flatten()[::block]
     step = max(float((every - every.mean()).abs().max()) / 127, 1e-6)
-    off = ((w.double() - near * absmax).abs() / near.abs().clamp(min=0.079)).max()
+    off = (w.double() - near * absmax).abs() / near.abs().clamp(min=0.079)
+    off = off[near.isfinite()].max()
     assert float(off) <= 0.51 * step + 1e-5 * float(absmax.max()), (
         "W′ is more than half a step of the scales away from the nearest NF4 values"
     )
