@@ -2305,8 +2305,12 @@ def compare_spliced(
     given = {f"row {i}": row for i, row in enumerate(rows)}
     given |= {f"labels {i}": row for i, row in enumerate(labels)}
     given |= {f"image {i}": image for i, image in enumerate(images)}
+    lists = list(rows), list(labels), list(images)
     with checks.kept(embed, **given):
-        result = splice_image_tokens(embed, rows, labels, images, placeholder, left)
+        result = splice_image_tokens(embed, *lists, placeholder, left)
+    assert [len(kept) for kept in lists] == [len(rows), len(labels), len(images)], (
+        "rows, labels or images is no longer as long as it was: what is given is not changed"
+    )
     inputs, targets, mask = checks.parts(result, "inputs", "labels", "mask")
     due = splice_by_definition(embed.weight.detach(), rows, labels, images, placeholder, left)
     checks.close(mask, due[2], what="the mask")
@@ -3018,12 +3022,13 @@ for batch, heads, seq, sections, theta in [
     )
 x = torch.ones(1, 1, 1, 8, device=profile.device, dtype=torch.bfloat16)
 positions = torch.tensor([[[1001.0]], [[515.0]], [[259.0]]], device=profile.device)
-checks.close(
-    apply_mrope(x, positions, (2, 1, 1)).float(),
-    turned_by_definition(x.float(), positions, [0, 0, 1, 2]).float(),
-    what="x in bfloat16 at positions that bfloat16 has not",
-    rtol=1e-2,
-)
+for interleaved in (False, True):
+    checks.close(
+        apply_mrope(x, positions, (2, 1, 1), interleaved).float(),
+        turned_by_definition(x, positions, axes_by_definition((2, 1, 1), interleaved)).float(),
+        what=f"x in bfloat16 at positions that bfloat16 has not, interleaved: {interleaved}",
+        rtol=1e-2,
+    )
 for sections in ((0, 2, 2), (1, 0, 3), (16, 24, 24)):
     x = torch.zeros(1, 1, 2, 2 * sum(sections), device=profile.device)
     checks.raises(
