@@ -940,9 +940,9 @@ plt.show()
 #
 # One buffer instead of two: half of Adam's memory. Two different averages come from it: the step
 # looks at the fresh gradient with weight $1-\beta_1 = 0.1$, the memory takes it in with
-# $1-\beta_2 = 0.01$ only. Every coordinate with $c \ne 0$ moves by $\eta$, noise or not, so Lion
-# wants a learning rate 3 to 10 times smaller than AdamW, and a weight decay as many times larger,
-# because their product is what shrinks the weights.
+# $1-\beta_2 = 0.01$ only. Every coordinate with $c \ne 0$ moves by $\eta$ (and what decay adds),
+# noise or not, so Lion wants a learning rate 3 to 10 times smaller than AdamW, and a weight decay
+# as many times larger, because their product is what shrinks the weights.
 
 
 # %% exercise="lion_step" minutes=10 difficulty=1 path="more"
@@ -1080,7 +1080,7 @@ checks.close(moved, torch.full_like(moved, 0.03), what="the length of every coor
 #
 # | length of a step | best step | rule |
 # |---|---|---|
-# | all entries squared and summed (Euclid's) | $-\eta\,G/\lVert G\rVert$ | normalized gradient descent |
+# | the root of all entries squared and summed (Euclid's) | $-\eta\,G/\lVert G\rVert$ | normalized gradient descent |
 # | the largest entry | $-\eta\operatorname{sign}(G)$: each entry goes to its own limit | Lion, Adam (nearly) |
 # | the largest singular value | $-\eta\,UV^\top$, where $G = U\Sigma V^\top$ | **Muon** |
 #
@@ -1122,7 +1122,7 @@ def newton_schulz(g: Tensor, steps: int = 5, eps: float = 1e-7) -> Tensor:
     applied `steps` times, where U Σ Vᵀ = g.
 
     - The Frobenius norm counts as at least eps, so that a matrix of zeros gives zeros (adding eps
-      to it is fine too). A matrix much smaller than eps stays small.
+      to it is fine too). What is 10⁵ times smaller than eps stays small.
     - Matrix products only; no square matrix larger than (min(rows, cols), min(rows, cols)) is made.
     - g is not changed.
     """
@@ -1373,7 +1373,7 @@ plot.curves(
 axes[1].set_ylim(1e-5, 3)
 plot.caption(
     fig,
-    "Left: the gray band is [0.68, 1.21]; five rounds lift everything above 0.0015 into it. "
+    "Left: the gray band is [0.68, 1.21]; five rounds lift everything above 0.0015 nearly into it. "
     "Right: the gradient of a 128×128 layer. A few directions hold most of it; after five rounds "
     "those of sensible size are alike, the rest is noise that stays small.",
 )

@@ -372,7 +372,8 @@ plot.plt.show()
 # with $W_r$ of shape $(N, d)$: one vector an expert, which points at the tokens it wants. Three
 # choices make up a router.
 #
-# - **Scoring.** Softmax over all experts (Shazeer, Switch, Mixtral): scores compete and sum to 1.
+# - **Scoring.** Softmax over all experts (Switch, and Mixtral as published in code): scores
+#   compete and sum to 1.
 #   Sigmoid of each logit (DeepSeek-V3): scores are independent, and a bias can be added to one
 #   without moving the others.
 # - **Renormalizing.** The **gate values** $g_i$ are either the scores themselves, $g_i = s_i$, or
@@ -713,11 +714,18 @@ for scoring in ("softmax", "sigmoid"):
     # Fewer experts left than are chosen: k different ones, those of −inf last, by their number.
     closed = torch.full((12,), -math.inf, dtype=torch.float64, device=logits.device)
     closed[7] = 0.0
+    weights, indices = top_k_router(logits, 4, False, scoring, closed)
     checks.close(
-        top_k_router(logits, 4, False, scoring, closed)[1],
+        indices,
         torch.tensor([[7, 0, 1, 2]]).expand(50, 4),
         what=f"the indices where a bias of −inf leaves one expert of twelve, {scoring}",
         hint="A score of −inf is still one to choose by, and equal ones go by their number",
+    )
+    checks.close(
+        weights,
+        score[:, [7, 0, 1, 2]],
+        what=f"the weights where a bias of −inf leaves one expert of twelve, {scoring}",
+        hint="They are the scores without the bias: do not subtract −inf again",
     )
 # Gradients are untouched: none reaches the bias, those of the logits are as without it.
 bias = bias.clone().requires_grad_()
@@ -2036,6 +2044,11 @@ checks.close(
     what="the bias for loads one off the mean",
 )
 checks.close(
+    update_bias(torch.zeros(4), torch.tensor([1, 2, 2, 1]), 0.5),
+    torch.tensor([0.5, -0.5, -0.5, 0.5]),
+    what="the bias for loads around a mean of 1.5",
+)
+checks.close(
     update_bias(torch.zeros(3, dtype=torch.float64), torch.tensor([0.2, 0.5, 0.3]), 0.5).sign(),
     torch.tensor([1.0, -1.0, 1.0]).double(),
     what="the direction for loads given as shares",
@@ -2528,8 +2541,8 @@ ax.set_title("memory against arithmetic")
 plot.caption(
     fig,
     "“8 of 256 + 1”: 8 routed experts of 256, and a shared one. Dotted lines: total over active. "
-    "Early models held 4 times what they used; finer experts have taken that to 16, 28 and 32 "
-    "times (Qwen3, DeepSeek-V3, gpt-oss).",
+    "Mixtral held 4 times what it used, others of its time 8; finer experts have taken that to 16, "
+    "28 and 32 times (Qwen3, DeepSeek-V3, gpt-oss).",
 )
 plot.plt.show()
 
@@ -2596,9 +2609,9 @@ def grouped_gemm_kernel(
 
     Grid: (⌊n_rows / BLOCK_M⌋ + n_groups) · ⌈n_cols / BLOCK_N⌉ programs; program p computes columns
     tile p mod ⌈n_cols / BLOCK_N⌉ of row tile p // ⌈n_cols / BLOCK_N⌉. A row tile belongs to one
-    group. Programs without a row tile write nothing. Every element of a group's rows of out is
-    written once, nothing outside the tensors is read. GROUPS: n_groups, rounded up to a power of
-    two.
+    group; an empty group has none. Programs without a row tile write nothing. Every element of a
+    group's rows of out is written once, nothing outside the tensors is read. GROUPS: n_groups,
+    rounded up to a power of two.
     """
     col_tiles = tl.cdiv(n_cols, BLOCK_N)
     tile, col_tile = tl.program_id(0) // col_tiles, tl.program_id(0) % col_tiles
@@ -2878,6 +2891,17 @@ checks.relative_l2(
     5e-4,
     what="a float16 product with K = 1500",
     hint="Sum in float32.",
+)
+# Two blocks of K whose products all but cancel, so that a rounding of each would be what is left.
+a, rest = checks.randn(16, 64, generator=g), checks.randn(16, 64, generator=g, scale=0.05)
+w = checks.randn(1, 16, 64, generator=g).half().repeat(1, 1, 2)
+x = torch.cat([a, rest - a], dim=1).half()
+checks.relative_l2(
+    grouped_gemm(x, w, torch.tensor([16], device=x.device), blocks=(16, 16, 64)),
+    loop_over_groups(x, w, [16]),
+    1e-3,
+    what="a float16 product of blocks that nearly cancel",
+    hint="Each block's product stays float32 until all are added.",
 )
 ### END HIDDEN TESTS
 

@@ -2425,8 +2425,8 @@ for beam, alpha in ((1, 0.0), (2, 0.0), (4, 0.0), (4, 0.6), (4, 2.0)):
 # token of any text, turned out to be the simplest thing to scale, and a chat has no natural point
 # at which a source ends and a target begins. What has changed inside that stack between 2019 and
 # 2024 can be read from six files. Below are the fields of the published `config.json` that decide
-# the shape, with the published values, as Python dictionaries. (Two things are written out that the
-# files leave to defaults: whether the head is tied, and GPT-2's `n_inner`.)
+# the shape, with the published values, as Python dictionaries. (Two things are written out that
+# GPT-2's file leaves to defaults: that the head is tied, and `n_inner`.)
 
 # %%
 CONFIGS = {
@@ -3060,8 +3060,9 @@ plot.plt.show()
 # Attention adds products that have no parameters. Per layer and token, with $T$ keys: $q\cdot k$
 # for $H$ heads of width $d_{qk}$ is $2 T H d_{qk}$, and $\sum_j w_j v_j$ is $2 T H d_v$. Grouped
 # heads do not change this: they share keys, not products. A causal model needs only half of it,
-# $T/2$ keys on average, and an implementation that skips the hidden half saves it. The convention,
-# in the PaLM paper as in PyTorch's counter, is to count the full square, as is done here.
+# about $T/2$ keys on average, and an implementation that skips the hidden half saves it. The
+# convention, in the PaLM paper as in PyTorch's counter, is to count the full square, as is done
+# here.
 #
 # **Training.** For $y = W x$ the forward pass is one product. The backward pass has two:
 # $\partial L/\partial x = W^\top\, \partial L/\partial y$ and

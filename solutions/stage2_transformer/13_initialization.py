@@ -95,9 +95,9 @@ from torch import Tensor, nn
 #   **gain** $g$, here $\sqrt2$.
 #
 # Is it one side or the other that matters? Less than it seems. With $\sigma^2 = 2/n_\text{in}$ in
-# every layer, the gradient is multiplied by $n_\text{out}/n_\text{in}$ from layer to layer, and
-# these ratios telescope: over the whole network they come to the ratio of the last width to the
-# first, a constant, not something that is exponential in depth.
+# every layer, the gradient's mean square is multiplied by $n_\text{out}/n_\text{in}$ from layer to
+# layer, and these ratios telescope: over the whole network they come to the ratio of the last width
+# to the first, a constant, not something that is exponential in depth.
 #
 # A uniform distribution on $[-a, a]$ has variance $\frac1{2a}\int_{-a}^a u^2\,du = a^2/3$. To get a
 # standard deviation $\sigma$ from it, the bound has to be $a = \sqrt3\,\sigma$.

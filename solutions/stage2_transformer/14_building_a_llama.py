@@ -464,8 +464,8 @@ checks.gradients(
 # | several more tokens: the user's next message, a draft to verify | $n$ | $m + n$ | the lower triangle, **aligned to the last key** |
 #
 # PyTorch's `is_causal=True` means the triangle aligned to the *first* key. In the first row that is
-# the same, in the second it hides all but one key, and in the third it hides the whole conversation
-# from the newest tokens. It never complains.
+# the same, in the second it hides all but one key, and in the third the newest tokens see little
+# more than the conversation's beginning. It never complains.
 
 
 # %% exercise="attention" minutes=25 difficulty=3
@@ -976,8 +976,9 @@ with torch.no_grad():
 #
 # Padding must be invisible as a *key*. As a query it may see what it likes, since nobody reads its
 # output, with one exception: a row of a softmax that sees nothing is 0/0, and a NaN times a weight
-# of 0 is NaN. So **every token sees itself**. That the upper row starts at position 2 does no harm:
-# [](#rotary-positions) showed that only differences of positions count.
+# of 0 is NaN. (Some kernels give 0 for such a row, others NaN.) So **every token sees itself**.
+# That the upper row starts at position 2 does no harm: [](#rotary-positions) showed that only
+# differences of positions count.
 #
 # The given `initialize` is lesson 13's: normal weights of standard deviation 0.02, smaller by
 # $\sqrt{2L}$ where a branch ends, so that $2L$ additions to the stream do not make it grow.
@@ -1321,8 +1322,8 @@ for tied, lengths, more in [
 # %% [markdown]
 # ## LLaMA-160M
 #
-# The smallest LLaMA of Meta's has seven billion parameters. Miao et al. (2023) trained two far
-# smaller ones, of 160 and of 68 million, as draft models for speculative decoding (lesson 32).
+# The smallest of Meta's first LLaMAs has seven billion parameters. Miao et al. (2023) trained two
+# far smaller ones, of 160 and of 68 million, as draft models for speculative decoding (lesson 32).
 # Count the first of them before you build it. With $d_{kv} = H_{kv}d_h$,
 #
 # $$ N = \underbrace{Vd\,(2 - [\text{tied}])}_{\text{vocabulary}} + L\,\big(\underbrace{2d^2 + 2d\,d_{kv}}_{\text{attention}} + \underbrace{3dF}_{\text{SwiGLU}} + \underbrace{2d}_{\text{norms}}\big) + d . $$
@@ -1803,10 +1804,10 @@ print(
 # 4. **Min-p**: tokens with at least the share $m$ of the likeliest one's probability stay,
 #    $p_i \ge m\,\max_j p_j$.
 #
-# After each step what is left is renormalized, so the order matters. Take probabilities ½, ¼, ¼.
-# Top-p of 0.7 keeps two tokens, since ½ + ¼ passes it. After $\tau = \tfrac12$ they are
-# $\tfrac23, \tfrac16, \tfrac16$, and two are needed still; after $\tau = \tfrac13$ they are
-# $\tfrac45, \tfrac1{10}, \tfrac1{10}$ and one is enough.
+# After each step what is left is renormalized, and each looks at what the one before left, so the
+# order matters. Take probabilities ½, ¼, ¼. Top-p of 0.7 keeps two tokens, since ½ + ¼ passes it.
+# After $\tau = \tfrac12$ they are $\tfrac23, \tfrac16, \tfrac16$, and two are needed still; after
+# $\tau = \tfrac13$ they are $\tfrac45, \tfrac1{10}, \tfrac1{10}$ and one is enough.
 #
 # Min-p alone is indifferent to what was cut before it. Dividing by the maximum removes the
 # normalization:

@@ -707,10 +707,10 @@ assert (fate_mask.any(1) & fate_same.any(1)).double().mean() > 0.5, (
 #
 # $$ \text{noise} = \mathrm{round}(n \cdot \text{rate}), \qquad \text{spans} = \mathrm{round}(\text{noise}/\text{mean\_span}), $$
 #
-# so that the mean span is what was asked for in every text, not only on average, and only the
-# *arrangement* is random. Two runs may not touch, or they would be one run with two marks. Among
-# all arrangements that are left, draw one, each as likely as any other. That sounds like rejection
-# sampling; it can be done directly.
+# so that the mean span is, up to rounding, what was asked for in every text, not only on average,
+# and only the *arrangement* is random. Two runs may not touch, or they would be one run with two
+# marks. Among all arrangements that are left, draw one, each as likely as any other. That sounds
+# like rejection sampling; it can be done directly.
 #
 # Think of the $n - \text{noise}$ tokens that stay as a row of posts. A run can stand before the
 # first, between two, or after the last: $n - \text{noise} + 1$ places, no two runs in the same one.
@@ -2139,10 +2139,9 @@ checks.gradients(
 # %% [markdown]
 # ## A detector for leaks
 #
-# You have met four masks, three rearrangements and two chains of shifts, and each of them can be
-# off by one. An off-by-one that hides too much costs a little quality. One that shows too much is a
-# **leak**, and looks like success: the loss falls to half of what it should be, and the model
-# writes nonsense.
+# You have met masks, rearrangements and chains of shifts, and each of them can be off by one. An
+# off-by-one that hides too much costs a little quality. One that shows too much is a **leak**, and
+# looks like success: the loss falls to half of what it should be, and the model writes nonsense.
 #
 # Gradients can tell. If the output at position $i$ does not depend on the input at position $j$,
 # the derivative is zero: not small, zero. So feed the model *embeddings*, for which there are
@@ -2867,8 +2866,9 @@ def questions() -> dict[str, float | int | str]:
                3. Of all tokens that the model then reads or writes (inputs and targets together),
                which share is in the targets?
     "memory":  four parallel heads, a batch of 4 sequences of 8192 tokens, a vocabulary of 65536,
-               logits in bfloat16. How many GiB of logits alone (no gradients, no softmax) are not
-               in memory at the same time when the heads are run one after the other?
+               logits in bfloat16. By how many GiB is the peak lower, counting logits alone (no
+               gradients, no softmax), when the heads are run one after the other, each freed
+               before the next?
     "editor":  somebody types at the end of the prefix, and after every character the editor asks
                the model for the middle. Which order lets it keep almost all of its key-value cache
                from one request to the next: "psm" or "spm"?

@@ -264,7 +264,7 @@ checks.number(
         "the forward pass only": 49_152,
         "only the heads of keys": 73_728,
         "leaving out the product with the values": 73_728,
-        "the sequence's own length for config.context, or the square of tokens,": 442_368,
+        "all tokens in place of the sequence's length": 442_368,
     },
 )
 checks.number(result["head"], 23_040, to=0, what="FLOPs of the head", mistakes={"forward": 7680})
@@ -828,11 +828,12 @@ checks.close(
 # the best end wins. The objective above takes thousands of vectors at once; rank them, and run
 # **L-BFGS** from the best few.
 #
-# When does L-BFGS stop? When the objective changes by less than a tolerance, an *absolute* one. The
-# sum over forty runs is about 10⁻³, their mean 2.5·10⁻⁵, and with residuals of a permille less than
-# 10⁻⁶. A default tolerance of 10⁻⁹ is then reached on the first flat stretch. Those who replicated
-# Chinchilla's third fit traced its numbers to an optimizer that had stopped early: it averaged
-# where it meant to add. Set the tolerances yourself.
+# When does L-BFGS stop? When the objective or the step changes by less than a tolerance, or the
+# gradient is below another, *absolute* ones. The sum over forty runs is about 10⁻³, their mean
+# 2.5·10⁻⁵, and with residuals of a permille less than 10⁻⁶. A default tolerance of 10⁻⁹ is then
+# reached on the first flat stretch. Those who replicated Chinchilla's third fit traced its numbers
+# to an optimizer that had stopped early: it averaged where it meant to add. Set the tolerances
+# yourself.
 
 
 # %% exercise="fit_chinchilla" minutes=35 difficulty=3

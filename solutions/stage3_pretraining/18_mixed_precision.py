@@ -1753,7 +1753,7 @@ plot.plt.show()
 # %% [markdown]
 # The remedy is in the picture: shift it. Differentiation is linear, so if the **loss is multiplied
 # by $S$**, every gradient of the backward pass is multiplied by $S$. Before the update, in float32,
-# divide by $S$. For a power of two both are exact.
+# divide by $S$. For a power of two both are exact, as long as nothing over- or underflows.
 #
 # How large should $S$ be? As large as possible, until something overflows. **Dynamic loss scaling**
 # finds out by trying:

@@ -196,8 +196,9 @@ def same_on_all(results: list[Tensor], what: str) -> None:
 # + \underbrace{(p-1)\frac np}_{\text{all-gather}} \;=\; 2\,\frac{p-1}{p}\,n \;<\; 2n . $$
 #
 # **The cost per rank hardly depends on the number of ranks.** All links are busy all the time, and
-# no rank is special. The star sends as much in total, but rank 0 sends half of it. No algorithm
-# makes its busiest rank send less than the ring does (Patarasuk and Yuan prove it).
+# no rank is special. The star sends as much in total, but rank 0 sends half of it. No algorithm in
+# which only ranks add makes its busiest one send less (Patarasuk and Yuan prove it); switches that
+# add, such as NVIDIA's SHARP, can.
 #
 # Since chunk $i$ is added up along one path and then copied, all ranks end with the same bits. That
 # matters: models that differ in the last bit drift apart.
@@ -1298,11 +1299,12 @@ plot.plt.show()
 # | 2 | and gradients | $2+\tfrac{2+12}p$ |
 # | 3 (FSDP) | and weights | $\tfrac{2+2+12}p$ |
 #
-# Stages 1 and 2 cost nothing more on the wire than data parallel. An all-reduce is a reduce-scatter
-# and an all-gather; ZeRO stops after the first half, when rank $r$ has shard $r$ of the mean
-# gradient. It updates shard $r$ of the parameters, with shard $r$ of the moments, and the
-# all-gather then carries *parameters* in place of gradients. Stage 3 gathers weights for the
-# forward and again for the backward pass: $3\tfrac{p-1}p n$ in place of $2\tfrac{p-1}p n$.
+# Stages 1 and 2 cost nothing more on the wire than data parallel (stage 2, where gradients are not
+# accumulated over micro-batches: each would be scattered). An all-reduce is a reduce-scatter and an
+# all-gather; ZeRO stops after the first half, when rank $r$ has shard $r$ of the mean gradient. It
+# updates shard $r$ of the parameters, with shard $r$ of the moments, and the all-gather then
+# carries *parameters* in place of gradients. Stage 3 gathers weights for the forward and again for
+# the backward pass: $3\tfrac{p-1}p n$ in place of $2\tfrac{p-1}p n$.
 
 
 # %% exercise="zero_memory" minutes=6 difficulty=1

@@ -3157,9 +3157,9 @@ for tokens in (64, 256, 1024):
 # %% [markdown]
 # The losses agree: three ways to cut, one computation. Data and tensor parallelism send the same at
 # $12w^2 = 4nw$, that is $n=3w$ tokens, here 192: below it tensor parallelism sends less. Here $n$
-# is what one group works on in a step: for the large job on 512 GPUs 262,144 tokens, ten times $3w
-# = 24{,}576$. There tensor parallelism sends far more, and what it sends is needed *at once*, while
-# gradients travel behind the backward pass. That is why it stays inside a machine. Sequence
+# is what one group works on in a step: for the large job on 512 GPUs 262,144 tokens, over ten times
+# $3w = 24{,}576$. There tensor parallelism sends far more, and what it sends is needed *at once*,
+# while gradients travel behind the backward pass. That is why it stays inside a machine. Sequence
 # parallelism sends what tensor parallelism does, and keeps less; least of all keeps data
 # parallelism, whose ranks see half of the tokens each. (Here the gathered $h$ is kept whole;
 # Megatron keeps a part and gathers once more.) Milliseconds, between processes that share a few

@@ -784,7 +784,8 @@ checks.raises(ValueError, group_advantages, torch.ones(2, 3), "std")
 # with $\nabla d = \nabla\log\pi_\theta(a)$:
 #
 # - $\mathbb{E}[\nabla k_1] = \sum_a \pi_\theta(a)\nabla\log\pi_\theta(a) =
-#   \nabla\sum_a\pi_\theta(a) = 0$. As a loss it does nothing, except noise.
+#   \nabla\sum_a\pi_\theta(a) = 0$. As a loss it does
+#   nothing on policy, except noise.
 # - $\mathbb{E}[\nabla k_2] = \sum_a \pi_\theta\, d\,\nabla\log\pi_\theta$, and this *is*
 #   $\nabla\mathrm{KL}(\pi_\theta\|\pi_{\text{ref}})$: the product rule on $\sum\pi_\theta d$ gives
 #   it plus the zero above.
@@ -1078,8 +1079,8 @@ plot.plt.show()
 # 1+\varepsilon_{\text{high}})A_b\big)\,w_{b,t} + \beta\,k_{b,t} . $$
 #
 # **Two fences.** DAPO raises only the upper one. A token of probability 0.01 is rewarded up to
-# 0.012 under $\varepsilon = 0.2$; one of 0.9 up to 1. The upper fence is what keeps rare tokens
-# rare, and entropy falls.
+# 0.012 under $\varepsilon = 0.2$; one of 0.9 up to 1. The upper fence, DAPO's authors argue, is
+# what keeps rare tokens rare, and entropy falls.
 #
 # **One ratio or many.** The reward belongs to the whole answer. GSPO takes one ratio for it, the
 # geometric mean of its tokens' ratios, $s_b = \exp\big(\frac1{n_b}\sum_t \log\rho_{b,t}\big)$, and
@@ -2447,8 +2448,8 @@ plot.plt.show()
 # *Entropy* falls to less than half: a policy that is paid for one answer stops writing others. *The
 # share of groups with a gradient* behaved differently from seed to seed. Where the start was good
 # it fell; where it was poor, words that began to succeed now and then made up for those that always
-# did. It can reach nothing before every word is right: words that are always wrong teach as little
-# as those that are always right.
+# did. The share can be 0 long before every word is right: words that are always wrong teach as
+# little as those that are always right.
 #
 # *Length* moves by less than half a token, since the task fixes it: nothing here grows as R1's
 # answers did.
@@ -2480,8 +2481,8 @@ def questions() -> dict[str, float | str]:
                  one gets how many times the push on a token of the short one?
     "draws":     success rate 0.9, groups of 8, independent answers. How many groups does dynamic
                  sampling draw for each that it keeps, on average?
-    "estimate":  which estimate, as a loss on policy, has the mean gradient of KL(ref‖π): "k1",
-                 "k2", "k3" or "k3_corrected"?
+    "estimate":  as a loss, on tokens of the policy's own: which estimate has, on average, the
+                 gradient of KL(ref‖π): "k1", "k2", "k3" or "k3_corrected"?
     "cut":       an answer is cut by the length limit after 3 tokens. All rewards are 0, the critic
                  says 0.2, 0.4, 0.5 before the tokens and 0.6 after the last; γ = λ = 1. The
                  critic's target for the first state?
@@ -2575,8 +2576,9 @@ checks.number(
 ### END HIDDEN TESTS
 
 # %% [markdown]
-# **Open question 1.** With `updates=1` and `beta=0` the value of GRPO's loss is 0 at every step, up
-# to rounding. Yet the policy learns. Why, and what would you plot instead of the loss?
+# **Open question 1.** With `updates=1`, `beta=0` and the average by sequence the value of GRPO's
+# loss is 0 at every step, up to rounding. Yet the policy learns. Why, and what would you plot
+# instead of the loss?
 
 # %% [markdown] answer="zero-loss"
 # Before the first update all ratios are 1, so the loss of an answer is minus its advantage, and the

@@ -431,20 +431,20 @@ for beta in (0.0, -0.1):
 #
 # $$ r(x, y) = \beta\log\frac{\pi^*(y\mid x)}{\pi_{ref}(y\mid x)} + \beta\log Z(x). $$
 #
-# Every policy that can give what the reference can is thus optimal for *some* reward, which it
-# names itself. The step that people skip: $Z(x)$ cannot be computed, but no answer $y$ occurs in
-# it. In the Bradley–Terry model $p(y_w \succ y_l) = \sigma(r(x,y_w) - r(x,y_l))$ only the
-# difference of two answers to one prompt counts, and $Z(x)$ leaves.
+# Every policy that can give what the reference can, and nothing else, is thus optimal for *some*
+# reward, which it names itself. The step that people skip: $Z(x)$ cannot be computed, but no answer
+# $y$ occurs in it. In the Bradley–Terry model $p(y_w \succ y_l) = \sigma(r(x,y_w) - r(x,y_l))$ only
+# the difference of two answers to one prompt counts, and $Z(x)$ leaves.
 #
 # **Step 3: fit it.** Put $\pi$ for $\pi^*$ and take the negative log-likelihood:
 #
 # $$ L_{DPO} = -\log\sigma(h),\qquad h = \hat r(x, y_w) - \hat r(x, y_l),\qquad
 #    \hat r(x,y) = \beta\log\frac{\pi(y\mid x)}{\pi_{ref}(y\mid x)}. $$
 #
-# **Noisy labels.** If a share ε of the labels is flipped, $-\log\sigma(h)$ drives $h$ of a pair
-# that has one label to infinity, be it clean or flipped. **cDPO** mixes the two labels:
-# $(1-\varepsilon)(-\log\sigma(h)) + \varepsilon(-\log\sigma(-h))$, whose minimum is finite, where
-# $\sigma(h) = 1-\varepsilon$. **Robust DPO** subtracts instead:
+# **Noisy labels.** If a share ε of the labels is flipped, $-\log\sigma(h)$ drives the $h$ of a pair
+# that has one label, be it clean or flipped, to infinity, as far as $h$ is free. **cDPO** mixes the
+# two labels: $(1-\varepsilon)(-\log\sigma(h)) + \varepsilon(-\log\sigma(-h))$, whose minimum is
+# finite, where $\sigma(h) = 1-\varepsilon$. **Robust DPO** subtracts instead:
 # $[(1-\varepsilon)(-\log\sigma(h)) - \varepsilon(-\log\sigma(-h))]/(1-2\varepsilon)$. Over flips
 # its expectation is the clean loss, so it is unbiased, and it has no finite minimum. Both go by the
 # name "label smoothing" in libraries. This lesson takes cDPO.

@@ -1899,9 +1899,8 @@ assert made.largest < 8 * 96 * 128, (
 # the months, and to copy digits. Forty steps of Adam on 16 examples each; the loss is that of the
 # answers' tokens, on 200 dates that were not trained on.
 #
-# Six ways: all 688,800 parameters; the matrices of the blocks in full, with embedding and norms
-# frozen; LoRA on these same matrices at ranks 1 to 64; QLoRA; and a prefix of 16 tokens' keys and
-# values.
+# Six ways: all 688,800 parameters; the blocks in full, with embedding and last norm frozen; LoRA on
+# their matrices at ranks 1 to 64; QLoRA; and a prefix of 16 tokens' keys and values.
 
 
 # %% tags=["experiment"]
@@ -2010,8 +2009,8 @@ ax.set(
 ax.legend()
 plot.caption(
     fig,
-    "`tiny`, the same 21 matrices trained in full or through adapters. Both losses fall with the "
-    "rate until training breaks; in full it breaks earlier.",
+    "`tiny`: its three blocks in full, or adapters on their 21 matrices. Both losses "
+    "fall with the rate until training breaks; in full it breaks earlier.",
 )
 plot.plt.show()
 

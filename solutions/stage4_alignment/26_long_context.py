@@ -969,7 +969,7 @@ assert float(apart[-200:].min()) < float(apart[:10].mean()), (
 # sum, then without it every other weight is multiplied by $1/(1-0.9) = 10$.
 #
 # **StreamingLLM** keeps the first few tokens for good (4 do) beside the window. The second half of
-# the idea is about positions: count them *inside the cache*. If it holds fewer than $L$ tokens, no
+# the idea is about positions: count them *inside the cache*. If it holds at most $L$ tokens, no
 # position leaves the trained range, whatever the length of the text. So keys are cached *unrotated*
 # and turned at every step by the place where they now stand.
 

@@ -1865,6 +1865,7 @@ assert made.largest <= 2 * 256 * 8, (
 #   $p$ overflows: a padded key's score is 0, and $2^{0 - L_2}$ is infinite when the row's real
 #   scores are all low ($L < -89$). So is $p$ of a key above the diagonal with a huge score. Then
 #   $\infty \cdot 0$ is NaN. Choose with `where`; trust neither the zero nor a product with a mask.
+#   (In the kernel of dk and dv a padded key's $p$ reaches only its own rows, which are not stored.)
 #
 # ### Exercise · dq
 

@@ -368,8 +368,8 @@ for dtype in (torch.float16, torch.bfloat16):
 # integer sums: $\sum_k \Delta_x c^x_k\,\Delta_w c^w_k = \Delta_x\Delta_w \sum_k c^x_k c^w_k$. With
 # zero points three correction terms would join in.
 #
-# Weights of a trained layer are nearly symmetric around 0, so at 8 bits nothing is lost. At 2 bits
-# it leaves three of four levels.
+# Weights of a trained layer are nearly symmetric around 0, so at 8 bits next to nothing is lost. At
+# 2 bits it leaves three of four levels.
 #
 # ### Exercise · Without a zero point
 
@@ -887,8 +887,8 @@ def gptq(
         `layer_hessian` returns it, not 0; both unchanged. Everything is computed in float64; scale
         is returned in float32 (in float64 for float64 weights).
     group: columns to a scale; it divides columns. block: columns to a block; the last may be
-        shorter, and a block of more than all columns counts as one of all. After that both are at
-        least 1, and one divides the other. ValueError where it is not so.
+        shorter, and a block of more than all columns counts as one of all. ValueError unless both,
+        the block so cut, are at least 1 and one divides the other.
 
     First: the weights of a column whose hessian diagonal is 0 count as 0. Then damp times the mean
     of the diagonal, as given, is added to the diagonal (H is invertible by then), U is the upper
@@ -1173,11 +1173,11 @@ def awq_search(
 
     weight: (rows, columns); x: (tokens, columns), its inputs; any floating formats, both unchanged.
     Computed in float64. Candidates: alpha = i / grid for i = 0 … grid − 1. Each has scales s
-    (columns,): the mean magnitude of each channel of x to the power alpha, but at least 1e-4, then
-    divided by the root of (largest s · smallest s). weight · s is rounded with `quantize_affine`,
-    read back, and divided by s; the candidate's error is the sum of squares of the change in x @
-    weight.T. Returns the s, float32 (float64 for float64 weights), and the alpha, a float, of the
-    candidate with the smallest error; of equally good ones, the smallest alpha.
+    (columns,): the mean magnitude of each channel of x, to the power alpha; this power, but at
+    least 1e-4, then divided by the root of (largest s · smallest s). weight · s is rounded with
+    `quantize_affine`, read back, and divided by s; the candidate's error is the sum of squares of
+    the change in x @ weight.T. Returns the s, float32 (float64 for float64 weights), and the alpha,
+    a float, of the candidate with the smallest error; of equally good ones, the smallest alpha.
 
     grid=1 gives s = 1 and alpha = 0.
     """

@@ -1855,11 +1855,11 @@ plot.caption(
 plot.plt.show()
 
 # %% [markdown]
-# **What came out.** (What is said here held for each of five seeds.) Every signal wins back most of
-# the text, within two dozen steps. On held-out text the teacher's probabilities beat the text's own
-# tokens, as soft labels should, and on-policy learning alone is behind both: the damaged student
-# writes rubbish at first, and the teacher's opinion of rubbish teaches little about good text. That
-# measure favors those who trained on such text, too.
+# **What came out.** (What is said here held for each of five seeds, where nothing else is said.)
+# Every signal wins back most of the text, within two dozen steps. On held-out text the teacher's
+# probabilities beat the text's own tokens, as soft labels should, and on-policy learning alone is
+# behind both: the damaged student writes rubbish at first, and the teacher's opinion of rubbish
+# teaches little about good text. That measure favors those who trained on such text, too.
 #
 # On what the student itself writes the order is another. On-policy learning alone beats the hard
 # labels there, in most seeds the teacher's probabilities too, in spite of its bad start. Half of

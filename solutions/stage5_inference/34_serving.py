@@ -1705,6 +1705,7 @@ class Texts:
         self.tokenizer, self.bytes, self.stop = tokenizer, token_bytes(tokenizer), tokenizer.eos
 
     def prompt(self, messages: list[Message]) -> list[int]:
+        """Never empty: texts begin with the token that ends one."""
         text = "".join(message.content for message in messages)
         return [self.stop, *self.tokenizer.encode(text)]
 

@@ -693,6 +693,10 @@ def gradient_kernel(
         gradient = tl.where(kept, tl.where(cols == target, q - scale, q), 0.0)
         tl.store(start_of_row + cols, gradient, mask=cols < vocab)
 
+# %% wrong="gradient_kernel" because="exp(x − (m + log l)) loses the digits of log l at large logits"
+- gradient = tl.exp(x - m) / l - tl.where(start + cols == target, 1.0, 0.0)
++ gradient = tl.exp(x - (m + tl.log(l))) - tl.where(start + cols == target, 1.0, 0.0)
+
 # %% wrong="key_questions" because="bits"
 - "start": math.log(50257),
 + "start": math.log2(50257),

@@ -1056,6 +1056,12 @@ def moe_numbers():
 - load = load.detach().double()
 + load = load.detach().float()
 
+# %% wrong="update_bias" because="the mean of counts is rounded down"
+- load = load.detach().double()
+- return bias.detach() + rate * (load.mean() - load).sign().to(bias.dtype)
++ mean = load.mean() if load.is_floating_point() else load.sum() // len(load)
++ return bias.detach() + rate * (mean - load).sign().to(bias.dtype)
+
 # %% wrong="feed_forward" because="the gates are detached"
 - coefficients = F.relu(match) if gates is None else F.silu(x @ gates.T) * match
 + coefficients = F.relu(match) if gates is None else F.silu(x @ gates.T).detach() * match
@@ -1064,6 +1070,11 @@ def moe_numbers():
 - acc = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
 + for acc in [tl.zeros((BLOCK_M, BLOCK_N), tl.float32)]:
 +     w_ptrs = w_ptrs
+
+# %% wrong="grouped_gemm" because="each block's product is rounded to the tensors' format before it is added"
+- acc = tl.dot(tl.load(x_ptrs), tl.load(w_ptrs), acc, input_precision="ieee")
++ part = tl.dot(tl.load(x_ptrs), tl.load(w_ptrs), input_precision="ieee")
++ acc += part.to(x_ptr.dtype.element_ty)
 
 # %% wrong="feed_forward" because="SiLU as g exp(g) / (1 + exp(g)): inf / inf for large g"
 - coefficients = F.relu(match) if gates is None else F.silu(x @ gates.T) * match
@@ -1093,6 +1104,12 @@ def moe_numbers():
 # %% wrong="top_k_router" because="1e-20 is added to the sum of the weights"
 - return weights / weights.sum(-1, keepdim=True) if renormalize else weights, indices
 + return weights / (weights.sum(-1, keepdim=True) + 1e-20) if renormalize else weights, indices
+
+# %% wrong="top_k_router" because="the bias is subtracted again from the biased scores: NaN where it is −inf"
+- weights = scores.gather(-1, indices)
++ weights = choose_by.gather(-1, indices)
++ if bias is not None:
++     weights = weights - bias.expand_as(scores).gather(-1, indices)
 
 # %% wrong="moe_forward" because="dropped choices go to expert 0 with weight 0"
 - chosen = indices.reshape(-1)
