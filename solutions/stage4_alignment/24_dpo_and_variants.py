@@ -1162,6 +1162,10 @@ for with_reference, custom in [(False, False), (True, False), (True, True)]:
         hint="A stale .grad must not count, nor may the reference move",
     )
     assert not model.training, "the model was in eval mode and is in training mode afterwards."
+# All answers alike: the gap is exactly 0, in whatever order it is computed.
+table = torch.zeros(3, 5, dtype=torch.float64)
+first = train_dpo(bandit(table), bandit_batches(x, won, lost, 6), lr=0.05)[0]
+checks.close(first["accuracy"], 0.0, what="accuracy where all gaps are 0", hint="A gap > 0 counts")
 assert train_dpo(model, [], lr=0.1) == [], "no batches: an empty list"
 ### END HIDDEN TESTS
 

@@ -2181,9 +2181,10 @@ checks.close(
 # padding comes after splicing.
 #
 # Three things can go wrong without an error, and have: labels that are not shifted along with the
-# inputs (every target after the image is then off by the image's length); image positions that keep
-# a label, so that the model is asked to predict a vector that is no word; and a count that does not
-# match, after which the second image of a batch answers the first one's question.
+# inputs (every target after the image is then off by the image's length, less the placeholder's
+# one); image positions that keep a label, so that the model is asked to predict a vector that is no
+# word; and a count that does not match, after which the second image of a batch answers the first
+# one's question.
 
 
 # %% exercise="splice_image_tokens" minutes=25 difficulty=2

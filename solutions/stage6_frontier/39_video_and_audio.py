@@ -40,8 +40,8 @@
 # frame, then along each place, costs a fraction and still connects everything.
 #
 # **Transport noise.** **Flow matching** learns a velocity field that carries noise to data. It is
-# trained on straight lines; the paths of its flow bend, but so little that a few steps follow them.
-# The network is a Transformer whose norms are steered by the time and the label.
+# trained on straight lines; the paths of its flow bend, but little: tens of steps follow them. The
+# network is a Transformer whose norms are steered by the time and the label.
 #
 # **Mask instead of noise.** For text the noise is a mask. **Masked diffusion** trains on any share
 # of masks at once, and fills many places in one pass.
@@ -104,8 +104,8 @@ def chirp(low: float, high: float, seconds: float) -> Tensor:
 
 
 def vowel(name: str, pitch: float, seconds: float, size: float = 1.0) -> Tensor:
-    """Pulses at `pitch` Hz through the formants of a vowel, times `size` (a small mouth resonates
-    higher): (samples,)."""
+    """Pulses at `pitch` Hz through the formants of a vowel, times `size` (above 1 is a smaller
+    mouth, which resonates higher): (samples,)."""
     samples = round(seconds * SAMPLE_RATE)
     pulses = torch.zeros(samples)
     pulses[torch.arange(0, samples, SAMPLE_RATE / pitch).long()] = 1.0
@@ -2584,8 +2584,8 @@ plot.plt.show()
 #
 # $$ \int_0^1 \frac1t\,t^m(1-t)^{n-m}\,dt = \frac{(m-1)!\,(n-m)!}{n!} = \frac1{m\binom nm}. $$
 #
-# A BERT with a fixed share of masks has no such weights, and its loss bounds nothing. What this one
-# bounds, and how closely, comes after the exercise.
+# A BERT with a fixed share of masks has no such weights, and its loss does not bound the text's
+# surprise. What this one bounds, and how closely, comes after the exercise.
 
 
 # %% exercise="masked_diffusion_loss" minutes=15 difficulty=2
@@ -2774,7 +2774,7 @@ def exact_bound(model: Callable[[Tensor], Tensor], tokens: Tensor, mask_id: int)
 
     tokens: (batch, length), int64, length from 1 to 10, none of them mask_id. model as in
     `masked_diffusion_loss`, its logits float32 or float64; it may be called as often as you like,
-    on (rows, length) tokens.
+    each time on (batch, length) tokens: row b is row b of tokens, with masks.
 
     For each row the sum, over all non-empty sets M of places, of 1 / (m·C(length, m)) times
     Σ −log p(token i | the row with M masked) over i in M, where m is M's size. This is length times

@@ -87,8 +87,8 @@ for n in (1, 5, 25, 125):
 # Two things follow. The vote goes to the *likeliest* answer, and it need not be likelier than one
 # half: 0.3 wins against seven wrong answers with 0.1 each. And $a^*$ need not be right. Voting
 # turns, ties aside, questions whose mode is right into certain successes and all others into
-# certain failures; its limit is the share of questions whose mode is right, and no number of
-# samples passes it.
+# certain failures: with more and more samples it comes to the share of questions whose mode is
+# right, from below or from above.
 #
 # **Best-of-n** needs a score for each answer: from a verifier, a reward model, a test suite. With a
 # perfect score it succeeds as soon as one sample is right, with probability $1-(1-p)^n$. A
@@ -2325,7 +2325,8 @@ plot.plt.show()
 #
 # Subtract the fixed point $p^* = r/(r+w)$ on both sides, and the distance to it shrinks by the same
 # factor each time: $p_m - p^* = (1-r-w)^m\,(p_0-p^*)$. So waiting helps where $p_0 < r/(r+w)$, that
-# is where the model *notices* its mistakes more than it doubts what is right.
+# is where the mistakes that the model mends, $r(1-p_0)$, are more than the right answers that it
+# spoils, $w p_0$.
 
 
 # %% exercise="force_thinking" minutes=20 difficulty=2 path="more"

@@ -334,6 +334,10 @@ def train_dpo(model, batches, *, lr, beta=0.1, reference=None, objective=None):
         )
     return history
 
+# %% wrong="train_dpo" because="a gap of 0 counts as a pair ordered rightly"
+- "accuracy": (gap > 0).double().mean().item(),
++ "accuracy": (gap >= 0).double().mean().item(),
+
 # %% wrong="ipo_loss" because="a target of 1/tau"
 - return (chosen - rejected - 1 / (2 * tau)).square().mean()
 + return (chosen - rejected - 1 / tau).square().mean()
