@@ -288,6 +288,7 @@ cases = []
 for shape, dtype in (((2, 3), torch.float64), ((4,), torch.bfloat16), ((), torch.float32)):
     x = torch.randn(1, *shape, generator=g).to(dtype).expand(3, *shape)
     drawn = torch.randint(-9, 9, (2, 3, *shape), generator=g).to(dtype)
+    drawn = drawn / 3 if dtype == torch.float64 else drawn  # thirds have all its digits
     cases += [(copy_to_ranks, x, drawn[0]), (sum_over_ranks, drawn[1], drawn[0][:1].expand_as(x))]
 uneven = torch.randn(3, 3, 5, generator=g)
 cases += [  # not contiguous, and expanded
@@ -2009,9 +2010,12 @@ flat = draw_exchange((2, 3), [[3, 0, 2], [1, 4, 0], [2, 2, 2]])
 flat[0][1] = flat[0][1].flip(0).transpose(1, 2).contiguous().transpose(1, 2)  # not contiguous
 
 
-def wrong_counts(rank: int) -> None:
+def wrong_counts_and_a_sum(rank: int) -> None:
     checks.raises(ValueError, exchange, torch.ones(3, 1), [1, 1, 0])
     checks.raises(ValueError, exchange, torch.ones(3, 1), [3])
+    leaf = torch.ones(3, 2, requires_grad=True)
+    exchange(leaf, [1, 1, 1])[0].sum().backward()  # the gradient that comes is one number, expanded
+    checks.close(leaf.grad, torch.ones(3, 2), what="the gradient of a sum")
 
 
 compare_exchange(
@@ -2022,7 +2026,7 @@ compare_exchange(
     draw_exchange((4,), [[8, 0, 0], [3, 0, 0], [1, 0, 0]], dtype=torch.bfloat16),  # all to rank 0
     draw_exchange((2,), [[2, 1, 3], [0, 3, 3], [2, 4, 0]], dtype=torch.int64),
     draw_exchange((3,), [[1, 4], [2], [5, 0]], ((0, 2), (1,))),
-    also=wrong_counts,
+    also=wrong_counts_and_a_sum,
 )
 
 

@@ -2816,6 +2816,17 @@ checks.close(
     mistakes={"nats a token": torch.full((2,), math.log(2))},
 )
 ### BEGIN HIDDEN TESTS
+def surprised(inputs: Tensor) -> Tensor:
+    """As `guess` at masks; a token that it can see has probability 0."""
+    return torch.zeros(*inputs.shape, 3).scatter(-1, inputs[..., None], -torch.inf)
+
+
+checks.close(
+    exact_bound(surprised, torch.tensor([[0, 1, 1], [1, 1, 0]]), 2),
+    torch.full((2,), 3 * math.log(2)),
+    what="the bound of a model that gives tokens it sees probability 0",
+    hint="Places outside M do not count: 0 · ∞ is NaN, so leave them out",
+)
 g = checks.generator(25)
 
 

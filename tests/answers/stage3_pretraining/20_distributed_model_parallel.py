@@ -71,6 +71,41 @@ class Kept(torch.autograd.Function):
     def backward(ctx, dy):
         return dy, None
 
+# %% wrong="conjugate_operators" because="float64 is summed in float32"
+def _total(t, group):
+    total = t.detach().float().clone(memory_format=torch.contiguous_format)
+    dist.all_reduce(total, group=group)
+    return total.to(t.dtype)
+
+
+class CopyToRanks(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x, group):
+        ctx.group = group
+        return x.view_as(x)
+
+    @staticmethod
+    def backward(ctx, dy):
+        return _total(dy, ctx.group), None
+
+
+class SumOverRanks(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x, group):
+        return _total(x, group)
+
+    @staticmethod
+    def backward(ctx, dy):
+        return dy, None
+
+
+def copy_to_ranks(x, group=None):
+    return CopyToRanks.apply(x, group)
+
+
+def sum_over_ranks(x, group=None):
+    return SumOverRanks.apply(x, group)
+
 # %% wrong="parallel_linears" because="the bias is added on every rank before the sum"
 - y = sum_over_ranks(F.linear(x, self.weight), self.group)
 - return y if self.bias is None else y + self.bias
@@ -806,6 +841,13 @@ def exchange(rows, counts, group=None):
     dist.all_gather(table, torch.tensor(counts), group=group)
     take = [int(line[dist.get_rank(group)]) for line in table]
     return Swap.apply(rows, list(counts), take, group), take
+
+# %% wrong="exchange" because="an expanded gradient is sent as it lies"
+- return moved(gradient, *ctx.way), None, None, None
++ give, take, group = ctx.way
++ received = gradient.new_empty(sum(take), *gradient.shape[1:])
++ dist.all_to_all_single(received, gradient, take, give, group=group)
++ return received, None, None, None
 
 # %% wrong="ulysses_attention" because="keys and values are gathered"
 def ulysses_attention(q, k, v, attend, group=None):

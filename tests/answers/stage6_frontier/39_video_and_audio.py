@@ -1217,6 +1217,11 @@ def exact_bound(model, tokens, mask_id):
             inputs[:, place] = tokens[:, place]
     return total
 
+# %% wrong="exact_bound" because="places that are seen are multiplied by 0, which is NaN where they have probability 0"
+- nats = -log_p.gather(-1, tokens[..., None])[..., 0][:, list(places)].sum(1)
++ hidden = torch.zeros(length).index_fill(0, torch.tensor(places), 1.0)
++ nats = (-log_p.gather(-1, tokens[..., None])[..., 0] * hidden.to(log_p)).sum(1)
+
 # %% wrong="sample_masked" because="always random"
 - if remasking == "random":
 + if True:
