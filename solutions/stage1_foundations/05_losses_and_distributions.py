@@ -1934,7 +1934,7 @@ for rows, vocab, block, ignored in [
     logits = checks.randn(rows, vocab, generator=g, scale=3.0)
     targets = torch.randint(0, vocab, (rows,), generator=g).to(profile.device)
     targets[0] = vocab - 1
-    logits[0, -1] = logits[0].min() - 1  # where all losses are tiny, nothing can be relative to them
+    logits[0, -1] = logits[0].min() - 1  # were all losses tiny, nothing could be relative to them
     if rows > 2:
         targets[2] = ignored
     check_losses(
