@@ -267,7 +267,7 @@ def rms_norm(x: Tensor, weight: Tensor | None = None, eps: float = 1e-6) -> Tens
 
     x: (..., D), any floating format and any strides. weight: (D,), or None for 1. Returns (..., D)
     in x's dtype. float16 and bfloat16 are computed in float32; float64 stays float64. A row of
-    zeros gives zeros. x is not changed. Without PyTorch's own RMS or layer norm.
+    zeros gives zeros (where eps > 0). x is not changed. Without PyTorch's own RMS or layer norm.
     """
     ### BEGIN SOLUTION
     wide = x if x.dtype == torch.float64 else x.float()

@@ -1903,7 +1903,8 @@ def group_limit(scores: Tensor, groups: int, keep: int) -> Tensor:
     Returns (tokens, num_experts), bool.
     scores: (tokens, num_experts), bias included; group j holds num_experts / groups consecutive
     experts, at least two. A group is worth the sum of its two largest scores. Scores are finite,
-    and no two groups are worth the same. ValueError if num_experts is not a multiple of groups.
+    and no two groups are worth the same. keep is from 1 to groups, not checked. ValueError if
+    num_experts is not a multiple of groups.
     """
     ### BEGIN SOLUTION
     experts = scores.shape[-1]

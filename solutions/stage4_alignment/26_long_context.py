@@ -383,7 +383,7 @@ def yarn_frequencies(
         dim − 1; where high equals low, 0.001 is added to high (in no check is it below low). Pairs
         up to low keep their frequency, pairs from high on have it divided by scale.
     ramp "rotations": linear in the turns r = trained·ω/2π between beta_slow (divided by scale) and
-        beta_fast (kept); `truncate` means nothing.
+        beta_fast (kept), which is larger; `truncate` means nothing.
     The factor is 0.1·ln(scale) + 1, for both. ValueError for another ramp or a scale below 1.
 
     yarn_frequencies(8, 10_000.0, 4.0, 512): low = 0, high = 2, frequencies [1, 0.0625, 0.0025,

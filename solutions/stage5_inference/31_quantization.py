@@ -696,7 +696,8 @@ def smoothquant_scales(x_absmax: Tensor, weights: Sequence[Tensor], alpha: float
     """s of SmoothQuant, for all matrices that read the same inputs.
 
     x_absmax: (columns,), the largest magnitude of each channel of the inputs. weights: one or more
-    matrices (any rows, columns). alpha: 0 to 1. All of one floating format, and so is the result.
+    matrices (any rows, columns). alpha: 0 to 1. All of one floating format, and so is the result;
+    computed in it, or wider.
     Returns (columns,): x_absmax**alpha / w_absmax**(1 − alpha), where w_absmax is the largest
     magnitude in a column of all weights, but at least 1e-5; and no s below 1e-5. 0**0 is 1.
     """

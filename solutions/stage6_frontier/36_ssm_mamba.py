@@ -1075,7 +1075,7 @@ def compose(first: Pair, second: Pair) -> Pair:
     """The step (a, b), meaning h → a·h + b, that does `first` and after it `second`.
 
     first, second: (a, b), tensors that broadcast, of any dtype, complex too. Returns (a, b), of
-    which h → a·h + b is the whole; b has the common shape, a may. Changes no input.
+    which h → a·h + b is the whole; their shapes broadcast to the common one. Changes no input.
     """
     ### BEGIN SOLUTION
     (a_1, b_1), (a_2, b_2) = first, second
