@@ -2134,19 +2134,21 @@ assert losses[-1] < 0.6 * losses[0], (
     "the weights?"
 )
 ### BEGIN HIDDEN TESTS
-ends = {False: 0.0, True: 0.0}
-for _ in range(2):
-    goal, first = Small(gen)(tokens).detach(), Small(gen)
+ends = []
+for _ in range(3):
+    goal, first, end = Small(gen)(tokens).detach(), Small(gen), {}
     for rounds in (False, True):
         model = Small(torch.Generator().manual_seed(1))
         model.load_state_dict(first.state_dict())
         for step in range(80):
             y = qat_forward(model, tokens, 2, 12) if rounds else model(tokens)
             descend(model, F.mse_loss(y, goal), step)
-        ends[rounds] += float(F.mse_loss(replaced(model, 2, 12)(tokens), goal).detach())
-assert ends[True] < 0.9 * ends[False], (
-    f"rounded to 2 bits at the end, models trained with rounded weights have loss "
-    f"{ends[True]:.3f}, those trained without {ends[False]:.3f}"
+        end[rounds] = float(F.mse_loss(replaced(model, 2, 12)(tokens), goal).detach())
+    ends.append((end[True], end[False]))
+better = sum(trained < 0.9 * without for trained, without in ends)
+assert better >= 2, (  # one of several hundred toys gets stuck
+    f"rounded to 2 bits at the end, {better} of 3 models trained with rounded weights have less "
+    f"loss than those trained without: {', '.join(f'{a:.3f} against {b:.3f}' for a, b in ends)}"
 )
 ### END HIDDEN TESTS
 
