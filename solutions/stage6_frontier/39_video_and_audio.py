@@ -2815,6 +2815,8 @@ checks.close(
     what="the bound of a model that guesses, three tokens",
     mistakes={"nats a token": torch.full((2,), math.log(2))},
 )
+
+
 ### BEGIN HIDDEN TESTS
 def surprised(inputs: Tensor) -> Tensor:
     """As `guess` at masks; a token that it can see has probability 0."""
