@@ -81,6 +81,8 @@ def _patch_language_once() -> None:
     helper, tl.sum too: a sixth of a lesson's time. What is patched already is left as it is."""
     from triton.runtime import interpreter
 
+    if not hasattr(interpreter, "_LangPatchScope"):  # another Triton, which does it another way
+        return
     patch, language = interpreter._patch_lang, triton.language
 
     def patch_once(fn: Any) -> Any:

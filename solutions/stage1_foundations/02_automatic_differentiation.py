@@ -1186,7 +1186,7 @@ def fit(images: np.ndarray, labels: np.ndarray, seed: int = 0):
     images: (N, 64), pixels from 0 to 1. labels: (N,), digits. Returns a function from images
     (M, 64) to digits (M,). All chance comes from np.random.default_rng(seed): the same seed gives
     the same predictions, another seed others. At least 95 % of unseen digits are typical; 90 % are
-    asked for, on average over two seeds.
+    asked for.
     """
     ### BEGIN SOLUTION
     rng = np.random.default_rng(seed)
@@ -1238,21 +1238,20 @@ assert accuracy >= 0.90, (
 )
 ### BEGIN HIDDEN TESTS
 # Other labels for the same pictures: the answer must follow the data, and the seed.
-turn, right = (digits + 3) % 10, []
+turn = (digits + 3) % 10
 for seed, names in [(checks.seed(), digits), (checks.seed() + 1, turn)]:
     predict = fit(pictures[~held_out], names[~held_out], seed=seed)
     guess = np.asarray(predict(pictures[held_out]))
     assert guess.shape == (held_out.sum(),), (
         f"the prediction has shape {guess.shape}, it should be one digit for each picture."
     )
-    right.append(float((guess == names[held_out]).mean()))
+    accuracy = float((guess == names[held_out]).mean())
+    assert accuracy >= 0.90, (
+        f"seed {seed}: {accuracy:.1%} of the unseen digits are right; at least 90 % are asked for."
+    )
     assert len(predict(pictures[:1])) == 1, "one picture alone gets one digit."
     alone = np.concatenate([predict(pictures[held_out][i : i + 1]) for i in range(40)])
     assert (alone == guess[:40]).all(), "a picture's digit depends on the others in the call."
-assert sum(right) / 2 >= 0.90, (
-    f"with two seeds, and other labels the second time, {right[0]:.1%} and {right[1]:.1%} of the "
-    "unseen digits are right; at least 90 % are asked for, on average."
-)
 # Law: the pictures that a linear map takes for one digit form a convex set; ReLU bends it.
 corners = np.random.default_rng(checks.seed()).integers(0, 2, (10_000, 64)).astype(float)
 guess = np.asarray(predict(corners))

@@ -2385,13 +2385,17 @@ assert texts == alone, (
 )
 ### BEGIN HIDDEN TESTS
 g = checks.generator(31)
-for salt in (32, 33, 34):
+tested = 0
+for salt in range(32, 40):
+    if tested == 3:
+        break
     model = random_model(salt)
     lengths = [int(n) for n in torch.randint(1, 12, (5,), generator=g)]
     prompts = [torch.randint(0, 40, (n,), generator=g).tolist() for n in lengths]
     alone = [without_cache(model, prompt, 9) for prompt in prompts]
-    if len({tuple(text) for text in alone}) == 1:  # once in a thousand draws: it tells nothing
+    if len({tuple(text) for text in alone}) == 1:  # a model that always writes the same
         continue
+    tested += 1
     with checks.kept(model):
         texts = generate(model, prompts, 9)
     assert texts == alone, (

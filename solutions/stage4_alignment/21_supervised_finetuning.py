@@ -855,7 +855,7 @@ for sizes, extra, world in [
     assert model.unused.grad is None, "a parameter that no loss reaches got a gradient"
     for p, expected in zip(live, due, strict=True):
         old = 0.5 if p is first else 0.0
-        checks.close(p.grad, expected + old, what="a parameter's gradient", rtol=1e-7, atol=1e-12)
+        checks.close(p.grad, expected + old, what="a parameter's gradient", rtol=1e-7, atol=1e-15)
 # One graph at a time: six micro-batches keep no more for backward than one does.
 most = {}
 for count in (1, 6):
@@ -909,7 +909,7 @@ for world in (2, 3):
     ]
     for found, expected in zip(averaged, due, strict=True):
         what = f"the gradient averaged over {world} ranks"
-        checks.close(found, expected, what=what, rtol=1e-7, atol=1e-12)
+        checks.close(found, expected, what=what, rtol=1e-7, atol=1e-15)
 ### END HIDDEN TESTS
 
 # %% [markdown]

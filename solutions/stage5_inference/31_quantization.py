@@ -2145,10 +2145,11 @@ for _ in range(3):
             descend(model, F.mse_loss(y, goal), step)
         end[rounds] = float(F.mse_loss(replaced(model, 2, 12)(tokens), goal).detach())
     ends.append((end[True], end[False]))
-better = sum(trained < 0.9 * without for trained, without in ends)
+better = sum(trained < 0.75 * without for trained, without in ends)
 assert better >= 2, (  # one of several hundred toys gets stuck
-    f"rounded to 2 bits at the end, {better} of 3 models trained with rounded weights have less "
-    f"loss than those trained without: {', '.join(f'{a:.3f} against {b:.3f}' for a, b in ends)}"
+    f"rounded to 2 bits at the end, {better} of 3 models trained with rounded weights have a "
+    "quarter less loss than those trained without: "
+    + ", ".join(f"{trained:.3f} against {without:.3f}" for trained, without in ends)
 )
 ### END HIDDEN TESTS
 

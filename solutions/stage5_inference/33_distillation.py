@@ -254,7 +254,7 @@ for batch, seq, vocab, tau, alpha in [
             what=f"the loss of {batch} × {seq} tokens, τ {tau:g}, alpha {alpha:g}",
             dtype=dtype,
             rtol=1e-9 if dtype == torch.float64 else 2e-5,
-            atol=1e-12 if dtype == torch.float64 else 2e-6,  # logarithms that nearly cancel
+            atol=1e-15 if dtype == torch.float64 else 1e-6,  # logarithms that nearly cancel
             mistakes={
                 "KL(student‖teacher)": alpha * tau**2 * wrong + (1 - alpha) * hard,
                 "alpha on the hard part": (1 - alpha) * tau**2 * soft + alpha * hard,

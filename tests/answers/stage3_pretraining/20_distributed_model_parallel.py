@@ -72,39 +72,12 @@ class Kept(torch.autograd.Function):
         return dy, None
 
 # %% wrong="conjugate_operators" because="float64 is summed in float32"
-def _total(t, group):
-    total = t.detach().float().clone(memory_format=torch.contiguous_format)
-    dist.all_reduce(total, group=group)
-    return total.to(t.dtype)
-
-
-class CopyToRanks(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx, x, group):
-        ctx.group = group
-        return x.view_as(x)
-
-    @staticmethod
-    def backward(ctx, dy):
-        return _total(dy, ctx.group), None
-
-
-class SumOverRanks(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx, x, group):
-        return _total(x, group)
-
-    @staticmethod
-    def backward(ctx, dy):
-        return dy, None
-
-
-def copy_to_ranks(x, group=None):
-    return CopyToRanks.apply(x, group)
-
-
-def sum_over_ranks(x, group=None):
-    return SumOverRanks.apply(x, group)
+- total = x.clone(memory_format=torch.contiguous_format)
+- dist.all_reduce(total, group=group)
+- return total
++ total = x.float().clone(memory_format=torch.contiguous_format)
++ dist.all_reduce(total, group=group)
++ return total.to(x.dtype)
 
 # %% wrong="parallel_linears" because="the bias is added on every rank before the sum"
 - y = sum_over_ranks(F.linear(x, self.weight), self.group)
