@@ -225,7 +225,15 @@ def roofline(
         y = (min(peak, intensity * bandwidth) if achieved is None else achieved) / 1e12
         color = COLORS[i % len(COLORS)]
         ax.plot(intensity, y, "o", color=color, markerfacecolor="white" if achieved is None else color, markersize=7)
-        ax.annotate(name, (intensity, y), textcoords="offset points", xytext=(7, -11), fontsize=8)
+        on_flat_roof = intensity > ridge  # near the right edge: the name goes below the point
+        ax.annotate(
+            name,
+            (intensity, y),
+            textcoords="offset points",
+            xytext=(0, -14) if on_flat_roof else (7, -11),
+            ha="center" if on_flat_roof else "left",
+            fontsize=8,
+        )
     ax.set(xscale="log", yscale="log", xlabel="arithmetic intensity (FLOP/byte)", ylabel="TFLOP/s")
     ax.set_title(title)
     return ax

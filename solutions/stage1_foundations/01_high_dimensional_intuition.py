@@ -593,11 +593,11 @@ assert few.std().item() > 0.95, (
 ### END HIDDEN TESTS
 
 # %% [markdown]
-# Two pictures from these functions. First the angles: 400 random vectors, all their pairs, in four
-# dimensions. Where on paper every angle is as likely as any other, in many dimensions only one is
-# left. The thin lines are the exact density, proportional to $\sin^{d-2}\theta$: a factor
-# $\sin\theta$ for each further dimension, because there is that much more room at the equator than
-# at the poles.
+# Two pictures from these functions. First the angles between all pairs of 400 random vectors, for
+# $d = 2$, 10, 100 and 1000. Where on paper every angle is as likely as any other, in many
+# dimensions only one is left. The thin lines are the exact density, proportional to
+# $\sin^{d-2}\theta$: a factor $\sin\theta$ for each further dimension, because there is that much
+# more room at the equator than at the poles.
 #
 # Then the digits. Their 64 pixels are not independent (neighbors are dark together), so their
 # directions have less room than 64 random coordinates would have. How much less can be read off the
@@ -1019,7 +1019,8 @@ for vector, name, shade in zip(
         fontsize=8,
         ha="left" if vector[0] > 0 else "right",
         va="center",
-        color=shade,
+        color="black",
+        bbox={"facecolor": "white", "edgecolor": "none", "pad": 0.6},
     )
 left.set_aspect("equal")
 left.set(xlabel="$v_1$", ylabel="$v_2$", xlim=(-2.1, 2.1), ylim=(-1.5, 1.5))
@@ -1486,8 +1487,8 @@ plot.curves(
 right.set_ylim(0)
 plot.caption(
     fig,
-    "The first singular value of both is the mean brightness. After it the photograph's fall off "
-    "quickly and the shuffled pixels' stay flat: low rank is a matter of arrangement.",
+    "The first singular value of both comes from the mean brightness. After it the photograph's "
+    "fall off quickly and the shuffled pixels' stay flat: low rank is a matter of arrangement.",
 )
 plt.show()
 
@@ -2081,7 +2082,7 @@ for (name, matrix), color, dash in zip(
         linestyle=dash,
         label=f"{name}: effective rank {effective_rank(matrix):.0f}",
     )
-left.axvline(10, color="#aaaaaa", linewidth=1, linestyle=":")
+left.axvline(10, ymin=0.2, color="#aaaaaa", linewidth=1, linestyle=":")  # not through the legend
 left.annotate(
     "10 classes", (10, 6), xytext=(4, 0), textcoords="offset points", fontsize=8, color="#555555"
 )
@@ -2126,9 +2127,9 @@ plt.show()
 # %% [markdown]
 # **What came out.** The random start has no preferred directions: its singular values run from 1.1
 # down to almost 0 without a step. Training adds about ten large ones, as many as there are classes,
-# and these carry what was learned. Cut to rank 9 or 10, the network reads as well as before, from 8
-# % of the numbers. $W_0$ plus the first ten terms of $\Delta W$ does the same. That finetuning is a
-# change of low rank is the hypothesis behind **LoRA** (lesson 25).
+# and these carry what was learned. Cut to rank 9 or 10, the network reads as well as before, from 7
+# or 8 % of the numbers. $W_0$ plus the first ten terms of $\Delta W$ does the same. That finetuning
+# is a change of low rank is the hypothesis behind **LoRA** (lesson 25).
 #
 # And the honest part: the effective rank does not say so. It falls only from about 206 to about
 # 172, because 246 small singular values, which do nothing for the task, still have most of the sum.

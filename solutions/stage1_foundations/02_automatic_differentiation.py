@@ -208,7 +208,7 @@ ax.loglog(
 ax.set(
     xlabel="step ε",
     ylabel="largest error of the gradient",
-    ylim=(1e-13, 10),
+    ylim=(1e-13, 1e3),
     title="Too large a step truncates, too small a step rounds",
 )
 ax.annotate("rounding: u/ε", (1e-11, 1e-4), fontsize=9, rotation=-33)
@@ -217,8 +217,9 @@ ax.legend()
 plot.caption(
     fig,
     "The error of a numerical gradient against its step. From the right, the central difference "
-    "falls twice as fast as the forward difference; from the left, rounding takes over. In float32 "
-    "no step gives more than about four digits.",
+    "falls twice as fast as the forward difference; further left, rounding takes over. In float32 "
+    "no step gives more than about four digits; below 10⁻⁹ x + ε rounds to x, the estimate is 0, "
+    "and the error is the gradient itself.",
 )
 plt.show()
 
@@ -245,9 +246,9 @@ plt.show()
 # $m$ outputs. A loss has $m = 1$: one run, and the gradient in all $n$ parameters is there.
 #
 # No Jacobian is ever formed. The step "exponential of a million numbers" has a Jacobian of
-# $10^{12}$ entries, all but a million of them zero; its VJP is one product of two vectors. **An
-# engine needs, for each kind of step, only a function that multiplies a vector by that step's
-# Jacobian from the left.**
+# $10^{12}$ entries, all but a million of them zero; its VJP is one elementwise product of two
+# vectors. **An engine needs, for each kind of step, only a function that multiplies a vector by
+# that step's Jacobian from the left.**
 #
 # ### When shapes were stretched
 #
@@ -1216,8 +1217,9 @@ def fit(images: np.ndarray, labels: np.ndarray, seed: int = 0):
 # <details><summary>Hint: the loss does not fall</summary>
 #
 # Weights of variance 2 / (number of inputs) keep the signal's size through a ReLU layer (lesson 13
-# says why); zeros never move, because all hidden units then stay alike. Is the step subtracted, and
-# is it a new array or the old one's `data` that changes?
+# says why); weights that are all zero never move, because the gradient of each layer has the other
+# layer's zeros as a factor. Is the step subtracted, and does it change the `data` of the very
+# Tensors that the network uses, rather than make new Tensors?
 # </details>
 
 # %% check="fit" points=3
@@ -1295,8 +1297,8 @@ for ax, i in zip(axes.flat, shown, strict=False):
 plot.caption(
     fig,
     f"{len(wrong)} of {held_out.sum()} unseen digits are misread by the network that your engine "
-    f"trained ({np.mean(guesses == digits[held_out]):.1%} right). First the misread ones, then "
-    "some of the others.",
+    f"trained ({np.mean(guesses == digits[held_out]):.1%} right). First {len(wrong[:8])} of the "
+    "misread ones, then some of the others.",
 )
 plt.show()
 
@@ -1932,7 +1934,7 @@ ax.set(
     title=f"Memory of a chain of {layers} layers",
 )
 ax.set_xticks([1, 2, 4, 8, 16, 32, 72], labels=["1", "2", "4", "8", "16", "32", "72"])
-ax.legend(loc="center right", bbox_to_anchor=(1, 0.6))
+ax.legend(loc="center right", bbox_to_anchor=(1, 0.6), fontsize=8)
 plot.caption(
     fig,
     "Short segments keep many inputs, long ones keep many activations while they are being gone "
@@ -2007,8 +2009,9 @@ plt.show()
 # **What came out.** The factor stays at a small constant while the number of parameters grows
 # sixtyfold: this is the *cheap gradient principle*. For any program, in a count of its operations,
 # the factor is at most 5 (Griewank 1989). Counting the multiplications of a layer alone gives 3.
-# What you measure lies around that, with noise: for the smallest widths it is Python's own
-# bookkeeping, not arithmetic, that you see, and for the widest the memory that the gradients need.
+# What you measure is of that size, with noise, and may be above 5: for the smallest widths it is
+# Python's own bookkeeping, not arithmetic, that you see, and for the widest the memory that the
+# gradients need.
 # The numerical gradient of the widest network would take some 38,000 evaluations for a single step.
 
 # %% [markdown]

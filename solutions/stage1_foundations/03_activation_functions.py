@@ -519,9 +519,9 @@ def dropout(
     """Inverted dropout: each element is zero with probability p, independently, and multiplied by
     1/(1 - p) otherwise.
 
-    x: any shape, floating. Not training, or p = 0: returns x. p = 1: zeros, through which a
-    gradient of zero flows. p outside 0 … 1: ValueError. All chance comes from `generator` (None:
-    PyTorch's default one); PyTorch's dropout is not used.
+    x: any shape, floating. p outside 0 … 1: ValueError, also when not training. Not training, or
+    p = 0: returns x. p = 1: zeros, through which a gradient of zero flows. All chance comes from
+    `generator` (None: PyTorch's default one); PyTorch's dropout is not used.
     """
     ### BEGIN SOLUTION
     if not 0 <= p <= 1:
@@ -1019,7 +1019,7 @@ for ax, (rate, lines) in zip(axes, dead.items(), strict=True):
 plot.caption(
     fig,
     "Dead hidden units while the classifier trains, and its accuracy on unseen digits. The larger "
-    "the learning rate, the more ReLU units die in the first steps, and hardly one comes back "
+    "the learning rate, the more ReLU units die in the first steps, and few come back "
     "(only units of the second layer can, when the first one moves). At the largest rate GELU "
     "loses a few, too; SiLU none. Accuracy follows only loosely: 128 units are more than digits "
     "need. What is dead is capacity paid for and not used.",
@@ -2131,13 +2131,14 @@ plt.show()
 
 # %% [markdown]
 # **What came out.** On the two cores where this was written: ReLU 3.53, GELU 3.51, GeGLU 3.29,
-# SwiGLU 3.30 bits per byte. Both gated layers beat both plain ones on every seed, by 0.21 to 0.24,
-# twice the spread between seeds. Within each pair the difference is 0.02 or less, and nothing can
-# be said about it from three seeds: the claim "SwiGLU is best" rests on larger studies, and there
-# too GeGLU and SwiGLU change places. Do not take that for granted either. After ten times as many
-# steps (one seed: 2.30, 2.28, 2.21, 2.22) the gap is 0.08: much of what you see is that gated
-# layers learn *faster* at first. In Shazeer's tables, with models trained for half a million steps,
-# it is a few hundredths of a nat per token. The order of the two families stays.
+# SwiGLU 3.30 bits per byte. Both gated layers beat both plain ones on every seed, and on average by
+# 0.22 to 0.24, nearly twice the largest spread between seeds. Within each pair the difference is
+# 0.02 or less, and nothing can be said about it from three seeds: the claim "SwiGLU is best" rests
+# on larger studies, and there too GeGLU and SwiGLU change places. Do not take the size of the gap
+# for granted either. After ten times as many steps (one seed: 2.30, 2.28, 2.21, 2.22) the gap is
+# 0.08: much of what you see is that gated layers learn *faster* at first. In Shazeer's tables, with
+# models trained for half a million steps, it is a few hundredths of a nat per token. The order of
+# the two families stays.
 
 # %% [markdown]
 # ## Key questions
@@ -2154,8 +2155,8 @@ def key_questions() -> dict[str, float]:
     "eager_forward":  the same with one kernel a step, as eager PyTorch does it.
     "fused_backward": the fused kernel for the two gradients.
     "eager_backward": the kernels of autograd for them.
-    "most_gradient":  the largest factor by which five sigmoids, one after another, can multiply a
-                      gradient.
+    "most_gradient":  the largest factor by which the slopes of the sigmoids of five layers together
+                      can multiply a gradient, whatever their inputs are, the weights left aside.
     "programs":       how many programs a launch on 3 rows of 1025 in blocks of 1024 starts.
     """
     ### BEGIN SOLUTION
@@ -2244,7 +2245,7 @@ checks.number(answer, 6, to=0, what="programs", mistakes={"leaving out the last 
 # - **Hendrycks & Gimpel 2016**, Gaussian error linear units (GELUs), arXiv:1606.08415. Section 2:
 #   the stochastic mask, the tanh form, and SiLU in passing.
 # - **Ramachandran, Zoph & Le 2017**, Searching for activation functions, arXiv:1710.05941. Section
-#   3 how the search was made; section 5 why a dip below zero may help.
+#   2 how the search was made; section 4 why a dip below zero may help.
 # - **Shazeer 2020**, GLU variants improve Transformer, arXiv:2002.05202. Four pages; the tables and
 #   the last sentence.
 # - **Dauphin, Fan, Auli & Grangier 2016**, Language modeling with gated convolutional networks,

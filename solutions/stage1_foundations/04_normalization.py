@@ -399,9 +399,10 @@ for scale in (1e-2, 1.0, 500.0):
 # color values of a patch are one row $x$. A shadow multiplies a row by a constant; haze *also adds*
 # a constant to all its values. For negligible $\varepsilon$,
 #
-# $$\mathrm{RMSNorm}(a x) = \mathrm{RMSNorm}(x) \quad (a > 0), \qquad \mathrm{LayerNorm}(a x + c\,\mathbf 1) = \mathrm{LayerNorm}(x),$$
+# $$\mathrm{RMSNorm}(a x) = \mathrm{RMSNorm}(x), \qquad \mathrm{LayerNorm}(a x + c\,\mathbf 1) = \mathrm{LayerNorm}(x),$$
 #
-# where $\mathbf 1 = (1, \dots, 1)$. The first forgets contrast, the second contrast and brightness.
+# for $a > 0$ and any $c$, where $\mathbf 1 = (1, \dots, 1)$. The first forgets contrast, the second
+# contrast and brightness.
 # Before you run the cell: at which of the two lines drawn into the photograph will each norm still
 # show a border?
 
@@ -2460,7 +2461,7 @@ plt.show()
 def norm_numbers() -> dict[str, float | str]:
     """A dictionary of seven answers; numbers to 1 percent.
 
-    "saved":      how many learned numbers does an RMSNorm have fewer than a LayerNorm with gain and
+    "saved":      by how many learned numbers is an RMSNorm smaller than a LayerNorm with gain and
                   bias, D = 4096?
     "shift":      which norm of a row, "layer" or "rms", is unchanged when a constant is added to
                   all of its features?

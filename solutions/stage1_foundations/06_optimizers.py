@@ -669,9 +669,10 @@ plt.show()
 
 # %% [markdown]
 # Momentum 0.6 is close to the best for a bowl of condition number 50, and it shows. Adam does not
-# win here. It leaves the corner as if the bowl were round, but its steps stay near the learning
-# rate in length, so that it circles the minimum until the learning rate comes down. Two parameters
-# whose curvatures one can look up are not what Adam is for. The next picture is.
+# win here. It leaves the corner as if the bowl were round, but its average of the gradients carries
+# it past the minimum, and it circles; meanwhile $v$ still holds the first, large gradients and
+# keeps the later steps short. Two parameters whose curvatures one can look up are not what Adam is
+# for. The next picture is.
 
 # %% [markdown]
 # ### Why Adam wins on text
@@ -791,13 +792,7 @@ def adamw_step(
     nor their ratio see the decay. The state has the same three names. You may call your adam_step.
     """
     ### BEGIN SOLUTION
-    beta1, beta2 = betas
-    t = state.get("step", 0) + 1
-    exp_avg = torch.lerp(grad, state.get("exp_avg", torch.zeros_like(grad)), beta1)
-    exp_avg_sq = torch.lerp(grad**2, state.get("exp_avg_sq", torch.zeros_like(grad)), beta2)
-    size = (exp_avg_sq / (1 - beta2**t)).sqrt() + eps
-    new = (1 - lr * weight_decay) * param - lr / (1 - beta1**t) * exp_avg / size
-    return new, {"step": t, "exp_avg": exp_avg, "exp_avg_sq": exp_avg_sq}
+    return adam_step((1 - lr * weight_decay) * param, grad, state, lr, betas, eps)
     ### END SOLUTION
 
 
@@ -1380,7 +1375,7 @@ plot.caption(
 plt.show()
 
 # %% [markdown]
-# ### The whole update, and three conventions
+# ### The whole update, and two conventions
 #
 # **Muon** (MomentUm Orthogonalized by Newton–Schulz) puts momentum before the orthogonalization and
 # decoupled decay after it:
@@ -1637,7 +1632,7 @@ expect_pure(
     weight_decay=0.1,
     orthogonalize=lambda matrix: matrix / matrix.norm(),  # exists in half precision
 )
-# the defaults are those of Jordan's and PyTorch's code
+# the defaults are Jordan's: PyTorch's own lr is 1e-3, its weight_decay 0.1
 param = torch.zeros(3, 2, dtype=torch.float64)
 grads = [torch.randn(3, 2, generator=g, dtype=torch.float64) for _ in range(5)]
 expect_path(
@@ -1740,8 +1735,8 @@ plt.show()
 # Now and then a batch gives a gradient ten times as long as usual, and one update undoes a hundred.
 # **Clipping by global norm** takes the gradients of all parameters as one long vector of length
 # $\lVert g\rVert = \sqrt{\sum_i\lVert g_i\rVert^2}$ and shortens it to `max_norm` if it is longer.
-# Its direction stays, because every part is multiplied by the same number, which clipping each
-# tensor, or each entry, alone would not keep.
+# Every part is multiplied by the same number, so its direction stays. Clipping each tensor, or each
+# entry, alone would turn it.
 #
 # The norm *before* clipping is the most useful curve of a training run: it rises before the loss
 # does. And a norm that is NaN or infinite must stop the run: multiplied by `max_norm / nan`, every
@@ -2227,9 +2222,9 @@ plt.show()
 #
 # $$\underbrace{\frac{\sum_i S_i}{\sum_i n_i}}_{\text{right}} \;\ne\; \underbrace{\frac1k\sum_{i=1}^k\frac{S_i}{n_i}}_{\text{the mean of the means}}$$
 #
-# unless all $n_i$ are equal. The right side gives each token of a short micro-batch more weight
-# than one of a long one. Widely used training libraries did this until October 2024, when it was
-# noticed that accumulation changed the loss curve.
+# unless all $n_i$ are equal. The mean of the means gives each token of a short micro-batch more
+# weight than one of a long one. Widely used training libraries took it until October 2024, when it
+# was noticed that accumulation changed the loss curve.
 
 
 # %% exercise="accumulate_gradients" minutes=20 difficulty=2
@@ -2815,11 +2810,11 @@ for ax, (rate, runs) in zip(axes, trained.items(), strict=True):
     ax.axhline(plateau, color="#888888", linewidth=1, linestyle=":")
     ax.set_ylim(2.3, 5.6)
 axes[0].set_ylabel("loss (nats a byte, mean of 9)")
-axes[0].annotate(
+axes[2].annotate(
     "byte frequencies only",
     (120, plateau),
     textcoords="offset points",
-    xytext=(0, 3),
+    xytext=(0, -14),
     fontsize=8,
     color="#555555",
     ha="right",
@@ -2842,8 +2837,9 @@ plt.show()
 #
 # ### A race on real data
 #
-# Four rules on handwritten digits, each with the best of three learning rates. Muon moves the two
-# hidden matrices; its biases and the output layer go with AdamW, as its authors do.
+# Four rules on handwritten digits, each with the best of three learning rates. Muon moves the first
+# two matrices; the biases and the output layer go with AdamW. (Its authors give AdamW the input
+# layer too.)
 
 # %% tags=["experiment"]
 held_out = torch.arange(len(pixels)) % 5 == 0

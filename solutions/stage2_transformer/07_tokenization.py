@@ -126,6 +126,8 @@ def counted_steps(limit: float = math.inf, because: str = "") -> Iterator[Steps]
         sys.settrace(before)
 
 
+# %% tags=["support"]
+# Support: the library's trainer, and what keeps libraries out of an answer
 @checks.measured
 @contextmanager
 def called_builtins() -> Iterator[set[str]]:
@@ -144,8 +146,6 @@ def called_builtins() -> Iterator[set[str]]:
         sys.setprofile(before)
 
 
-# %% tags=["support"]
-# Support: the library's trainer, and what keeps libraries out of an answer
 def library_merges(pieces: list[str], number: int) -> list[tuple[bytes, bytes]]:
     """The merges of the `tokenizers` library's trainer. Byte b is given to it as the character
     256 + b: it numbers characters in their order.
@@ -1690,14 +1690,14 @@ plot.caption(
 plot.plt.show()
 
 # %% [markdown]
-# Adding in columns needs to know which digit has which place value. If tokens are borders drawn by
-# frequency, then a token's place value depends on what follows it, and the same column of two
+# Adding in columns needs to know which digit has which place value. If frequency draws the borders
+# between tokens, then a token's place value depends on what follows it, and the same column of two
 # numbers lies at different places inside their tokens. Remedies in use: every digit alone (Llama 1
 # and 2, and the models of this course), or groups of three. GPT-4's expression cuts `\p{N}{1,3}`
 # from the left, Llama 3's too; commas put the groups where people put them, from the right.
 #
 # Count it: for random additions $a + b = s$ of four- to seven-digit numbers, in how many do all
-# three numbers have their token borders at the **same place values**, wherever both have digits?
+# three numbers have their token borders at the **same place values**, wherever all have digits?
 
 
 # %% tags=["experiment"]
@@ -2475,8 +2475,8 @@ plot.plt.show()
 # An interface that charges per token charges a language for its distance from the tokenizer's
 # training text. Its speakers also get slower answers and a shorter context. To compare languages
 # one needs the **same content** in all of them. The Unicode consortium's locale data has it: the
-# names of 290 countries and regions, translated everywhere. The **premium** of a language is its
-# number of tokens for this list, divided by English's.
+# names of nearly 300 countries and regions, translated everywhere. The **premium** of a language is
+# its number of tokens for this list, divided by English's.
 #
 # Three lengths: bytes (what UTF-8 charges), tokens of the tokenizer trained on English alone, and
 # tokens of one of the same size trained on an equal number of **bytes** from each of the languages

@@ -962,7 +962,7 @@ plt.show()
 # the whole is $\sqrt{3d}$.
 #
 # This is the paper's convention and the one to follow here. The released code (Microsoft's, as its
-# issue 162 notes, and Hugging Face's, as the project's conformance test shows) looks up $\delta(i,
+# issue 162 notes, and Hugging Face's, as this course's conformance test shows) looks up $\delta(i,
 # j)$ in the third term as well. A model that is trained either way learns its own rows (the two
 # mirror each other, but for the clipped ends); whoever loads a checkpoint into the other convention
 # finds out.
@@ -1666,9 +1666,10 @@ for ax in axes:
     )
 plot.caption(
     fig,
-    "Head of 128 features, base 10,000. The bound falls, and so does the score of a query with an "
-    "equal key (middle), with wobbles: all cosines are 1 at distance 0 and fall out of step, the "
-    "fast pairs first. For random queries and keys (right) there is nothing to fall out of step: "
+    "Head of 128 features, base 10,000. The bound falls to a third within 100 tokens; from there "
+    "on only its mean falls, its peaks do not. The score of a query with an equal key (middle) "
+    "falls with wobbles: all cosines are 1 at distance 0 and fall out of step, the fast pairs "
+    "first. For random queries and keys (right) there is nothing to fall out of step: "
     "the spread is the same at every distance.",
 )
 plt.show()
@@ -2020,10 +2021,10 @@ checks.gradients(
 # %% [markdown]
 # ### A real model, moved
 #
-# The course's own small model (`llm40.models`) is a LLaMA with rotary positions. If the argument
-# above is right, its predictions for a text cannot change when *all* positions are moved by 1,000.
-# They must change when the same text is torn apart, its second half moved on by 1,000. Nothing is
-# trained here.
+# The smaller of the course's own models (`llm40.models`) is a LLaMA with rotary positions. If the
+# argument above is right, its predictions for a text cannot change when *all* positions are moved
+# by 1,000. They must change when the same text is torn apart, its second half moved on by 1,000.
+# Nothing is trained here.
 
 # %% tags=["experiment"]
 from llm40 import data, models
@@ -2664,9 +2665,7 @@ def eager(q, k, cos, sin):
 
 
 class BytesMoved(TorchDispatchMode):
-    """For every operation of PyTorch that makes a new tensor: its name and the bytes that it reads
-    and writes.
-    """
+    """The bytes that every operation of PyTorch that makes a new tensor reads and writes."""
 
     def __init__(self):
         super().__init__()
@@ -2682,12 +2681,7 @@ class BytesMoved(TorchDispatchMode):
             if isinstance(t, Tensor) and t.untyped_storage().data_ptr() not in known
         ]
         if made:
-            self.steps.append(
-                (
-                    func.overloadpacket.__name__.strip("_"),
-                    sum(t.numel() * t.element_size() for t in inputs + made),
-                )
-            )
+            self.steps.append(sum(t.numel() * t.element_size() for t in inputs + made))
         return out
 
 
@@ -2729,8 +2723,8 @@ else:
             cos,
             sin,
         )
-    megabytes = [(name, size * TOKENS / few / 1e6) for name, size in counted.steps]
-    total = sum(size for _, size in megabytes)
+    megabytes = [size * TOKENS / few / 1e6 for size in counted.steps]
+    total = sum(megabytes)
 
 # %% tags=["experiment", "figure"]
 # Figure: your kernel beside its peers, or on a CPU what each operation must move
@@ -2767,7 +2761,7 @@ else:
         fontsize=9,
     )
     left = 0.0
-    for i, (_, size) in enumerate(megabytes):
+    for i, size in enumerate(megabytes):
         ax.barh(
             0,
             size,
@@ -2991,8 +2985,8 @@ plt.show()
 #
 # That last sentence is a hypothesis, and it can be tested without any training. If new
 # **distances** are the trouble and not new **positions**, then a RoPE model that may look back only
-# 63 tokens must be well at any position. A sinusoidal model must not be helped by that. Predict,
-# then run.
+# 63 tokens must do well at any position, and a sinusoidal model must not be helped by that.
+# Predict, then run.
 
 # %% tags=["experiment"]
 place = torch.arange(LONG)

@@ -1187,7 +1187,7 @@ def grouped_query_attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None
 # %% [markdown]
 # <details><summary>Hint: the axis</summary>
 #
-# A key neither knows nor cares from which head a query came. `group` queries heads of `q_len` rows
+# A key neither knows nor cares from which head a query came. `group` query heads of `q_len` rows
 # each are `group · q_len` rows of one matrix.
 # </details>
 #

@@ -81,10 +81,11 @@ DEEPSEEK_V3 = MLAConfig(
     v_dim=128,
     layers=61,
 )
-GIB = 2**30
 
 # %% [markdown]
 # # Part I · Width: multi-head latent attention
+#
+# ## One vector for all heads
 #
 # GQA makes the cache small by giving up heads of keys and values: of 32, it keeps 8. The query
 # heads of a group must then agree on what a token offers. MLA (DeepSeek-V2, 2024) gives up none. It
@@ -1787,6 +1788,8 @@ plot.plt.show()
 # %% [markdown]
 # # Part II · Length: windows, and what must not leave them
 #
+# ## A sliding window
+#
 # A narrower cache still grows with every token. The oldest remedy is to forget: a **sliding
 # window** of $W$ tokens, so that query $i$ sees the keys $j$ with $i - W < j \le i$, itself among
 # them. Cost per token is then $O(W)$, and so is the cache. A layer sees $W - 1$ tokens back; what
@@ -2265,6 +2268,8 @@ for new in (100, 1, 1, 50):
 
 # %% [markdown]
 # # Part III · Length: patterns, and patterns that are chosen
+#
+# ## Fixed patterns
 #
 # A window cannot answer "what was the name on page one". Before 2024 the answer was a **fixed
 # pattern**: a few extra pairs beside the window, chosen so that every token is within few hops of
@@ -3132,10 +3137,10 @@ checks.close(
 #
 # The recall task of lesson 09: a first token that starts every text, then a block of 8 to 40
 # different tokens, repeated until the text is full (in training also shorter ones, from which it is
-# learned sooner). Where the block returns, the next token follows from what was seen, at a distance
-# of one block. Elsewhere it is a guess among 48, worth $\ln 48 = 3.87$ nats (a little less for a
-# model that keeps count of the tokens already used up): the two kinds of token are measured apart,
-# as *recall* and as *calibration where there is nothing to recall*.
+# learned sooner). Once the block has begun to return, the next token follows from what was seen, at
+# a distance of one block. Elsewhere it is a guess among 48, worth $\ln 48 = 3.87$ nats (a little
+# less for a model that keeps count of the tokens already used up): the two kinds of token are
+# measured apart, as *recall* and as *calibration where there is nothing to recall*.
 #
 # Two layers of attention only, four query heads over **one** key-value head, as absorbed MLA has
 # it. The model is trained with full attention and then runs under each pattern without further
@@ -3160,7 +3165,9 @@ def recall_batch(
         period = (4 + 37 * torch.rand(size, 1, generator=generator) ** 2).long()
     blocks = torch.rand(size, SYMBOLS, generator=generator).argsort(1) + 1
     tokens = F.pad(blocks.gather(1, torch.arange(LENGTH - 1) % period), (1, 0))
-    return tokens.to(profile.device), (torch.arange(1, LENGTH) > period).to(profile.device)
+    # The block stands at 1 … period; its return is known from its second token on.
+    known = torch.arange(1, LENGTH) > period + 1
+    return tokens.to(profile.device), known.to(profile.device)
 
 
 class RecallLayer(nn.Module):
@@ -3252,7 +3259,7 @@ sink_mass = [
 
 # %% tags=["experiment", "figure"]
 # Figure: what the model learns to recall, and the sink that it makes
-period = int((~known[0]).sum())
+period = int((~known[0]).sum()) - 1  # the first token of the return is not known either
 fig, axes = plot.plt.subplots(1, 3, figsize=(13, 4), width_ratios=[1.15, 1.1, 0.9])
 plot.curves(
     range(TRAINING_STEPS),
@@ -3412,11 +3419,8 @@ plot.curves(
 axes[0].get_legend().remove()
 axes[0].lines[4].set(linewidth=5, alpha=0.4)
 axes[1].lines[4].set(linewidth=5, alpha=0.4)
-distances = recall_batch(64, torch.Generator().manual_seed(4321))[1]
-reach = [
-    100 * float((((~distances).sum(1) <= n) * distances.sum(1)).sum() / distances.sum())
-    for n in budgets
-]
+periods = (~known).sum(1) - 1  # of the texts of `score`
+reach = [100 * float(known[periods <= n].sum() / known.sum()) for n in budgets]
 axes[0].plot(budgets, reach, "x", color="#888888", label="")
 four = budgets.index(4)
 plot.caption(

@@ -272,9 +272,9 @@ checks.close(
 # %% [markdown]
 # Now look inside a trained model. `llm40.models` ships a small one, trained on Python's
 # documentation and source code; its FFNs are gated, and your function reads them: the keys are
-# `up_proj`, the gates `gate_proj`, the values `down_proj`, transposed. For each cell that fires
-# most strongly, the tokens that its value vector promotes: the value times the embedding, which is
-# also the model's head.
+# `up_proj`, the gates `gate_proj`, the values `down_proj`, transposed. The figure names, for the
+# cells that fire most strongly, the tokens that the value vector promotes: those with the largest
+# product of their embedding, which is also the model's head, with the value.
 
 # %% tags=["experiment"]
 small, tokenizer = models.load("small")
@@ -1155,7 +1155,7 @@ for place, assignment in enumerate(order):
         linewidth=1.1,
     )
     ax.annotate(
-        tokenizer.decode([pieces[token]]).strip() or "␣",
+        tokenizer.decode([pieces[token]]).replace(" ", "␣"),
         (place, 1.12),
         ha="center",
         va="top",
@@ -1164,7 +1164,7 @@ for place, assignment in enumerate(order):
     )
 for token, piece in enumerate(pieces):
     ax.annotate(
-        tokenizer.decode([piece]).strip() or "␣",
+        tokenizer.decode([piece]).replace(" ", "␣"),
         (2 * token + 0.5, 1.93),
         ha="center",
         va="bottom",
@@ -1887,7 +1887,7 @@ assert not isinstance(moe.bias, nn.Parameter), (
 # %% [markdown]
 # ### Groups: staying on a few machines
 #
-# DeepSeek-V3's 256 experts of a layer lie on eight groups of machines, 32 each. A token whose 8
+# DeepSeek-V3's 256 experts of a layer lie on eight machines, in groups of 32. A token whose 8
 # experts lie on 8 machines must be sent over the network eight times. So its choice is made in two
 # steps: the four best *groups* first, and then the 8 best experts inside them. A group is judged by
 # the sum of its **two best** scores (with the bias).
@@ -2550,9 +2550,9 @@ plot.plt.show()
 # %% [markdown]
 # ## Grouped GEMM: many products of uneven size in one launch
 #
-# `moe_forward` calls one product per expert. For DeepSeek-V3 that is 256 products in each of three
-# matrices, most of them small: a launch costs some microseconds, each product ends with a ragged
-# tile, and while the last tiles of one run, most of the GPU waits. A **grouped GEMM** (general
+# `moe_forward` calls one product per expert. For DeepSeek-V3 that is 256 products for each of the
+# three matrices, most of them small: a launch costs some microseconds, each product ends with a
+# ragged tile, and while its last tiles run, most of the GPU waits. A **grouped GEMM** (general
 # matrix multiply) does all of them in one launch:
 #
 # $$ \mathrm{out}[r] = W_e\, x[r] \quad\text{for the rows } r \text{ of group } e, \qquad x: (M, K),\; W: (E, N, K),\; \mathrm{out}: (M, N), $$
@@ -2686,8 +2686,9 @@ def grouped_gemm_kernel(
 # </details>
 
 # %% [markdown]
-# The launcher is given. The autotuner measures a few tiles and keeps the fastest, the interpreter
-# takes the first, and the checks give small blocks of their own.
+# The launcher is given. The autotuner measures a few tiles and keeps the fastest; float32, which
+# has no tensor cores at full precision, and the interpreter get one small tile; and the checks give
+# blocks of their own.
 
 # %%
 CONFIGS = tuple(
@@ -2714,7 +2715,7 @@ def grouped_gemm(
 
     x (rows, K) sorted by group, w (groups, N, K), sizes (groups,) → (rows, N).
     blocks: (BLOCK_M, BLOCK_N, BLOCK_K), powers of two from 16 up; None: the fastest of CONFIGS on a
-        GPU, (64, 64, 64) in the interpreter.
+        GPU, or (64, 64, 32) for float32; (64, 64, 64) in the interpreter.
     """
     x, w = (t if t.stride(-1) == 1 else t.contiguous() for t in (x, w))
     (rows, inner), (groups, cols, _) = x.shape, w.shape
@@ -3035,7 +3036,7 @@ def moe_grouped(x: Tensor, weights: Tensor, indices: Tensor, experts: nn.ModuleL
 
 
 if profile.has_triton:
-    layer = runs["nothing"][0].blocks[1].ffn  # trained without balance: the most uneven groups
+    layer = runs["nothing"][0].blocks[1].ffn  # trained without balance: uneven groups
     vectors = checks.randn(96, DIM, generator=checks.generator(70))
     with torch.no_grad():
         weights, indices = top_k_router(layer.router(vectors), 2)

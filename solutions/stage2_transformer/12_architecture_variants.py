@@ -2372,12 +2372,9 @@ def beam_translate(
     """The best translation of one source (1, k_len), and its log-probability."""
     source = source[:, : int((source[0] == EOS).nonzero()[0]) + 1]
     memory = model.encode(source)
-    count = 0
 
     def step_fn(prefixes: Tensor) -> Tensor:
-        nonlocal count
         n = len(prefixes)
-        count += n
         logits = model.decode(
             prefixes.to(source.device), memory.expand(n, -1, -1), source.expand(n, -1)
         )[:, -1]
@@ -2410,13 +2407,13 @@ for beam, alpha in ((1, 0.0), (2, 0.0), (4, 0.0), (4, 0.6), (4, 2.0)):
     )
 
 # %% [markdown]
-# What comes out is sobering, and typical. The log-probability of what is found rises with the beam,
-# as it should; exact match moves by a few dates of forty, and forty dates cannot tell that from
-# noise (near one half their standard deviation is three dates); and the length penalty changes next
-# to nothing, because the length of a date is almost determined by its first tokens. Beam search
-# pays where outputs are long, one good continuation exists, and early tokens mislead: translation
-# and speech. In open-ended writing, where the most likely text is dull or empty, models sample
-# instead (lesson 14).
+# What comes out is sobering, and typical. The log-probability of what is found rises a little from
+# beam 1 to beam 2 and hardly after that; exact match moves by a few dates of forty, and forty dates
+# cannot tell that from noise (near one half their standard deviation is three dates); and the
+# length penalty changes next to nothing, because the length of a date is almost determined by its
+# first tokens. Beam search pays where outputs are long, one good continuation exists, and early
+# tokens mislead: translation and speech. In open-ended writing, where the most likely text is dull
+# or empty, models sample instead (lesson 14).
 
 # %% [markdown]
 # ## Reading a config
@@ -3039,7 +3036,8 @@ plot.caption(
     fig,
     "Counted by your function. In GPT-2 nearly a third of the parameters is the table of tokens; "
     "in every larger model the feed-forward layers hold most of them, from Llama-2-70B on more "
-    "than three quarters. Experts separate what a model holds from what a token costs.",
+    "than three quarters. Routers and norms are too few to be seen. Experts separate what a model "
+    "holds from what a token costs.",
 )
 plot.plt.show()
 
@@ -3533,7 +3531,7 @@ lines = [columns, ["---"] * len(columns), *rows]
 display(Markdown("\n".join(f"| {' | '.join(line)} |" for line in lines)))
 
 # %% [markdown]
-# Five years in one table. The norm moved and lost its shift, positions became rotations, the
+# Five years in one table. The norm lost its mean and its shift, positions became rotations, the
 # feed-forward layer got a gate and then experts, and most of the rest is the fight against the
 # cache: with 128 heads and 61 layers DeepSeek-V3 keeps less per token than any of the others but
 # GPT-2.
@@ -3543,8 +3541,8 @@ display(Markdown("\n".join(f"| {' | '.join(line)} |" for line in lines)))
 #
 # An encoder sees both ways, so it cannot learn by predicting the next token: it would look. BERT
 # hides some tokens and asks for them. 15 % of the tokens are **selected**; the loss counts on these
-# alone. If all became `[MASK]`, the encoder would never in its life see a text without it at
-# pre-training and never one with it afterwards. So of the selected ones
+# alone. If all became `[MASK]`, the encoder would see no text without it in pre-training, and none
+# with it afterwards. So of the selected ones
 #
 # - 80 % become `[MASK]`,
 # - 10 % become a random token: the encoder cannot trust even an ordinary-looking input,

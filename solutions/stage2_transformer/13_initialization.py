@@ -1112,8 +1112,9 @@ with checks.kept(model=model):  # also after an error no hook may stay
 # averages), each $\beta$ times an initialization that keeps the scale, and let every norm divide by
 # about $\alpha$, the size of what dominates.
 #
-# 1. Moving $W_2$ by a small $\delta$ of that size changes the branch by $\beta\,\delta$, since
-#    $W_1x$ has size $\beta$; the norm turns this into $\beta\delta/\alpha$. For $W_1$ the same.
+# 1. Moving $W_2$ by $\delta$ times a matrix that keeps the scale changes the branch by
+#    $\beta\,\delta$, since $W_1x$ has size $\beta$; the norm turns this into $\beta\delta/\alpha$.
+#    For $W_1$ the same.
 # 2. How far a gradient step moves it: the gradient of $W_2$ is, by the same factors, of size
 #    $\beta/\alpha$, so $\delta = \eta\,\beta/\alpha$. A step therefore changes the output by
 #    $\eta\,\beta^2/\alpha^2$ for each matrix.
@@ -1881,7 +1882,7 @@ for name, narrow in moved[64].items():
 #
 # This is how a µP implementation is tested in practice: train a few steps at several widths and
 # plot the size of what changed. Flat is right. On the left is the **standard parametrization**
-# (SP): standard deviation $1/\sqrt n$ for every matrix and one learning rate for all.
+# (SP): standard deviation $1/\sqrt n$ for every linear layer and one learning rate for all.
 
 
 # %% tags=["experiment"]
@@ -2386,9 +2387,9 @@ for _ in range(12):
     )
     mlp = lambda x, w_1=w_1, w_2=w_2: (x @ w_1.T).relu() @ w_2.T
     c, r = exact_layer(c, r, w_q, w_k, w_v)
-    curves["… exactly"].append(
-        float(r.norm() / (r.square().sum() + len(r) * c.square().sum()).sqrt())
-    )
+    largest = r.abs().max().clamp(min=1e-300)  # divided out first: the square of 1e-193 is 0
+    apart = largest * (r / largest).norm()
+    curves["… exactly"].append(float(apart / (apart.square() + len(r) * c.square().sum()).sqrt()))
     for name, x in state.items():
         y = plain_layer(
             F.layer_norm(x, (d,)) if "residual" in name or "both" in name else x, w_q, w_k, w_v
@@ -2435,10 +2436,10 @@ plot.caption(
 )
 plot.plt.show()
 zeros = [
-    f"{-math.log10(value):.0f}" if value > 0 else "more than float64 can hold"
-    for value in exact[1:7]
+    f"{math.floor(-math.log10(value))}" if value > 0 else "more than float64 can hold"
+    for value in exact[1:8]
 ]
-print("attention alone, zeros after the decimal point, layers 1 to 6:", ", ".join(zeros))
+print("attention alone, zeros after the decimal point, layers 1 to 7:", ", ".join(zeros))
 print(
     "after 12 layers:",
     "; ".join(
@@ -2917,17 +2918,16 @@ def train_gpt(lr: float, warmup: int = 0, steps: int = 120, **options) -> dict[s
         loss = text_loss(model, *windows(12, 32, g))
         optimizer.zero_grad()
         loss.backward()
-        with torch.no_grad():
-            scores = [
-                p.grad
-                for name, p in model.named_parameters()
-                if ("q_proj" in name or "k_proj" in name) and p.dim() == 2
-            ]
+        gradients = [
+            p.grad
+            for name, p in model.named_parameters()
+            if ("q_proj" in name or "k_proj" in name) and p.dim() == 2
+        ]
         optimizer.step()
         for what, value in (
             ("loss", loss.item()),
             ("entropy", relative_entropy(model)),
-            ("gradient", float(torch.cat(scores).norm())),
+            ("gradient", float(torch.cat(gradients).norm())),
         ):
             log[what].append(value)
     return log
@@ -2970,7 +2970,7 @@ plot.curves(
 )
 axes[1].get_legend().remove()
 axes[1].axhline(plateau, color="#888888", linewidth=1, linestyle=":")
-axes[1].annotate("dotted: character frequencies only", (117, 3.95), fontsize=8, ha="right")
+axes[1].annotate("thin gray line: character frequencies only", (117, 3.95), fontsize=8, ha="right")
 axes[1].set_ylim(2.4, 4.2)
 plot.caption(
     fig,

@@ -1374,7 +1374,7 @@ assert len(model.state_dict()) == 111, (
     f"12 layers of 9 tensors, and 3 more, are 111; your state has {len(model.state_dict())}"
 )
 assert not list(model.buffers()), (
-    "nothing but parameters belongs into the state: rotary angles are computed, not stored"
+    "nothing but parameters belongs in the state: rotary angles are computed, not stored"
 )
 with torch.device("meta"):
     tied = Llama(LlamaConfig(32_000, 768, 3072, 12, 12, 4, tied=True, eps=1e-6))
@@ -1428,8 +1428,8 @@ ax.legend(ncols=3, loc="lower left", bbox_to_anchor=(0, 0.99))
 plot.caption(
     fig,
     "Your own Llama, built on the meta device from published configurations; norms are "
-    "too few to be seen. Of the same vocabulary of 32,000, LLaMA-160M makes 30 % of its "
-    "parameters, LLaMA-7B 4 %, Llama-2-70B less than 1 %.",
+    "too few to be seen. The same vocabulary of 32,000 takes 30 % of LLaMA-160M's parameters, "
+    "4 % of LLaMA-7B's and less than 1 % of Llama-2-70B's.",
 )
 plot.plt.show()
 
@@ -3441,8 +3441,8 @@ axes[1].set_title("schedule")
 plot.caption(
     fig,
     "Left: within some 30 steps the model knows how frequent each token is, the lower dotted line, "
-    "and stays there a while before it uses what comes before. Held-out documents stay above the "
-    "training loss.",
+    "and stays there a while before it uses what comes before. The loss on held-out documents ends "
+    "above the training loss.",
 )
 plot.plt.show()
 
@@ -3459,10 +3459,10 @@ plot.plt.show()
 #
 # On a GPU the next cell trains `LLAMA_160M` with your `train`: bfloat16 autocast, `torch.compile`,
 # PyTorch's fused attention, sequences of 1,024 tokens, and reports tokens per second and MFU
-# against a large bfloat16 product measured in the same cell. The text is the documentation again, a
-# few passes over it in a few minutes: enough to watch the speed and to see the loss fall, not to
-# make a good model. `python -m benchmarks.14_building_a_llama` does the same for longer and writes
-# its figures to a file.
+# against a large bfloat16 product measured in the same cell. The text is the documentation again,
+# well over a hundred passes over it: enough to watch the speed and to see the loss fall, not to
+# make a good model. `python -m benchmarks.14_building_a_llama` does it for longer, on the library's
+# source code too, and writes its figures to a file.
 #
 # On a CPU the cell does the arithmetic instead. Two numbers are worth knowing by heart. **Memory**:
 # mixed precision keeps for each parameter a float32 weight, its gradient and Adam's two moments, 16

@@ -55,8 +55,7 @@
 # would take a sum over all that might be in the gap. You will see both in the experiment.
 #
 # **A leak is the one unforgivable mistake.** If the answer is visible, the loss falls beautifully
-# and nothing is learned. No exception is raised. The last exercise builds the instrument that finds
-# it.
+# and nothing is learned. No exception is raised. Exercise 9 builds the instrument that finds it.
 #
 # ### Notation
 #
@@ -2487,10 +2486,11 @@ plot.plt.show()
 # - **causal + MTP**: the same, plus `mtp_loss` of your `SequentialMTP` with one depth, λ = 0.3;
 # - **FIM**: your `fill_in_the_middle` in mode SPM at rate 0.5;
 # - **span corruption**: your `span_corruption`, inputs and targets in one row under your
-#   `prefix_lm_mask`, the loss on the targets alone. Each line gets one of three settings: few short
-#   spans, more spans, or half of the line in one. This is the mixture of UL2 (Tay et al. 2022) in
-#   small; with T5's single setting the model would never have met a gap of one token alone, nor an
-#   end that is missing whole, which are the two questions below.
+#   `prefix_lm_mask`, the loss on the targets alone. Each line of 13 tokens gets one of three
+#   settings: one token, two spans of four tokens together, or half of the line in one span. This is
+#   the mixture of UL2 (Tay et al. 2022) in small; with T5's single setting the model would never
+#   have met a gap of one token alone, nor an end that is missing whole, which are the two questions
+#   below.
 #
 # The same number of lines is the same amount of *text*; it is not the same amount of arithmetic
 # (MTP adds a block, the rearranged rows are a few tokens longer) and by no means the same number of
@@ -2600,7 +2600,7 @@ trained = {objective: pretrain(objective) for objective in OBJECTIVES}
 # the gap.
 #
 # And the causal models get a second chance. By Bayes' rule a model of whole lines knows what
-# belongs into the gap:
+# belongs in the gap:
 # $p(m \mid \text{rest}) = p(\text{line with } m) / \sum_{m'} p(\text{line with } m')$. There are
 # twelve months; trying all of them costs twelve passes.
 
@@ -2822,11 +2822,11 @@ plot.plt.show()
 # | span corruption | 10.03 | 2.52 | | |
 # | best possible | 0.63 | 0.00 (2.48 without what follows) | 0.00 | 11.14 |
 #
-# *The causal model* reaches both of its floors. In one pass it can know of the gap only what stands
-# before it, and it knows exactly that: 2.50 against 2.48. But it knows the answer all the same.
-# Asked for whole lines, twelve times, it is as good as certain. What it lacks is not the knowledge
-# but the order in which it can be asked. With twelve candidates that is a detail; with a gap of ten
-# words it is out of the question.
+# *The causal model* comes within 0.06 nats of both of its floors. In one pass it can know of the
+# gap only what stands before it, and it knows exactly that: 2.50 against 2.48. But it knows the
+# answer all the same. Asked for whole lines, twelve times, it is as good as certain. What it lacks
+# is not the knowledge but the order in which it can be asked. With twelve candidates that is a
+# detail; with a gap of ten words it is out of the question.
 #
 # *FIM* reads the answer off in one pass, at a price of 0.06 nats from left to right, with half of
 # its documents rearranged. Nearly free, then, at this size, and its whole line seems to say

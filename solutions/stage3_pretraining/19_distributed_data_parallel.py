@@ -590,8 +590,8 @@ plot.curves(
 plot.caption(
     fig,
     "From your formula, with 10 µs and 50 GB/s, about a fast network between machines. Large "
-    "tensors: the ring is flat in the number of ranks. Small ones: only latencies count, and the "
-    "tree has fewer.",
+    "tensors: from 2 to 1,024 ranks the ring's time triples and the tree's grows tenfold. Small "
+    "ones: only latencies count, and the tree has fewer.",
 )
 plot.plt.show()
 
@@ -651,7 +651,6 @@ def global_mean_loss(logits: Tensor, targets: Tensor, ignore_index: int = -100) 
 # </details>
 
 # %% check="global_mean_loss" points=2
-uniform = torch.tensor([[0.0, 0.0]])
 targets = [torch.tensor([0, 1, 0]), torch.tensor([1, -100, -100])]
 
 
@@ -1639,8 +1638,8 @@ for rank, result in enumerate(results):
 # %% [markdown]
 # ## Whole matrices: Muon among ranks {#muon}
 #
-# Cutting by elements works since Adam looks at one element at a time. **Muon** (lesson 6) does not:
-# it replaces the momentum of a matrix by the nearest orthogonal one, and the nearest to half a
+# Cutting by elements works since Adam looks at one element at a time. **Muon** (lesson 06) does
+# not: it replaces the momentum of a matrix by the nearest orthogonal one, and the nearest to half a
 # matrix is not half of the nearest to the whole. So whole matrices are dealt out: each has one
 # **owner**, which keeps its momentum, orthogonalizes, and broadcasts the result. The models shipped
 # with this course were trained with Muon, on one machine.
@@ -2204,7 +2203,7 @@ for result in results:
 ### END HIDDEN TESTS
 
 # %% [markdown]
-# ### Any module {#any-module}
+# ### Any module
 #
 # For a whole Transformer block the backward formulas cannot be written by hand. They need not be:
 # run the block without a graph in the forward pass and keep only its input. In the backward pass
@@ -2536,7 +2535,9 @@ plot.caption(
     fig,
     "Weights and gradients of six layers, counted in real processes: parameters stored plus large "
     "tensors alive. Without shards: six layers, and six gradients at the end. Four ranks: a "
-    "quarter of six is 1.5, plus one whole layer now and then, unless autograd gets hold of it.",
+    "quarter of six is 1.5, and of six gradients again 1.5 at the end. On top come, for a moment, "
+    "one layer's whole weights and, in the backward pass, its whole gradient; where autograd gets "
+    "hold of the weights, they stay.",
 )
 plot.plt.show()
 
@@ -2898,10 +2899,10 @@ for result in results:
 # %% [markdown]
 # ## Experiment: what does silence cost? {#experiment}
 #
-# Two ranks train a small model on the bytes of Python's documentation, each on its own part, with
-# AdamW, five ways: they never talk; they average gradients in every step; DiLoCo with $H = 5$; with
-# $H = 25$; and models averaged every 5 steps (DiLoCo with $\eta = 1$, $\mu = 0$). All see the same
-# data and take the same number of inner steps.
+# Two ranks train a small model on the bytes of Python's documentation, each on windows of its own,
+# with AdamW, five ways: they never talk; they average gradients in every step; DiLoCo with $H = 5$;
+# with $H = 25$; and models averaged every 5 steps (DiLoCo with $\eta = 1$, $\mu = 0$). All see the
+# same data and take the same number of inner steps.
 #
 # **Before you run it, write down** the order of the five by their loss on held-out text, and how
 # far you expect $H = 25$, with a 25th of the traffic, to be from gradients in every step.
@@ -3071,7 +3072,7 @@ for i, (name, times) in enumerate(measured.items()):
     print(f"{name}: a = {1e6 * fixed:.0f} µs, b = {rate / 1e9:.2f} GB/s")
 ax.set(xscale="log", yscale="log", xlabel="bytes", ylabel="milliseconds")
 ax.set_title("all-reduce on this machine")
-ax.legend()
+ax.legend(loc="upper left", bbox_to_anchor=(1.01, 1))
 plot.caption(
     fig,
     "Dots: measured. Lines: a + n/b through the smallest time and the largest tensor. On the left "

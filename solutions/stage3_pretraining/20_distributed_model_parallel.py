@@ -310,7 +310,7 @@ compare_operators(cases)
 # projection is row parallel: one all-reduce forward and one backward, as in the MLP. A projection
 # that computes q, k and v at once must be cut in each of its three parts; cut in $p$ pieces as it
 # stands, rank 0 of 4 would get queries only. Where there are fewer KV heads than ranks (grouped
-# queries, lesson 9) they are **replicated**: two ranks keep the same KV head, and its gradient is
+# queries, lesson 09) they are **replicated**: two ranks keep the same KV head, and its gradient is
 # their sum.
 
 
@@ -961,9 +961,8 @@ compare_along(3, cases, uneven_sum)
 
 # %%
 
-Pass = tuple[
-    str, int, int
-]  # (kind, microbatch, chunk): kind "F", "BW" (both gradients), "B" or "W"
+# (kind, microbatch, chunk): kind "F", "BW" (both gradients), "B" or "W"
+Pass = tuple[str, int, int]
 COSTS = {"F": 1.0, "BW": 2.0, "B": 1.0, "W": 1.0}  # slots of time
 
 
@@ -1391,8 +1390,8 @@ axes[1].minorticks_off()
 plot.caption(
     fig,
     "4 ranks, counted from your schedules; interleaved with 2 chunks. Left: GPipe and 1F1B "
-    "coincide. Right: only GPipe's memory grows with the number of micro-batches (on the rank that "
-    "holds most).",
+    "coincide. Right: only GPipe's memory goes on growing with the number of micro-batches (on the "
+    "rank that holds most).",
 )
 plot.plt.show()
 
@@ -2496,7 +2495,7 @@ for i, layout in enumerate(("contiguous", "zigzag")):
             ring_attention(q, q, q, None, layout)
         return products.total
 
-    counts = [count / (64 * 64 * 8) for count in launch(work, p)]
+    counts = [count / (2 * 64 * 64 * 8) for count in launch(work, p)]
     axes[2].bar(
         [r + (i - 0.5) * 0.38 for r in range(p)],
         counts,
@@ -3196,6 +3195,7 @@ axes[0].set(
     title="counted, 256 tokens",
 )  # fmt: skip
 axes[0].set_xticks(widths, widths)
+axes[0].set_yticks([2e4, 5e4, 1e5, 2e5], ["20,000", "50,000", "100,000", "200,000"])
 axes[0].minorticks_off()
 axes[0].legend(fontsize=8)
 large = [2.0**k for k in range(9, 16)]

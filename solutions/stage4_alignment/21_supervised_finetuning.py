@@ -1031,8 +1031,8 @@ checks.raises(ValueError, collate, [([1], [1])], 1, 1, "both", because="'right' 
 # - **Targets.** The first token of an example is not predicted from the last token of another one.
 # - **Positions** count from 0 again. With rotary positions only differences matter, so inside one
 #   example nothing changes; with learned positions, or in a row longer than the model was trained
-#   for, it matters a great deal. Libraries also recognize by positions that restart where examples
-#   begin (by default transformers' `DataCollatorWithFlattening` gives no other sign).
+#   for, it matters a great deal. And libraries tell where an example begins by the position that
+#   restarts (by default transformers' `DataCollatorWithFlattening` gives no other sign).
 # - **Attention.** A token sees its own example only. The mask is block-diagonal and causal.
 
 
@@ -1947,9 +1947,10 @@ plot.plt.show()
 # After 8 steps the text is clearly worse, and not one question is answered yet; after 72 it takes
 # more than twice as many bits. Nothing in the loss asks the model to keep predicting text.
 #
-# Part of it has a plain cause, the first line of the output. Special tokens but `<|endoftext|>`
-# were never trained, and their random embeddings are twice as long as those of text. The embedding
-# is also the head, so the first steps pull hard on weights that every token shares.
+# Part of it has a plain cause, the first line of the output. No text contains a special token but
+# `<|endoftext|>`, and the embedding is also the head: every step of pretraining has pushed these
+# rows away, all alike. They have become nearly one vector, twice as long as those of text and never
+# predicted, so the first steps pull hard on weights that every token shares.
 #
 # With replay the text loses a tenth or so, most of it in the first steps. What that costs in
 # exact match is less than seeds differ among themselves. How the books are kept matters here: one

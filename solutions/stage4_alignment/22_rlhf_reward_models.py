@@ -1138,8 +1138,8 @@ for samples in (2, 3):
 ### END HIDDEN TESTS
 
 # %% [markdown]
-# What a baseline is worth can be computed exactly where answers can be enumerated. Seven answers of
-# one or two tokens, with rewards around 5; all groups of $K$ samples, each with its probability:
+# What a baseline is worth can be computed exactly where answers can be enumerated. Seven answers,
+# a logit for each, with rewards around 5; all groups of $K$ samples, each with its probability:
 
 # %% tags=["experiment"]
 g = torch.Generator().manual_seed(0)
@@ -1593,7 +1593,7 @@ reference = supervised(SEED)
 print(f"a reference policy of {sum(p.numel() for p in reference.parameters()):,} parameters")
 
 # %% [markdown]
-# Names from it, what they are truly worth, and what the annotators feel:
+# Names from it, what they are truly worth, and how long they are:
 
 # %% tags=["experiment"]
 TASTE = 0.15  # what a character is worth to an annotator, wrongly
@@ -1727,13 +1727,13 @@ for ax, rewards, title in (
         (float(lengths[m].float().mean()), float(rewards[m].mean())) for m in groups if m.sum() > 4
     ]
     ax.plot(*zip(*means, strict=True), "s-", color=plot.COLORS[1], label="means by length")
-    ax.set(xlabel="length (characters)", ylabel="reward of the model", ylim=(-1.8, 1.4))
+    ax.set(xlabel="length (characters)", ylabel="reward of the model", ylim=(-3.5, 1.4))
     ax.set_title(title)
     ax.legend(loc="lower right", fontsize=8)
 plot.caption(
     fig,
-    "Held-out verbs. Left: each dot a bin of 4,000 pairs, its size the number of them; on the "
-    "dotted line predictions come true. Middle: what the model gives a name rises with its length. "
+    "Held-out verbs. Left: 4,000 pairs in ten bins; a dot is a bin, larger for more pairs; on the "
+    "dotted line predictions come true. Middle: a name's reward rises with its length. "
     "Right: the same rewards after your remove_length.",
 )
 plot.plt.show()
@@ -1849,15 +1849,15 @@ for beta, log in runs.items():
     )
 
 # %% [markdown]
-# **What came out.** *Without a leash* the proxy rises to the end. The true reward rises with it for
-# a few steps, turns after a few nats, and falls below where it began. The names say why: they have
-# become chains that run into the limit, the same word again and again. The reward model learned
-# from names of ordinary length that longer is better, and nobody ever showed it such chains. Its
-# accuracy and calibration were measured on names that the reference writes, and say nothing about
-# names from where the policy has gone.
+# **What came out.** *Without a leash* the proxy rises and stays up. The true reward rises with it
+# for a few steps, turns after a nat or two, and falls below where it began. The names say why: they
+# have become chains that run into the limit, the same word again and again. The reward model
+# learned from names of ordinary length that longer is better, and nobody ever showed it such
+# chains. Its accuracy and calibration were measured on names that the reference writes, and say
+# nothing about names from where the policy has gone.
 #
 # *With* $\beta = 0.3$ the policy stops about where a further nat costs more than it gains, the
-# names stay names, and the true reward stays above its start, though it never sees the truth
+# names stay names, and the true reward ends above its start, though this run never sees the truth
 # either.
 #
 # *Best-of-n* moves along the first piece of the same road. With the length removed it chooses
@@ -2010,7 +2010,7 @@ assert answer == "fresh labels", (
 
 # %% [markdown] answer="bon-immune"
 # It has gone less far: the best of 64 is at most 3.2 nats from the reference, and every factor of e
-# in n buys one nat more. At the same distance the two methods have done about the same. To go where
+# in n buys one nat more. At the same distance it is no safer (compare the figure). To go where
 # REINFORCE goes, n would have to be astronomic, and that is what protects: it can choose only among
 # answers that the reference writes anyway. Where the reference writes exploits now and then (a rare
 # tail of very long names, a phrase of flattery), a large n finds exactly those, and the true reward

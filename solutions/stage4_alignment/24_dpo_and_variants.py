@@ -340,7 +340,9 @@ def optimal_policy(ref: Tensor, reward: Tensor, beta: float) -> Tensor:
     ### BEGIN SOLUTION
     if beta <= 0:
         raise ValueError(f"beta is {beta}: it must be positive")
-    return (ref.log() + reward / beta).softmax(-1)  # log 0 = −inf: what cannot happen stays so
+    reward = reward.masked_fill(ref == 0, -torch.inf)  # what ref excludes stays impossible
+    reward = reward - reward.amax(-1, keepdim=True)
+    return (ref.log() + reward / beta).softmax(-1)
     ### END SOLUTION
 
 
@@ -348,8 +350,8 @@ def optimal_policy(ref: Tensor, reward: Tensor, beta: float) -> Tensor:
 # <details><summary>Hint: exp overflows</summary>
 #
 # Work with logarithms until the last step. `softmax` subtracts the largest before it exponentiates,
-# and it divides by Z. Beside quotients of 10⁶ float32 rounds log ref to 1/16, beyond still more:
-# take off the row's largest reward that ref allows before you divide by beta.
+# and it divides by Z. Where reward / beta reaches 10⁶, float32 rounds the sum with log ref to
+# steps of 1/16: subtract the row's largest reward that ref allows before you divide by beta.
 # </details>
 
 # %% check="optimal_policy" points=2
@@ -781,8 +783,8 @@ checks.close(rates, 0.5 * expected, what="the rates where each answer has its ow
 ### END HIDDEN TESTS
 
 # %% [markdown]
-# Two pairs of three answers each, followed to the end. In the left one the answers of the pair are
-# far apart in feature space. On the right they are nearly the same answer, as "No" and "Never" are.
+# Two sets of three answers, one pair in each, followed to the end. On the left the answers of the
+# pair are far apart in feature space. On the right they are nearly the same, like "No" and "Never".
 
 # %% tags=["experiment", "figure"]
 # Figure: where the probability of three answers goes
@@ -791,7 +793,7 @@ cases = {
     "Unlike answers": torch.tensor([[1.0, 0.2], [-1.0, 0.0], [-0.2, 0.9]]),
     "Nearly the same answer": torch.tensor([[1.0, 0.2], [1.0, 0.0], [-1.0, 2.0]]),
 }
-fig, axes = plot.plt.subplots(1, 2, figsize=(9.5, 4.3))
+fig, axes = plot.plt.subplots(1, 2, figsize=(11, 4.5))
 for ax, (title, features) in zip(axes, cases.items(), strict=True):
     ax.fill(*corners.T, facecolor="#f4f4f4", edgecolor="#555555", linewidth=1)
     for start in ([0.45, 0.35, 0.2], [0.2, 0.7, 0.1], [0.7, 0.1, 0.2], [1 / 3, 1 / 3, 1 / 3]):
@@ -813,7 +815,7 @@ for ax, (title, features) in zip(axes, cases.items(), strict=True):
         strict=True,
     ):
         ax.annotate(name, (x, y), textcoords="offset points", xytext=(dx, dy), ha="center")
-    ax.set_title(title)
+    ax.set_title(title, pad=18)
     ax.set_aspect("equal")
     ax.axis("off")
 plot.caption(
@@ -2016,7 +2018,7 @@ plot.plt.show()
 #
 # So read the samples. The reward asked for letters and spaces, and got them; a run of spaces is
 # perfect, too. Few of the lines are sentences, and the KL says how far the model has gone from what
-# it knew. β is the price of going far. The next table raises it, and puts other objectives beside:
+# it knew. β is the price of going far. The next table raises it, and has other objectives, too:
 # the same pairs, steps and learning rate for each.
 
 # %% tags=["experiment"]
@@ -2109,7 +2111,7 @@ def questions() -> dict[str, float | int | str]:
     "robust":  policy −10 (chosen) and −16 (rejected), reference −13 and −15, β = 0.1, ε = 0.2: the
                loss of robust DPO.
     "stop":    cDPO with ε = 0.2 and β = 0.5: at which gap of log-ratios, (log π − log π_ref) of the
-               chosen minus that of the rejected, does a pair stop to push?
+               chosen minus that of the rejected, does a pair stop pushing?
     "memory":  a policy of 7e9 parameters is trained. How many GiB (2^30 bytes) of bfloat16 weights
                does SimPO not hold that DPO does?
     "cancels": why may DPO ignore Z(x)? "small" (it is near 1), "prompt" (it depends on the prompt

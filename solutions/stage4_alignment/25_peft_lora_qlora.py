@@ -148,8 +148,8 @@ checks.number(training_bytes(0, 0), 0.0, what="bytes of nothing", atol=1e-9)
 # %% [markdown]
 # ## LoRA {#lora}
 #
-# **Why one factor starts at zero.** With $L$ the loss and $G = \partial L/\partial W$ for one input
-# the outer product of the output's gradient and the input, the chain rule gives
+# **Why one factor starts at zero.** With $L$ the loss and $G = \partial L/\partial W$ (for one
+# input, the outer product of the output's gradient and the input), the chain rule gives
 #
 # $$ \frac{\partial L}{\partial B} = s\,G A^\top, \qquad \frac{\partial L}{\partial A} = s\,B^\top G . $$
 #
@@ -1899,7 +1899,7 @@ assert made.largest < 8 * 96 * 128, (
 # the months, and to copy digits. Forty steps of Adam on 16 examples each; the loss is that of the
 # answers' tokens, on 200 dates that were not trained on.
 #
-# Six ways: all 688,800 parameters; the blocks in full, with embedding and last norm frozen; LoRA on
+# Five ways: all 688,800 parameters; the blocks in full, embedding and last norm frozen; LoRA on
 # their matrices at ranks 1 to 64; QLoRA; and a prefix of 16 tokens' keys and values.
 
 
@@ -2088,9 +2088,9 @@ plot.plt.show()
 # 1, with each. QLoRA cannot be told from LoRA: its four bits cost less than the seeds differ.
 #
 # Training everything is far ahead, with every seed. What it has beyond "blocks" is the embedding,
-# which is also the head: the digits' and the chat's tokens were rare in `tiny`'s training text. No
-# rank makes up for a matrix that the adapter does not touch. A prefix of three thousand numbers
-# comes last, always.
+# which is also the head: the chat's tokens do not occur in `tiny`'s training text, so their rows
+# have only learned never to be written, and `<|end|>` closes every answer. No rank makes up for a
+# matrix that the adapter does not touch. A prefix of three thousand numbers comes last, always.
 #
 # One common finding did not show: that the MLPs matter more than attention. With equally many
 # parameters (rank 16 on `BLOCK[:4]`, rank 10 on `BLOCK[4:]`) attention alone was ahead with each of

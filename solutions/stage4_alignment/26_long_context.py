@@ -22,14 +22,14 @@
 # A model was trained on texts of 512 tokens. You hand it 2,048. No shape is wrong, no error is
 # raised, and soon after token 512 it writes nonsense.
 #
-# Training at four times the length from the start costs more than four times as much, for the
-# attention grows with the square, and long documents are rare. So the trade trains short and
+# A training text of four times the length costs more than four times as much, for the attention
+# grows with the square, and long documents are rare. So the trade trains short and
 # extends late: change how positions are told to the model, then finetune a little, or not at all.
 # LLaMA 3, Qwen, DeepSeek and gpt-oss reach their advertised lengths in this way.
 #
 # ## Core ideas
 #
-# **What breaks.** Rotary positions (lesson 8) turn pair $i$ of each query and key by $n\,\omega_i$
+# **What breaks.** Rotary positions (lesson 08) turn pair $i$ of each query and key by $n\,\omega_i$
 # at position $n$. The score of a query at $m$ and a key at $n$ depends on the angles
 # $(m-n)\,\omega_i$. Fast pairs went around many times in training and know every angle. Slow pairs
 # never finished a turn: beyond the trained length their angles are new, and the network after them
@@ -250,7 +250,7 @@ for bad in ((100.0, 2, 2.0), (100.0, 5, 2.0), (100.0, 8, 0.9)):
 #
 # A scale of 4 also slows the pairs of a text of 100 tokens, which needed no help. **Dynamic NTK**
 # takes the scale from the text at hand: none up to $L$, then as much as the current length needs.
-# With `factor` $a$ (1 in the original post; libraries let you set it) the scale at length $l$ is
+# With `factor` $a$ (the original post's $\alpha$; 1 in the YaRN paper) the scale at length $l$ is
 #
 # $$ s(l) = \frac{a\,l}{L} - (a - 1), \qquad s(L) = 1, $$
 #
@@ -1359,7 +1359,8 @@ def passkey_accuracy(
 
     write(prompt, count) gives the tokens that a model writes after a prompt, at most `count`, fewer
     where it stops. It is asked once for each example, for as many tokens as its answer has. Right
-    is what equals the answer in full. Prompts are not changed. No examples: {}.
+    is what equals the answer in full. Prompts are not changed; `write` may change the list that it
+    is given. No examples: {}.
     """
     ### BEGIN SOLUTION
     found: dict[tuple[int, float], list[bool]] = {}
@@ -1506,8 +1507,7 @@ def finetune_longer(
             group["lr"] = lr * min(1.0, step / warmup)
         optimizer.step()
         losses.append(float(loss.detach()))
-    optimizer.zero_grad(set_to_none=True)
-    for parameter in model.parameters():
+    for parameter in model.parameters():  # the frozen ones too
         parameter.grad = None
     return losses
     ### END SOLUTION
@@ -1743,7 +1743,7 @@ ax.legend(ncols=3, loc="upper center", bbox_to_anchor=(0.5, -0.16))
 plot.caption(
     fig,
     f"`small`, {len(losses['plain'])} held-out files of Python. Plain positions fail "
-    "beyond 512. PI fails everywhere, most of all where nothing was wrong. NTK-aware scaling holds "
+    "beyond 512. PI fails everywhere, even where nothing was wrong. NTK-aware scaling holds "
     "until its under-slowed pairs leave what they know; YaRN stays near its level.",
 )
 plot.plt.show()
@@ -1754,8 +1754,8 @@ plot.plt.show()
 # which is finetuned; the last experiment comes back to it. *NTK-aware* scaling fails in the last
 # blocks: pairs 8 to 14 are slowed by less than 4 and reach new angles one after the other. *YaRN*
 # pays a little within 512 and stays near its level to the end. *Partial RoPE* is worse than plain
-# already *inside* the trained range: the slow pairs did carry something. A model must be trained
-# with pairs that stand still.
+# already *inside* the trained range: the slow pairs did carry something. Pairs can stand still only
+# in a model that was trained so.
 #
 # Two files are few, and blocks differ by what the files say there. Compare lines within a block,
 # not blocks within a line.
@@ -1869,20 +1869,21 @@ for name, factors in {"PI": seeds[0], "YaRN": seeds[2], "found": best}.items():
 # %% [markdown]
 # ### A stream, with sinks and without
 #
-# First, has our model a sink at all? The mean weight that each head of `small` gives to the first
+# First, have our models a sink at all? The mean weight that each of their heads gives to the first
 # token, from queries 100 on. Then `tiny` reads 700 tokens of each of eight files, one by one: with
 # a window of 128; with 4 sinks and 124; and with everything kept, at positions up to 700.
 
 # %% tags=["experiment"]
 from llm40.models.heads import attention_weights
 
-weights = attention_weights(small, rows[:2, :512])  # (layers, batch, heads, seq, seq)
-on_first = weights[:, :, :, 100:, 0].mean((1, 3)).flatten()
 even = float((1 / torch.arange(101.0, 513)).mean())
-print(
-    f"on the first token: mean {on_first.mean():.4f}, largest head {on_first.max():.3f}, "
-    f"even {even:.4f}"
-)
+for name, model in (("tiny", tiny), ("small", small)):
+    weights = attention_weights(model, rows[:2, :512])  # (layers, batch, heads, seq, seq)
+    on_first = weights[:, :, :, 100:, 0].mean((1, 3)).flatten()
+    print(
+        f"{name} on the first token: mean {on_first.mean():.4f}, "
+        f"largest head {on_first.max():.3f}, even {even:.4f}"
+    )
 streams, held = {"all kept": token_losses(tiny, rows[:8, :701], angles_of(w, 700))}, {}
 for name, sinks, window in (("window of 128", 0, 128), ("4 sinks and 124", 4, 124)):
     cache, steps = StreamingCache(sinks, window, w), []
@@ -1899,11 +1900,11 @@ for name, nats in streams.items():
     )
 
 # %% tags=["experiment", "figure"]
-# Figure: no sink in this model, and none is missed
+# Figure: no sink in these models, and none is missed
 fig, axes = plot.plt.subplots(1, 2, figsize=(11, 4), width_ratios=(2, 3))
 axes[0].bar(range(len(on_first)), on_first.cpu().sort(descending=True).values, color=plot.COLORS[0])
 axes[0].axhline(even, color="black", linestyle=":", linewidth=1.2)
-axes[0].set(xlabel="heads of `small`, in order", ylabel="weight on the first token", ylim=(0, 1))
+axes[0].set(xlabel="heads of `small`, sorted", ylabel="weight on the first token", ylim=(0, 1))
 axes[0].set_title("One head with a little")
 plot.curves(
     torch.arange(50, 700, 100),
@@ -1914,6 +1915,10 @@ plot.curves(
     ax=axes[1],
 )
 axes[1].axvline(TRAINED, color="#888888", linewidth=1)
+place = axes[1].get_xaxis_transform()  # x in tokens, y a share of the axis
+axes[1].text(
+    TRAINED + 5, 0.97, "trained to here", transform=place, va="top", fontsize=9, color="#555555"
+)
 plot.caption(
     fig,
     "Left: a head with a sink as in LLaMA would reach 0.5 and more; dotted, an even spread. Right: "

@@ -589,8 +589,8 @@ checks.close(
 # + \lambda_1 \nabla_\theta f \cdot \tau_1 + \lambda_2 \nabla_\theta f \cdot \tau_2 $$
 #
 # To first order contributions add up, and $\nabla_\theta f(x;\theta_0)\cdot\tau_2 = 0$ on inputs
-# $x$ of task 1 is what "the skills do not disturb each other" means. The higher the order that
-# counts, the less holds of this: hence a small $\lambda$, chosen on held-out data. A mean of the
+# $x$ of task 1 is what "the skills do not disturb each other" means. The more the higher orders
+# count, the less of this holds: hence a small $\lambda$, chosen on held-out data. A mean of the
 # two models is the special case $\lambda_1 = \lambda_2 = ½$.
 #
 # A trap in half precision: $\tau$ is small beside $\theta$. Rounded to bfloat16 it does not give
@@ -833,8 +833,8 @@ for scales in ([], [1.0], [1.0, 1.0, 1.0]):
 # %% [markdown]
 # | entry | 0 | 1 | 2 | 3 | 4 | 5 |
 # |---|--:|--:|--:|--:|--:|--:|
-# | vector A | 6 | −2 | **0.5** | 3 | 0.1 | −5 |
-# | vector B | 2 | 4 | −4 | 0.3 | 0.2 | **1** |
+# | vector A | 6 | −2 | 0.5 | 3 | 0.1 | −5 |
+# | vector B | 2 | 4 | −4 | 0.3 | 0.2 | 1 |
 # | A trimmed to ½ | 6 | | | 3 | | −5 |
 # | B trimmed to ½ | 2 | 4 | −4 | | | |
 # | elected | + | + | − | + | + | − |
@@ -1022,8 +1022,8 @@ for density in (0.0, -0.2, 1.5):
 # The noise is $p/(1-p)$: 1 at $p = ½$, 9 at 0.9, 99 at 0.99. Two sparse vectors seldom meet in one
 # entry, which is the point when they are added. This is dropout, on weights, once.
 #
-# mergekit's rescaling is another: it keeps the vector's L1 norm, $\sum|\delta|$, exactly as it
-# was, which follows the draw.
+# mergekit's rescaling is another: it keeps each tensor's L1 norm, $\sum|\delta|$, exactly as it
+# was, so that its factor depends on the draw.
 
 
 # %% exercise="dare" minutes=10 difficulty=1
@@ -1149,7 +1149,8 @@ for p in (1.0, -0.1, 1.5):
 # $$ \max_{t}\; L(t) - \big[(1-t)\,L(0) + t\,L(1)\big]. $$
 #
 # It is 0 if $L$ is convex along the way, by the very definition of convexity, and never below 0,
-# as $t = 0$ counts. A merge that fails and a high barrier are the same fact seen twice.
+# as $t = 0$ counts. Where the barrier is high a mean fails. The converse does not hold: without a
+# barrier a mean is no worse than the chord, which can be bad enough.
 
 
 # %% exercise="loss_barrier" minutes=12 difficulty=2
@@ -1657,8 +1658,8 @@ checks.raises(ValueError, fisher_merge, [], [], because="There are no states")
 # %% [markdown]
 # ## Experiment: two skills, one model
 #
-# `tiny` is finetuned twice, apart: once to write letters in upper case (after `upper: c a f =`
-# comes `C A F`), once to find the largest of four digits (after `max: 3 1 6 0 =` comes `6`). For
+# `tiny` is finetuned twice, apart: once to write four letters in upper case (`upper: c a f e =` is
+# followed by `C A F E`), once to find the largest of four digits (`max: 3 1 6 0 =`, by `6`). For
 # comparison a third run learns both from the start, with as many steps and as many examples a step,
 # which is what merging wants to do without. Scores are exact answers on held-out prompts.
 #
@@ -1809,7 +1810,7 @@ scores = {name: measure(state)[0] for name, (state, _) in merges.items()}
 print(f"{'exact answers':<24}{'upper':>8}{'max':>8}{'λ':>8}")
 for name, right in scores.items():
     scale = merges[name][1]
-    shown = "" if scale is None else f"{scale:.1f}"
+    shown = "" if scale is None else f"{scale:.2f}"
     print(f"{name:<24}{right['upper']:>8.0%}{right['max']:>8.0%}{shown:>8}")
 cosine = F.cosine_similarity(flat(move_upper), flat(move_max), dim=0)
 both = F.cosine_similarity(flat(upper), flat(largest), dim=0)

@@ -24,7 +24,7 @@
 # token more.
 #
 # But nothing about those 499 has changed. Attention is causal: what layer 3 holds of token 7
-# depends on tokens 0 to 7 and on nothing that comes later. Its key and its value are final as soon
+# depends on tokens 1 to 7 and on nothing that comes later. Its key and its value are final as soon
 # as they are made. Keep them, and each new token costs a pass of *one* token. What is kept is the
 # **KV cache**.
 #
@@ -67,6 +67,7 @@ from dataclasses import dataclass
 import torch
 import torch.nn.functional as F
 from llm40 import checks, data, models, plot, profile, triton
+from llm40.models.heads import attention_weights
 from llm40.models.llama import angles, rotate
 from torch import Tensor
 
@@ -493,7 +494,7 @@ def step(model: models.Llama, tokens: Tensor, cache, counts: Tensor | None = Non
     Row b's first counts[b] tokens are real; the logits of the others mean nothing.
     """
     new = torch.arange(tokens.shape[1], device=tokens.device)
-    places = cache.lengths[0].clone()[:, None] + new  # (batch, new): the position of each new token
+    places = cache.lengths[0][:, None] + new  # (batch, new): the position of each new token
     cos, sin = angles(places, model.config)
     x = model.embed_tokens(tokens)
     for layer, block in enumerate(model.layers):
@@ -1023,8 +1024,9 @@ for _ in range(30):
 # Layouts of published models, from their configurations. Three remarks. Gemma 4 makes the values of
 # its global layers from the same projection as the keys, but keys are rotated and values are not,
 # so transformers caches both. DeepSeek-V3.2 adds an indexer's key of 128 numbers a token (in FP8 in
-# DeepSeek's own code; here every number has two bytes). DeepSeek-V4's layers keep a window of 128
-# tokens and, beside it, one entry for 4 or for 128 tokens, a single tensor for key and value.
+# DeepSeek's own code; here every number has two bytes). DeepSeek-V4-Flash's layers keep a window of
+# 128 tokens and, but for the first two, one entry for 4 or for 128 tokens beside it, a single
+# tensor for key and value.
 
 
 # %%
@@ -1041,10 +1043,10 @@ LAYOUTS = {
     "gpt-oss-120b": every(2, 36, LayerCache(8, 64, window=128), LayerCache(8, 64)),
     "DeepSeek-V3 (MLA)": [LayerCache(extra=512 + 64)] * 61,
     "DeepSeek-V3.2": [LayerCache(extra=512 + 64 + 128)] * 61,
-    "DeepSeek-V4, 43 layers": [
+    "DeepSeek-V4-Flash": [
         *[LayerCache(1, 512, tied=True, window=128)] * 43,
-        *[LayerCache(1, 512, tied=True, extra=128, stride=4)] * 20,
-        *[LayerCache(1, 512, tied=True, stride=128)] * 23,
+        *[LayerCache(1, 512, tied=True, extra=128, stride=4)] * 21,
+        *[LayerCache(1, 512, tied=True, stride=128)] * 20,
     ],
 }
 
@@ -1428,9 +1430,10 @@ plt.show()
 
 # %% [markdown]
 # Every case reaches more than half of what the bound allows, and the one with the most cache to
-# read comes closest. Of the decode steps a longer one lacks a smaller share: each of the five
-# kernels takes a few microseconds to start and to end. The prefill is bound by arithmetic, and gets
-# two thirds of the data sheet's peak out of the tensor cores. Lessons 29 and 30 write such kernels.
+# read comes closest. The longer a decode step takes, the nearer it is to its bound: each of the
+# five kernels takes a few microseconds to start and to end. The prefill is bound by arithmetic, and
+# gets two thirds of the data sheet's peak out of the tensor cores. Lessons 29 and 30 write such
+# kernels.
 
 # %% [markdown]
 # ## Fewer bits: KIVI
@@ -1912,25 +1915,8 @@ checks.close(heavy_hitter_evict(close, 4)[0, 0], torch.tensor([2, 3, 4, 5]), wha
 # %% tags=["experiment"]
 def attention_scores(model, tokens):
     """For each layer: the attention each token receives, (batch, kv_heads, tokens)."""
-    seen, hooks = [], []
-    for block in model.layers:
-        hooks.append(
-            block.self_attn.register_forward_pre_hook(lambda m, args: seen.append(args[:3]))
-        )
-    model(tokens)
-    for hook in hooks:
-        hook.remove()
-    scores = []
-    future = torch.ones(tokens.shape[1], tokens.shape[1], dtype=torch.bool).triu(1)
-    for block, (x, cos, sin) in zip(model.layers, seen, strict=True):
-        q, k = (
-            rotate(projection(x).unflatten(-1, (-1, 32)).transpose(1, 2), cos, sin)
-            for projection in (block.self_attn.q_proj, block.self_attn.k_proj)
-        )
-        logits = q @ k.repeat_interleave(q.shape[1] // k.shape[1], 1).mT / math.sqrt(32)
-        weights = logits.masked_fill(future, -math.inf).softmax(-1)
-        scores.append(weights.unflatten(1, (k.shape[1], -1)).sum(dim=(2, 3)))
-    return scores
+    weights = attention_weights(model, tokens)  # (layers, batch, heads, seq, seq)
+    return [accumulate_attention(w, model.config.kv_heads) for w in weights]
 
 
 def go_on(model, layers, tokens, start):
@@ -1955,25 +1941,24 @@ def gathered(layers, kept):
 def measure(tokens, start):
     """{(kind, bits or budget): (nats, share right)}."""
     cache, found = models.Cache(), {}
-    model = small
-    model(tokens[:, :start], cache=cache)
-    found["full", 16] = go_on(model, cache.layers, tokens, start)
+    small(tokens[:, :start], cache=cache)
+    found["full", 16] = go_on(small, cache.layers, tokens, start)
     for bits in (8, 4, 3, 2):
         as_keys, as_values = (
             [tuple(quantize_kv(t, t, bits, 32, 32)[side] for t in pair) for pair in cache.layers]
             for side in (0, 1)
         )
         kivi = [(a[0], b[1]) for a, b in zip(as_keys, as_values, strict=True)]
-        found["KIVI", bits] = go_on(model, kivi, tokens, start)
+        found["KIVI", bits] = go_on(small, kivi, tokens, start)
         if bits < 4:
-            found["per channel", bits] = go_on(model, as_keys, tokens, start)
-            found["per token", bits] = go_on(model, as_values, tokens, start)
-    scores = attention_scores(model, tokens[:, :start])
+            found["per channel", bits] = go_on(small, as_keys, tokens, start)
+            found["per token", bits] = go_on(small, as_values, tokens, start)
+    scores = attention_scores(small, tokens[:, :start])
     for budget in (192, 128, 64, 32):
         kept = [heavy_hitter_evict(s, budget) for s in scores]
         last = [torch.arange(start - budget, start).expand(*k.shape) for k in kept]
-        found["H2O", budget] = go_on(model, gathered(cache.layers, kept), tokens, start)
-        found["recent", budget] = go_on(model, gathered(cache.layers, last), tokens, start)
+        found["H2O", budget] = go_on(small, gathered(cache.layers, kept), tokens, start)
+        found["recent", budget] = go_on(small, gathered(cache.layers, last), tokens, start)
     return found
 
 

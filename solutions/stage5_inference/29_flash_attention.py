@@ -744,7 +744,7 @@ for frame, ax in enumerate(axes[:5]):
     ax.set_title(f"step {frame + 1}", fontsize=10)
     ax.grid(False)
 errors = []
-for j in range(1, owner + 2):  # the learner's function, given only the keys of the first j tiles
+for j in range(1, owner + 2):  # your function, given only the keys of the first j tiles
     o, _ = tiled_attention(
         q[:, :, rows],
         k[:, :, : j * block],
@@ -1005,7 +1005,7 @@ def median_seconds(function, *inputs, repeats=3):
 
 lengths = [128, 256, 512, 1024, 2048]
 largest = {"standard": [], "tiled, 128 × 128": []}
-seconds = {"standard": [], "tiled, 128 × 128": []}
+milliseconds = {"standard": [], "tiled, 128 × 128": []}
 for S in lengths:
     gen = checks.generator(12)
     q, k, v = (checks.randn(1, 1, S, 64, generator=gen) for _ in range(3))
@@ -1016,7 +1016,7 @@ for S in lengths:
         with checks.allocations() as made:
             function(q, k, v)
         largest[name].append(made.largest)
-        seconds[name].append(median_seconds(function, q, k, v) * 1e3)
+        milliseconds[name].append(median_seconds(function, q, k, v) * 1e3)
 
 # %% tags=["experiment", "figure"]
 # Figure: the largest tensor and the time, standard and tiled
@@ -1033,7 +1033,7 @@ plot.curves(
 )
 plot.curves(
     lengths,
-    seconds,
+    milliseconds,
     xlabel="sequence length S (tokens)",
     ylabel="milliseconds (one head, median of 3)",
     title=f"time in PyTorch on this {'GPU' if profile.name == 'gpu' else 'CPU'}",
@@ -2745,8 +2745,8 @@ def quantiles(function):
 
 
 def measure(S, D, causal, tokens=16384, heads=16):
-    """TFLOP/s of three implementations, forward and backward: {(name, direction): (median, low,
-    high)}.
+    """TFLOP/s of three implementations, forward and backward: {(name, direction): [median, high,
+    low]}.
     """
     from torch.nn.attention import SDPBackend, sdpa_kernel
 

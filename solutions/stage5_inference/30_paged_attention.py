@@ -877,7 +877,7 @@ assert cache.lengths[sequence] == 8, (
 assert [cache.allocator.references(b) for b in blocks] == [1, 1], "add changes no reference count"
 slots = cache.reserve(sequence, 1)
 assert blocks == list(cache.tables[sequence])[:2], "the caller's list, or the blocks, changed"
-assert int(slots) // 4 not in blocks, "the ninth token belongs into a third block"
+assert int(slots) // 4 not in blocks, "the ninth token belongs in a third block"
 cache.free(sequence)
 assert cache.allocator.available == 6, "free gives back the blocks of add too"
 ### END HIDDEN TESTS
@@ -1341,16 +1341,16 @@ def paged_step(model, cache, new: dict[int, list[int]]) -> Tensor:
     cos, sin = angles(torch.cat(places), model.config)
     x = model.embed_tokens(torch.tensor([id for ids in new.values() for id in ids]))
     for layer, block in enumerate(model.layers):
-        heads, normed = block.self_attn, block.input_layernorm(x)
+        attention, normed = block.self_attn, block.input_layernorm(x)
         # (tokens, width) → (1, heads, tokens, head_dim), as `rotate` wants it, and back
         q, k, v = (
             project(normed).unflatten(-1, (-1, model.config.head_dim)).transpose(0, 1)[None]
-            for project in (heads.q_proj, heads.k_proj, heads.v_proj)
+            for project in (attention.q_proj, attention.k_proj, attention.v_proj)
         )
         q, k, v = (t[0].transpose(0, 1) for t in (rotate(q, cos, sin), rotate(k, cos, sin), v))
         cache.write(layer, slots, k, v)
         out = paged_prefill(q, cache.k[layer], cache.v[layer], tables, lengths, counts)
-        x = x + heads.o_proj(out.flatten(1))
+        x = x + attention.o_proj(out.flatten(1))
         x = x + block.mlp(block.post_attention_layernorm(x))
     return F.linear(model.norm(x), model.embed_tokens.weight)
 
@@ -1458,9 +1458,10 @@ plt.show()
 #
 # A request is a documentation page: the first quarter is its prompt, and the rest is written at one
 # token a step. *Max* reserves 2,048 consecutive slots, *pow2* the power of two that its final
-# length needs (a server would have to guess that), both first-fit. *Paged* takes blocks as tokens
-# come; when there are none left, the youngest request gives its blocks back and waits, and later
-# all that it had written passes again as a longer prompt (**preemption** by recomputing).
+# length needs (a server would have to guess that), both first-fit; nobody overtakes. *Paged* takes
+# blocks as tokens come; when there are none left, the youngest request gives its blocks back and
+# waits, and later all that it had written passes again as a longer prompt (**preemption** by
+# recomputing).
 #
 # **Predict first.** With `fragmentation` you know the three averages. Which of the strategies will
 # be hit by external fragmentation? Will paged waste work by preemption?
@@ -1584,8 +1585,8 @@ axes[0].set(ylabel="slot of the pool")
 plot.caption(
     fig,
     "Each color is a request (six colors in turn), grey is reserved and without a token, white is "
-    "free. Left: four stretches, mostly grey. Middle: less grey, and white gaps that no waiting "
-    "request fits into. Right: a request's blocks lie anywhere, and nearly every slot is in use.",
+    "free. Left: four stretches, mostly grey. Middle: less grey, and white gaps too short for the "
+    "next in line. Right: a request's blocks lie anywhere, and nearly every slot is in use.",
 )
 plt.show()
 
@@ -2139,7 +2140,7 @@ for size in sizes:
     found[size] = passed, empty
     print(
         f"blocks of {size:3}: {sum(passed):5} tokens of prefill, {sum(empty) / 8:5.1f} slots of a "
-        f"request empty, {math.ceil(388 / size):3} table entries; same answers: {texts == plain}"
+        f"request empty, {math.ceil(387 / size):3} table entries; same answers: {texts == plain}"
     )
 torch.set_num_threads(threads)
 
@@ -2157,7 +2158,7 @@ axes[0].set_title("prefill: 350 tokens are the same")
 axes[0].legend(fontsize=8)
 fine = [2**i for i in range(9)]
 waste = [fragmentation(page_lengths, "paged", LIMIT, size)[1] for size in fine]
-axes[1].plot(fine, [100 * w for w in waste], marker="o", color=plot.COLORS[0], label="empty slots")
+axes[1].plot(fine, [100 * w for w in waste], marker="o", color=plot.COLORS[0])
 entries = [sum(math.ceil(n / size) for n in page_lengths) / len(pages) for size in fine]
 other = axes[1].twinx()
 other.plot(fine, entries, marker="s", linestyle="--", color=plot.COLORS[1])
@@ -2337,8 +2338,8 @@ notes.compare("in the source, at last")
 # ### Exercise · The merge kernel
 #
 # A program merges one head of one sequence. There may be more splits than one tile has rows, so it
-# walks over them with a running maximum, as one walks over keys. The loads' and the last lines are
-# given.
+# walks over them with a running maximum, as one walks over keys. The loads (`load_splits`) and the
+# last lines are given.
 
 
 # %%
@@ -3050,8 +3051,9 @@ else:
         fig,
         "Left: bytes counted in Triton's interpreter and in PyTorch's operations. The kernels' "
         "parts and lse come on top of the keys; they weigh less the longer the texts are. Right: "
-        "without splits one sequence keeps 8 of 132 multiprocessors busy; a large batch gains from "
-        "a few, as the last wave is fuller.",
+        "without splits one sequence keeps 8 of 132 multiprocessors busy, and four keep 32; a "
+        "batch of 32 fills them without any. A line falls where a last wave of few programs "
+        "begins.",
     )
 plt.show()
 

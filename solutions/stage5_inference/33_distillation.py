@@ -84,7 +84,7 @@ def wide(x: Tensor) -> Tensor:
 # ## Soft labels and their temperature {#soft}
 #
 # Hinton, Vinyals and Dean train the student on a sum of two losses: cross-entropy with the true
-# label, and the divergence from the teacher, both softened by a temperature $\tau$:
+# label, and the divergence between teacher and student when a temperature $\tau$ softens both:
 #
 # $$ L = \alpha\,\tau^2\, \mathrm{KL}\big(p^\tau \,\|\, q^\tau\big) + (1-\alpha)\,(-\log q_y),
 # \qquad q^\tau = \operatorname{softmax}(z/\tau). $$
@@ -1837,13 +1837,14 @@ names = list(outcome)
 for j, (ax, label) in enumerate(
     zip(
         axes,
-        ("bits per byte, held-out text", "exact match, held-out tasks", "KL from small, own text"),
+        ("bits per byte, held-out text", "share exact, held-out tasks", "nats a token, own text"),
         strict=True,
     )
 ):
     for y, name in enumerate(names):
         color = plot.COLORS[2] if y < 2 else plot.COLORS[0] if y < 4 else plot.COLORS[1]
-        ax.plot(outcome[name][j], y, "os^"[0 if y < 2 else 1 if y < 4 else 2], color=color, ms=8)
+        marker = "os^"[0 if y < 2 else 1 if y < 4 else 2]
+        ax.plot(outcome[name][j], y, marker, color=color, ms=8, clip_on=False)
         ax.hlines(y, 0, outcome[name][j], color=color, linewidth=1, linestyle=":")
     ax.set(xlabel=label, xlim=0)
 axes[0].set_yticks(range(len(names)), names)
@@ -1862,11 +1863,11 @@ plot.plt.show()
 # behind both: the damaged student writes rubbish at first, and the teacher's opinion of rubbish
 # teaches little about good text. That measure favors those who trained on such text, too.
 #
-# On what the student itself writes the order is another. On-policy learning alone beats the hard
-# labels there, in most seeds the teacher's probabilities too, in spite of its bad start. Half of
-# each is the best of all, by a clear margin, and on held-out text about as good as the teacher's
-# probabilities alone. Qwen3's recipe for its small models has that order: off-policy first, until
-# the student reaches states worth judging, then on-policy.
+# On what the student itself writes the order is another. On-policy learning with the full
+# vocabulary beats the hard labels there, in most seeds the teacher's probabilities too, in spite of
+# its bad start. Half of each is the best of all, by a clear margin, and on held-out text about as
+# good as the teacher's probabilities alone. Qwen3's recipe for its small models has that order:
+# off-policy first, until the student reaches states worth judging, then on-policy.
 #
 # The sampled reward has the same expected gradient as the full vocabulary, and is last everywhere,
 # the tasks included. Twelve rows are a small batch for it. The rewards of a damaged student are

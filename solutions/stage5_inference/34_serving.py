@@ -115,10 +115,9 @@ torch.set_num_threads(1)  # steps as small as here: threads would wait for each 
 #
 # The mean over requests hides those who suffer, so one looks at **percentiles**: the 99th is the
 # value that 99 percent of requests do not exceed. Between two measured values libraries
-# interpolate; the **nearest-rank** percentile takes a value that somebody really had. And a server
-# of which each request asks for a TTFT and a TPOT within limits is judged by its **goodput**:
-# requests per second that kept *both*. A batch twice as large can double the throughput and halve
-# the goodput.
+# interpolate; the **nearest-rank** percentile takes a value that somebody really had. And where
+# both TTFT and TPOT must stay within limits, a server is judged by its **goodput**: requests per
+# second that kept *both*. A batch twice as large can double the throughput and halve the goodput.
 
 # %% [markdown]
 # ### Exercise · Latency, percentiles, goodput
@@ -447,8 +446,8 @@ class Blocks:
 # %% [markdown]
 # ## The scheduler
 #
-# Orca (2022) made the observation on which all servers stand since: the unit of scheduling is not
-# the request, it is the *iteration*. Between two steps any sequence may leave or join, because
+# Orca (2022) made the observation on which all servers have stood since: the unit of scheduling is
+# not the request, it is the *iteration*. Between two steps any sequence may leave or join, because
 # nothing but its own pages ties it to the others.
 #
 # Then there are three decisions, and the answers here are those of vLLM. *Who runs?* Whoever has
@@ -947,7 +946,7 @@ plot.caption(
     fig,
     "Above, gaps in a batch stay empty until its longest text ends. In the middle a free place is "
     "taken in the next step. Below, memory runs out: the youngest texts stop, wait, and pass "
-    "their tokens again (a second row of dark cells) when there is room.",
+    "their tokens again (a second run of blue cells) when there is room.",
 )
 plt.show()
 
@@ -1485,9 +1484,7 @@ for share in loads:
             {
                 "ttft": percentile(waits, 50),
                 "p90": percentile(waits, 90),
-                "tpot": percentile([tpot(t) for t in times], 90),
                 "tokens": sum(map(len, times)) / end,
-                "good": goodput(arrivals, times, 0.15, 0.02, end),
             }
         )
 print("load     TTFT median, ms     TTFT 90th, ms      tokens per second")
@@ -1769,7 +1766,7 @@ class Bridge:
 # How does your code learn that a client has hung up? Starlette (beneath FastAPI) cancels the task
 # that iterates over your generator. At an `await` of the generator `asyncio.CancelledError` is
 # raised; where it stands at a `yield` it is closed a little later, by `GeneratorExit`. Whatever
-# must happen in both cases belongs into `finally`. A request that is not streamed is not
+# must happen in both cases belongs in `finally`. A request that is not streamed is not
 # cancelled: its function runs to its end, and so does the request.
 
 
@@ -2483,7 +2480,7 @@ print(
 # In a server a key is one block's tokens, `(17, 4, 99, 5)`, and its value is the block's number. A
 # tree that maps sequences of *anything* is easier to think about and to check, so yours does.
 # (Where requests use different adapters, the same tokens have other keys and values: then the
-# adapter belongs into the key.)
+# adapter belongs in the key.)
 #
 # Finding is a walk. Inserting is a walk, and one new edge for the rest. Where the walk ends
 # *within* an edge, the edge is split in two. Memory is finite, so values are evicted, and only from
@@ -3144,10 +3141,10 @@ assert not seen, "choose was called for a state that allows nothing"
 # %% tags=["experiment"]
 vocabulary = token_bytes(tokenizer)
 allowed, after = token_masks(RECORD, {len(RECORD) - 1}, vocabulary, tokenizer.eos)
-share = allowed.sum(1).double()
+counts = allowed.sum(1)
 print(
-    f"{len(RECORD)} states; tokens allowed in a state: {int(share.min())} to {int(share.max())} of "
-    f"{len(vocabulary)}; states that allow only one: {int((share == 1).sum())}"
+    f"{len(RECORD)} states; tokens allowed in a state: {int(counts.min())} to {int(counts.max())} "
+    f"of {len(vocabulary)}; states that allow only one: {int((counts == 1).sum())}"
 )
 example = '{"name": "get_item", "line": 27, "async": false}\n'
 engine = Engine(small, Scheduler(Blocks(count=120, size=16), budget=64, max_running=16))
@@ -3562,7 +3559,7 @@ checks.number(answer, 9 / 19, what="distorted", mistakes={"both valid": 0.09, "t
 # ## References, and what to read in them
 #
 # - **Yu et al. 2022**, *Orca: A Distributed Serving System for Transformer-Based Generative
-#   Models*, OSDI 2022. Section 4: iteration-level scheduling and selective batching, the two ideas
+#   Models*, OSDI 2022. Section 3: iteration-level scheduling and selective batching, the two ideas
 #   above.
 # - **Kwon et al. 2023**, *Efficient Memory Management for Large Language Model Serving with
 #   PagedAttention*, arXiv:2309.06180. Section 4.5: scheduling and preemption, swapping against

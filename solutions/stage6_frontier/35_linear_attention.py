@@ -723,10 +723,10 @@ for i, (name, sizes_) in enumerate(sizes_of.items()):
     axes[0].plot(tokens, state / 1e6, "o", color=plot.COLORS[i])
     axes[0].annotate(
         f"{tokens:,}", (tokens, state / 1e6), textcoords="offset points", xytext=(6, -11),
-        fontsize=8,
+        fontsize=8, bbox={"facecolor": "white", "edgecolor": "none", "pad": 0.5},
     )  # fmt: skip
 axes[0].set(xscale="log", yscale="log", xlabel="tokens of one text", ylabel="MB of one text")
-axes[0].set_title("a cache in every layer (solid), a state in every layer (dotted)", fontsize=10)
+axes[0].set_title("a cache in every layer (rising), a state in every layer (dotted)", fontsize=10)
 axes[0].legend(fontsize=8)
 plot.curves(
     lengths,
@@ -1277,7 +1277,7 @@ plt.show()
 
 # %% [markdown]
 # **What came out.** Under random keys the law holds: adding alone gives noise about 2.6 times the
-# value, at any age, and the delta rule keeps the newest dozen of entries readable, at the expense
+# value, at any age, and the delta rule keeps the newest dozen entries readable, at the expense
 # of old ones. Decay does a part of that.
 #
 # Under the real keys adding is several times worse, and even the delta rule reads its newest
@@ -2226,7 +2226,7 @@ axes[1].legend(fontsize=8)
 plot.caption(
     fig,
     "Dotted: guessing a value (left), guessing between a key's two values (right). The cache is "
-    "always right and always larger. A state needs room for 16 keys, and a rule that replaces.",
+    "always right and always larger. A state needs room for 16 keys, and a rule that forgets.",
 )
 plt.show()
 
@@ -2244,7 +2244,7 @@ plt.show()
 # %% [markdown]
 # ## The kernel: a state that never leaves the chip
 #
-# In PyTorch each chunk is eight operations, and the state goes out to memory and back between
+# In PyTorch each chunk is some twenty operations, and the state goes out to memory and back between
 # them. A kernel keeps it in registers. One program owns one head's state and walks over the
 # sequence; for each chunk it loads $q$, $k$, $v$ once, and it stores the chunk's output.
 #

@@ -838,7 +838,7 @@ def remember(u, n):
     c, one = torch.zeros(n).double(), torch.eye(n).double()
     for t, now in enumerate(u.tolist(), 1):
         half = A / (2 * t)
-        before = c + half @ c if t > 1 else c
+        before = c + half @ c
         c = torch.linalg.solve_triangular(one - half, (before + B * now / t)[:, None], upper=False)[
             :, 0
         ]
@@ -1064,8 +1064,8 @@ checks.close(y[:, 20:], exact[:, 20:], what="y from a step of 10,000 on")
 #
 # Composition of maps is **associative**: it does not matter which neighbors are combined first. It
 # does not commute: the order must be kept. All $L$ prefixes of an associative operation are a
-# **scan**, and since Blelloch (1990) one knows how to compute it in $2\log_2 L$ rounds with about
-# $2L$ combinations.
+# **scan**, and it takes $2\log_2 L$ rounds with about $2L$ combinations (Ladner, Fischer 1980;
+# Blelloch 1990).
 #
 # ### Exercise · Two steps as one
 
@@ -1323,9 +1323,9 @@ plot.curves(
 axes[1].legend(fontsize=8)
 plot.caption(
     fig,
-    "Left: first neighbors, then pairs of pairs, down to one (orange); then the prefixes in "
-    "between are filled in. Right: twice the loop's combinations buy a waiting time that is "
-    "logarithmic.",
+    "Left: first neighbors, then pairs of pairs, down to one; then the prefixes in between are "
+    "filled in (orange: a round of one combination). Right: twice the loop's combinations buy a "
+    "waiting time that is logarithmic.",
 )
 plt.show()
 
@@ -2416,7 +2416,7 @@ def state_needed(M: Tensor, cut: int, tolerance: float) -> int:
 # </details>
 
 # %% check="state_needed" points=1
-# A block with singular values 3 and 4: below 3/5 of its norm one number is enough.
+# A block with singular values 3 and 4: from 3/5 of its norm on one number is enough.
 M = torch.zeros(4, 4)
 M[2, 0], M[3, 1], M[1, 0] = 3.0, 4.0, 7.0
 found = {tolerance: state_needed(M, 2, tolerance) for tolerance in (0.0, 0.5, 0.7, 1.0)}

@@ -207,7 +207,7 @@ plt.show()
 class RGLRU(nn.Module):
     """The real-gated linear recurrent unit of Griffin, arXiv:2402.19427, as its code has it.
 
-    Parameters, made in __init__ in this order of shapes (values are yours, but finite):
+    Parameters, made in __init__ with these names and shapes (values are yours, but finite):
         decay: (width,), the λ of the formula.
         input_weight, recurrence_weight: (heads, width/heads, width/heads).
         input_bias, recurrence_bias: (heads, width/heads).
@@ -901,10 +901,10 @@ MODELS = {
         Layers(20, state=32 * 128 * 128 + 3 * 3 * 32 * 128),
     ),
     "DeepSeek-V3.2": (Layers(61, 512 + 64 + 128),),
-    "DeepSeek-V4, 43 layers": (
+    "DeepSeek-V4-Flash": (
         Layers(43, 512, window=128),
-        Layers(20, 512 + 128, stride=4),
-        Layers(23, 512, stride=128),
+        Layers(21, 512 + 128, stride=4),
+        Layers(20, 512, stride=128),
     ),
 }
 
@@ -968,7 +968,7 @@ for groups, tokens, batch, expected in [
     ([], 9, 1, 0),
     (MODELS["Llama 3 8B"], 2**20, 1, 137_438_953_472),
     (MODELS["DeepSeek-V3.2"], 2**20, 1, 90_060_095_488),
-    (MODELS["DeepSeek-V4, 43 layers"], 2**20, 2, 2 * (5_636_096 + 6_710_886_400 + 192_937_984)),
+    (MODELS["DeepSeek-V4-Flash"], 2**20, 2, 2 * (5_636_096 + 7_046_430_720 + 167_772_160)),
     (MODELS["Gemma 3 27B"], 131_072, 1, 4096 * 2 * (52 * 1024 + 10 * 131_072)),
 ]:
     answer = hybrid_cache_bytes(groups, tokens, batch)
@@ -1385,11 +1385,11 @@ assert out.dtype == torch.float16, f"out has q's dtype, float16; yours is {out.d
 # - **heavily compressed**: one summary for 128 tokens, all of them read;
 # - **compressed sparse**: one for 4 tokens, of which an indexer (lesson 10) picks the best few.
 #
-# (Two heavily compressed layers come first in V4-Pro, then both kinds alternate. transformers'
-# default of 43 layers goes on with a heavily compressed one: 23 and 20.) One function does both:
-# the second is the first with a choice. (V4's summaries are weighted means with learned weights,
-# keys and values are one tensor, and each head has a sink. The settings here are those of
-# transformers' `deepseek_v4`.)
+# (V4-Pro begins with two heavily compressed layers, V4-Flash with two that have the window alone;
+# then both kinds alternate. Of Flash's 43 layers 21 are compressed sparse and 20 heavily
+# compressed.) One function does both: the second is the first with a choice. (V4's summaries are
+# weighted means with learned weights, keys and values are one tensor, and each head has a sink. The
+# settings here are those of transformers' `deepseek_v4`.)
 
 # %% [markdown]
 # ### Exercise · Summaries and a window
@@ -1571,7 +1571,7 @@ fig, axes = plt.subplots(1, 2, figsize=(11, 3.8))
 plot.curves(
     tops,
     means,
-    xlabel="blocks read, of 16 to 32",
+    xlabel="blocks read, of 17 to 32",
     ylabel="share of the attention",
     title="mean of all layers",
     ax=axes[0],
@@ -1592,7 +1592,7 @@ axes[1].legend(fontsize=8, loc="upper left")
 plot.caption(
     fig,
     "Left: how much of what full attention looks at lies in the blocks that are read. The third "
-    "line is the best that any choice by blocks can do. Right: the same by layer.",
+    "line is the best choice there is beside the three forced blocks. Right: the same by layer.",
 )
 plt.show()
 
@@ -1813,7 +1813,7 @@ assert answer == "the state before the draft", (
 #   arXiv:2510.26692. Three to one, and the comparison with full attention under one recipe.
 # - **Yuan et al. 2025**, *Native Sparse Attention: Hardware-Aligned and Natively Trainable Sparse
 #   Attention*, arXiv:2502.11089. The three branches, and why the choice is made for a group.
-# - **DeepSeek-AI 2025**, *DeepSeek-V3 Technical Report*, arXiv:2412.19437. The latent of 512 and 64
+# - **DeepSeek-AI 2024**, *DeepSeek-V3 Technical Report*, arXiv:2412.19437. The latent of 512 and 64
 #   that the table counts.
 #
 # In code: transformers' `recurrent_gemma`, `jamba`, `qwen3_next`, `kimi_linear` and `deepseek_v4`;

@@ -625,10 +625,9 @@ def clip_loss(image: Tensor, text: Tensor, logit_scale: Tensor) -> Tensor:
     image, text: (n, d), n ≥ 1, one floating dtype; row i of both belong together. They have lengths
     from 1e-6 to 1e6 and are normalized here. logit_scale: a tensor without axes, any floating
     dtype, the logarithm of the factor on the cosines, whose exp is taken in the format of the
-    computation; nothing is clamped. Returns a tensor without
-    axes: the mean of the rows' and the columns' mean cross-entropy. Half-precision features are
-    computed in float32, and so is the result; else it has their dtype. Gradients reach all three
-    arguments; none is changed.
+    computation; nothing is clamped. Returns a tensor without axes: the mean of the rows' and the
+    columns' mean cross-entropy. Half-precision features are computed in float32, and so is the
+    result; else it has their dtype. Gradients reach all three arguments; none is changed.
     """
     ### BEGIN SOLUTION
     u, v = F.normalize(wide(image), dim=-1), F.normalize(wide(text), dim=-1)
@@ -1059,7 +1058,7 @@ checks.close((own + others) / 5, whole, what="the loss of two devices", rtol=1e-
 # ## Training both encoders {#train}
 #
 # Our images are 1,797 handwritten digits of 8 × 8 pixels. Captions come from a grammar of 20
-# sentences, "a thin seven" or "a bold zero": who wrote it is the label, and how much ink is on it,
+# sentences, "a thin seven" or "a bold zero": the digit is the label, and how much ink is on it,
 # above or below the median, is measured.
 #
 # The two encoders below are small copies of CLIP's: your vision transformer, and a transformer over
@@ -2644,7 +2643,7 @@ plot.plt.show()
 # %% [markdown]
 # ## Positions in three directions {#mrope}
 #
-# RoPE (lesson 8) turns pair $i$ of a query or key by the angle $m\,\theta^{-2i/d}$, where $m$ is
+# RoPE (lesson 08) turns pair $i$ of a query or key by the angle $m\,\theta^{-2i/d}$, where $m$ is
 # the token's position: one number. In a row of 24 patches the patch below is 24 steps away, and how
 # far that is depends on the image's width. **Multimodal RoPE** gives every token three numbers,
 # time, height and width, and each pair of dimensions is turned by one of the three.
@@ -3058,15 +3057,15 @@ left.set(xlabel="token", ylabel="position")
 left.set_title("Six words, an image, five words, a video, six words")
 left.legend(loc="upper left")
 # A pair's axis is found by turning one token that stands on that axis alone.
-dims, colors = 64, plot.COLORS[:3]
+head_dim, colors = 128, plot.COLORS[:3]
 for y, (sections, interleaved) in enumerate((((16, 24, 24), False), ((24, 20, 20), True))):
     for axis in range(3):
         alone = torch.zeros(3, 1, 1, dtype=torch.float64)
         alone[axis] = 1.0
-        ones = torch.ones(1, 1, 1, 2 * dims, dtype=torch.float64)
+        ones = torch.ones(1, 1, 1, head_dim, dtype=torch.float64)
         turned = apply_mrope(ones, alone, sections, interleaved, theta=1_000_000.0)
-        pairs = (turned[0, 0, 0, :dims] != 1).nonzero()[:, 0]
-        lengths = 2 * math.pi * 1_000_000.0 ** (2 * pairs / (2 * dims))
+        pairs = (turned[0, 0, 0, : head_dim // 2] != 1).nonzero()[:, 0]
+        lengths = 2 * math.pi * 1_000_000.0 ** (2 * pairs / head_dim)
         right.plot(plot.array(lengths), [4 * y + axis] * len(pairs), "|", color=colors[axis], ms=11)
 right.axvspan(1, 2 * 24, color="#eeeeee", zorder=0)
 right.set_yticks(
@@ -3270,5 +3269,5 @@ checks.number(
 # In production: open_clip's `ClipLoss` (its options `local_loss` and `gather_with_grad` belong
 # together; issue 616 has the arithmetic of gradients), `transformers`' `modeling_qwen2_vl.py`
 # (`get_rope_index`, `PatchMerger`) and `modeling_qwen3_vl.py`; LLaVA's `llava_arch.py`, where its
-# function `prepare_inputs_labels_for_multimodal` splices. Rotary positions are lesson 8,
+# function `prepare_inputs_labels_for_multimodal` splices. Rotary positions are lesson 08,
 # all-gathers lesson 19, the answers' labels lesson 21.

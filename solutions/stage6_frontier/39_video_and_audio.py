@@ -540,6 +540,8 @@ for column, (name, sound) in zip(axes.T, sounds.items(), strict=True):
         origin="lower",
         aspect="auto",
         cmap="Greys",
+        vmin=-1,
+        vmax=1.5,
         extent=(0, seconds, 0, 80),
     )
     column[0].set_title(name)
@@ -643,8 +645,8 @@ def ctc_loss_forward(
         alpha = torch.where(inside[:, f, None], moved, alpha)
 
     last = 2 * target_lengths[:, None]  # the blank after the last letter
-    ends = alpha.gather(1, torch.cat([last, (last - 1).clamp(min=0)], dim=1))
-    ends = ends.masked_fill(torch.cat([last < 0, last == 0], dim=1), never)
+    letter = alpha.gather(1, (last - 1).clamp(min=0)).masked_fill(last == 0, never)
+    ends = torch.cat([alpha.gather(1, last), letter], dim=1)
     loss = -ends.logsumexp(1)
     return torch.where(loss > -never / 2, torch.inf, loss)
     ### END SOLUTION
@@ -1505,7 +1507,7 @@ plot.plt.show()
 # **What came out.** The fitted codebooks take away a share of what is left at every stage, most of
 # it at the first. The random ones make it *worse* at the first stage already: in 80 dimensions the
 # nearest of 32 random vectors is no nearer than the mean. Each further stage repeats the harm, as
-# the residual has grown. So over all five seeds. Mimi and EnCodec fit their codebooks while the
+# the residual has grown. All five seeds agree. Mimi and EnCodec fit their codebooks while the
 # encoder trains, and replace entries that nobody chooses any more.
 
 # %% [markdown]
@@ -3298,7 +3300,7 @@ for ax, how in zip(left.subplots(2, 1), ("random", "low_confidence"), strict=Tru
                 plot.plt.Rectangle((x, y), 1, 1, facecolor=shade, edgecolor="white", linewidth=1.5)
             )
             if token:
-                ax.text(x + 0.5, y + 0.5, words[token], ha="center", va="center", fontsize=7.5)
+                ax.text(x + 0.5, y + 0.5, words[token], ha="center", va="center", fontsize=6)
     ax.set(xlim=(0, 12), ylim=(6, 0), xticks=[], yticks=torch.arange(6) + 0.5)
     ax.set_yticklabels(range(1, 7), fontsize=8)
     ax.set_ylabel("step")

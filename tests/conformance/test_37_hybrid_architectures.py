@@ -68,9 +68,10 @@ def test_rg_lru(lesson, agrees):
 
 
 def test_deepseek_v4_counts(lesson):
-    config = transformers.DeepseekV4Config()
+    # V4-Flash: two layers with the window alone, then one entry for 4 and for 128 tokens in turn.
+    config = transformers.DeepseekV4Config(compress_ratios=[0, 0, *([4, 128] * 20), 4])
     found = [config.layer_types.count(f"{kind}_attention") for kind in ("compressed_sparse", "heavily_compressed")]
-    groups = lesson.MODELS["DeepSeek-V4, 43 layers"]
+    groups = lesson.MODELS["DeepSeek-V4-Flash"]
     assert [group.count for group in groups] == [config.num_hidden_layers, *found]
     assert [group.stride for group in groups[1:]] == list(config.compress_rates.values())
     assert groups[0].window == config.sliding_window

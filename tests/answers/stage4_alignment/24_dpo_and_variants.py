@@ -59,24 +59,30 @@ def sequence_logprob(logits, labels, average=False):
     return total
 
 # %% wrong="optimal_policy" because="the reference is left out"
-- return (ref.log() + reward / beta).softmax(-1)  # log 0 = −inf: what cannot happen stays so
+- reward = reward.masked_fill(ref == 0, -torch.inf)  # what ref excludes stays impossible
+- reward = reward - reward.amax(-1, keepdim=True)
+- return (ref.log() + reward / beta).softmax(-1)
 + return (reward / beta).softmax(-1)
 
 # %% wrong="optimal_policy" because="the reward is multiplied by beta"
-- return (ref.log() + reward / beta).softmax(-1)  # log 0 = −inf: what cannot happen stays so
+- return (ref.log() + reward / beta).softmax(-1)
 + return (ref.log() + reward * beta).softmax(-1)
 
 # %% wrong="optimal_policy" because="exp overflows"
-- return (ref.log() + reward / beta).softmax(-1)  # log 0 = −inf: what cannot happen stays so
+- reward = reward.masked_fill(ref == 0, -torch.inf)  # what ref excludes stays impossible
+- reward = reward - reward.amax(-1, keepdim=True)
+- return (ref.log() + reward / beta).softmax(-1)
 + weights = ref * (reward / beta).exp()
 + return weights / weights.sum(-1, keepdim=True)
 
 # %% wrong="optimal_policy" because="normalized over the first axis"
-- return (ref.log() + reward / beta).softmax(-1)  # log 0 = −inf: what cannot happen stays so
+- return (ref.log() + reward / beta).softmax(-1)
 + return (ref.log() + reward / beta).softmax(0)
 
 # %% wrong="optimal_policy" because="an epsilon lets the impossible happen"
-- return (ref.log() + reward / beta).softmax(-1)  # log 0 = −inf: what cannot happen stays so
+- reward = reward.masked_fill(ref == 0, -torch.inf)  # what ref excludes stays impossible
+- reward = reward - reward.amax(-1, keepdim=True)
+- return (ref.log() + reward / beta).softmax(-1)
 + return ((ref + 1e-8).log() + reward / beta).softmax(-1)
 
 # %% wrong="optimal_policy" because="beta 0 is let through"

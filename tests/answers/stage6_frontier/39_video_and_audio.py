@@ -283,8 +283,8 @@ def log_mel(x, n_mels=80, n_fft=400, hop=160, sample_rate=16_000):
 + last = torch.full_like(target_lengths[:, None], 2 * longest)
 
 # %% wrong="ctc_loss_forward" because="an empty target counts its blank twice"
-- ends = ends.masked_fill(torch.cat([last < 0, last == 0], dim=1), never)
-+ ends = ends + 0
+- letter = alpha.gather(1, (last - 1).clamp(min=0)).masked_fill(last == 0, never)
++ letter = alpha.gather(1, (last - 1).clamp(min=0))
 
 # %% wrong="ctc_loss_forward" because="a large number in place of inf"
 - return torch.where(loss > -never / 2, torch.inf, loss)
