@@ -64,7 +64,8 @@ def close(
 
     `mistakes` maps the name of a usual mistake to what it would give. A value that is nearer to a mistake than to
     `expected`, and equals it within the tolerance, is refused and told so, even if it is within the tolerance of
-    `expected` too. A mistake that the format can't tell from `expected` (they differ by less than `RTOL`) is none.
+    `expected` too. A mistake that noise can't tell from `expected` is none: they differ by less than `RTOL`, or by
+    less than an `atol` that is given.
     """
     target = _expected(expected)
     result = _result(actual, expected, target, what, hint, tensor=dtype is not None)
@@ -341,7 +342,7 @@ def _mistake(
         value = _expected(value).to(actual.device)
         if value.shape != actual.shape:
             continue
-        noise = _limit(actual, expected, None, None)
+        noise = _limit(actual, expected, None, None).clamp_min(atol or 0.0)
         if not _beyond(value, expected, noise).any():
             continue
         distance = _distance(actual, value)

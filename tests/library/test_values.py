@@ -69,6 +69,11 @@ class TestMistakes:
         checks.close(wrong, expected, mistakes={"rounding": wrong})
         checks.close(wrong, expected, rtol=0.01, mistakes={"rounding": wrong})
 
+    def test_nor_what_lies_within_an_absolute_tolerance_that_is_given(self):
+        near_zero, halved = torch.tensor(2e-7), torch.tensor(1e-7)  # of terms near 1, whose rounding is 1e-7
+        checks.close(halved, near_zero, rtol=1e-5, atol=1e-6, mistakes={"half of it": halved})
+        message(checks.close, torch.tensor(0.5), torch.tensor(1.0), atol=1e-6, mistakes={"half": torch.tensor(0.5)})
+
     def test_the_mistake_that_is_nearest_is_named(self):
         mistakes = {"far": 1.3, "near": 1.2, "farther": 1.29}
         assert "This is what near gives" in message(checks.close, 1.19, 1.0, rtol=0.1, mistakes=mistakes)
