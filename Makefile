@@ -7,37 +7,41 @@ SETUP   := .venv/.complete
 RUN     := .venv/bin/python -m autograder
 SITE    := .venv-site/.complete
 
-# Empty means: the command's own default.
-LESSON  ?=
-STAGE   ?=
-PROJECT ?=
-PROFILE ?=
-JOBS    ?=
-SUBMITTED ?=
-OUT     ?=
-STUDENT ?=
-SCHEDULER ?=
-DB      ?=
-AGAIN   ?=
-LATE    ?=
-COMPARE ?=
-UNSAFE  ?=
-VERBOSE ?=
-LIMITS  ?=
-ONLY    ?=
-MINUTES ?=
-LIST    ?=
-STUDENTS ?=
-LESSONS ?=
-STOCK   ?=
-KEEP    ?=
-ANSWERS ?=
-ARGS    ?=
-MUTANTS ?=
-JUDGED  ?=
-SOLUTIONS ?=
-REPOSITORY ?=
+# Empty means: the command's own default. Not `?=`: a variable of the shell that happens to have the name says nothing.
+LESSON       =
+STAGE        =
+PROJECT      =
+PROFILE      =
+JOBS         =
+SUBMITTED    =
+OUT          =
+STUDENT      =
+SCHEDULER    =
+DB           =
+AGAIN        =
+LATE         =
+COMPARE      =
+UNSAFE       =
+VERBOSE      =
+LIMITS       =
+ONLY         =
+MINUTES      =
+LIST         =
+STUDENTS     =
+LESSONS      =
+STOCK        =
+KEEP         =
+ANSWERS      =
+ARGS         =
+MUTANTS      =
+JUDGED       =
+SOLUTIONS    =
+REPOSITORY   =
+CHECK        =
+SEEDS        =
+SECONDS_EACH =
 option = $(if $($(1)),--$(2) "$($(1))")
+flag = $(if $(filter-out 0 no false,$($(1))),--$(2))
 
 .DEFAULT_GOAL := help
 .PHONY: help setup lab check submit course run prove sweep grade bench-grading gpu gpu-wheels site test lint lock release clean
@@ -67,37 +71,37 @@ submit: $(SETUP) ## your notebooks in one zip, to hand in: STUDENT=id [STAGE=2]
 	@$(RUN) submit $(call option,STUDENT,student) $(call option,STAGE,stage)
 
 course: $(SETUP) ## rebuild course/ from solutions/ [LESSON=09 VERBOSE=1]
-	$(RUN) course $(call option,LESSON,lesson) $(call option,STAGE,stage) $(if $(VERBOSE),--verbose)
+	$(RUN) course $(call option,LESSON,lesson) $(call option,STAGE,stage) $(call flag,VERBOSE,verbose)
 
 run: $(SETUP) ## execute every lesson, and prove that the stubs fail [LESSON=09 STAGE=2 PROFILE=cpu|gpu|auto JOBS=2 VERBOSE=1]
 	$(RUN) run $(call option,LESSON,lesson) $(call option,STAGE,stage) $(call option,PROFILE,profile) \
-	  $(call option,JOBS,jobs) $(if $(VERBOSE),--verbose)
+	  $(call option,JOBS,jobs) $(call flag,VERBOSE,verbose)
 
 prove: $(SETUP) ## is every wrong answer caught, every right one accepted? [LESSON=09 ANSWERS=file.py MUTANTS=1 JUDGED=1]
 	@test -n "$(LESSON)" || { echo "make prove asks for a lesson: make prove LESSON=09"; exit 2; }
-	.venv/bin/python tests/prove.py "$(LESSON)" $(call option,ANSWERS,answers) $(if $(MUTANTS),--mutants) $(if $(JUDGED),--judged)
+	.venv/bin/python tests/prove.py "$(LESSON)" $(call option,ANSWERS,answers) $(call flag,MUTANTS,mutants) $(call flag,JUDGED,judged)
 
 sweep: $(SETUP) ## does a check refuse the answer at one seed of a thousand? [LESSON=09 CHECK=3a SEEDS=1000 SECONDS_EACH=60]
 	@test -n "$(LESSON)" || { echo "make sweep asks for a lesson: make sweep LESSON=09"; exit 2; }
 	.venv/bin/python tests/sweep.py "$(LESSON)" $(call option,CHECK,check) $(call option,SEEDS,seeds) $(call option,SECONDS_EACH,seconds)
 
 grade: $(SETUP) ## grade a class; without a folder, the sample class [SUBMITTED=dir OUT=dir LESSON=09 STUDENT=id JOBS=2 AGAIN=1 COMPARE=1 LATE=config.py DB=postgresql+psycopg://… SCHEDULER=tcp://… LIMITS="--memory 8000" UNSAFE=1 VERBOSE=1]
-	$(RUN) grade $(if $(UNSAFE),--unsafe) $(if $(AGAIN),--again) $(if $(COMPARE),--compare) $(if $(VERBOSE),--verbose) $(LIMITS) \
+	$(RUN) grade $(call flag,UNSAFE,unsafe) $(call flag,AGAIN,again) $(call flag,COMPARE,compare) $(call flag,VERBOSE,verbose) $(LIMITS) \
 	  $(call option,SUBMITTED,submitted) $(call option,OUT,out) $(call option,LESSON,lesson) $(call option,STUDENT,student) \
 	  $(call option,JOBS,jobs) $(call option,LATE,late) $(call option,DB,db) $(call option,SCHEDULER,scheduler)
 
 bench-grading: $(SETUP) ## grading a generated class, beside nbgrader's own: hours [STUDENTS=100 LESSONS="1 9" STOCK=2 JOBS=2 KEEP=1]
-	.venv/bin/python -m benchmarks.grading $(if $(KEEP),--keep) $(call option,STUDENTS,students) \
+	.venv/bin/python -m benchmarks.grading $(call flag,KEEP,keep) $(call option,STUDENTS,students) \
 	  $(call option,LESSONS,lessons) $(call option,STOCK,stock) $(call option,JOBS,jobs)
 
 gpu: $(SETUP) ## everything a GPU answers, in benchmarks/results/gpu.json; without one, what can be checked [ONLY="speed/29 llama" MINUTES=8 AGAIN=1 LIST=1]
-	.venv/bin/python -m benchmarks.gpu $(if $(ONLY),--only $(ONLY)) $(call option,MINUTES,minutes) $(if $(AGAIN),--again) $(if $(LIST),--list)
+	.venv/bin/python -m benchmarks.gpu $(if $(ONLY),--only $(ONLY)) $(call option,MINUTES,minutes) $(call flag,AGAIN,again) $(call flag,LIST,list)
 
 gpu-wheels: $(SETUP) ## for a GPU machine without network: wheels and notebooks, in build/gpu-wheels/
 	.venv/bin/python -m benchmarks.wheels
 
 site: $(SITE) ## the course as pages, after make run, in build/site [SOLUTIONS=1 OUT=dir REPOSITORY=https://…]
-	@.venv-site/bin/python -m autograder.site $(if $(SOLUTIONS),--solutions) $(call option,OUT,out) $(call option,REPOSITORY,repository)
+	@.venv-site/bin/python -m autograder.site $(call flag,SOLUTIONS,solutions) $(call option,OUT,out) $(call option,REPOSITORY,repository)
 
 $(SITE): requirements-site.lock
 	@test -n "$(PYTHON)" || { echo "Python 3.11, 3.12 or 3.13 is needed and none was found: make site PYTHON=/path/to/python3.12"; exit 1; }

@@ -1,8 +1,8 @@
 """nbgrader's view of the course: a stage is an assignment, a lesson is a notebook in it.
 
 `nbgrader` commands and the formgrader, started in this folder, work on the masters in build/source, the learners'
-notebooks in course/ and the class that `make grade` graded last. `make grade OUT=folder` puts a class elsewhere: set
-LLM40_GRADES=folder to look at that one.
+notebooks in course/ and the class in grades/, where `make grade` puts one by default. `make grade OUT=folder` puts a
+class elsewhere: set LLM40_GRADES=folder to look at that one.
 """
 
 import os

@@ -158,7 +158,8 @@ def _make_stamp(layout: Layout, entry: Entry) -> list[str]:
     made = [layout.masters / f"{entry.key}.ipynb", layout.learners / f"{entry.key}.ipynb"]
     linked = ",".join(e.key for e in lesson.find_prerequisites(entry) if layout.find_source(e).is_file())
     hashes = [hashlib.sha256(linked.encode()).hexdigest()]
-    for path in [layout.find_source(entry), *code, ROOT / "nbgrader_config.py", *made]:
+    settings = [ROOT / "nbgrader_config.py", ROOT / "pyproject.toml"]  # the latter names the repository
+    for path in [layout.find_source(entry), *code, *settings, *made]:
         hashes.append(hashlib.sha256(path.read_bytes()).hexdigest() if path.is_file() else "")
     return hashes
 

@@ -38,7 +38,9 @@ def for_good() -> Iterator[None]:
 LessonOption = Annotated[str | None, typer.Option(help="Only this lesson: its number (09) or its name.")]
 StageOption = Annotated[str | None, typer.Option(help="Only this stage: its number (2) or its folder.")]
 Verbose = Annotated[bool, typer.Option("--verbose", help="Log every step on standard error.")]
-Jobs = Annotated[int | None, typer.Option(min=1, help="Processes at once; by default one per core.")]
+Jobs = Annotated[
+    int | None, typer.Option(min=1, help="Processes at once; by default one per core (run on a GPU: one).")
+]
 
 
 def expand(path: Path | None) -> Path | None:
@@ -108,10 +110,16 @@ def run(
 def grade(
     submitted: Annotated[
         Path | None,
-        typer.Option(help="SUBMITTED/<student>/<stage>/<lesson>.ipynb; by default the sample class."),
+        typer.Option(
+            help="A folder or zip archive: <student>/<stage>/<lesson>.ipynb, zips of `make submit`, downloads of "
+            "Moodle and Canvas, nbgrader's exchange; by default the sample class."
+        ),
     ] = None,
     out: Annotated[
-        Path | None, typer.Option(help="Where the gradebook, tables and feedback go; by default grades/.")
+        Path | None,
+        typer.Option(
+            help="Where the gradebook, tables and feedback go; by default grades/ (build/sample_class of the sample)."
+        ),
     ] = None,
     lesson: LessonOption = None,
     student: Annotated[str | None, typer.Option(help="Only this student.")] = None,
@@ -140,7 +148,9 @@ def grade(
     ] = False,
     cell_seconds: Annotated[float, typer.Option(min=1, help="Time that one cell may take.")] = Limits.cell,
     notebook_seconds: Annotated[float, typer.Option(min=1, help="Time that a notebook may take.")] = Limits.notebook,
-    memory: Annotated[int, typer.Option(min=1200, help="MB of memory for each process of a kernel.")] = as_mb("memory"),
+    memory: Annotated[
+        int, typer.Option(min=1200, help="MB of memory for each process of a kernel, and for all together.")
+    ] = as_mb("memory"),
     processes: Annotated[int, typer.Option(min=16, help="Processes and threads of a kernel.")] = Limits.processes,
     file_size: Annotated[int, typer.Option(min=1, help="MB that a file may have.")] = as_mb("file"),
     folder_size: Annotated[int, typer.Option(min=1, help="MB that all files of a kernel may have.")] = as_mb("folder"),

@@ -25,7 +25,10 @@ ROOT = Path(__file__).parents[1]
 FOLDER = ROOT / "build" / "gpu-wheels"
 PYTHON = "3.12"
 LIMIT = 40 * 2**20  # bytes
-NEEDED = ("papermill", "ipykernel", "jupytext", "pooch", "babel", "typer", "rich", "jinja2", "psutil", "tqdm")
+NEEDED = (
+    *("papermill", "ipykernel", "jupytext", "pooch", "babel", "typer", "rich", "jinja2", "psutil", "tqdm"),
+    *("fastapi", "uvicorn", "openai", "httpx"),  # lesson 34
+)
 PEERS = ("liger-kernel==0.8.5",)  # needs PyTorch and Triton only
 # Large, or in every such environment; what only these need is not followed either.
 THERE = {

@@ -27,7 +27,7 @@ def makefile() -> tuple[set[str], set[str]]:
     """Its targets, and the variables that it takes."""
     text = (ROOT / "Makefile").read_text(encoding="utf-8")
     targets = re.findall(r"^([a-z][a-z-]*):", text, re.MULTILINE)
-    variables = re.findall(r"^([A-Z]+)\s*\?=", text, re.MULTILINE)
+    variables = re.findall(r"^([A-Z_]+)\s*\??=", text, re.MULTILINE)
     return set(targets), set(variables)
 
 

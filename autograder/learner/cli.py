@@ -1,5 +1,6 @@
 """A learner's commands. 0: all well; 1: something needs the learner's hand; 2: wrong usage."""
 
+import os
 import shlex
 from typing import Annotated
 
@@ -33,7 +34,11 @@ def lab(
     """Lay copies of the lessons in work/, bring them up to date, and open them in JupyterLab."""
     from autograder.learner.lab import open_lab
 
-    raise typer.Exit(open_lab(lesson, shlex.split(arguments)))
+    try:
+        options = shlex.split(arguments, posix=os.name == "posix")  # on Windows a \ stands in paths
+    except ValueError as error:
+        raise typer.BadParameter(f"{arguments!r}: {error}", param_hint="--args") from None
+    raise typer.Exit(open_lab(lesson, options))
 
 
 @app.command()

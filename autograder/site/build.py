@@ -19,7 +19,6 @@ from autograder.site.terms import Term, find_terms
 from autograder.templating import render
 
 HERE = Path(__file__).parent
-STRESS = "A term's link in a lesson leads here, the number behind it to the lesson."
 SITE_MARK = "searchindex.js"  # a folder that has it is a site, which may be replaced
 
 
@@ -56,6 +55,10 @@ def make_site(out: Path, repository: str | None = None, solutions: bool = False,
 
 
 def _refuse_strangers(out: Path) -> None:
+    if (out / ".git").exists():
+        raise SiteError(
+            f"{out} is a git checkout, which replacing would destroy: name another folder (OUT=…), and copy the site"
+        )
     if out.exists() and not (out / SITE_MARK).is_file() and (not out.is_dir() or any(out.iterdir())):
         raise SiteError(f"{out} is not empty and holds no site: it stays as it is; name another folder (OUT=…)")
 
@@ -128,7 +131,6 @@ def write_front(lessons: list[SiteLesson], layout: Layout, repository: str, solu
         contents=contents,
         repository=repository,
         solutions=solutions,
-        written=len(lessons),
     )
 
 
@@ -148,14 +150,14 @@ def write_glossary(terms: dict[str, Term]) -> str:
         "site_glossary.md.j2",
         terms=terms,
         letters=sorted(letters.items(), key=lambda item: (len(item[0]), item[0])),
-        about=STRESS,
     )
 
 
 def write_bibliography(prose: dict[Entry, list[str]]) -> str:
     papers = find_papers(prose)
     return render(
-        "site_bibliography.md.j2", papers=[(paper, f"Lesson {link_lessons(paper.lessons)}.") for paper in papers]
+        "site_bibliography.md.j2",
+        papers=[(paper, f"Lesson{'s' * (len(paper.lessons) > 1)} {link_lessons(paper.lessons)}.") for paper in papers],
     )
 
 

@@ -1,4 +1,4 @@
-"""Sphinx's configuration; autograder/site/build.py adds title, repository and each page's neighbors."""
+"""Sphinx's configuration; autograder/site/build.py adds the title and each page's neighbors."""
 
 from pathlib import Path
 

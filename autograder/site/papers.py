@@ -1,6 +1,7 @@
 """The bibliography: each paper once, with the lessons that name it under their references."""
 
 import re
+import unicodedata
 from dataclasses import dataclass, field
 
 from autograder.catalog import Entry
@@ -93,4 +94,5 @@ def _add(same: Paper, paper: Paper, entry: Entry) -> None:
 
 
 def _find_sort_name(authors: str) -> str:
-    return re.sub(r"^(?:de|van|von) ", "", authors).lower()
+    plain = "".join(c for c in unicodedata.normalize("NFKD", authors) if not unicodedata.combining(c))
+    return re.sub(r"^(?:(?:de|den|der|van|von) )+", "", plain).lower()

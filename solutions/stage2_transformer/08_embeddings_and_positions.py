@@ -681,7 +681,7 @@ checks.close(
 # %% [markdown]
 # ### ALiBi: no parameters at all
 #
-# Press et al. (2021) ask for less still: let the score fall **linearly** with the distance,
+# **ALiBi** (Press et al. 2021) asks for less still: let the score fall linearly with the distance,
 # $s_{ij} = q_i\cdot k_j/\sqrt d - m_h\,(i - j)$, each head $h$ with a fixed **slope** $m_h > 0$.
 # After the softmax a distance of $n$ costs a factor $e^{-m_h n}$: a head with $m = \frac12$ has a
 # window of a few tokens, one with $m = \frac1{256}$ of several hundred. Nothing is learned, and
@@ -1166,9 +1166,9 @@ checks.close(
 # rotations of planes by angles $\omega_0, \dots, \omega_{d/2-1}$. The basis is no restriction,
 # since $q = W_Q x$ and $k = W_K x$ come out of learned matrices that can take it in. What is left
 # is this: **cut the $d$ features into pairs and turn pair $i$ by the angle $p\,\omega_i$.** That is
-# rotary position embedding, RoPE (Su et al. 2021), and up to the choice of speeds it is the *only*
-# linear answer. The speeds are those of [](#clocks), $\omega_i = \text{base}^{-2i/d}$ with base
-# 10,000 (LLaMA-3 takes 500,000).
+# rotary position embedding, **RoPE** (Su et al. 2021), and up to the choice of speeds it is the
+# *only* linear answer. The speeds are those of [](#clocks), $\omega_i = \text{base}^{-2i/d}$ with
+# base 10,000 (LLaMA-3 takes 500,000).
 #
 # A pair $(x_1, x_2)$ is a complex number $z = x_1 + \mathrm i x_2$, and turning by $\varphi$ is
 # multiplication by $e^{\mathrm i\varphi}$:
@@ -2794,10 +2794,10 @@ plt.show()
 # ## Experiment: train short, test long
 #
 # **Question.** The same small decoder, two layers of four heads, is trained to predict the next
-# byte of Python's documentation from windows of $L = 64$ bytes, five times: with **no** positions,
-# **learned** ones, **sinusoidal** ones, **ALiBi** and **RoPE**. Same data, same order, same
-# initialization, same number of steps. Then each reads held-out windows of $4L = 256$ bytes. How
-# large is the loss at each position?
+# byte of Python's documentation from windows of $L = 64$ bytes, five times: with no positions,
+# learned ones, sinusoidal ones, ALiBi and RoPE. Same data, same order, same initialization, same
+# number of steps. Then each reads held-out windows of $4L = 256$ bytes. How large is the loss at
+# each position?
 #
 # **Predict first**, in writing: the order of the five within $L$, and for each of them what the
 # curve does beyond $L$. Does RoPE, which depends on distances only, know what to do at distance 100
@@ -3201,8 +3201,9 @@ assert answers["cache"] == "no", (
 # - **Press and Wolf 2016**, *Using the Output Embedding to Improve Language Models*,
 #   [arXiv:1608.05859](https://arxiv.org/abs/1608.05859). What tying does to the gradient of the
 #   shared matrix.
-# - **Shaw, Uszkoreit, Vaswani 2018**, [arXiv:1803.02155](https://arxiv.org/abs/1803.02155). Section
-#   3: learned vectors for clipped distances, the beginning of the relative line.
+# - **Shaw, Uszkoreit, Vaswani 2018**, *Self-Attention with Relative Position Representations*,
+#   [arXiv:1803.02155](https://arxiv.org/abs/1803.02155). Section 3: learned vectors for clipped
+#   distances, the beginning of the relative line.
 # - **Raffel et al. 2019**, T5, [arXiv:1910.10683](https://arxiv.org/abs/1910.10683). Section 2.1,
 #   one paragraph on the buckets.
 # - **He et al. 2020**, DeBERTa, [arXiv:2006.03654](https://arxiv.org/abs/2006.03654). Section 3.1,
