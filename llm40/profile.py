@@ -34,7 +34,7 @@ def _chosen() -> str:
 
 def _interpret_triton() -> bool:
     """Whether kernels run in Triton's interpreter: always on a CPU, and on a GPU if TRITON_INTERPRET asks for it."""
-    asked = os.environ.get("TRITON_INTERPRET", "").lower() in ("1", "true", "on")  # as Triton reads it
+    asked = os.environ.get("TRITON_INTERPRET", "").lower() in ("1", "true", "yes", "on", "y")  # as Triton reads it
     if name == "gpu":
         return asked
     late = "triton" in sys.modules and not asked

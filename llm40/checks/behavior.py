@@ -43,18 +43,21 @@ def kept(*things: Tensor | nn.Module, values: bool = True, **named: Tensor | nn.
     watched = {f"input {i}": thing for i, thing in enumerate(things)} | named
     before = {label: _state(thing, values) for label, thing in watched.items()}
     switches = torch.is_grad_enabled(), torch.get_default_dtype()
-    yield
+    try:
+        yield
+    finally:  # put back, or every check after this one would fail too
+        left = torch.is_grad_enabled(), torch.get_default_dtype()
+        torch.set_grad_enabled(switches[0])
+        torch.set_default_dtype(switches[1])
     for label, thing in watched.items():
         _compare_states(label, before[label], _state(thing, values))
-    if torch.is_grad_enabled() != switches[0]:
+    if left[0] != switches[0]:
         raise AssertionError(
-            f"torch.is_grad_enabled() is {torch.is_grad_enabled()} afterwards and was {switches[0]}: "
+            f"torch.is_grad_enabled() is {left[0]} afterwards and was {switches[0]}: "
             "switch it with `with torch.no_grad():`, which puts it back."
         )
-    if torch.get_default_dtype() != switches[1]:
-        raise AssertionError(
-            f"the default dtype is {name(torch.get_default_dtype())} afterwards and was {name(switches[1])}."
-        )
+    if left[1] != switches[1]:
+        raise AssertionError(f"the default dtype is {name(left[1])} afterwards and was {name(switches[1])}.")
 
 
 def _state(thing: Tensor | nn.Module, values: bool) -> dict[str, Any]:
@@ -146,7 +149,7 @@ def uses_generator(draw: Callable[[torch.Generator], Any], *, what: str = "the f
     """`draw(generator)` takes all its random numbers from the generator that it is given, and moves it on.
 
     `draw` returns tensors, numbers or containers of them; they must hold so many draws that two streams differ (forty
-    fair coins or more). It is called five times. Refused are: a generator that is ignored, one that is replaced by
+    fair coins or more). It is called six times. Refused are: a generator that is ignored, one that is replaced by
     another of the same seed, draws from PyTorch's, NumPy's or Python's own generator beside it, and a new seed for
     those.
     """

@@ -24,7 +24,7 @@ from typing import Any
 from unittest import mock
 
 from llm40 import profile
-from llm40.checks.work import watched_launches
+from llm40.checks.work import arguments_of, watched_launches
 
 CAPABILITY = 90  # compute capability 9.0: H100, H200
 PTX_VERSION = 80  # the first for it; said here, so that no ptxas is asked for its version
@@ -135,11 +135,8 @@ def _meaning(value: Any, reach: Any = None) -> tuple:
 def argument_types(kernel: Any, args: tuple, kwargs: dict[str, Any]) -> tuple:
     """How Triton sees the arguments of a launch: (name, "*fp32" or "i32" …) or (name, "constexpr", meaning) for each,
     then the options with which it is compiled."""
-    own = {name: value for name, value in kwargs.items() if name in kernel.arg_names}
-    bound = inspect.signature(kernel.fn).bind(*args, **own)
-    bound.apply_defaults()
     types = []
-    for name, value in bound.arguments.items():
+    for name, value in arguments_of(kernel, args, kwargs).items():
         constant = "constexpr" in str(kernel.fn.__annotations__.get(name, ""))
         if constant or value is None:
             types.append((name, "constexpr", _meaning(getattr(value, "value", value))))
@@ -151,7 +148,7 @@ def argument_types(kernel: Any, args: tuple, kwargs: dict[str, Any]) -> tuple:
             types.append((name, "i32" if -(2**31) <= value < 2**31 else "i64"))
         else:
             types.append((name, "fp32" if isinstance(value, float) else "?"))
-    options = tuple((name, kwargs[name]) for name in OPTIONS if name in kwargs and name not in own)
+    options = tuple((name, kwargs[name]) for name in OPTIONS if name in kwargs and name not in kernel.arg_names)
     return tuple(types), options
 
 

@@ -1,8 +1,9 @@
 """What the processes of a distributed lesson send and hold, and many cases in one launch of them."""
 
+import gc
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import ExitStack, contextmanager
-from types import FunctionType, MethodType, ModuleType
+from types import FrameType, FunctionType, GeneratorType, MethodType, ModuleType
 from typing import Any
 from unittest import mock
 
@@ -78,7 +79,10 @@ def on_ranks(
 
 
 def held_elements(thing: object, besides: Iterable[Tensor] = ()) -> int:
-    """Elements in all tensors that an object leads to, each storage once and whole, but for those of `besides`."""
+    """Elements in all tensors that an object leads to, each storage once and whole, but for those of `besides`.
+
+    Gradients and what functions keep in closures are not counted.
+    """
     counted = {t.untyped_storage().data_ptr() for t in besides}
     elements, visited, todo = 0, set(), [thing]
     while todo:
@@ -91,10 +95,6 @@ def held_elements(thing: object, besides: Iterable[Tensor] = ()) -> int:
             if not value.is_meta and storage.data_ptr() not in counted:
                 counted.add(storage.data_ptr())
                 elements += storage.nbytes() // value.element_size()
-        elif isinstance(value, dict):
-            todo += [*value.values()]
-        elif isinstance(value, list | tuple | set):
-            todo += [*value]
-        elif hasattr(value, "__dict__") and not isinstance(value, type | ModuleType | FunctionType | MethodType):
-            todo += [*vars(value).values()]
+        elif not isinstance(value, type | ModuleType | FunctionType | MethodType | GeneratorType | FrameType):
+            todo += gc.get_referents(value)
     return elements

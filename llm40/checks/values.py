@@ -68,6 +68,8 @@ def close(
     less than an `atol` that is given.
     """
     target = _expected(expected)
+    if target.is_complex():
+        raise TypeError("close compares real numbers: hand it torch.view_as_real of both")
     result = _result(actual, expected, target, what, hint, tensor=dtype is not None)
     if dtype is not None and result.dtype != dtype:
         raise AssertionError(sentence(f"{what} has dtype {name(result.dtype)}, it should have {name(dtype)}", hint))
@@ -144,12 +146,12 @@ def relative_l2(
         raise AssertionError(sentence(f"{what} has shape {tuple(result.shape)}, not {tuple(expected.shape)}", hint))
     error = _relative_error(result, expected)
     noise = max(RTOL.get(result.dtype, 0.0), RTOL.get(expected.dtype, 0.0))
-    known, nearest = None, min(error, limit) if error > limit else error
+    known, nearest = None, min(error, limit)
     for mistake, value in (mistakes or {}).items():
         if value.shape != result.shape or _relative_error(value, expected) <= noise:
             continue
         distance = _relative_error(result, value)
-        if distance <= limit and distance < nearest:
+        if distance < nearest:
             known, nearest = mistake, distance
     if error <= limit and known is None:
         return
@@ -174,8 +176,9 @@ def drawn(
 
     The standard error of the mean is σ/√n, that of the deviation σ·√((kurtosis − 1)/4n): `kurtosis` is 3 for a normal
     distribution, 1.8 for a uniform one. σ is `std`, or that of the sample where only `mean` is given. With six errors
-    and at least 100 draws (for rare events: 100 of them), fewer than one right sample in a million is refused. A share
-    that is off by less than six errors passes: draw as many as the mistake needs.
+    and at least 100 draws of a normal or uniform distribution (for rare events: 100 of them), fewer than one right
+    sample in a million is refused; of a hundred draws with longer tails about one in a hundred thousand. A share that
+    is off by less than six errors passes: draw as many as the mistake needs.
 
     `mistakes` maps a usual mistake to the deviation (the mean, where no `std` is given) that it would have.
     """
@@ -244,14 +247,17 @@ def _expected(expected: Any) -> Tensor:
     if isinstance(expected, np.ndarray | np.generic):
         return torch.from_numpy(np.array(expected))
     leaves = list(_leaves(expected))
-    is_float = any(isinstance(leaf, float | np.floating) for leaf in leaves)
+    is_float = any(
+        isinstance(leaf, float | np.floating) or (isinstance(leaf, int) and not -(2**63) <= leaf < 2**63)
+        for leaf in leaves
+    )
     return torch.tensor(expected, dtype=torch.float64 if is_float else None)
 
 
 def _result(actual: Any, expected: Any, target: Tensor, what: str, hint: str, tensor: bool = False) -> Tensor:
     """The learner's value as a plain tensor without a graph, or a sentence that says what it is instead."""
     if type(actual) in (Tensor, torch.nn.Parameter) and not isinstance(expected, np.ndarray):
-        return Tensor.detach(actual)  # a subclass could redefine what equality means
+        return _real(Tensor.detach(actual), what, hint)  # a subclass could redefine what equality means
     of_numpy = type(actual) is np.ndarray or isinstance(actual, np.generic)
     if isinstance(expected, np.ndarray):
         asked, fine = "a NumPy array", of_numpy
@@ -268,13 +274,28 @@ def _result(actual: Any, expected: Any, target: Tensor, what: str, hint: str, te
         asked, fine = "a number", of_numpy or isinstance(actual, bool | int | float)
     if tensor:
         asked, fine = "a torch.Tensor", fine and not target.dim()
+    if not fine and asked == "a list of numbers" and type(actual) in (list, tuple):
+        odd = next(leaf for leaf in _leaves(actual) if not isinstance(leaf, bool | int | float | np.generic))
+        raise AssertionError(
+            sentence(f"{what}: a list of numbers is asked for; yours holds what is {describe(odd)}", hint)
+        )
     if not fine:
         raise AssertionError(sentence(f"{what} is {describe(actual)}, it should be {asked}", hint))
     try:
         value = torch.from_numpy(np.array(actual)) if of_numpy else _expected(actual)
     except (TypeError, ValueError) as error:  # an array of objects, a list whose rows are of unequal length
         raise AssertionError(sentence(f"{what} can't be read as numbers: {error}", hint)) from None
-    return value.to(target.device)
+    if not value.numel() and not of_numpy:
+        value = value.to(target.dtype)  # an empty list has no kind of its own; its shape is told
+    return _real(value.to(target.device), what, hint)
+
+
+def _real(value: Tensor, what: str, hint: str) -> Tensor:
+    if value.is_complex():  # as a real number it would lose its imaginary part
+        raise AssertionError(
+            sentence(f"{what} has dtype {name(value.dtype)}; real numbers are asked for: take `.real`", hint)
+        )
+    return value
 
 
 def _same_kind(actual: Any, result: Tensor, target: Tensor, what: str, hint: str) -> None:
@@ -282,10 +303,12 @@ def _same_kind(actual: Any, result: Tensor, target: Tensor, what: str, hint: str
     is_bool = result.dtype == torch.bool or (
         type(actual) in (list, tuple) and any(isinstance(leaf, bool | np.bool_) for leaf in _leaves(actual))
     )
-    exact = not (target.is_floating_point() or target.is_complex())
+    exact = not target.is_floating_point()
     if target.dtype == torch.bool:
         asked = None if result.dtype == torch.bool else "True or False"
-    elif is_bool or (exact and (result.is_floating_point() or result.is_complex())):
+    elif is_bool or (
+        exact and result.is_floating_point() and not isinstance(actual, int)
+    ):  # an int of 64 bits and more
         asked = "whole numbers" if exact else "numbers"
     else:
         asked = None
@@ -323,7 +346,8 @@ def _limit(actual: Tensor, expected: Tensor, rtol: float | None, atol: float | N
 def _distance(actual: Tensor, expected: Tensor) -> Tensor:
     """|actual − expected|, 0 for what is alike (NaN and infinities too), inf where only one of the two is finite."""
     if not actual.dtype.is_floating_point and not expected.dtype.is_floating_point:  # exact beyond 2⁵³
-        return torch.where(actual == expected, 0.0, (actual.double() - expected.double()).abs().clamp_min(1e-300))
+        a, e = actual.long(), expected.long()  # PyTorch does not compare uint16 and wider with signed numbers
+        return torch.where(a == e, 0.0, (a.double() - e.double()).abs().clamp_min(1e-300))
     a, e = actual.double(), expected.double()
     alike = (a == e) | (torch.isnan(a) & torch.isnan(e))
     return torch.where(alike, 0.0, (a - e).abs().nan_to_num(math.inf, math.inf, math.inf))

@@ -1,4 +1,4 @@
-"""Makes everything that lies in weights/: `python -m llm40.models.make --out build/models`.
+"""Makes such models as lie in weights/, with its tokenizer: `python -m llm40.models.make --out build/models`.
 
 Each stage is a command of its own, which goes on where it was interrupted, and has nothing to do where it has ended.
 """

@@ -243,8 +243,10 @@ def main() -> None:
 
     torch.manual_seed(options.seed)
     training, held_out = corpus()
-    shipped = weights.load_tokenizer(start or weights.SHIPPED)
-    tokenizer = Tokenizer.train(training.values()) if new_tokenizer else shipped
+    if new_tokenizer:
+        tokenizer = Tokenizer.train(training.values())
+    else:
+        tokenizer = weights.load_tokenizer(start or weights.SHIPPED)
     weights.write(out, "tokenizer.json", tokenizer.to_json().encode())
     if size == "small-mtp":
         model = Ahead(weights.load("small", start or weights.SHIPPED)[0], MTP(CONFIGS["small"]).to(profile.device))

@@ -30,7 +30,8 @@ def _read(folder: Path, name: str) -> bytes:
     except FileNotFoundError as error:
         raise WeightsError(
             f"{error.filename} is missing: get it back from the course's archive or with `git checkout`, "
-            "or train your own with `python -m llm40.models.train` and load it from its folder"
+            "or train your own with `python -m llm40.models.train --tokenizer --minutes 60 --out FOLDER` and load it "
+            "with `load(size, FOLDER)`"
         ) from None
     except (KeyError, ValueError):
         listing = folder / "checksums.json"

@@ -93,7 +93,7 @@ def accept(project: Project, path: Path, tell: Callable[[str], None] = print) ->
     tell(f"{project.number} {project.title}")
     try:
         module = read_project(path)
-    except Exception:
+    except (Exception, SystemExit):  # a file that ends the process ends one step
         tell(f"  {path.name} cannot be imported:\n{traceback.format_exc(limit=-3)}")
         return False
     passed = [_take(step, module, tell) for step in project.steps]
@@ -107,7 +107,7 @@ def _take(step: Step, module: ModuleType, tell: Callable[[str], None]) -> bool:
         tell(f"  ✓ {asks} {step(module)}")
     except AssertionError as error:
         tell(f"  ✗ {asks} {error}")
-    except Exception:
+    except (Exception, SystemExit):
         tell(f"  ✗ {asks} It ended with an error:\n{traceback.format_exc(limit=-3)}")
     else:
         return True

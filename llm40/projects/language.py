@@ -168,8 +168,8 @@ def _touched(model: nn.Module, tokens: Tensor) -> list[Tensor]:
     model.zero_grad()
     with torch.enable_grad():
         model(tokens).float().square().sum().backward()
-    grads = [parameter.grad for parameter in model.parameters() if parameter.dim() > 1]
-    touched = [torch.zeros(1) if grad is None else grad != 0 for grad in grads]
+    grads = [(parameter, parameter.grad) for parameter in model.parameters() if parameter.dim() > 1]
+    touched = [torch.zeros_like(p, dtype=torch.bool) if grad is None else grad != 0 for p, grad in grads]
     model.zero_grad()
     return touched
 
@@ -188,7 +188,7 @@ def is_sparse(project: ModuleType) -> str:
         alone = _touched(model, row[None, -1:])
         one = max(one, sum(int(hit.sum()) for hit, yes in zip(alone, counted, strict=True) if yes) / total)
         for seen, hit in zip(ever, _touched(model, row[None]), strict=True):
-            seen |= hit.bool()
+            seen |= hit
     share = sum(int(seen.sum()) for seen, yes in zip(ever, counted, strict=True) if yes) / total
     assert one <= 0.5, f"A token uses {one:.0%} of the weights."
     assert share >= 0.95, f"{len(tokens)} windows of text use {share:.0%} of the weights: some experts are idle."

@@ -52,6 +52,12 @@ class TestKept:
     def test_what_was_left_changed(self, model, act, said):
         assert said in message(self.within, model, act)
 
+    def test_switches_are_put_back_after_they_were_told(self, model):
+        assert "is_grad_enabled() is False" in message(self.within, model, lambda m: torch.set_grad_enabled(False))
+        assert torch.is_grad_enabled()
+        assert "default dtype" in message(self.within, model, lambda m: torch.set_default_dtype(torch.float64))
+        assert torch.get_default_dtype() == torch.float32
+
     def test_values_may_change(self, model):
         self.within(model, lambda m: m(torch.ones(2, 3)), values=False)
         assert "training" in message(self.within, model, lambda m: m.eval(), values=False)

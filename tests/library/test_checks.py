@@ -6,7 +6,9 @@ import subprocess
 import sys
 import threading
 import warnings
+from collections import deque
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
 
 import pytest
 import torch
@@ -197,6 +199,19 @@ class TestCounting:
         assert made.largest == 24
         assert made.shapes[(2, 3, 3)] == 1
 
+    def test_memory_that_an_argument_is_given_is_new(self, x):
+        grown = torch.empty(0)
+        with checks.allocations() as made:
+            torch.mul(x, 2, out=grown)
+        assert made.total == 24
+        with checks.allocations() as made:
+            torch.mul(x, 3, out=grown)
+            grown.add_(1)
+        assert made.total == 0
+        with checks.allocations() as made:
+            torch.empty(0).resize_(5, 5)
+        assert made.largest == 25
+
     def test_a_materialized_repeat_shows(self):
         k = torch.randn(1, 2, 8, 4)
         with checks.allocations() as made:
@@ -226,6 +241,19 @@ class TestCounting:
 
         assert "is called, but this exercise builds it" in message(attend)
 
+    def test_forbidden_by_its_path_under_another_name(self, x):
+        from torch.utils.checkpoint import checkpoint as library
+
+        names = {"__name__": "__main__", "library": library}
+        exec("def act(x): return library(lambda t: t + 1, x, use_reentrant=False)", names)
+
+        def act():
+            with checks.forbidden("torch.utils.checkpoint.checkpoint"):
+                names["act"](x)
+
+        assert "checkpoint of PyTorch is called" in message(act)
+        assert names["library"] is library
+
     def test_forbidden_cannot_be_swallowed(self, x):
         def attend():
             with checks.forbidden("softmax", because="write it with exp"), contextlib.suppress(BaseException):
@@ -247,6 +275,21 @@ class TestCounting:
             torch.softmax(x @ x.mT, -1) @ x
 
 
+@dataclass(slots=True)
+class Moments:
+    m: Tensor
+    v: Tensor
+
+
+def test_held_elements_are_found_wherever_they_are_kept():
+    optimizer = torch.nn.Module()
+    optimizer.state = [Moments(torch.zeros(10), torch.zeros(20))]
+    optimizer.waiting = deque([torch.zeros(40)])
+    optimizer.weight = torch.nn.Parameter(torch.zeros(80))
+    assert checks.held_elements(optimizer) == 150
+    assert checks.held_elements(optimizer, besides=[optimizer.weight]) == 70
+
+
 def test_moved_counts_what_operations_read_and_write():
     x = torch.ones(10, dtype=torch.float16)
     with checks.moved() as work:
@@ -255,6 +298,9 @@ def test_moved_counts_what_operations_read_and_write():
         y.T[0]
     assert work.steps == [("to_copy", 60), ("add", 80)]
     assert work.total == 140
+    with checks.moved() as work:
+        torch.mul(y, y, out=torch.empty(2, 5))  # 40 read twice, 40 written
+    assert ("mul", 120) in work.steps
 
 
 @pytest.mark.parametrize("recorded", [True, False])
@@ -318,6 +364,12 @@ def far_kernel(x, row, BLOCK: tl.constexpr, WIDE: tl.constexpr):
     tl.store(x + r * row + tl.arange(0, BLOCK), 1.0)
 
 
+@triton.jit
+def copy_kernel(x, y, n, BLOCK: tl.constexpr = 16):
+    i = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    tl.store(y + i, tl.load(x + i, mask=i < n), mask=i < n)
+
+
 class TestKernels:
     def test_launches_are_counted(self):
         x, y = torch.randn(24), torch.empty(24)
@@ -328,6 +380,13 @@ class TestKernels:
         with checks.launches() as counted:
             x * 2
         assert counted.count == 0
+
+    def test_a_grid_that_asks_for_a_default(self):
+        x, y = torch.randn(24), torch.empty(24)
+        with checks.launches() as counted:
+            copy_kernel[lambda meta: (triton.cdiv(24, meta["BLOCK"]),)](x, y, 24)
+        assert counted.programs == 2
+        checks.close(y, x)
 
     @pytest.mark.parametrize("masked", [True, False])
     def test_guarded_buffers_show_an_unmasked_store(self, masked):

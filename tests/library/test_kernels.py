@@ -85,7 +85,7 @@ class TestWithoutTriton:
             from llm40 import nothing  # noqa: F401
 
     @pytest.mark.skipif(not profile.has_triton, reason="Triton exists for Linux only")
-    @pytest.mark.parametrize("value", ["true", "True", "on", "1"])
+    @pytest.mark.parametrize("value", ["true", "True", "on", "1", "yes", "Y"])
     def test_every_yes_of_triton_is_one(self, value):
         done = python("import triton; from llm40 import profile; print(profile.interpret)", TRITON_INTERPRET=value)
         assert done.stdout.split() == ["True"], done.stderr

@@ -99,6 +99,23 @@ class TestMistakes:
 
 
 class TestKinds:
+    def test_a_complex_number_is_no_real_one(self):
+        x = torch.randn(3)
+        for compare in (checks.close, lambda a, e: checks.relative_l2(a, e, 1e-6)):
+            assert "take `.real`" in message(compare, torch.complex(x, 100 + x), x)
+        assert "take `.real`" in message(checks.close, np.array([1 + 5j]), np.array([1.0]))
+        with pytest.raises(TypeError, match="view_as_real"):
+            checks.close(x, torch.complex(x, x))
+
+    def test_whole_numbers_of_any_width(self):
+        checks.close(np.array([1, 2], dtype=np.uint16), [1, 2])
+        checks.close(6 * 70_000_000_000 * 1_400_000_000_000, 5.88e23)
+        assert "expected 10, yours is 1e+20" in message(checks.number, 10**20, 10, to=0)
+
+    def test_what_is_wrong_with_a_list_is_told(self):
+        assert "holds what is of type Tensor" in message(checks.close, [torch.tensor(1.0)], [1.0])
+        assert "has shape (0,), not (3,)" in message(checks.close, [], [1, 2, 3])
+
     @pytest.mark.parametrize(
         ("actual", "expected"),
         [

@@ -918,3 +918,10 @@ def checkpoint(fn, *inputs):
             return tuple(next(found) if t.requires_grad else None for t in (*leaves, *parameters))
 
     return Segment.apply(*inputs, *parameters)
+
+# %% wrong="checkpoint" because="PyTorch's own, imported at the top of the cell"
+from torch.utils.checkpoint import checkpoint as library
+
+
+def checkpoint(fn, *inputs):
+    return library(fn, *inputs, use_reentrant=False)
