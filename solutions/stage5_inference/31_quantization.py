@@ -1207,6 +1207,15 @@ def awq_search(
 
 # %% tags=["support"]
 # Support: the error of each of AWQ's candidates
+def on_a_tie(weight, x, bits, group, grid, noise) -> bool:
+    """Whether a weight is midway between two codes for a candidate, so that rounding decides."""
+    weight = weight.double()
+    up, down = (
+        awq_errors(weight * (1 + shift * noise), x, bits, group, grid)[0] for shift in (1e-6, -1e-6)
+    )
+    return any(abs(a / b - 1) > 1e-3 for a, b in zip(up, down, strict=True))
+
+
 def awq_errors(weight, x, bits, group, grid=20) -> tuple[list[float], list[Tensor]]:
     """One squared output error and one s for each alpha, in float64."""
     w, x = weight.double(), x.double()
@@ -1244,12 +1253,14 @@ for rows, columns, bits, group, grid, dtype in [
     (2, 8, 5, 4, 20, torch.float16),
 ]:
     for loud in (25.0, 3.0):
-        w = (normal(rows, columns, generator=gen) * 0.2).to(dtype)
         x = normal(30, columns, generator=gen)
         x[:, 1] *= loud
         x[:, 6] *= loud / 2
         x = x + 0.4
         x = x.to(dtype)
+        w, noise = (normal(rows, columns, generator=gen) for _ in range(2))
+        while on_a_tie(w := (w * 0.2).to(dtype), x, bits, group, grid, noise.double()):
+            w = normal(rows, columns, generator=gen)
         with checks.unchanged(weight=w, x=x):
             s, alpha = checks.parts(awq_search(w, x, bits, group, grid), "s", "alpha")
         errors, scales = awq_errors(w, x, bits, group, grid)

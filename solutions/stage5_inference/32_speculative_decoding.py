@@ -765,7 +765,6 @@ assert abs(share - 0.7) < 0.14, f"token 2 has probability 0.7; in your text it i
 checks.drawn(
     torch.tensor([float(t == 0) for t in out]),
     mean=0.1,
-    std=math.sqrt(0.1 * 0.9),
     what="token 0, of probability 0.1",
     mistakes={"the draft's distribution": 0.6, "plain p after a rejection": 0.1 + 0.06},
 )
