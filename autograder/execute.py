@@ -10,7 +10,6 @@ import asyncio
 import base64
 import json
 import os
-import re
 import tempfile
 import time
 from collections.abc import AsyncIterator, Callable, Mapping, Sequence
@@ -28,7 +27,7 @@ from autograder.kernels.forking import GIVEN_SEED, make_kernel_environment
 from autograder.kernels.limits import MB, Limits
 from autograder.kernels.manager import Kernels
 from autograder.kernels.provisioner import COURT
-from autograder.text import make_printable
+from autograder.text import make_printable, strip_colors
 
 OUTPUTS = ("stream", "display_data", "update_display_data", "execute_result", "error", "clear_output")
 HEADER, REPLY = 10_000, 10 * MB  # bytes that are read of a message's header, and of a reply
@@ -38,7 +37,6 @@ SAID = 20_000  # characters of an exception that are kept
 LOOK = 0.2  # seconds between two looks at the CPU time
 IDLE = 0.02  # of a core: who uses less than this is waiting for something
 LAST_RESORT = 5  # times a limit, in wall time
-ANSI = re.compile(r"\x1b\[[0-9;]*[A-Za-z]")
 # The learner's kernel before its first cell: as in JupyterLab, modules beside the notebook can be imported; and the
 # files that lie beside it are there.
 PREPARE = """
@@ -275,7 +273,7 @@ class NotebookKernel:
         if reply.get("status") == "error":
             outcome.status = "error"
             outcome.ename = make_printable(str(reply.get("ename", ""))[:SAID])
-            outcome.evalue = make_printable(ANSI.sub("", str(reply.get("evalue", ""))[:SAID]))
+            outcome.evalue = make_printable(strip_colors(str(reply.get("evalue", ""))[:SAID]))
         payload = reply.get("payload") if isinstance(reply.get("payload"), list) else []
         left = not reply or any(isinstance(part, dict) and part.get("source") == "ask_exit" for part in payload)
         if late:

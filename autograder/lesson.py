@@ -7,6 +7,7 @@
 The format is described in CONTRIBUTING.md; autograder/rules.py has the rules that a lesson keeps.
 """
 
+import ast
 import hashlib
 import json
 import math
@@ -405,12 +406,27 @@ def python_of(source: str) -> str:
     """The cell with IPython's magics and shell lines made `pass`, so that it parses as Python."""
     if source.lstrip().startswith("%%"):
         return ""
-    return re.sub(r"^(\s*)[%!].*$", r"\1pass", source, flags=re.MULTILINE)
+    return re.sub(r"^([^\S\n]*)[%!].*$", r"\1pass", source, flags=re.MULTILINE)
+
+
+class _AsGenerators(ast.NodeTransformer):
+    """Makes comprehensions generators: from Python 3.12 on the names of the former stand in the table around them."""
+
+    def visit_ListComp(self, node: ast.ListComp | ast.SetComp) -> ast.GeneratorExp:
+        self.generic_visit(node)
+        return ast.GeneratorExp(node.elt, node.generators)
+
+    visit_SetComp = visit_ListComp
+
+    def visit_DictComp(self, node: ast.DictComp) -> ast.GeneratorExp:
+        self.generic_visit(node)
+        return ast.GeneratorExp(ast.Tuple([node.key, node.value], ast.Load()), node.generators)
 
 
 def cell_names(source: str) -> tuple[set[str], set[str], set[str]]:
     """(bound, read, read at once): the notebook names a cell binds, reads anywhere, and reads when it is run."""
-    table = symtable.symtable(python_of(source), "<cell>", "exec")
+    tree = _AsGenerators().visit(ast.parse(python_of(source)))
+    table = symtable.symtable(ast.unparse(tree), "<cell>", "exec")
     bound = {s.get_name() for s in table.get_symbols() if s.is_assigned() or s.is_imported()}
     at_once = {s.get_name() for s in table.get_symbols() if s.is_referenced()}
     read = set(at_once)
@@ -428,4 +444,4 @@ def cell_names(source: str) -> tuple[set[str], set[str], set[str]]:
 
 def _runs_at_once(table: symtable.SymbolTable) -> bool:
     """Class bodies and comprehensions run with the cell; functions and lambdas when they are called."""
-    return table.get_type() == "class" or table.get_name() in ("listcomp", "setcomp", "dictcomp", "genexpr")
+    return table.get_type() == "class" or table.get_name() == "genexpr"

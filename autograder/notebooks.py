@@ -196,9 +196,9 @@ def number_prose(read: Lesson) -> dict[str, str]:
 
 
 def _resolve(names: dict[str, str], link: re.Match) -> str:
-    """`[section 3](#tiling)` or `exercise 4`, with a capital where a sentence or line begins."""
+    """`[section 3](#tiling)` or `exercise 4`, with a capital where a sentence, paragraph or list item begins."""
     name = names[link.group(1)]
-    if re.search(r"(^|[.?!]\**)\s*$", link.string[: link.start()], re.MULTILINE):
+    if re.search(r"(\A|\n\s*\n|(\A|\n)\s*[-*>|]|[.?!]\**)\s*\Z", link.string[: link.start()]):
         name = re.sub("[a-z]", lambda letter: letter.group().upper(), name, count=1)
     return name
 

@@ -298,7 +298,7 @@ def _get_points(cell) -> float:
 
 
 def _name_cell(cell, cells: list) -> str:
-    """`sdpa_check_1`, or `code cell 7` where a cell has no name."""
+    """`sdpa-check-1 (code cell 7 of 40)`, or `code cell 7 of 40` where a cell has no name."""
     name = cell.metadata.get("nbgrader", {}).get("grade_id")
     number = next(index for index, other in enumerate(cells, start=1) if other is cell)
     return f"{name} (code cell {number} of {len(cells)})" if name else f"code cell {number} of {len(cells)}"

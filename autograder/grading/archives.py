@@ -78,7 +78,9 @@ def read_members(opened: Opener, budget: Budget) -> Iterator[Member]:
 
 def _read_name(info: zipfile.ZipInfo) -> str:
     """The member's name; zipfile reads names of no stated encoding as cp437, which loses no byte."""
-    return info.filename if info.flag_bits & 0x800 else as_text(info.filename.encode("cp437"))
+    if info.flag_bits & 0x800 or info.filename != zipfile.ZipInfo(info.orig_filename).filename:
+        return info.filename  # UTF-8; from Python 3.12 on zipfile takes the Unicode Path field too, as WinRAR writes it
+    return as_text(info.filename.encode("cp437"))
 
 
 def _split_parts(name: str) -> tuple[str, ...]:

@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from functools import cached_property
 from pathlib import Path
+from statistics import median
 
 from autograder.grading.masters import MasterLesson
 from autograder.grading.pages import UNSAFE
@@ -143,8 +144,8 @@ class Class:
         return [mark for mark in self.marks if mark.sign and mark.result.status != "missing"]
 
     def find_median(self, lesson: MasterLesson) -> float | None:
-        scores = sorted(mark.result.score for mark in self.by_lesson[lesson.key] if not mark.sign)
-        return scores[len(scores) // 2] if scores else None
+        scores = [mark.result.score for mark in self.by_lesson[lesson.key] if not mark.sign]
+        return median(scores) if scores else None
 
     def tally_exercises(self, lesson: MasterLesson) -> list[ExerciseTally]:
         """How each exercise went, in the lesson's own order."""

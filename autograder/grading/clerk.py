@@ -69,6 +69,11 @@ class Clerk:
                 stdout=subprocess.PIPE,
                 stderr=subprocess.DEVNULL,
             )
+            try:
+                _read_message(self.process.stdout)
+            except EOFError:
+                command = f"{sys.executable} -m autograder.grading.clerk {' '.join(self.bounds)}"
+                raise RuntimeError(f"the grader's reader of notebooks does not start: `{command}` says why") from None
 
     def close(self) -> None:
         if self.process:
@@ -154,9 +159,11 @@ def main(seconds: int, memory: int) -> None:
 
     most = resource.getrlimit(resource.RLIMIT_AS)[1]
     memory = memory if most == resource.RLIM_INFINITY else min(memory, most)
-    resource.setrlimit(resource.RLIMIT_AS, (memory, memory))
+    with suppress(ValueError):  # macOS has no such limit
+        resource.setrlimit(resource.RLIMIT_AS, (memory, memory))
     resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
     hard = resource.getrlimit(resource.RLIMIT_CPU)[1]
+    _send(sys.stdout.buffer, _pack("ready"))
     while True:
         try:
             task, *arguments = msgpack.unpackb(_read_message(sys.stdin.buffer))

@@ -35,7 +35,7 @@ class File:
     parts: tuple[str, ...]  # of its place under SUBMITTED; archives are parts as folders are
     read: Callable[[], bytes]  # raises OSError, or BadArchive for a damaged member of an archive
     peek: Callable[[], bytes]  # its beginning and its end
-    stamp: str | None = None  # the nearest timestamp.txt, as it stands
+    stamp: str | None = None  # the outermost timestamp.txt, as it stands: one further in may be the learner's own
     size: int = 0  # bytes
     problem: str = ""  # why it is not looked into
     student: str | None = None
@@ -81,7 +81,12 @@ class Delivery:
 
 def decode_name(part: str) -> str:
     """A name from the file system as text, in one normal form: macOS and Linux write é differently."""
-    return unicodedata.normalize("NFC", archives.as_text(os.fsencode(part)))
+    return normalize_name(archives.as_text(os.fsencode(part)))
+
+
+def normalize_name(part: str) -> str:
+    """A name in one normal form, its control characters replaced: it is printed in terminals."""
+    return "".join("\ufffd" if unicodedata.category(c) == "Cc" else c for c in unicodedata.normalize("NFC", part))
 
 
 def decode_names(names: list[str]) -> dict[str, str]:
@@ -120,7 +125,7 @@ def _add_folder(found: Delivery, root: Path) -> None:
             found.files.append(_make_unread((*parts, ""), f"cannot be opened: {error.strerror}"))
             continue
         written = folder / "timestamp.txt"
-        if parts and written.is_file() and not written.is_symlink():
+        if stamp is None and parts and written.is_file() and not written.is_symlink():
             stamp = _read_ends(written).decode("utf-8", "replace")
         texts = decode_names([path.name for path in entries])
         for path in entries:
@@ -170,15 +175,15 @@ def _add_archive(
         return
     stamps = {member.parts[:-1]: member for member in members if member.parts[-1:] == ("timestamp.txt",)}
     for member in members:
-        inside = tuple(unicodedata.normalize("NFC", part) for part in member.parts) or ("?",)
+        inside = tuple(normalize_name(part) for part in member.parts) or ("?",)
         here = (*place, *inside)
         hidden = any(part in SKIPPED or (part.startswith(".") and part != CHECKPOINTS) for part in inside[:-1])
         if hidden and not member.problem:
             continue
         for depth_here in range(len(place) + 1, len(here)):
             found.kinds.setdefault(here[:depth_here], "folder")
-        near = next((stamps[inside[:n]] for n in range(len(inside) - 1, -1, -1) if inside[:n] in stamps), None)
-        mark = _read_member_stamp(near) if near else stamp
+        outermost = next((stamps[inside[:n]] for n in range(len(inside)) if inside[:n] in stamps), None)
+        mark = _read_member_stamp(outermost) if outermost and stamp is None else stamp
         if member.problem:
             found.files.append(_make_unread(here, member.problem))
         elif not here[-1].lower().endswith(".zip"):

@@ -86,9 +86,11 @@ def find_class(
 ) -> tuple[list[Submission], Delivery]:
     """The notebooks to grade, and every file with what became of it. Raises CannotGrade where there is nothing."""
     found = open_delivery(submitted, student, [k.stage for k in lessons])
-    chosen = submissions.select_lessons(lessons, lesson) if lesson else lessons
-    if not chosen:
-        raise CannotGrade(f'there is no lesson "{lesson}"')
+    try:
+        keys = catalog.select_keys([k.key for k in lessons], lesson)
+    except catalog.NoSuchLesson as error:
+        raise CannotGrade(str(error)) from None
+    chosen = [k for k in lessons if k.key in keys]
     submissions.find_lessons(found, lessons, [entry.name for entry in catalog.LESSONS])
     handed = submissions.hand_out(found, chosen)
     if not handed:
@@ -100,11 +102,9 @@ def find_class(
 # --- grading --------------------------------------------------------------------------------------------------
 
 
-def find_judged_by_person(result: Result, notebook: NotebookNode) -> dict[str, str]:
-    """The texts that a person scores: written answers, and all of the learner's code where points are withheld."""
-    written = {read_name(cell): cell.source for cell in notebook.cells if is_graded_by_hand(cell)}
-    code = "\n".join(cell.source for cell in notebook.cells if read_role(cell) in ("exercise", "added"))
-    return written | {check.check: code for check in result.checks if check.status == "withheld"}
+def find_written_answers(notebook: NotebookNode) -> dict[str, str]:
+    """The texts that a person scores."""
+    return {read_name(cell): cell.source for cell in notebook.cells if is_graded_by_hand(cell)}
 
 
 def make_undecided_result(handed: Submission) -> Result:
@@ -201,7 +201,7 @@ class Writer:
         where = (result.student, result.stage, result.lesson)
         if result.status != "fault":
             notebook = parse(result.notebook) if result.notebook else None
-            judged = digest_answers(find_judged_by_person(result, notebook)) if notebook else {}
+            judged = digest_answers(find_written_answers(notebook)) if notebook else {}
             handed_in = HandIn(self.handed[where].file and self.handed[where].file.time, digest_work(notebook))
             self.book.commit(result, self.fingerprints[where], judged, handed_in, self._write_files)
         self._finish(result)
@@ -247,9 +247,11 @@ class Writer:
         autograded, page = self._find_files(result)
         if result.notebook is None:
             autograded.unlink(missing_ok=True)
-            page.unlink(missing_ok=True)
         else:
             write(autograded, result.notebook, durable=False)
+        if result.status == "missing":
+            page.unlink(missing_ok=True)
+        else:
             self._write_page(result, page, entered)
 
     def _write_page(self, result: Result, page: Path, entered: ManualEntries) -> None:

@@ -308,6 +308,8 @@ class Gradebook:
                 # The database says which score counts: it is asked for all at once.
                 for grade in db.query(Grade).filter_by(notebook_id=part.id).populate_existing():
                     _set_counting_score(checks[grade.name], grade)
+                if result.status == "withheld" and not result.waits:  # a person has decided
+                    result.status = "graded"
                 self._penalize(result, part, self._find_time_that_counts(result, handed_in or HandIn()))
                 db.execute(delete(RESULTS).where(where))
                 db.execute(
@@ -413,7 +415,7 @@ def _load_result(text: str) -> Result:
 def _hide_password(url: str) -> str:
     """The address without its password."""
     head, _, rest = url.partition("://")
-    return f"{head}://{rest.rpartition('@')[2]}"
+    return url if head.startswith("sqlite") else f"{head}://{rest.rpartition('@')[2]}"
 
 
 def _may_pass(error: OperationalError, away: bool) -> bool:
@@ -465,7 +467,14 @@ def _make_file(path: Path) -> None:
     new = path.with_name(f".{path.name}-{os.getpid()}")
     try:
         _open_with_results(make_address(new)).close()
-        os.replace(new, path)
+        if path.exists() and not path.stat().st_size:
+            path.unlink()
+        try:
+            os.link(new, path)
+        except FileExistsError:  # another call has made one meanwhile, and it may hold grades
+            pass
+        except OSError:  # no links on this file system
+            os.replace(new, path)
     finally:
         for left in path.parent.glob(f"{glob.escape(new.name)}*"):
             left.unlink()

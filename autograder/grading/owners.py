@@ -15,6 +15,7 @@ EXCHANGE = re.compile(
     r"(?P<name>.+?)(?:\+[^+]+)?"
     r"\+(?P<time>\d{4}-\d\d-\d\d[ T]\d\d:\d\d:\d\d(?:\.\d+)?(?: ?[+-]\d\d:?\d\d| ?[A-Za-z]+)?)(?:\+.*)?"
 )
+LONGEST = 240  # bytes of a student's name: with `.html` behind it, it is still a file's name
 BLIND = "participant"  # Moodle's name for everyone while marking is blind
 
 
@@ -47,6 +48,9 @@ class Placing:
         self.entries = entries
         self.canvas = {place for place in entries if self._is_canvas(place)}
         self.namesakes = self._find_namesakes()
+        # Where some stand in folders of their own, a platform's name inside such a folder is its owner's invention.
+        notebooks = [file.parts for file in found.files if may_be_notebook(file.name)]
+        self.throughout = all(any(self._find_owner(p[:n]) for n in range(1, len(p) + 1) if p[n - 1]) for p in notebooks)
         self.tops: dict[tuple[str, ...], list[str]] = {}
         archives = [place for place, kind in found.kinds.items() if kind == "archive"]
         self.first_tops = Counter(top for place in archives for top in self._list_tops(place)[:1])
@@ -55,6 +59,8 @@ class Placing:
         students, used = set(), set()
         for file in self.found.files:
             file.student, owner = self._find_student(file.parts)
+            if file.student and len(file.student.encode()) > LONGEST:
+                file.problem, file.student = "the name of the student's folder is too long", None
             if file.student:
                 students.add(file.student)
                 used.add(file.parts[0])
@@ -66,7 +72,8 @@ class Placing:
                 file.notes.append("handed in late, says Canvas, but not when: nothing is taken off for it")
         for place in sorted(self.found.kinds, key=len, reverse=True):  # the folders of those who handed in nothing
             who, owner = self._find_student((*place, ""))
-            if who and (owner or (len(place) == 1 and place[0] not in used)):
+            fits = who and len(who.encode()) <= LONGEST
+            if fits and (owner or (len(place) == 1 and place[0] not in used)):
                 students.add(who)
                 used.add(place[0])
         self.found.students = sorted(students)
@@ -108,7 +115,8 @@ class Placing:
     # --- folders ----------------------------------------------------------------------------------------------
 
     def _find_student(self, parts: tuple[str, ...]) -> tuple[str | None, Owner | None]:
-        for depth in range(1, len(parts) + 1):
+        deepest = len(parts) if self.throughout else min(len(parts), self._skip_wrappers(parts, 0) + 1)
+        for depth in range(1, deepest + 1):
             owner = self._find_owner(parts[:depth]) if parts[depth - 1] else None
             if owner:
                 namesake = (*parts[: depth - 1], owner.name) in self.namesakes or owner.name.lower() == BLIND

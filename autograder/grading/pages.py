@@ -12,13 +12,13 @@ from pathlib import Path
 import nbformat
 from pygments.formatters import HtmlFormatter
 
-from autograder.execute import ANSI
 from autograder.grading.clerk import color_safely
 from autograder.grading.gradebook import ManualEntries
 from autograder.grading.rebuild import read_name, read_role
 from autograder.grading.task import Check, Result
 from autograder.tables import format_table
 from autograder.templating import read_template, render
+from autograder.text import strip_colors
 
 UNSAFE = "Graded without a sandbox (--unsafe): the code ran with all the rights of whoever graded it."
 OUTPUT_CHARS = 20_000  # of one output on the learner's page
@@ -132,5 +132,5 @@ def _describe_output(output: dict) -> Shown:
 
 
 def _cut(text: str) -> str:
-    text = ANSI.sub("", text)
+    text = strip_colors(text)
     return text if len(text) <= OUTPUT_CHARS else text[:OUTPUT_CHARS] + "\n[…]"

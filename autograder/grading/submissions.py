@@ -97,12 +97,6 @@ def collect(submitted: Path, stages: Collection[str]) -> Delivery:
 # --- which lesson ---------------------------------------------------------------------------------------------
 
 
-def select_lessons(lessons: Sequence[MasterLesson], wanted: str) -> list[MasterLesson]:
-    """The lessons meant by a number or a name."""
-    wanted = wanted.removesuffix(".ipynb")
-    return [k for k in lessons if wanted == k.name or (wanted.isdecimal() and k.number == f"{int(wanted):02d}")]
-
-
 def read_claimed_lesson(data: bytes) -> str | None:
     """The lesson, as <stage>/<lesson>, that a notebook's metadata names, in a notebook's text or in its two ends."""
     found = CLAIM.search(data.decode("utf-16" if data[:2] in (b"\xff\xfe", b"\xfe\xff") else "latin-1", "replace"))
@@ -278,14 +272,16 @@ def choose(student: str, lesson: MasterLesson, files: Sequence[File]) -> Submiss
     candidates = []
     for file in sorted(files, key=lambda f: (f.time or datetime.max, f.name != f"{lesson.name}.ipynb", f.parts)):
         try:
-            candidates.append(Candidate(file, find_work(lesson, look_into(file)[0])))
+            candidates.append(Candidate(file, find_work(lesson, read_submission_safely(file.read())[0])))
         except (Unreadable, OSError, BadArchive):
             candidates.append(Candidate(file, None))
-    different = list({candidate.work: candidate for candidate in reversed(candidates)}.values())[::-1]
-    written = [candidate for candidate in different if candidate.work]
-    chosen = _choose_only(written) or _choose_latest(written)
-    if chosen is None and not written and len(different) == 1:
-        chosen = different[0]
+    first = {candidate.work: candidate for candidate in reversed(candidates)}  # of those with the same work
+    last = {candidate.work: candidate for candidate in candidates}
+    written = [work for work in last if work]
+    chosen = _choose_only([last[work] for work in written]) or _choose_latest([last[work] for work in written])
+    if chosen is None and not written and len(first) == 1:
+        chosen = candidates[0]
+    chosen = chosen and first[chosen.work]  # its time counts: the same work was there by then
     if chosen is None:
         return _leave_undecided(student, lesson, candidates)
     handed = _take(student, lesson, chosen.file)

@@ -46,7 +46,8 @@ class Result:
     """The result of a task.
 
     `status` is `graded`; `unreadable` or `missing`, with zero points; `incomplete` where a limit of the notebook left
-    checks unrun; or `fault`, when the grader itself failed: then there is no score. The flags say why.
+    checks unrun; `withheld` where a person has to choose between files; or `fault`, when the grader itself failed: then
+    there is no score. The flags say why.
     """
 
     student: str

@@ -8,7 +8,7 @@ def find_bound_names(source: str) -> set[str]:
     """The names that a cell's top level binds."""
     try:
         waiting: list = list(ast.parse(source).body)
-    except SyntaxError:
+    except (SyntaxError, ValueError, RecursionError, MemoryError):  # a learner's text, however strange
         return set()
     names = set()
     while waiting:

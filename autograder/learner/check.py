@@ -14,9 +14,10 @@ from functools import cache
 from pathlib import Path
 
 from nbformat import NotebookNode
+from tqdm import tqdm
 
 from autograder.catalog import UsageError
-from autograder.execute import GIVEN_SEED, Managers, Step, execute
+from autograder.execute import GIVEN_SEED, KernelFailed, Managers, Step, execute, stop_all
 from autograder.grading.origins import Origins
 from autograder.grading.rebuild import (
     SubmittedCell,
@@ -77,12 +78,21 @@ def check_work(
         print(error, file=sys.stderr)
         return 2
     records = {} if lesson else read_records(work)
+    checked, interrupted = [], False
     try:
         with ThreadPoolExecutor(max(1, min(count_cores(), len(keys)))) as pool:
-            checked = list(pool.map(lambda key: check_lesson(work, key, records.get(key), kernels), keys))
+            runs = pool.map(lambda key: check_lesson(work, key, records.get(key), kernels), keys)
+            try:
+                for one in tqdm(runs, total=len(keys), unit="lesson", disable=not sys.stderr.isatty(), leave=False):
+                    checked.append(one)
+            except BaseException:
+                stop_all()
+                raise
     except UsageError as error:
         print(error, file=sys.stderr)
         return 2
+    except KeyboardInterrupt:
+        interrupted = True
     try:
         with work.lock():
             keep_records(work, {one.key: one.record for one in checked if one.record})
@@ -90,6 +100,9 @@ def check_work(
     except (UsageError, OSError) as error:
         print(f"the progress could not be kept in work/: {error}", file=sys.stderr)
         lessons = [_read_with_found(work, one) for one in checked]
+    if interrupted:
+        print("interrupted; what had run is kept", file=sys.stderr)
+        return 130
     troubles = {one.key: one.trouble for one in checked if one.trouble}
     _print_progress([one for one in lessons if one.entry.key in keys], lessons, troubles, bool(lesson))
     return 0
@@ -123,7 +136,10 @@ def check_lesson(work: Work, key: str, record: dict | None, kernels: Managers) -
     print_of = _take_fingerprint(cells, files)
     if record and record.get("fingerprint") == print_of:
         return CheckedLesson(key, record)
-    verdicts = run_checks(cells, read_submission(data)[0], files, kernels)
+    try:
+        verdicts = run_checks(cells, read_submission(data)[0], files, kernels)
+    except (KernelFailed, OSError) as error:
+        return CheckedLesson(key, trouble=f"{work.show_path(path)}: {error}")
     return CheckedLesson(key, _make_record(print_of, _sum_up(verdicts, begun)))
 
 
@@ -192,7 +208,7 @@ def _print_progress(
     quiet = []
     for lesson in asked:
         if lesson.entry.key in troubles:
-            tell(f"{_describe_head(lesson)}\n  cannot be read: {troubles[lesson.entry.key]}\n")
+            tell(f"{_describe_head(lesson)}\n  could not be run: {troubles[lesson.entry.key]}\n")
         elif lesson.begun or alone:
             tell("\n".join([_describe_head(lesson), *_describe_exercises(lesson), ""]))
         else:

@@ -1,4 +1,4 @@
-"""Says whether the course can be set up on this machine, before pip runs: any Python runs it, it imports no package.
+"""Says whether the course can be set up on this machine, before pip runs: any Python 3 runs it, it imports no package.
 
 PyTorch, which every lesson needs, has no wheel for other machines than these; pip's own error names a version, not why.
 """
@@ -20,7 +20,7 @@ NEEDED = (
 
 
 def find_trouble(
-    system: str, machine: str, version: tuple[int, ...], macos: str = "", libc: str = "glibc", bits: int = 64
+    system: str, machine: str, version: tuple, macos: str = "", libc: str = "glibc", bits: int = 64
 ) -> str:
     """Why the course cannot be set up, in a sentence; empty where it can."""
     if not OLDEST <= version[:2] <= NEWEST:

@@ -65,7 +65,7 @@ class Standing:
         return f"{self.core_score:g} of {self.core_points:g}"
 
     def describe_time(self) -> str:
-        done, left = round_up(self.minutes_done), round_up(self.minutes) - round_up(self.minutes_done)
+        done, left = round_to_five(self.minutes_done), round_to_five(self.minutes) - round_to_five(self.minutes_done)
         return f"{format_minutes(done) or '0 min'} done, {format_minutes(left) or '0 min'} left"
 
 
@@ -112,7 +112,7 @@ class Progress:
         return made
 
 
-def round_up(minutes: float) -> int:
+def round_to_five(minutes: float) -> int:
     """The nearest multiple of five minutes."""
     return 5 * round(minutes / 5)
 

@@ -101,16 +101,16 @@ def pack_lesson(work: Work, key: str) -> PackedLesson:
             if read_role(cell) in ("exercise", "answer")
         }
         merged, changes = merge(course, data, work.read_base(key, data))
+        if changes.answers or changes.added:
+            places, one.left_out = work.find_beside(key)
+            one.beside = {place: (path.parent / place).read_bytes() for place in places}
+            one.data = data
     except (OSError, Unreadable) as error:
         one.trouble = f"{work.show_path(path)}: {error}"
         return one
     exercises = [cell for cell in merged.cells if read_role(cell) == "exercise"]
     one.missing = [read_name(cell) for cell in exercises if find_own_text(cell.source) in ("", stubs[read_name(cell)])]
     one.written = len(exercises) - len(one.missing)
-    if changes.answers or changes.added:
-        one.data = data
-        places, one.left_out = work.find_beside(key)
-        one.beside = {place: (path.parent / place).read_bytes() for place in places}
     return one
 
 

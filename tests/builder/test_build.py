@@ -156,12 +156,12 @@ def test_folded_cells(project: Project) -> None:
 def test_numbers_and_links(project: Project) -> None:
     headings = "# ## Core ideas {#ideas}\n# ```\n# ## no heading\n# ```\n# ### Exercise · Lengths\n"
     project.replace("# ## Core ideas\n", headings)
-    project.replace("# Because the", "# See [](#norm) in [](#ideas). [](#ideas) says: because the")
+    project.replace("# Because the", "# So.\n# See [](#norm) in\n# [](#ideas). [](#ideas) says: because the")
     assert build_course(root=project.root) == 0
     text = next(cell.source for cell in cells(project.learners).values() if "a **length**" in cell.source)
     assert text.startswith('## <a id="ideas"></a>1. Core ideas\n```\n## no heading\n```\n### Exercise 1 · Lengths\n')
     answer = cells(project.master)["answer-why-root"].source
-    assert "See exercise 1 in [section 1](#ideas). [Section 1](#ideas) says" in answer
+    assert "See exercise 1 in\n[section 1](#ideas). [Section 1](#ideas) says" in answer
     references = list(cells(project.learners).values())[-1].source
     assert references.startswith('## <a id="section-3"></a>3. References\n')
     assert "[arXiv:1706.03762](https://arxiv.org/abs/1706.03762)" in references

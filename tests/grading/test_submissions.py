@@ -9,6 +9,7 @@ import subprocess
 import sys
 import unicodedata
 import zipfile
+import zlib
 from pathlib import Path
 
 import nbformat
@@ -312,6 +313,51 @@ def test_the_same_handed_in_twice_was_handed_in_the_first_time(intake):
     assert intake.find()["ada", LESSON].file.time.hour == 10
 
 
+def test_what_was_handed_in_last_counts_if_it_is_what_was_handed_in_first(intake):
+    for when, data in (("10:00:00", WORK), ("11:00:00", MORE), ("12:00:00", WORK)):
+        intake.put(f"ada+{STAGE}+2026-11-02 {when} UTC+x/{NAME}", data)
+    handed = intake.find()["ada", LESSON]
+    assert (handed.read(), handed.file.time.hour) == (WORK, 10)
+
+
+def test_a_large_notebook_that_was_handed_in_last_counts(intake):
+    large = named(tiny.answered(double=tiny.HEAD["double"] + NEAR))
+    large.cells[-1].metadata["noise"] = "x" * 21_000_000
+    large = tiny.dumps(large)
+    for when, data in (("10:00:00", WORK), ("12:00:00", large)):
+        intake.put(f"ada+{STAGE}+2026-11-02 {when} UTC+x/{NAME}", data)
+    assert intake.find()["ada", LESSON].read() == large
+
+
+@pytest.mark.parametrize("name", [f"lin-mei+{STAGE}+2026-11-09 10:00:00 UTC", "lin-mei_7_assignsubmission_file_"])
+def test_nobody_hands_in_for_another(intake, name):
+    """A platform's name inside a learner's folder or archive is the learner's invention, where it is not all over."""
+    intake.put(f"lin-mei/{NAME}").put(f"ada/{name}/{NAME}", MORE).put("bob.zip", zipped({f"{name}/{NAME}": MORE}))
+    assert intake.students() == {"lin-mei": WORK, "ada": MORE, "bob": MORE}
+
+
+def test_the_outermost_time_counts(intake):
+    """One further in may be the learner's own."""
+    early, late = b"2026-11-01 10:00:00 UTC", b"2026-11-09 10:00:00 UTC"
+    intake.put("ada/timestamp.txt", late).put("ada/x/timestamp.txt", early).put(f"ada/x/{NAME}")
+    members = {f"{STAGE}/timestamp.txt": early, f"{STAGE}/{NAME}": WORK}
+    intake.put("bob/timestamp.txt", late).put("bob/work.zip", zipped(members))
+    handed = intake.find()
+    assert [handed[who, LESSON].file.time.day for who in ("ada", "bob")] == [9, 9]
+
+
+def test_a_name_cannot_steer_the_terminal(intake):
+    intake.put("x.zip", zipped({f"\x1b[2Jada/{STAGE}/{NAME}": WORK}))
+    assert "\x1b" not in "".join(intake.students())
+
+
+@pytest.mark.parametrize("name", ["a" * 300, "李" * 90])
+def test_a_name_that_is_no_files_costs_nobody_else(intake, name):
+    intake.put("x.zip", zipped({f"{name}/{STAGE}/{NAME}": WORK})).put(f"bob/{NAME}")
+    assert intake.students() == {"bob": WORK}
+    assert [f.became for f in intake.found.files if f.place.startswith("x.zip")] == ["refused"]
+
+
 @pytest.mark.parametrize("form", ["NFC", "NFD"])
 @pytest.mark.parametrize("name", ["李雷", "José 2", "Å ngström", "=cmd()"])
 def test_names_in_any_normal_form(intake, name, form):
@@ -396,6 +442,20 @@ def test_names_in_archives_that_do_not_say_their_encoding(intake, encoding):
     raw = name.encode(encoding)
     data = zipped({"x" * len(raw): WORK}).replace(b"x" * len(raw), raw)
     assert intake.put("work.zip", data).students() == {"李雷": WORK}
+
+
+def test_a_name_in_the_field_that_winrar_writes(intake):
+    """The name in GBK, and again in UTF-8 in the Unicode Path field, which zipfile reads from Python 3.12 on."""
+    name = f"李雷/{STAGE}/{NAME}"
+    raw, plain = name.encode("gbk"), name.encode()
+    entry = zipfile.ZipInfo("x" * len(raw))
+    body = b"\x01" + zlib.crc32(raw).to_bytes(4, "little") + plain
+    entry.extra = b"\x75\x70" + len(body).to_bytes(2, "little") + body
+    packed = io.BytesIO()
+    with zipfile.ZipFile(packed, "w") as archive:
+        archive.writestr(entry, WORK)
+    intake.put("work.zip", packed.getvalue().replace(b"x" * len(raw), raw))
+    assert intake.students() == {"李雷": WORK}
 
 
 BOMB = b"0" * (archives.BOMB_BYTES + 1)

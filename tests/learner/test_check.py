@@ -106,7 +106,7 @@ def test_what_cannot_be_read_is_said_and_costs_nothing_else(project, capsys) -> 
     broken.write_text("<<<<<<< HEAD", encoding="utf-8")
     os.utime(broken, (0, 0))
     said = run(project, capsys)
-    assert f"cannot be read: work/{ONE}.ipynb: the file has git's marks of a merge conflict" in said
+    assert f"could not be run: work/{ONE}.ipynb: the file has git's marks of a merge conflict" in said
     assert "1  shortest  passed       2 of 2" in said
 
 
