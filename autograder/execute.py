@@ -60,7 +60,7 @@ class Step:
 
     `judged` is the text as plain Python, for the judge; `asked` are the names that the exercises above a check define,
     `hidden` is the line at which its hidden tests begin, and `written` is the learner's text: the exercise's cell, then
-    the cells that they added. `comparisons` are those that classes of the exercises define: class → methods.
+    the cells that they added. `defined` is what the exercises' text says of what they define (judge/sources.py).
     """
 
     source: str
@@ -70,7 +70,7 @@ class Step:
     asked: tuple[str, ...] = ()
     hidden: int = 0
     written: tuple[str, ...] = ()
-    comparisons: dict[str, list[str]] = field(default_factory=dict)
+    defined: dict[str, dict] = field(default_factory=dict)
 
 
 @dataclass
@@ -372,7 +372,6 @@ class KernelPair:
 
     def __init__(self, kernel: NotebookKernel, judge: Judge | None = None, manager: AsyncKernelManager | None = None):
         self.kernel, self.judge, self.judge_manager = kernel, judge, manager
-        self.attached = False
 
     def count_cpu_seconds(self) -> float:
         judged = count_used_seconds(self.judge_manager) if self.judge_manager else 0.0
@@ -437,11 +436,8 @@ class KernelPair:
         return outcome
 
     async def judge_step(self, step: Step, seed: int) -> Verdict:
-        if not self.attached:
-            await self.judge.attach(find_socket_beside(self.kernel.manager, client.AGENT), self.kernel.limits.start)
-            self.attached = True
         asked, written = list(step.asked), list(step.written)
-        return await self.judge.run_check(step.name, step.judged, asked, seed, step.hidden, written, step.comparisons)
+        return await self.judge.run_check(step.name, step.judged, asked, seed, step.hidden, written, step.defined)
 
 
 def find_socket_beside(manager: AsyncKernelManager, name: str) -> str:
@@ -472,8 +468,10 @@ async def started(
             await judge.connect(limits.start)
             listen = client.LISTEN.format(path=find_socket_beside(kernel.manager, client.AGENT))
             listening = await kernel.run(listen, limits.start, 0, silent=True)
+            # Before any cell of the learner's, who could put another socket there. The agent accepts it later.
+            await judge.attach(find_socket_beside(kernel.manager, client.AGENT), limits.start)
             await kernel.prepare(prepare)
-        except (KernelLost, TimeoutError, OSError) as error:
+        except (KernelLost, JudgeLost, TimeoutError, OSError) as error:
             raise KernelFailed(f"the judge did not start: {error}") from error
         if listening.status != "ok":
             raise KernelFailed(f"the judge's agent did not start: {listening.ename}: {listening.evalue}")

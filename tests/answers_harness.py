@@ -246,7 +246,7 @@ def add_steps(cells: list[dict], lesson: Lesson) -> None:
     master = build.dumps(build.make_master(lesson, build.Layout(WORKER.parent.parent)))
     about = make_sent_master(nbformat.reads(master, as_version=4)).metadata.llm40
     graded = [c for c in nbformat.reads(master, as_version=4).cells if is_run(c)]
-    steps = iter(make_steps(graded, about.asked, about.comparisons))
+    steps = iter(make_steps(graded, about.asked, about.defined))
     for cell in cells:
         cell["step"] = None if cell["role"] == "experiment" else dataclasses.asdict(next(steps))
 

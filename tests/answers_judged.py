@@ -3,7 +3,7 @@
     python answers_judged.py JOB RESULTS
 
 Each code cell of JOB has a `step` too: null for an experiment, else what the grader makes of the cell (kind, name,
-judged, asked, hidden, comparisons). Fakes are not run: they replace functions where they stand.
+judged, asked, hidden, defined). Fakes are not run: they replace functions where they stand.
 """
 
 import json
@@ -82,7 +82,7 @@ class Walk:
             written = [python_of(answer["source"])]
             with self.judging():
                 outcome = self.court.run_check(
-                    step["name"], step["judged"], step["asked"], SEED, step["hidden"], written, step["comparisons"]
+                    step["name"], step["judged"], step["asked"], SEED, step["hidden"], written, step["defined"]
                 )
             error = "" if outcome["status"] == "ok" else f"{outcome.get('ename')}: {outcome.get('evalue')}"
             report(error=error)

@@ -8,7 +8,7 @@ import nbformat
 from nbformat import NotebookNode
 
 from autograder.grading.rebuild import read_name, read_role, remove_answers
-from autograder.judge.sources import find_bound_names, find_comparisons
+from autograder.judge.sources import find_bound_names, find_definitions
 from autograder.lesson import python_of
 
 
@@ -53,10 +53,10 @@ def read_masters(source: Path) -> list[MasterLesson]:
 
 def make_sent_master(master: NotebookNode) -> NotebookNode:
     """A master as it is sent out, and in its metadata what the judge has to know of the answers that are taken out:
-    the names that each exercise defines, and the comparisons that their classes do."""
+    the names that each exercise defines, and what its text says of them."""
     answers = {read_name(cell): python_of(cell.source) for cell in master.cells if read_role(cell) == "exercise"}
     sent = remove_answers(master)
     about = sent.metadata.setdefault("llm40", {})
     about["asked"] = {exercise: sorted(find_bound_names(answer)) for exercise, answer in answers.items()}
-    about["comparisons"] = find_comparisons(list(answers.values()))
+    about["defined"] = find_definitions(list(answers.values()))
     return sent

@@ -111,12 +111,12 @@ def _grade(task: Task, result: Result) -> None:
         return
     released = {read_name(cell): cell.source for cell in master.cells}
     asked = master.metadata.get("llm40", {}).get("asked", {})
-    comparisons = master.metadata.get("llm40", {}).get("comparisons", {})
+    defined = master.metadata.get("llm40", {}).get("defined", {})
     notebook, more = rebuild(master, cells, experiments=True)
     result.flags += flags + more
 
     to_run = [cell for cell in notebook.cells if is_run(cell)]
-    steps = make_steps(to_run, asked, comparisons, task.files)
+    steps = make_steps(to_run, asked, defined, task.files)
     outcomes = execute(steps, task.limits, task.seed, task.kernels, judging=True, files=task.files)
     result.cell_seconds = sum(outcome.seconds for outcome in outcomes)
     if not any(outcome.ename == "SyntaxError" for outcome in outcomes):
@@ -153,7 +153,7 @@ def _grade(task: Task, result: Result) -> None:
 def make_steps(
     cells: list[NotebookNode],
     asked: dict[str, list[str]],
-    comparisons: dict[str, list[str]],
+    defined: dict[str, dict],
     files: Mapping[str, bytes] | None = None,
 ) -> list[Step]:
     """The steps that run these cells: a learner's cell as it stands, an instructor's also in the judge."""
@@ -177,7 +177,7 @@ def make_steps(
             hidden = python[: python.find(BEGIN_HIDDEN)].count("\n") + 1 if BEGIN_HIDDEN in python else 0
             written = (answers.get(find_exercise(read_name(cell)), ""), *added, *modules)
             names = tuple(sorted(known))
-            steps.append(Step(cell.source, "check", read_name(cell), python, names, hidden, written, comparisons))
+            steps.append(Step(cell.source, "check", read_name(cell), python, names, hidden, written, defined))
     return steps
 
 

@@ -264,6 +264,8 @@ def serve() -> None:
         agent = _agents["agent"] = Agent(connection, _agents["names"])
     try:
         agent.serve_check()
-    except (Lost, Malformed):
+    except BaseException as error:
         _agents.pop("agent", None)
-        agent.connection.close()
+        agent.connection.close()  # the judge notices at once
+        if not isinstance(error, (Lost, Malformed)):
+            raise

@@ -39,7 +39,10 @@ class Judge:
 
     async def attach(self, path: str, patience: float) -> None:
         """Hands the judge a connection to the agent in the learner's process."""
-        agent = await reach(path, patience)
+        try:
+            agent = await reach(path, patience)
+        except OSError as error:
+            raise JudgeLost(str(error)) from error
         agent.setblocking(True)
         with agent:
             await self.order(order="attach", file=agent.fileno())
@@ -55,12 +58,12 @@ class Judge:
         seed: int,
         hidden: int,
         written: list[str],
-        comparisons: dict[str, list[str]],
+        defined: dict[str, dict],
     ) -> Verdict:
         """Runs a check. `asked` are the names that exercises define, `hidden` is the first line of its hidden tests,
-        `written` the learner's text for it, `comparisons` maps the exercises' classes to those that they define."""
+        `written` the learner's text for it, `defined` what the exercises' text says of what they define."""
         about = {"name": name, "source": source, "asked": asked, "seed": str(seed), "hidden": hidden}
-        return await self.order(order="check", written=written, comparisons=comparisons, **about)
+        return await self.order(order="check", written=written, defined=defined, **about)
 
     async def order(self, file: int | None = None, **order: object) -> Verdict:
         loop = asyncio.get_running_loop()
@@ -95,15 +98,15 @@ class Judge:
 async def reach(path: str, patience: float) -> socket.socket:
     """Connects to a socket as soon as another process listens there."""
     connection = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
+    connection.setblocking(False)  # a listener whose queue is full would hold up the whole grader
     try:
         async with asyncio.timeout(patience):
             while True:
                 try:
                     connection.connect(path)
                     break
-                except (FileNotFoundError, ConnectionRefusedError):
+                except (FileNotFoundError, ConnectionRefusedError, BlockingIOError):
                     await asyncio.sleep(0.005)
-        connection.setblocking(False)
     except BaseException:
         connection.close()
         raise

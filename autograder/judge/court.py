@@ -16,17 +16,19 @@ import random
 import socket
 import sys
 import traceback
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
+from types import CodeType, FrameType, ModuleType, TracebackType
 
 import numpy
 import torch
+from torch.utils._pytree import tree_leaves
 
 from autograder.judge import relay, sources, tensors
 from autograder.judge.link import Link, Lost
 from autograder.judge.messages import Attribute, Call, Describe, Done, Fork, Gradients, Malformed, Reach, Reply
-from autograder.judge.proxies import OPERATORS
-from autograder.judge.values import Refused
+from autograder.judge.proxies import OPERATORS, find_number
+from autograder.judge.values import Refused, find_attribute
 from llm40 import checks, distributed
 
 OWN_FILES = f"{os.sep}autograder{os.sep}"
@@ -42,6 +44,8 @@ MEASURED = (  # functions of llm40.checks that measure in the learner's process
     "saved",
     "traffic",
 )
+COPIES = (["library", "copy:copy"], ["library", "copy:deepcopy"])
+INSIDES = (ModuleType, FrameType, CodeType, TracebackType)
 TEXT = 20_000  # characters of an exception that are kept
 
 
@@ -52,31 +56,47 @@ class JudgeLink(Link):
 
     def __init__(self, connection: socket.socket, names: dict):
         super().__init__(connection, names)
-        self.comparisons: dict[str, list[str]] = {}  # class → comparisons that the exercise's own class defines
+        self.operators: dict[str, list[str]] = {}  # class → comparisons and arithmetic of the exercise's own class
+        self.asked_names: dict[int, str] = {}  # number of a proxy → the exercise's name for it
+        self.outs: dict[str, int] = {}  # name → the place of `out` among the parameters that the exercise gives it
         self.launches: list[LaunchCount] = []  # of the open checks.launches
 
-    def list_comparisons(self, name: str) -> tuple[str, ...]:
-        return tuple(self.comparisons.get(name, ()))
+    def resolve(self, target: list) -> Callable:
+        if target in COPIES:
+            return find_attribute(target[1])
+        return super().resolve(target)
+
+    def export(self, value: object) -> tuple[int, bool]:
+        if isinstance(value, INSIDES):  # from a frame or a module everything can be reached
+            raise Refused(f"a {type(value).__name__} is not handed over")
+        return super().export(value)
+
+    def list_operators(self, name: str) -> tuple[str, ...]:
+        return tuple(self.operators.get(name, ()))
 
     def refuse_forbidden(self, request: object) -> None:
-        if isinstance(request, Gradients):
+        if isinstance(request, Gradients) or (isinstance(request, Call) and request.target in COPIES):
             return
         if isinstance(request, Call) and request.target and request.target[0] == "object":
             if not callable(self.find_exported(request.target[1])):
                 raise Refused("a handle that cannot be called")
             return
         if isinstance(request, Call) and request.target and request.target[0] == "method":
-            name = request.target[2]
-            if name in OPERATORS or not str(name).startswith("_"):
+            name, owner = str(request.target[2]), self.find_exported(request.target[1])
+            own = isinstance(owner, torch.nn.Module) and hasattr(torch.nn.Module, name)
+            if name in OPERATORS or not (own or name.startswith("_")):  # a module's own methods run at the other end
                 return
         if isinstance(request, Attribute) and request.action == "get" and request.target[0] == "object":
             owner = self.find_exported(request.target[1])
             if str(request.name).startswith("_"):  # PyTorch's own methods ask with a default: zero_grad for _is_replica
                 raise AttributeError(f"{request.name}: the learner's code may not ask this of a check")
-            if isinstance(owner, torch.nn.Module) or not callable(owner):
+            own = isinstance(owner, torch.nn.Module) and hasattr(torch.nn.Module, str(request.name))
+            if not own and (isinstance(owner, torch.nn.Module) or not callable(owner)):
                 return
         asked = " ".join([type(request).__name__, str(getattr(request, "name", ""))]).strip()
-        raise Refused(f"{asked}: the learner's code may not ask this of a check")
+        raise Refused(
+            f"{asked}: this object is a check's own, of which only functions can be called and public attributes read"
+        )
 
     def request(self, message: object) -> Reply:
         """Sends a request without the trace function of a measurement, which would count the link's own work."""
@@ -87,15 +107,30 @@ class JudgeLink(Link):
         finally:
             sys.settrace(trace)
 
-    def call_function(self, number: int, function: Callable, args: tuple, kwargs: dict) -> object:
-        """Raises if the function changed a tensor that the check may still compare with. A function whose name ends in
-        `_` may change its arguments, and any function may change `out`."""
+    def call(self, target: list, args: Iterable, kwargs: dict) -> object:
+        """Raises if the call changed a tensor that the check may still compare with. What the check itself calls by a
+        name that ends in `_`, and an operator, may change its arguments, and any call its `out`: the exercise's text
+        says which one that is, never the learner's."""
         self.tensors.rewritten.clear()
-        result = super().call_function(number, function, args, kwargs)
-        if self.tensors.rewritten and not function.__name__.endswith("_"):
-            for name, value in name_arguments(function, args, kwargs).items():
-                if name != "out" and self.tensors.numbers.get(id(value)) in self.tensors.rewritten:
-                    raise AssertionError(f"{function.__name__} changes its argument {name}: it must stay as it is.")
+        before = torch.get_default_dtype()
+        result = super().call(target, args, kwargs)
+        if torch.get_default_dtype() != before:  # what the check makes next would have it
+            torch.set_default_dtype(before)
+            raise AssertionError("the default dtype of PyTorch is another one after the call: put it back.")
+        if not self.tensors.rewritten or target[0] == "library":
+            return result
+        is_method = target[0] == "method" and target[2] != "__call__"
+        name = target[2] if is_method else self.asked_names.get(target[1], "")
+        if name.endswith("_"):
+            return result
+        given = {f"number {place + 1}": value for place, value in enumerate(args) if place != self.outs.get(name)}
+        given |= {keyword: value for keyword, value in kwargs.items() if keyword != "out"}
+        for argument, value in given.items():
+            for each in tree_leaves(value):
+                if torch.is_tensor(each) and self.tensors.numbers.get(id(each)) in self.tensors.rewritten:
+                    raise AssertionError(
+                        f"{name or 'the call'} changes its argument {argument}: it must stay as it is."
+                    )
         return result
 
     @contextmanager
@@ -107,14 +142,6 @@ class JudgeLink(Link):
             yield
         finally:
             self.measurements = everything
-
-
-def name_arguments(function: Callable, args: tuple, kwargs: dict) -> dict:
-    """The arguments of a call by the names of the function's parameters, or by their places if it does not tell any."""
-    try:
-        return inspect.signature(function).bind(*args, **kwargs).arguments
-    except (TypeError, ValueError):
-        return {**{f"number {place}": value for place, value in enumerate(args, 1)}, **kwargs}
 
 
 class Measurement:
@@ -157,7 +184,6 @@ class Court:
     def __init__(self):
         self.names: dict = {"__name__": "__main__", "__builtins__": builtins}
         self.given: set[str] = set()
-        self.asked: set[str] = set()  # names that exercises define
         self.link: JudgeLink | None = None
         self.written = ast.Module([], [])  # the learner's text
         self.counted = False  # whether the running check has counted something in the learner's process
@@ -189,14 +215,14 @@ class Court:
         seed: str,
         hidden: int = 0,
         written: tuple[str, ...] = (),
-        comparisons: dict[str, list[str]] | None = None,
+        defined: dict[str, dict] | None = None,
     ) -> dict:
         """Runs a check; `asked` are the names that the exercises above it define. A failure at line `hidden` or below
         is reported without the expected numbers. `written` is the learner's text: the exercise, then the cells that the
         learner added."""
-        self.link.comparisons = comparisons or {}
+        self.link.operators = (defined or {}).get("operators", {})
+        self.link.outs = (defined or {}).get("outs", {})
         self.written = sources.gather_text(written[0], list(written[1:])) if written else ast.Module([], [])
-        self.asked = set(asked) - (self.given - set(asked))
         given = os.environ.get("LLM40_SEED")
         os.environ["LLM40_SEED"] = seed
         self.counted, switches = False, tensors.read_switches()
@@ -206,9 +232,7 @@ class Court:
             with self.link.asking():
                 answer = self.link.request(Describe(sorted(asked), sorted(self.given)))
                 found = self.link.decode(answer.value)
-            for each in asked:
-                self.names.pop(each, None)
-            self.names.update(found)
+            self.take_asked(asked, found)
             outcome = run(name, source, dict(self.names), hidden)
         except (Lost, Malformed) as error:
             outcome = {"status": "lost", "ename": "", "evalue": str(error)}
@@ -232,6 +256,14 @@ class Court:
         except (Lost, Malformed, Refused):
             outcome = outcome if outcome["status"] == "error" else {"status": "lost", "ename": "", "evalue": ""}
         return outcome | {"counted": self.counted}
+
+    def take_asked(self, asked: list[str], found: dict) -> None:
+        """Gives the check what exercises define: these names, and no other that the learner's end may send."""
+        for each in asked:
+            self.names.pop(each, None)
+        found = {each: found[each] for each in asked if each in found}
+        self.link.asked_names = {n: each for each, value in found.items() if (n := find_number(value, self.link))}
+        self.names.update(found)
 
     def fork_twin(self, rank: int, ranks: int) -> Callable[[], None]:
         """For llm40.distributed: gives a rank of the check its own twin of the learner's process to talk to."""

@@ -2,7 +2,8 @@
 
 Both ends run the same code; they differ in the requests that they refuse (`Link.refuse_forbidden`).
 
-- **Values** pass by copy. Where a call changes an argument in place, its reply brings the change here.
+- **Values** pass by copy. Where a call changes an argument in place, its reply brings the change here; not that of a
+  `random.Random` or a NumPy generator, and a `defaultdict` arrives as a dict.
 - **Tensors, generators and modules** pass as mirrors: each has a number and lives at both ends. Each message carries
   all changes since the last one (values, gradients, modes, parameters), in both directions.
 - **Gradients** pass as vector-Jacobian products: a result that carries gradients is an output of `RemoteCall`, whose
@@ -704,9 +705,9 @@ class Link(Codec):
         self.keep_import(number, made)
         return made
 
-    def list_comparisons(self, name: str) -> tuple[str, ...]:
-        """The comparisons that objects of a class of this name may answer themselves."""
-        return proxies.COMPARING
+    def list_operators(self, name: str) -> tuple[str, ...]:
+        """The comparisons and the arithmetic that objects of a class of this name may answer themselves."""
+        return (*proxies.COMPARING, *proxies.COMPUTING)
 
     def keep_import(self, number: int, proxy: object) -> None:
         """Keeps a proxy: at the judge's end until the request is over and nothing holds it, at the learner's end until

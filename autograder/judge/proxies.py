@@ -15,25 +15,9 @@ from torch import nn
 
 from autograder.judge import tensors
 from autograder.judge.messages import Hook, Launch
-from autograder.judge.sources import COMPARING
+from autograder.judge.sources import ARITHMETIC, COMPARING, COMPUTING
 from autograder.judge.values import Refused, name_class
 
-BINARY = (
-    "add",
-    "sub",
-    "mul",
-    "truediv",
-    "floordiv",
-    "mod",
-    "divmod",
-    "pow",
-    "matmul",
-    "and",
-    "or",
-    "xor",
-    "lshift",
-    "rshift",
-)
 UNARY = (
     "lt",
     "le",
@@ -69,7 +53,7 @@ UNARY = (
     "missing",
 )
 OPERATORS = [
-    *(f"__{side}{name}__" for side in ("", "r", "i") for name in BINARY),
+    *(f"__{side}{name}__" for side in ("", "r", "i") for name in ARITHMETIC),
     *(f"__{name}__" for name in UNARY),
 ]
 OF_OBJECT = {name for name in OPERATORS if getattr(object, name, None) is not None}
@@ -159,7 +143,12 @@ def describe_signature(function: Callable, link) -> list | None:
     except (TypeError, ValueError):
         return None
     return [
-        [p.name, int(p.kind), p.default is not p.empty, None if p.default is p.empty else repr(p.default)[:80]]
+        [
+            p.name,
+            int(p.kind),
+            p.default is not p.empty,
+            None if p.default is p.empty or link.judges else repr(p.default)[:80],
+        ]
         for p in parameters
     ]
 
@@ -360,13 +349,14 @@ _classes: dict[tuple, type] = {}
 
 
 def make_refusal(name: str) -> Callable:
-    """Makes a comparison that raises, for classes whose exercise defines none. Two proxies are equal if they are the
-    same one."""
+    """Makes a comparison or an operation that raises, for classes whose exercise defines none: what it gives would be
+    the learner's word. Two proxies are equal if they are the same one."""
+    use = "compared" if name in COMPARING else "computed"
 
-    def compare(self, other):
-        if name in ("__eq__", "__ne__") and isinstance(other, RemoteObject):
-            return (self is other) == (name == "__eq__")
-        raise AssertionError(f"an object of class {type(self).__name__} is no value that can be compared with others.")
+    def compare(self, *others):
+        if name in ("__eq__", "__ne__") and isinstance(others[0], RemoteObject):
+            return (self is others[0]) == (name == "__eq__")
+        raise AssertionError(f"an object of class {type(self).__name__} is no value that can be {use} with others.")
 
     return compare
 
@@ -374,12 +364,13 @@ def make_refusal(name: str) -> Callable:
 def make_object(link, number: int, description: dict) -> RemoteObject:
     names = tuple(name for name in description["operators"] if name in OPERATORS)
     known = tuple(find_local_bases(description["bases"]))
-    compared = link.list_comparisons(str(description["name"]))
+    own = link.list_operators(str(description["name"]))
     before_numpy, hashable = bool(description.get("before_numpy")), bool(description.get("hashable"))
-    key = (description["name"], names, known, compared, before_numpy, hashable)
+    key = (description["name"], names, known, own, before_numpy, hashable)
     if key not in _classes:
         members = {name: make_operator(name) for name in names}
-        members |= {name: make_refusal(name) for name in COMPARING if name not in compared}
+        decisive = {*COMPARING, *(name for name in names if name in COMPUTING)}
+        members |= {name: make_refusal(name) for name in decisive if name not in own}
         members["__hash__"] = RemoteObject.__hash__ if hashable else None
         if before_numpy:
             members["__array_ufunc__"] = None
@@ -572,6 +563,13 @@ class Kernel:
             sizes.append(tuple(grid(meta)))
             return sizes[-1]
 
+        def count_programs() -> tuple:
+            """The grid, as the launcher's own arguments say it; an autotuned kernel's end adds what it chose."""
+            try:
+                return tuple(grid(kwargs)) if callable(grid) else tuple(grid)
+            except KeyError:
+                return sizes[-1] if sizes else ()
+
         def encode(value: object) -> object:
             return tensors.place_in_storage(value, storages) if torch.is_tensor(value) else link.encode(value)
 
@@ -590,4 +588,4 @@ class Kernel:
             for place, raw in answer.storages:
                 tensors.fill_storage(held[place], raw)
         for counted in link.launches:
-            counted.note(self.__name__, sizes[-1] if sizes else tuple(grid))
+            counted.note(self.__name__, count_programs())

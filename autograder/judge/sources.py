@@ -25,6 +25,11 @@ def find_bound_names(source: str) -> set[str]:
 
 
 COMPARING = ("__eq__", "__ne__", "__lt__", "__le__", "__gt__", "__ge__")
+ARITHMETIC = (
+    *("add", "sub", "mul", "truediv", "floordiv", "mod", "divmod", "pow", "matmul"),
+    *("and", "or", "xor", "lshift", "rshift"),
+)
+COMPUTING = ("__neg__", "__pos__", "__abs__", *(f"__{side}{name}__" for side in ("", "r", "i") for name in ARITHMETIC))
 NUMBER = re.compile(r"(?<![\w.\-])[-+\u2212]?\d+(?:,\d{3})*(?:\.\d+)?(?:e[-+]?\d+)?(?![\w])")
 CLAUSE = re.compile(r"[;:()]|\. |, yours")
 
@@ -119,19 +124,19 @@ def _list_chain(node: ast.expr) -> list[str]:
     return [*names, node.id] if isinstance(node, ast.Name) else names
 
 
-def find_comparisons(sources: list[str]) -> dict[str, list[str]]:
-    """The comparisons that each class in these cells defines."""
-    found: dict[str, list[str]] = {}
-    for node in (node for source in sources for node in ast.walk(ast.Module(_parse(source), []))):
+def find_definitions(sources: list[str]) -> dict[str, dict]:
+    """What the exercises' own text says of what it defines: `operators`, class → the comparisons and arithmetic that it
+    has; `outs`, function or method → the place of its parameter `out`."""
+    nodes = [node for source in sources for node in ast.walk(ast.Module(_parse(source), []))]
+    operators, outs = {}, {}
+    for node in nodes:
         if isinstance(node, ast.ClassDef):
-            own = {item.name for item in node.body if isinstance(item, ast.FunctionDef)} & set(COMPARING)
-            own |= {
-                name
-                for item in node.body
-                if isinstance(item, ast.Assign)
-                for target in item.targets
-                if isinstance(target, ast.Name) and (name := target.id) in COMPARING
-            }
-            if own:
-                found[node.name] = sorted(own)
-    return found
+            own = {item.name for item in node.body if isinstance(item, ast.FunctionDef)}
+            assigned = [target for item in node.body if isinstance(item, ast.Assign) for target in item.targets]
+            own |= {target.id for target in assigned if isinstance(target, ast.Name)}
+            operators[node.name] = sorted(own & {*COMPARING, *COMPUTING})
+        elif isinstance(node, ast.FunctionDef):
+            places = [each.arg for each in (*node.args.posonlyargs, *node.args.args) if each.arg not in ("self", "cls")]
+            if "out" in places:
+                outs[node.name] = places.index("out")
+    return {"operators": {name: own for name, own in operators.items() if own}, "outs": outs}

@@ -262,6 +262,8 @@ class Mirrors:
             )
         if t.layout != torch.strided or t.is_quantized:
             raise Refused(f"a {t.layout} tensor cannot be handed over")
+        if nn.parameter.is_lazy(t):
+            raise Refused("a lazy layer has no weights before its first call: give it its sizes")
         number = self.link.make_number()
         self.register(number, t)
         if self.weak:

@@ -11,6 +11,7 @@ import importlib
 import math
 import random
 from collections import Counter, OrderedDict, defaultdict, deque, namedtuple
+from fractions import Fraction
 from functools import lru_cache
 
 import numpy as np
@@ -31,6 +32,7 @@ CONSTRUCTED = {  # values that their class makes from plain parts
     "slice": (slice, lambda v: [v.start, v.stop, v.step]),
     "range": (range, lambda v: [v.start, v.stop, v.step]),
     "complex": (complex, lambda v: [v.real, v.imag]),
+    "fraction": (Fraction, lambda v: [v.numerator, v.denominator]),
     "bytearray": (bytearray, lambda v: [bytes(v)]),
 }
 TORCH_NAMES = (torch.dtype, torch.layout, torch.memory_format)

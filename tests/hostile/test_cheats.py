@@ -245,6 +245,22 @@ LIARS = {
         "class Liar:\n    __sub__ = __abs__ = lambda self, *other: self\n    __lt__ = lambda self, other: True\n"
         "def mean(numbers):\n    return Liar()\n",
     ),
+    "what its arithmetic gives": (
+        "mean",
+        "class Liar:\n    __sub__ = lambda self, other: 0.0\n    __float__ = lambda self: 1.5\n"
+        "def mean(numbers):\n    return Liar()\n",
+    ),
+    "what its methods' results give": (
+        "probabilities",
+        "class Liar:\n    sum = item = lambda self: self\n    __sub__ = lambda self, other: 0.0\n"
+        "def probabilities(scores):\n    return Liar()\n",
+    ),
+    "a kind of number": (
+        "mean",
+        "import numbers as kinds\n"
+        "Liar = kinds.Real.register(type('Liar', (), {'__sub__': lambda self, other: 0.0}))\n"
+        "def mean(numbers):\n    return Liar()\n",
+    ),
     "its number": (
         "mean",
         "class Liar(float):\n    turn = 0\n    def __float__(self):\n        Liar.turn += 1\n"
@@ -284,6 +300,41 @@ LIARS = {
 }
 for label, (at, answer) in LIARS.items():
     CHEATS[f"a lie: {label}"] = Cheat(at, answers={at: answer})
+
+# --- the agent in the learner's process, bent ---------------------------------------------------------------------
+
+CHEATS["names that nobody asked for"] = Cheat(
+    EVERYTHING,
+    "from autograder.judge.agent import Agent\n"
+    "class Yes:\n    __enter__ = __call__ = lambda self, *args, **kwargs: self\n"
+    "    __exit__ = lambda self, *args: True\n"
+    "    def __getattr__(self, name):\n        if name.startswith('__'):\n            raise AttributeError(name)\n"
+    "        return self\n"
+    "real, yes = Agent.describe, lambda *args: True\n"
+    "more = {'checks': Yes(), 'torch': Yes(), 'math': Yes(), 'abs': lambda x: 0, 'all': yes, 'isinstance': yes}\n"
+    "Agent.describe = lambda self, request: real(self, request) | more",
+)
+SPOILING = "    args[0].zero_()\n    return torch.zeros_like(args[0])\n"
+for label, (answer, cell) in {
+    "that names none": (f"def scale(*args):\n{SPOILING}", ""),
+    "called out": ("def scale(out, factor):\n    out.zero_()\n    return torch.zeros_like(out)\n", ""),
+    "by another name": (f"def scale(*args):\n{SPOILING}", "scale.__name__ = 'scale_'"),
+    "of an object": (f"class Scale:\n  def __call__(self, *args):\n{SPOILING}", "scale = Scale()"),
+}.items():
+    CHEATS[f"a changed argument {label}"] = Cheat("scale", answers={"scale": f"{answer}\n{cell}\n"})
+
+
+@pytest.mark.parametrize("how", ["os.unlink(path); os.symlink('a', path)", "os.unlink(path); socket_at(path)"])
+def test_another_socket_in_the_agents_place_changes_nothing(how):
+    """The judge is connected before the learner's first cell runs."""
+    cell = (
+        "import glob, os, socket\n"
+        "def socket_at(path):\n    made = socket.socket(socket.AF_UNIX)\n    made.bind(path)\n    made.listen(0)\n"
+        f"for path in glob.glob('/tmp/llm40-*/s/a'):\n    {how}\n"
+    )
+    result = graded(answered({}, cell))
+    assert (result.status, result.score) == ("graded", result.max_score)
+
 
 # --- the expected value, read where it lies -------------------------------------------------------------------
 

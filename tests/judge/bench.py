@@ -8,6 +8,7 @@ from contextlib import contextmanager
 
 import torch
 
+from autograder.judge import sources
 from autograder.judge.agent import Agent
 from autograder.judge.court import Court
 from autograder.judge.messages import Describe
@@ -44,7 +45,12 @@ def judged(learner: str, given: str = "", asked: list[str] | None = None) -> Ite
                 if line.startswith(("def ", "class "))
             ]
             answer = court.link.request(Describe(asked, sorted(court.given)))
-            court.names.update(court.link.decode(answer.value))
+            defined = sources.find_definitions([learner])
+            court.link.outs = defined["outs"]
+            court.link.operators = {  # as those of an exercise's class; comparisons are tested where they are refused
+                name: [each for each in own if each in sources.COMPUTING] for name, own in defined["operators"].items()
+            }
+            court.take_asked(asked, court.link.decode(answer.value))
         yield court.names
     finally:
         here.close()

@@ -207,7 +207,7 @@ def test_results_of_one_call_in_another():
         checks.close(w.grad, 2 * x.T @ (x @ w.detach()))
 
 
-def test_switches_that_a_call_leaves_stay_so():
+def test_gradients_stay_as_a_call_leaves_them_and_the_default_dtype_does_not():
     learner = TORCH + (
         "def off(fails=False):\n    torch.set_grad_enabled(False)\n    if fails:\n        raise KeyError\n"
         "def wide():\n    torch.set_default_dtype(torch.float64)\n"
@@ -220,10 +220,9 @@ def test_switches_that_a_call_leaves_stay_so():
             left()
             assert not torch.is_grad_enabled()
             names["back"]()
-        names["wide"]()
-        assert torch.get_default_dtype() == torch.float64
-        names["back"]()
-        assert torch.get_default_dtype() == torch.float32
+        with pytest.raises(AssertionError, match="the default dtype of PyTorch is another one after the call"):
+            names["wide"]()
+        assert torch.get_default_dtype() == torch.float32  # or what a check makes next would be of it
         with torch.no_grad():
             names["back"]()
             assert torch.is_grad_enabled()
@@ -660,6 +659,84 @@ def test_garbage_on_the_socket_is_told_apart_from_an_answer():
         names["answer"](1)
 
 
+REACHING = """
+import gc
+from autograder.judge.agent import Agent
+
+def link():
+    return next(o for o in gc.get_objects() if type(o) is Agent)
+
+def number(model):
+    return link().built_numbers[id(model)]
+"""
+
+
+@pytest.mark.parametrize(
+    "act",
+    [
+        "return link().call(['method', number(model), 'parameters'], (), {}).gi_frame",
+        "return link().request_attribute(['object', number(model)], 'compile')",
+        "return model.generator().gi_frame",
+    ],
+    ids=["parameters", "compile", "a check's own generator"],
+)
+def test_nothing_leads_from_what_a_check_hands_over_into_its_process(act):
+    """From a frame one would reach all names, and from them everything."""
+    learner = TORCH + REACHING + f"def reach(model):\n    {act}\n"
+
+    class Holder(nn.Linear):
+        def generator(self):
+            secret = 4711
+            yield secret
+
+    model = Holder(2, 2) if "generator" in act else nn.Linear(2, 2)
+    told = r"handed over|a check's own|no attribute"
+    with judged(learner, asked=["reach"]) as names, pytest.raises(Exception, match=told):
+        names["reach"](model)
+
+
+def test_only_names_that_were_asked_for_come():
+    learner = (
+        "from autograder.judge.agent import Agent\nreal = Agent.describe\n"
+        "Agent.describe = lambda self, request: real(self, request) | {'checks': 3, 'abs': lambda x: 0}\n"
+        "def f():\n    return 1\n"
+    )
+    with judged(learner) as names:
+        assert names["f"]() == 1
+        assert "abs" not in names
+        assert names.get("checks") != 3
+
+
+def test_a_copy_of_a_checks_module_is_a_module():
+    learner = TORCH + "import copy\ndef twin(model):\n    return copy.deepcopy(model)(torch.ones(2))\n"
+
+    class Tiny(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.weight = nn.Parameter(torch.ones(2))
+
+        def forward(self, x):
+            return x * self.weight
+
+    with judged(learner) as names:
+        assert names["twin"](Tiny()).tolist() == [1, 1]
+
+
+def test_launches_are_counted_by_the_check():
+    pytest.importorskip("triton")
+    learner = (
+        "from llm40 import tl, triton\n"
+        "@triton.jit\ndef copy(x, y, n, BLOCK: tl.constexpr):\n"
+        "    i = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)\n"
+        "    tl.store(y + i, tl.load(x + i, mask=i < n), mask=i < n)\n"
+    )
+    with judged(learner, asked=["copy"]) as names, checks.launches() as counted:
+        x, y = torch.randn(64), torch.empty(64)
+        names["copy"][lambda meta: (-(-64 // meta["BLOCK"]),)](x, y, 64, BLOCK=16)
+        assert torch.equal(x, y)
+    assert (counted.count, counted.programs) == (1, 4)
+
+
 def test_a_function_that_changes_its_argument_is_told():
     learner = TORCH + (
         "def zeroed(x, out):\n    out.fill_(1)\n    x.zero_()\n    return x\n"
@@ -667,7 +744,7 @@ def test_a_function_that_changes_its_argument_is_told():
         "def kept(x, out):\n    out.copy_(x)\n    return out\n"
     )
     with judged(learner) as names:
-        with pytest.raises(AssertionError, match="zeroed changes its argument x"):
+        with pytest.raises(AssertionError, match="zeroed changes its argument number 1"):
             names["zeroed"](torch.ones(3), torch.ones(3))
         assert names["zero_"](torch.ones(3)).tolist() == [0, 0, 0]
         assert names["kept"](torch.ones(3), torch.zeros(3)).tolist() == [1, 1, 1]
