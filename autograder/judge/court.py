@@ -71,11 +71,23 @@ class JudgeLink(Link):
             raise Refused(f"a {type(value).__name__} is not handed over")
         return super().export(value)
 
+    def decode_given(self, name: str) -> object:
+        value = super().decode_given(name)
+        if isinstance(value, INSIDES):  # a given cell's imports
+            raise Refused(f"a {type(value).__name__} is no answer")
+        return value
+
     def list_operators(self, name: str) -> tuple[str, ...]:
         return tuple(self.operators.get(name, ()))
 
     def refuse_forbidden(self, request: object) -> None:
-        if isinstance(request, Gradients) or (isinstance(request, Call) and request.target in COPIES):
+        if isinstance(request, Gradients):
+            return
+        if isinstance(request, Call) and request.target in COPIES:
+            # Of what the check handed over, and of nothing that the learner's end can write down itself.
+            parts = request.args[1] if request.args[:1] == ["tuple"] and request.kwargs == ["dict", []] else []
+            if len(parts) != 1 or not isinstance(parts[0], list) or parts[0][:1] != ["mine"]:
+                raise Refused("a copy of what is no check's object")
             return
         if isinstance(request, Call) and request.target and request.target[0] == "object":
             if not callable(self.find_exported(request.target[1])):
@@ -111,13 +123,9 @@ class JudgeLink(Link):
         """Raises if the call changed a tensor that the check may still compare with. What the check itself calls by a
         name that ends in `_`, and an operator, may change its arguments, and any call its `out`: the exercise's text
         says which one that is, never the learner's."""
-        self.tensors.rewritten.clear()
-        before = torch.get_default_dtype()
-        result = super().call(target, args, kwargs)
-        if torch.get_default_dtype() != before:  # what the check makes next would have it
-            torch.set_default_dtype(before)
-            raise AssertionError("the default dtype of PyTorch is another one after the call: put it back.")
-        if not self.tensors.rewritten or target[0] == "library":
+        with self.watching() as rewritten:
+            result = super().call(target, args, kwargs)
+        if not rewritten or target[0] == "library":
             return result
         is_method = target[0] == "method" and target[2] != "__call__"
         name = target[2] if is_method else self.asked_names.get(target[1], "")
@@ -125,13 +133,52 @@ class JudgeLink(Link):
             return result
         given = {f"number {place + 1}": value for place, value in enumerate(args) if place != self.outs.get(name)}
         given |= {keyword: value for keyword, value in kwargs.items() if keyword != "out"}
+        free = [*args[self.outs.get(name, len(args)) :][:1], kwargs.get("out")]
+        rewritten = [t for t in rewritten if not any(t is each for each in tree_leaves(free))]
         for argument, value in given.items():
             for each in tree_leaves(value):
-                if torch.is_tensor(each) and self.tensors.numbers.get(id(each)) in self.tensors.rewritten:
+                if torch.is_tensor(each) and any(each is one or share_storage(each, one) for one in rewritten):
                     raise AssertionError(
                         f"{name or 'the call'} changes its argument {argument}: it must stay as it is."
                     )
         return result
+
+    def pull_back(self, call: int, cotangents: Iterable[torch.Tensor | None]) -> list:
+        cotangents = list(cotangents)
+        with self.watching() as rewritten:
+            result = super().pull_back(call, cotangents)
+        self.refuse_changes(rewritten, "the backward pass", cotangents)
+        return result
+
+    def request_attribute(self, target: list, name: str, action: str = "get", value: object = None) -> object:
+        with self.watching() as rewritten:
+            result = super().request_attribute(target, name, action, value)
+        if action == "get":
+            self.refuse_changes(rewritten, f"reading {name}")
+        return result
+
+    def refuse_changes(self, rewritten: list[torch.Tensor], what: str, allowed: list = ()) -> None:
+        """Raises if one of these tensors is the judge's own and no parameter."""
+        for each in rewritten:
+            own = (number := self.tensors.numbers.get(id(each))) is None or number % 2 == 0
+            if own and not isinstance(each, torch.nn.Parameter) and not any(each is one for one in allowed):
+                raise AssertionError(f"{what} changes a tensor that was handed over: it must stay as it is.")
+
+    @contextmanager
+    def watching(self) -> Iterator[list[torch.Tensor]]:
+        """Collects the tensors that the other end changes inside the block, in its callbacks too. Raises if it leaves
+        another default dtype: what the check makes next would have it."""
+        outer, self.tensors.rewritten = self.tensors.rewritten, []
+        before, changed = torch.get_default_dtype(), []
+        try:
+            yield changed
+        finally:
+            outer += (inner := self.tensors.rewritten)
+            self.tensors.rewritten = outer if self.depth else []
+            changed += [t for t, was in inner if not is_as_before(t, was)]
+        if torch.get_default_dtype() != before:
+            torch.set_default_dtype(before)
+            raise AssertionError("the default dtype of PyTorch is another one after the call: put it back.")
 
     @contextmanager
     def without_launches(self) -> Iterator[None]:
@@ -142,6 +189,19 @@ class JudgeLink(Link):
             yield
         finally:
             self.measurements = everything
+
+
+def share_storage(one: torch.Tensor, other: torch.Tensor) -> bool:
+    return one.untyped_storage()._cdata == other.untyped_storage()._cdata
+
+
+def is_as_before(t: torch.Tensor, was: torch.Tensor) -> bool:
+    """Whether a tensor that a call changed is what it was again, but for the rounding of `x += h; f(x); x -= h`."""
+    if (t.shape, t.dtype) != (was.shape, was.dtype):
+        return False
+    if not t.is_floating_point():
+        return torch.equal(t, was)
+    return torch.allclose(t.detach(), was, rtol=1e-3, atol=0.0, equal_nan=True)
 
 
 class Measurement:
@@ -229,10 +289,16 @@ class Court:
         torch.manual_seed(0)
         random.seed(0)
         try:
+            self.link.tensors.rewritten = []
             with self.link.asking():
                 answer = self.link.request(Describe(sorted(asked), sorted(self.given)))
                 found = self.link.decode(answer.value)
+            for t, was in self.link.tensors.rewritten:  # given tensors that an earlier check handed over
+                t.data = was
+            self.link.tensors.rewritten = []
             self.take_asked(asked, found)
+            tensors.set_switches(switches)  # what came with the description is no answer to the check
+            torch.manual_seed(0)
             outcome = run(name, source, dict(self.names), hidden)
         except (Lost, Malformed) as error:
             outcome = {"status": "lost", "ename": "", "evalue": str(error)}
@@ -262,7 +328,10 @@ class Court:
         for each in asked:
             self.names.pop(each, None)
         found = {each: found[each] for each in asked if each in found}
-        self.link.asked_names = {n: each for each, value in found.items() if (n := find_number(value, self.link))}
+        # Of an object with two names the one counts that lets it change less.
+        free = [each for each in found if each.endswith("_") or each in self.link.outs]
+        order = [*free, *(each for each in found if each not in free)]
+        self.link.asked_names = {n: each for each in order if (n := find_number(found[each], self.link))}
         self.names.update(found)
 
     def fork_twin(self, rank: int, ranks: int) -> Callable[[], None]:
@@ -342,7 +411,7 @@ def describe_error(error: BaseException, name: str, source: str, hidden: int = 0
         said = f"({type(broken).__name__} in the exception's own text)"
     if in_hidden and isinstance(error, AssertionError):
         said = sources.hide_expected(said)
-    return {"status": "error", "ename": type(error).__name__, "evalue": said[:TEXT], "places": places[-20:]}
+    return {"status": "error", "ename": type(error).__name__[:200], "evalue": said[:TEXT], "places": places[-20:]}
 
 
 def redirect_checks(court: Court) -> None:

@@ -536,7 +536,7 @@ class Link(Codec):
         place = find_part_tables(module).get(kind)
         if place is None or not isinstance(name, str):
             raise Refused("a part of no known kind")
-        if kind == "attribute" and (name in INTERNAL or hasattr(type(module), name)):
+        if kind == "attribute" and (name in INTERNAL or proxies.is_special(name) or hasattr(type(module), name)):
             return  # an attribute that replaces a method: each end keeps its own
         wanted = {"module": nn.Module, "parameter": Tensor, "buffer": Tensor}.get(kind, object)
         if value is not None and not isinstance(value, wanted):
@@ -605,7 +605,7 @@ class Link(Codec):
             value = self.things[number][0]
             attributes = vars(value)
             attributes.clear()
-            attributes.update({str(each): self.decode(part) for each, part in held})
+            attributes.update({str(each): self.decode(part) for each, part in held if not proxies.is_special(each)})
             self.things[number][1:] = dict(attributes), held if given and not self.judges else None
 
     def is_given(self, kind: type) -> bool:
@@ -707,7 +707,7 @@ class Link(Codec):
 
     def list_operators(self, name: str) -> tuple[str, ...]:
         """The comparisons and the arithmetic that objects of a class of this name may answer themselves."""
-        return (*proxies.COMPARING, *proxies.COMPUTING)
+        return (*proxies.COMPARING, *proxies.COMPUTING, "__contains__")
 
     def keep_import(self, number: int, proxy: object) -> None:
         """Keeps a proxy: at the judge's end until the request is over and nothing holds it, at the learner's end until

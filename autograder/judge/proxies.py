@@ -57,6 +57,7 @@ OPERATORS = [
     *(f"__{name}__" for name in UNARY),
 ]
 OF_OBJECT = {name for name in OPERATORS if getattr(object, name, None) is not None}
+ITEMS = ("__len__", "__getitem__", "__iter__")
 HOOKS = (
     "register_forward_hook",
     "register_forward_pre_hook",
@@ -68,6 +69,11 @@ COMMON = frozenset(vars(nn.Module()))  # attributes that every module has
 PYTORCH = "torch.nn.modules."  # modules of these classes are the same at both ends
 IS_INSTANCE = "autograder.judge.agent:is_instance"
 PLACE = "_judge_place"  # where a proxy keeps its link and its number
+
+
+def is_special(name: object) -> bool:
+    """Whether Python or a library may ask an object itself for this attribute, as `__reduce_ex__`."""
+    return str(name).startswith("__") and str(name).endswith("__")
 
 
 def find_number(value: object, link) -> int | None:
@@ -162,7 +168,9 @@ def describe_module(module: nn.Module, number: int, link) -> dict:
         "name": type(module).__name__,
         "library": name_class(library),
         "methods": sorted({name for base in own for name in vars(base) if not hasattr(nn.Module, name)}),
-        "operators": [name for name in list_operators(type(module)) if name in ("__len__", "__getitem__", "__iter__")],
+        "operators": [
+            name for name in list_operators(type(module)) if name in (*ITEMS, *COMPARING, *COMPUTING, "__contains__")
+        ],
         "exact": type(module) is library and library.__module__.startswith(PYTORCH) and "forward" not in vars(module),
         "attributes": describe_attributes(module, link) if type(module) is library else [],
         "parameters": [[name, link.encode(p)] for name, p in module._parameters.items()],
@@ -362,9 +370,12 @@ def make_refusal(name: str) -> Callable:
 
 
 def make_object(link, number: int, description: dict) -> RemoteObject:
-    names = tuple(name for name in description["operators"] if name in OPERATORS)
-    known = tuple(find_local_bases(description["bases"]))
     own = link.list_operators(str(description["name"]))
+    # Without its own `__contains__`, Python looks for a value among those that the object's `__iter__` gives.
+    names = tuple(
+        name for name in description["operators"] if name in OPERATORS and (name != "__contains__" or name in own)
+    )
+    known = tuple(find_local_bases(description["bases"]))
     before_numpy, hashable = bool(description.get("before_numpy")), bool(description.get("hashable"))
     key = (description["name"], names, known, own, before_numpy, hashable)
     if key not in _classes:
@@ -450,11 +461,16 @@ def make_module(link, number: int, description: dict) -> nn.Module:
         raise Refused("a module that is none")
     if description["exact"] and library.__module__.startswith(PYTORCH):
         return finish_module(make_library_module(link, number, library, description), link, number, description)
-    names = tuple(name for name in description["methods"] if not hasattr(nn.Module, str(name)))
-    key = ("module", description["name"], library, names, tuple(description["operators"]))
+    # No `__torch_function__`, `__array__` or `__sub__`: with those a module would decide what it equals.
+    names = tuple(
+        name for name in map(str, description["methods"]) if not (hasattr(nn.Module, name) or is_special(name))
+    )
+    allowed = (*ITEMS, *link.list_operators(str(description["name"])))
+    operators = tuple(name for name in description["operators"] if name in OPERATORS and name in allowed)
+    key = ("module", description["name"], library, names, operators)
     if key not in _classes:
         members = {str(name): make_property(str(name)) for name in names}
-        members |= {name: make_operator(name) for name in description["operators"] if name in OPERATORS}
+        members |= {name: make_operator(name) for name in operators}
         base = (RemoteModule, library) if library is not nn.Module else (RemoteModule,)
         _classes[key] = type(str(description["name"]), base, members)
     made = object.__new__(_classes[key])
@@ -468,7 +484,7 @@ def make_library_module(link, number: int, library: type, description: dict) -> 
     made = object.__new__(library)
     nn.Module.__init__(made)
     for name, value in description["attributes"]:
-        if isinstance(name, str) and name not in COMMON and not hasattr(library, name):
+        if isinstance(name, str) and name not in COMMON and not is_special(name) and not hasattr(library, name):
             made.__dict__[name] = link.decode(value)
     for kind in HOOKS:
         made.__dict__[kind] = make_double_registration(made, kind)

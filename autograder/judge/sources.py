@@ -134,7 +134,7 @@ def find_definitions(sources: list[str]) -> dict[str, dict]:
             own = {item.name for item in node.body if isinstance(item, ast.FunctionDef)}
             assigned = [target for item in node.body if isinstance(item, ast.Assign) for target in item.targets]
             own |= {target.id for target in assigned if isinstance(target, ast.Name)}
-            operators[node.name] = sorted(own & {*COMPARING, *COMPUTING})
+            operators[node.name] = sorted(own & {*COMPARING, *COMPUTING, "__contains__"})
         elif isinstance(node, ast.FunctionDef):
             places = [each.arg for each in (*node.args.posonlyargs, *node.args.args) if each.arg not in ("self", "cls")]
             if "out" in places:

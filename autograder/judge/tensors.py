@@ -241,7 +241,8 @@ class Mirrors:
         self.whole = None  # a predicate: whether a tensor's whole storage passes
         self.held: dict[int, list] = {}  # states of results that are about to get their graph
         self.passing: dict[int, object] = {}  # keeps alive everything exchanged since the outermost request began
-        self.rewritten: set[int] = set()  # numbers of tensors whose elements the other end has changed
+        # Tensors that the other end has changed since the open call began, each with what it was then.
+        self.rewritten: list[tuple[Tensor, Tensor]] = []
         self.leaves: dict[int, Tensor] = {}  # tensors that gather gradients, held until the check ends
 
     def find(self, number: int) -> Tensor:
@@ -335,12 +336,16 @@ class Mirrors:
         for number, state in states:
             if len(state) != 11:
                 raise Refused("a tensor of no state")
+            if self.weak and state[8] >= 0:
+                raise Refused("a whole storage: only the judge's end sends one")
             mirror = self.by_number.get(number)
             t = mirror.find() if mirror else None
             if t is not None:
                 if mirror.state != state:
-                    if mirror.state is not None and mirror.state[4] != state[4]:
-                        self.rewritten.add(number)
+                    known = mirror.state
+                    changed = known is not None and [*known[:2], known[4]] != [*state[:2], state[4]]
+                    if self.weak and changed and not any(t is one for one, _ in self.rewritten):
+                        self.rewritten.append((t, t.detach().clone()))
                     overwrite(t, state, moved=mirror.moves != state[10])
                 mirror.state, mirror.moves = state, state[10]
                 continue

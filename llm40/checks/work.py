@@ -19,7 +19,7 @@ from unittest import mock
 
 import numpy as np
 import torch
-from torch import Tensor
+from torch import Tensor, UntypedStorage
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
@@ -48,7 +48,9 @@ class Allocations(_LightMode):
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         # Before the call: `out=` and `resize_` give an argument memory that it did not have.
-        known = {t.untyped_storage().data_ptr() for t in tree_leaves((args, kwargs)) if isinstance(t, Tensor)}
+        leaves = tree_leaves((args, kwargs))
+        known = {t.untyped_storage().data_ptr() for t in leaves if isinstance(t, Tensor)}
+        known |= {storage.data_ptr() for storage in leaves if isinstance(storage, UntypedStorage)}  # of `set_`
         out = func(*args, **(kwargs or {}))
         for t in tree_leaves(out):
             if isinstance(t, Tensor) and t.untyped_storage().data_ptr() not in known:

@@ -1295,7 +1295,7 @@ with torch.no_grad():
         t.copy_(checks.randn(*t.shape, generator=gen))
 x = checks.randn(2, 5, 6, generator=gen, scale=3.0)
 block = PreNormBlock(norm, linear)
-with checks.unchanged(x=x):
+with checks.unchanged(x=x), checks.kept(block):
     y = block(x)
 checks.close(
     y,

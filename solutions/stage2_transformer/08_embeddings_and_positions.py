@@ -194,8 +194,10 @@ for vocab, dim, shape in [
             dtype=torch.float64,
         )
     x = torch.randn(*shape, dim, generator=g, dtype=torch.float64)
+    with checks.kept(embedding):
+        logits = embedding.logits(x)
     checks.close(
-        embedding.logits(x),
+        logits,
         F.linear(x, embedding.weight),
         what=f"the logits of x of shape {tuple(x.shape)}",
         dtype=torch.float64,

@@ -422,7 +422,8 @@ layer = fill_randomly(
     g,
 )
 x = checks.randn(2, 4, 12, generator=g, dtype=torch.float64)
-c_kv, k_rope = layer.latents(x)
+with checks.kept(layer):
+    c_kv, k_rope = layer.latents(x)
 flat = x @ layer.w_dkv.weight.T
 normed = flat / (flat.square().mean(-1, keepdim=True) + 1e-6).sqrt() * layer.kv_norm.weight
 checks.close(c_kv, normed, what="c_kv", mistakes={"leaving out the norm of the latent": flat})
@@ -444,7 +445,7 @@ for start, seq, rope_dim in [(0, 1, 4), (3, 5, 6), (1000, 2, 2)]:
         MultiHeadLatentAttention(MLAConfig(8, 2, 4, 6, 3, rope_dim, 5)).double(), g
     )
     x = checks.randn(3, seq, 8, generator=g, dtype=torch.float64)
-    with checks.unchanged(x=x):
+    with checks.unchanged(x=x), checks.kept(layer):
         c_kv, k_rope = layer.latents(x, start)
     pairs = torch.complex(*(x @ layer.w_kr.weight.T).chunk(2, -1))
     frequency = 10_000.0 ** (

@@ -250,6 +250,16 @@ LIARS = {
         "class Liar:\n    __sub__ = lambda self, other: 0.0\n    __float__ = lambda self: 1.5\n"
         "def mean(numbers):\n    return Liar()\n",
     ),
+    "what a module's arithmetic gives": (
+        "mean",
+        "class Liar(nn.Module):\n    __sub__ = lambda self, other: 0.0\ndef mean(numbers):\n    return Liar()\n",
+    ),
+    "what a module says to torch.equal": (
+        "visible",
+        "class Liar(nn.Module):\n    dtype = torch.bool\n    @classmethod\n"
+        "    def __torch_function__(cls, func, types, args=(), kwargs=None):\n        return True\n"
+        "def visible(q_len, k_len):\n    return Liar()\n",
+    ),
     "what its methods' results give": (
         "probabilities",
         "class Liar:\n    sum = item = lambda self: self\n    __sub__ = lambda self, other: 0.0\n"

@@ -695,6 +695,78 @@ def test_nothing_leads_from_what_a_check_hands_over_into_its_process(act):
         names["reach"](model)
 
 
+def test_a_copy_that_the_learners_end_asks_for_is_of_a_checks_object():
+    """What it writes down itself may have a `__reduce_ex__` that `copy.copy` would call in the judge's process."""
+    learner = REACHING + (
+        "def reduce(protocol):\n    return (dict, (), {'close': print})\n"
+        "class Own:\n    pass\n"
+        "def copied(x):\n    own = Own()\n    own.__reduce_ex__ = reduce\n"
+        "    return link().call(['library', 'copy:copy'], (own,), {})\n"
+    )
+    close = checks.close
+    with (
+        judged(learner, asked=["copied"]) as names,
+        pytest.raises(Exception, match="a copy of what is no check's object"),
+    ):
+        names["copied"](torch.ones(2))
+    assert checks.close is close
+
+
+def test_a_module_of_the_learners_does_not_decide_what_it_equals():
+    learner = TORCH + (
+        "seen = []\n"
+        "class Liar(nn.Module):\n"
+        "    @classmethod\n    def __torch_function__(cls, func, types, args=(), kwargs=None):\n"
+        "        seen.append(args)\n        return True\n"
+        "    __contains__ = lambda self, other: True\n"
+        "def lie():\n    return Liar()\n"
+        "def count():\n    return len(seen)\n"
+    )
+    with judged(learner, asked=["lie", "count"]) as names:
+        lie = names["lie"]()
+        for judge in (lambda: torch.equal(lie, torch.ones(3)), lambda: 4711 in lie):
+            with pytest.raises((TypeError, AssertionError)):
+                assert judge()
+        assert names["count"]() == 0
+
+
+SPOILING = {
+    "in the backward pass": (
+        "class Double(torch.autograd.Function):\n"
+        "    @staticmethod\n    def forward(ctx, x):\n        ctx.x = x\n        return x * 2\n"
+        "    @staticmethod\n    def backward(ctx, g):\n        ctx.x.data.zero_()\n        return torch.zeros_like(g)\n"
+        "def f(x):\n    return Double.apply(x)\n",
+        "x.requires_grad_()\nf(x).sum().backward()",
+    ),
+    "in a property": (
+        "class f:\n    def __init__(self, x):\n        self.x = x\n"
+        "    @property\n    def value(self):\n        self.x.zero_()\n        return torch.zeros(4)\n",
+        "f(x).value",
+    ),
+    "by a view of it": (
+        "kept = []\ndef f(x):\n    kept.append(x)\n    if len(kept) == 2:\n        kept[0].zero_()\n    return x\n",
+        "rows = x.view(2, 2)\nf(rows)\nf(x)",
+    ),
+}
+
+
+@pytest.mark.parametrize("how", SPOILING)
+def test_what_a_check_handed_over_stays_as_it_is(how):
+    learner, check = SPOILING[how]
+    with judged(TORCH + learner, asked=["f", "g"]) as names, pytest.raises(AssertionError, match="must stay as it is"):
+        exec(check, {**names, "x": torch.arange(4.0) + 1})
+
+
+def test_an_argument_may_be_nudged_and_put_back():
+    learner = (
+        "def slope(f, x):\n    old = x[0].item()\n    x[0] = old + 1e-3\n    above = f(x)\n    x[0] = old\n"
+        "    return (above - f(x)) / 1e-3\n"
+    )
+    with judged(learner) as names:
+        x = torch.ones(2, dtype=torch.float64)
+        assert abs(float(names["slope"](lambda t: t.square().sum(), x)) - 2.001) < 1e-6
+
+
 def test_only_names_that_were_asked_for_come():
     learner = (
         "from autograder.judge.agent import Agent\nreal = Agent.describe\n"

@@ -644,8 +644,7 @@ def passkey_accuracy(write, examples):
 + model.train()
 
 # %% wrong="finetune_longer" because="gradients are left behind"
-- optimizer.zero_grad(set_to_none=True)
-- for parameter in model.parameters():
+- for parameter in model.parameters():  # the frozen ones too
 -     parameter.grad = None
 - return losses
 + return losses
@@ -660,7 +659,7 @@ def passkey_accuracy(write, examples):
 + nn.utils.clip_grad_norm_(model.parameters(), 1.0)
 
 # %% wrong="finetune_longer" because="a frozen parameter's old gradient is left"
-- for parameter in model.parameters():
+- for parameter in model.parameters():  # the frozen ones too
 + for parameter in trained:
 
 # %% right="finetune_longer" because="Adam with the gradients taken by hand"
