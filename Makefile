@@ -86,7 +86,7 @@ sweep: $(SETUP) ## does a check refuse the answer at one seed of a thousand? [LE
 	.venv/bin/python tests/sweep.py "$(LESSON)" $(call option,CHECK,check) $(call option,SEEDS,seeds) $(call option,SECONDS_EACH,seconds)
 
 grade: $(SETUP) ## grade a class; without a folder, the sample class [SUBMITTED=dir OUT=dir LESSON=09 STUDENT=id JOBS=2 AGAIN=1 COMPARE=1 LATE=config.py DB=postgresql+psycopg://… SCHEDULER=tcp://… LIMITS="--memory 8000" UNSAFE=1 VERBOSE=1]
-	$(RUN) grade $(call flag,UNSAFE,unsafe) $(call flag,AGAIN,again) $(call flag,COMPARE,compare) $(call flag,VERBOSE,verbose) $(LIMITS) \
+	@$(RUN) grade $(call flag,UNSAFE,unsafe) $(call flag,AGAIN,again) $(call flag,COMPARE,compare) $(call flag,VERBOSE,verbose) $(LIMITS) \
 	  $(call option,SUBMITTED,submitted) $(call option,OUT,out) $(call option,LESSON,lesson) $(call option,STUDENT,student) \
 	  $(call option,JOBS,jobs) $(call option,LATE,late) $(call option,DB,db) $(call option,SCHEDULER,scheduler)
 
