@@ -1050,8 +1050,9 @@ LLAMA_3_8B = AttentionConfig(layers=32, heads=32, kv_heads=8, head_dim=128)
 def kv_cache_bytes(
     config: AttentionConfig, batch: int, seq: int, bytes_per_element: int = 2
 ) -> int:
-    """Bytes of the keys and values that a decoder keeps for `batch` sequences of `seq` tokens (2
-    bytes: bfloat16).
+    """Bytes of the keys and values that a decoder keeps for `batch` sequences of `seq` tokens.
+
+    bytes_per_element: 2 for bfloat16.
     """
     ### BEGIN SOLUTION
     per_token = 2 * config.layers * config.kv_heads * config.head_dim  # 2: a key and a value
